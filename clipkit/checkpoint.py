@@ -1,0 +1,263 @@
+"""An OpenCLIP checkpoint folder, read without torch: its layout, its settings, its identity.
+
+    open_clip_config.json         {"model_cfg": {...}, "preprocess_cfg": {...}}, OpenCLIP's own
+    open_clip_model.safetensors   the weights
+    tokenizer.json, ...           Hugging Face tokenizer files, if the text tower uses one
+    config.json                   the Hugging Face text transformer's settings, if there is one
+    clipkit.json                  provenance: where the checkpoint comes from and what was measured
+
+OpenCLIP itself opens such a folder as `local-dir:FOLDER`. Nothing here unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.errors import ModelError
+
+__all__ = [
+    "CONFIG_FILE",
+    "PROVENANCE_FILE",
+    "TEXT_CONFIG_FILE",
+    "TOKENIZER_FILES",
+    "WEIGHTS_FILE",
+    "TowerConfig",
+    "builtin_folder",
+    "combine_identity",
+    "find_folder",
+    "identify",
+    "read_config",
+    "tokenizer_digest",
+    "weights_digest",
+]
+
+CONFIG_FILE = "open_clip_config.json"
+WEIGHTS_FILE = "open_clip_model.safetensors"
+PROVENANCE_FILE = "clipkit.json"
+TEXT_CONFIG_FILE = "config.json"
+# What decides how a text becomes tokens: the first of these that exists is hashed.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+# What a config says about how it was loaded, not about what the towers compute.
+_VOLATILE_KEYS = frozenset({"timm_model_pretrained", "hf_model_pretrained"})
+
+
+@dataclass(frozen=True, slots=True)
+class TowerConfig:
+    """What an encoder expects of a picture and of a text.
+
+    `image_size` is (height, width) in pixels; `mean` and `std` are per channel, in [0, 1] units;
+    `fill` is the grey level that pads a picture in resize mode "longest".
+    """
+
+    architecture: str
+    dim: int
+    image_size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Literal["bicubic", "bilinear"]
+    resize_mode: Literal["shortest", "longest", "squash"]
+    fill: int
+    context_length: int
+    activation: Literal["gelu", "quick_gelu"]
+
+    @classmethod
+    def from_open_clip(
+        cls, model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any]
+    ) -> TowerConfig:
+        """Read OpenCLIP's two dictionaries, with OpenCLIP's defaults for what they leave out."""
+        vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+        size = preprocess_cfg.get("size") or vision.get("image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        interpolation = preprocess_cfg.get("interpolation") or "bicubic"
+        return cls(
+            architecture=" + ".join((_image_tower_name(vision), _text_tower_name(text))),
+            dim=int(model_cfg["embed_dim"]),
+            image_size=(int(height), int(width)),
+            # CLIP's own statistics: github.com/openai/CLIP, clip.py
+            mean=_triple(preprocess_cfg.get("mean") or (0.48145466, 0.4578275, 0.40821073)),
+            std=_triple(preprocess_cfg.get("std") or (0.26862954, 0.26130258, 0.27577711)),
+            # As OpenCLIP at inference: whatever is not "bilinear" is bicubic.
+            interpolation="bilinear" if interpolation == "bilinear" else "bicubic",
+            resize_mode=preprocess_cfg.get("resize_mode") or "shortest",
+            fill=int(preprocess_cfg.get("fill_color") or 0),
+            context_length=int(text.get("context_length", 77)),
+            activation="quick_gelu" if model_cfg.get("quick_gelu") else "gelu",
+        )
+
+
+def _image_tower_name(vision: Mapping[str, Any]) -> str:
+    if "timm_model_name" in vision:
+        return str(vision["timm_model_name"])
+    if isinstance(vision.get("layers"), list):
+        return f"resnet {vision['layers']}"
+    return (
+        f"vit {vision.get('layers', 12)}x{vision.get('width', 768)}/{vision.get('patch_size', 16)}"
+    )
+
+
+def _text_tower_name(text: Mapping[str, Any]) -> str:
+    if "hf_model_name" in text:
+        return str(text["hf_model_name"]).rsplit("/", 1)[-1]
+    return f"transformer {text.get('layers', 12)}x{text.get('width', 512)}"
+
+
+def _triple(values: float | Iterable[float]) -> tuple[float, float, float]:
+    listed = [float(values)] * 3 if isinstance(values, (int, float)) else [float(v) for v in values]
+    return cast(tuple[float, float, float], tuple(listed))
+
+
+def builtin_folder() -> Path:
+    """Where the built-in model's checkpoint lies."""
+    return Path(__file__).parent / "builtin"
+
+
+def find_folder(spec: str) -> Path | None:
+    """The folder that a spec names, or None where the spec names a model of a hub."""
+    if spec == "builtin":
+        return builtin_folder()
+    folder = Path(spec.removeprefix("local-dir:")).expanduser()
+    return folder if folder.is_dir() else None
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The folder's model_cfg and preprocess_cfg."""
+    path = folder / CONFIG_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content["model_cfg"], content.get("preprocess_cfg", {})
+    except FileNotFoundError:
+        raise ModelError(
+            f"{folder} is not a checkpoint: it holds no {CONFIG_FILE}; "
+            "give an OpenCLIP folder, `builtin`, `hf-hub:ORG/NAME` or `ARCHITECTURE/TAG`"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not an OpenCLIP config ({type(error).__name__}: {error}); "
+            "it should be JSON with a key `model_cfg`"
+        ) from error
+
+
+def identify(spec: str) -> str | None:
+    """The `encoder_id` of a safetensors checkpoint folder; None for what must be loaded first.
+
+    Costs one read of the files and no torch, so that an unchanged library is seen as such at once.
+    """
+    folder = find_folder(spec)
+    if folder is None or not (folder / WEIGHTS_FILE).is_file():
+        return None
+    model_cfg, preprocess_cfg = read_config(folder)
+    tensors = _read_safetensors(folder / WEIGHTS_FILE)
+    return combine_identity(
+        model_cfg, preprocess_cfg, tokenizer_digest(folder), weights_digest(tensors)
+    )
+
+
+def combine_identity(
+    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], tokenizer: str, weights: str
+) -> str:
+    """Sixteen hex digits that change with all that changes an embedding, and with nothing else."""
+    resolved = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
+    settings = {
+        "model": _without_volatile(model_cfg),
+        "image": [
+            resolved.image_size,
+            resolved.mean,
+            resolved.std,
+            resolved.interpolation,
+            resolved.resize_mode,
+            resolved.fill,
+        ],
+        "tokenizer": tokenizer,
+        "weights": weights,
+    }
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _without_volatile(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_volatile(v) for k, v in value.items() if k not in _VOLATILE_KEYS}
+    return value
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """A digest of the tokenizer; empty for OpenCLIP's own, which the config describes."""
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if name != "tokenizer.json":
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        content = json.loads(path.read_text(encoding="utf-8"))
+        # Written along, but not part of encoding: the last caller's padding and truncation, and the
+        # way back from tokens to text, which transformers fills in when it saves.
+        for other in ("padding", "truncation", "decoder"):
+            content.pop(other, None)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return ""
+
+
+def weights_digest(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
+    """A digest of named arrays, given in the order of their names.
+
+    Half-precision values are hashed as float32, so that the same values stored in either are the
+    same encoder. bfloat16, which numpy lacks, arrives widened to float32.
+    """
+    digest = hashlib.sha256()
+    for name, array in tensors:
+        wide = array.astype(np.float32) if array.dtype == np.float16 else array
+        digest.update(f"{name}:{wide.dtype}:{list(wide.shape)};".encode())
+        digest.update(np.ascontiguousarray(wide).data)
+    return digest.hexdigest()
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """The tensors in the order of their names, mapped and not copied; bfloat16 widened to float32.
+
+    The format (https://huggingface.co/docs/safetensors): a little-endian u64 header length, a JSON
+    header of name -> dtype, shape, offsets, then the bytes. Read here because the library's numpy
+    reader refuses bfloat16.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = 8 + int.from_bytes(data[:8], "little")
+            header = json.loads(data[8:start])
+            header.pop("__metadata__", None)
+            for name in sorted(header):
+                entry = header[name]
+                begin, end = entry["data_offsets"]
+                raw = data[start + begin : start + end]
+                if entry["dtype"] == "BF16":
+                    values = np.frombuffer(raw, np.uint16).astype(np.uint32) << 16
+                    array = values.view(np.float32)
+                else:
+                    array = np.frombuffer(raw, _SAFETENSORS_DTYPES[entry["dtype"]])
+                yield name, array.reshape(entry["shape"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({type(error).__name__}: {error}); "
+            "copy it anew"
+        ) from error
