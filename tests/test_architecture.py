@@ -1,0 +1,66 @@
+"""Who may import whom, read from the source with `ast`: the design, held by a test."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {
+    "clipkit": {"clipkit"},
+    "data_prep": {"data_prep", "clipkit"},
+    "eval": {"eval", "clipkit"},
+    "app": {"app", "eval", "data_prep", "clipkit"},
+}
+# What only these files know.
+OWNERS = {
+    "faiss": {"clipkit/index.py"},
+    "sqlite3": {"clipkit/catalog.py"},
+    "open_clip": {"clipkit/towers.py", "clipkit/builtin/recipe.py"},
+    "timm": {"clipkit/towers.py", "clipkit/builtin/recipe.py"},
+    "transformers": {"clipkit/towers.py", "clipkit/builtin/recipe.py"},
+    "gradio": {"app/ui.py"},
+    "fastapi": {"app/api.py"},
+}
+NO_TORCH = {"errors", "records", "images", "catalog", "index", "query", "metrics", "checkpoint"}
+SOURCES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it, in full dotted form."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_the_sources_are_found() -> None:
+    assert ROOT / "clipkit" / "towers.py" in SOURCES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_file_imports_only_what_its_room_may(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    roots = {module.partition(".")[0] for module in imports(path)}
+    assert "eval" not in {m for m in imports(path) if "." not in m}, "would shadow the builtin"
+    assert roots & set(ROOMS) <= ROOMS[name.partition("/")[0]]
+    for module, owners in OWNERS.items():
+        assert module not in roots or name in owners, f"only {owners} may import {module}"
+    if path.parent == ROOT / "clipkit" and path.stem in NO_TORCH:
+        assert "torch" not in roots
+
+
+def test_a_search_pays_neither_for_gradio_nor_for_training() -> None:
+    """Importing the command line loads none of the heavy libraries."""
+    heavy = "torch gradio fastapi datasets transformers open_clip faiss".split()
+    code = f"import app.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
