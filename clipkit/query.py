@@ -38,8 +38,8 @@ KEYS = MappingProxyType(
         "camera": 'the camera\'s name contains this: camera:canon, camera:"eos 80d"',
         "format": "the file format: format:png",
         "tag": "has this tag: tag:holiday",
-        "width": "width in pixels: width:1920, width:>1000, width:640..1280",
-        "height": "height in pixels: height:1080, height:<=500, height:..500",
+        "width": "at least this many pixels wide: width:1920",
+        "height": "at least this many pixels high: height:1080",
         "orientation": "landscape, portrait or square",
         "sort": "score, date (newest first) or name",
     }
@@ -49,7 +49,7 @@ MAX_PARTS = 64  # terms, examples, phrases and filters; the free words together 
 MIN_WEIGHT, MAX_WEIGHT = 0.01, 10.0
 
 _PATHS = ("path", "folder")
-_ONCE = ("after", "before", "orientation", "sort")
+_ONCE = ("after", "before", "width", "height", "orientation", "sort")
 _CHOICES = {
     "orientation": ("landscape", "portrait", "square"),
     "sort": ("score", "date", "name"),
@@ -66,8 +66,7 @@ _BLANKS = re.compile(r"\s*")
 _KEY = re.compile(r"([A-Za-z]+):")
 _WEIGHT = re.compile(r"[0-9]{1,9}(\.[0-9]{0,25})?|\.[0-9]{1,25}")
 _DATE = re.compile(r"([0-9]{4})(?:-([0-9]{2}))?(?:-([0-9]{2}))?")
-_COMPARISON = re.compile(r"(>=|<=|>|<|=|)([0-9]{1,7})")
-_RANGE = re.compile(r"([0-9]{1,8})?\.\.([0-9]{1,8})?")
+_PIXELS = re.compile(r"(>=|>|)([0-9]{1,7})")
 # Control characters separate words like blanks: a NUL would cut a path or a full-text query short.
 _CONTROLS = dict.fromkeys((*range(32), 127), " ")
 
@@ -99,7 +98,7 @@ class Filter:
     """One condition: a key of KEYS but `sort`, and its value in canonical form.
 
     Dates are ISO prefixes (2023, 2023-05, 2023-05-01), formats the decoder's names (JPEG), widths
-    and heights inclusive ranges ("640..1280", "1001..", "..500"), the rest is text as typed.
+    and heights the least number of pixels (1920), the rest is text as typed.
     """
 
     key: str
@@ -339,26 +338,13 @@ def _date(key: str, value: str, position: int) -> str:
 
 
 def _pixels(key: str, value: str, position: int) -> str:
-    """The inclusive range of pixels as text: "640..1280", "1001..", "..500"."""
-    low: int | None = None
-    high: int | None = None
-    if found := _COMPARISON.fullmatch(value):
-        number = int(found[2])
-        if found[1] in (">", ">="):
-            low = number + (found[1] == ">")
-        elif found[1] in ("<", "<="):
-            high = number - (found[1] == "<")
-        else:
-            low = high = number
-    elif found := _RANGE.fullmatch(value):
-        low, high = (int(part) if part else None for part in found.groups())
-    empty = low is not None and high is not None and low > high
-    if (low is None and high is None) or empty or (high is not None and high < 0):
+    found = _PIXELS.fullmatch(value)
+    if found is None:
         raise QueryError(
-            f"'{_shorten(value)}' at position {position} is not a range of pixels; write "
-            f"{key}:1000, {key}:>1000, {key}:<=1000 or {key}:640..1280"
+            f"'{_shorten(value)}' at position {position} is not a least number of pixels; "
+            f"write {key}:1000 or {key}:>1000"
         )
-    return f"{'' if low is None else low}..{'' if high is None else high}"
+    return str(int(found[2]) + (found[1] == ">"))
 
 
 def _check_weight(weight: float, where: str = "") -> None:

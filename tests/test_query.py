@@ -102,15 +102,9 @@ def test_control_characters_separate_like_blanks() -> None:
         ("format:.jpg", "format", "JPEG"),
         ("format:png", "format", "PNG"),
         ("tag:café", "tag", "café"),
-        ("width:1000", "width", "1000..1000"),
-        ("width:=1000", "width", "1000..1000"),
-        ("width:>1000", "width", "1001.."),
-        ("width:>=1000", "width", "1000.."),
-        ("height:<1000", "height", "..999"),
-        ("height:<=1000", "height", "..1000"),
-        ("height:640..1280", "height", "640..1280"),
-        ("height:640..", "height", "640.."),
-        ("height:>9999999", "height", "10000000.."),
+        ("width:1000", "width", "1000"),
+        ("width:>=0100", "width", "100"),
+        ("height:>1000", "height", "1001"),
         ("orientation:Portrait", "orientation", "portrait"),
     ],
 )
@@ -121,7 +115,7 @@ def test_filters(text: str, key: str, value: str) -> None:
 
 
 def test_a_filter_may_be_repeated_where_that_means_something() -> None:
-    assert len(parse("path:a path:b tag:c tag:d width:>1 width:<9").filters) == 6
+    assert len(parse("path:a path:b tag:c tag:d").filters) == 4
 
 
 @pytest.mark.parametrize(
@@ -150,10 +144,10 @@ def test_a_filter_may_be_repeated_where_that_means_something() -> None:
         ("after:٢٠٢٣", r"not a date"),
         ("after:2023 dog after:2024", r"'after:' is given twice, again at position 16; keep one"),
         ("sort:name sort:date", r"'sort:' is given twice, again at position 11"),
-        ("width:big", r"'big' at position 7 is not a range of pixels; write width:1000"),
-        ("width:..", r"not a range of pixels"),
-        ("width:9..1", r"not a range of pixels"),
-        ("width:<0", r"not a range of pixels"),
+        ("width:big", r"'big' at position 7 is not a least number of pixels; write width:1000"),
+        ("width:<1000", r"not a least number of pixels"),
+        ("height:٢", r"not a least number of pixels"),
+        ("width:1 width:2", r"'width:' is given twice, again at position 9"),
         ("orientation:portait", r"unknown orientation 'portait' at position 13.*'portrait'\?"),
         ("sort:newest", r"unknown sort 'newest'.*one of score, date, name"),
         ("dog \ud800", r"text at position 5 is not valid Unicode; type it anew"),
@@ -209,7 +203,7 @@ QUERIES = st.builds(
     examples=st.lists(st.builds(Example, PATHS, WEIGHTS), max_size=3).map(tuple),
     phrases=st.lists(TERMS, max_size=3).map(tuple),
     filters=st.lists(FILTERS, max_size=4).map(tuple),
-    dates=st.sampled_from([(), (Filter("after", "2020-02"), Filter("width", "640.."))]),
+    dates=st.sampled_from([(), (Filter("after", "2020-02"), Filter("width", "640"))]),
     sort=st.sampled_from([None, "score", "date", "name"]),
 )
 
