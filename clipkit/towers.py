@@ -22,8 +22,9 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +89,15 @@ class DualEncoder:
         """The side in pixels that pictures are resized to: a decoder need not give much more."""
         return max(self.config.image_size)
 
+    @property
+    def preferred_batch(self) -> int:
+        """Pictures a batch: enough to fill the device, small enough to report progress on."""
+        return 16 if self.device.type == "cpu" else 256
+
+    def describe(self) -> str:
+        """The encoder's settings as JSON, to be kept beside its vectors."""
+        return json.dumps(asdict(self.config))
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """An RGB picture of any size -> uint8 (3, H, W) as the image tower sees it.
 
@@ -124,32 +134,29 @@ class DualEncoder:
 
     def encode_images(
         self,
-        images: Sequence[Image.Image] | torch.Tensor,
+        images: Sequence[Image.Image] | Sequence[torch.Tensor] | torch.Tensor,
         *,
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> npt.NDArray[np.float32]:
         """Pictures -> float32 (N, D), unit rows.
 
-        `images` are RGB pictures of any size, or what `preprocess` gave stacked to uint8
-        (N, 3, H, W). No pictures give shape (0, D).
+        `images` are RGB pictures of any size, or what `preprocess` gave for each: uint8 tensors
+        (3, H, W), listed or stacked. No pictures give shape (0, D).
         """
-        batches: Iterator[torch.Tensor]
-        if isinstance(images, torch.Tensor):
-            expected = (3, *self.config.image_size)
-            if images.dtype != torch.uint8 or images.shape[1:] != expected:
-                raise InputError(
-                    f"pictures must be a uint8 tensor of shape (N, *{expected}), "
-                    f"got {images.dtype} {tuple(images.shape)}; use DualEncoder.preprocess"
-                )
-            batches = iter(torch.split(images, batch_size))
-        else:
-            batches = (
-                torch.stack(
-                    [self.preprocess(image) for image in images[start : start + batch_size]]
-                )
-                for start in range(0, len(images), batch_size)
+        size = batch_size or self.preferred_batch
+        chunks = (images[start : start + size] for start in range(0, len(images), size))
+        return self._gather(self._encode_image_batch(self._stack(chunk)) for chunk in chunks)
+
+    def _stack(self, images: Iterable[Image.Image | torch.Tensor]) -> torch.Tensor:
+        rows = [i if isinstance(i, torch.Tensor) else self.preprocess(i) for i in images]
+        batch = torch.stack(rows)
+        expected = (3, *self.config.image_size)
+        if batch.dtype != torch.uint8 or batch.shape[1:] != expected:
+            raise InputError(
+                f"preprocessed pictures must be uint8 of shape {expected}, "
+                f"got {batch.dtype} {tuple(batch.shape[1:])}; use DualEncoder.preprocess"
             )
-        return self._gather(map(self._encode_image_batch, batches) if len(images) else iter(()))
+        return batch
 
     @torch.inference_mode()
     def _encode_image_batch(self, batch: torch.Tensor) -> torch.Tensor:
@@ -190,7 +197,7 @@ class DualEncoder:
         features: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
         return features
 
-    def _gather(self, features: Iterator[torch.Tensor]) -> npt.NDArray[np.float32]:
+    def _gather(self, features: Iterable[torch.Tensor]) -> npt.NDArray[np.float32]:
         """Normalise, in float32 whatever the towers' precision: the only place that does."""
         rows = [F.normalize(batch.float(), dim=-1).cpu().numpy() for batch in features]
         return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)

@@ -1,0 +1,100 @@
+"""What lies below a folder and calls itself a picture, without opening any of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipkit.errors import InputError
+from clipkit.images import SUFFIXES
+
+__all__ = ["FoundFile", "Problem", "distinct_roots", "walk"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A regular file with a picture's suffix, as `stat` saw it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that gives no picture: `reason` is a short word to count by, `message` a sentence."""
+
+    path: str
+    reason: str
+    message: str
+    size: int = -1
+    mtime_ns: int = -1
+
+
+def distinct_roots(
+    folders: Sequence[str | os.PathLike[str]], *, known: Callable[[str], bool] = lambda _: False
+) -> list[str]:
+    """The absolute folders, none below another.
+
+    Raises InputError for what is not a folder, unless it is `known`: then it may be a disk that is
+    not mounted now.
+    """
+    roots: list[str] = []
+    for folder in sorted({os.path.abspath(os.path.expanduser(f)) for f in folders}):
+        if not Path(folder).is_dir() and not known(folder):
+            problem = "is a file" if Path(folder).exists() else "does not exist"
+            raise InputError(f"folder {folder} {problem}; name a folder that holds pictures")
+        if not any(folder.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
+            roots.append(folder)
+    return roots
+
+
+def walk(root: str, *, skip: str) -> Iterator[FoundFile | Problem]:
+    """Files below `root` with a picture's suffix, in a stable order, each folder once.
+
+    Hidden names and the index's own folder (`skip`) are left out. Symbolic links are followed; one
+    that leads to a folder seen before is named and not entered.
+    """
+    seen: set[tuple[int, int]] = set()
+    stack = [root]
+    while stack:
+        folder = stack.pop()
+        try:
+            about = os.stat(folder)
+            key = (about.st_dev, about.st_ino)
+            if key in seen:
+                yield Problem(folder, "symlink-loop", "links to a folder that was read already")
+                continue
+            seen.add(key)
+            with os.scandir(folder) as listing:
+                entries = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            yield Problem(folder, "unreadable-folder", f"folder cannot be read: {error.strerror}")
+            continue
+        below = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            picture = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            try:
+                if entry.is_dir():
+                    if os.path.realpath(entry.path) != skip:
+                        below.append(entry.path)
+                    continue
+                if not picture:
+                    continue
+                about = entry.stat()
+            except OSError as error:
+                if picture:
+                    message = f"file cannot be read: {error.strerror}"
+                    yield Problem(entry.path, "unreadable", message)
+                continue
+            if stat.S_ISREG(about.st_mode):
+                yield FoundFile(entry.path, about.st_size, about.st_mtime_ns)
+            else:
+                message = "not a file: a pipe, socket or device"
+                yield Problem(entry.path, "not-a-file", message, about.st_size, about.st_mtime_ns)
+        stack += reversed(below)
