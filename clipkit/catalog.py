@@ -1,0 +1,399 @@
+"""The catalog: every picture, every place it lies at, its texts and its vectors, in one SQLite file.
+
+Inside an index folder:
+
+    catalog.sqlite      the truth (WAL; numbered migrations in PRAGMA user_version)
+    thumbnails.sqlite   derived: may be deleted at any time, a damaged one is made anew
+    writer.lock         held by the one writer; the system frees it when that process dies
+    snapshots/          index.py's files; the catalog only points to the current one
+
+A picture is its content (`image_id`, a hash; `num`, a small integer, inside the index) and has any
+number of places (absolute paths). A picture without a place is dead: its rows stay, so that a file
+which comes back costs nothing, but no search, filter or count sees it. Paths are `str` as
+`os.fsdecode` gives them, stored as bytes: names that are not UTF-8 survive.
+
+Beside this module, and part of it: catalog_store.py (the file, its schema, the lock),
+catalog_rows.py (the types), catalog_search.py (filters, phrases, counts), catalog_vectors.py.
+No module beyond these knows SQL; callers import from here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit import catalog_search as search
+from clipkit import catalog_vectors as stored
+from clipkit.catalog_rows import (
+    AnyPath,
+    CatalogStats,
+    EncoderRow,
+    Int64,
+    KnownFile,
+    PictureRow,
+    SkippedRow,
+    SnapshotPointer,
+    StoredVectors,
+    below,
+    clean,
+    fold,
+    fold_path,
+    lines,
+)
+from clipkit.catalog_search import Filters
+from clipkit.catalog_store import Connection, Store, Thumbnails
+
+__all__ = [
+    "Catalog",
+    "CatalogStats",
+    "EncoderRow",
+    "Filters",
+    "KnownFile",
+    "PictureRow",
+    "SkippedRow",
+    "SnapshotPointer",
+    "StoredVectors",
+]
+
+_HAS_VECTOR = """iif(EXISTS (SELECT 1 FROM vectors v JOIN encoders e ON e.id = v.encoder
+    WHERE e.encoder_id = ? AND v.num = places.num), 'ok', 'pending')"""
+
+
+class Catalog:
+    """One index folder's catalog, opened with `Catalog.open`; a context manager, or `close()` it.
+
+    Reading: any number of catalogs, processes and threads at once; each call sees one committed
+    state. Writing: one catalog per index, from any thread. Everything since the last `commit()` is
+    one transaction; a `with` block commits at its end and drops what is uncommitted on an exception.
+    A writing catalog reads its own uncommitted state.
+    Every call may raise IndexDamaged, or ClipkitError when the disk is full or unreadable.
+    """
+
+    def __init__(self, folder: Path, store: Store) -> None:
+        self.folder = folder
+        self._store = store
+        self._thumbnails = Thumbnails(folder / "thumbnails.sqlite")
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start the bookkeeping of the next transaction."""
+        self._touched: set[int] = set()  # nums whose derived values are to be renewed
+        self._new: set[int] = set()  # nums first added in this transaction
+        self._made: dict[str, bytes] = {}  # thumbnails, written in one go after the commit
+        self._changed = False
+
+    @classmethod
+    def open(cls, folder: AnyPath, *, write: bool = False) -> Self:
+        """Open the index in `folder`; with `write=True` make it if absent, and be its one writer.
+
+        An older schema is migrated. InputError: no index there (reading), a dataset's folder,
+        another program's file, a newer schema. CatalogBusy: another writer, named by its process id.
+        """
+        folder = Path(folder)
+        return cls(folder, Store(folder, write=write))
+
+    def close(self) -> None:
+        """Let go of files and lock. What was not committed is dropped."""
+        self._store.close()
+        self._thumbnails.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None and self._store.writable:
+                self.commit()
+        finally:
+            self.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with self._store.connection() as db:
+            self._settle(db)
+            yield db
+
+    # ---- writing: files and pictures
+
+    def add_root(self, root: AnyPath) -> None:
+        """Remember an indexed folder. A place belongs to every root that it lies below."""
+        with self._store.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _root(root)[:1])
+
+    def remove_root(self, root: AnyPath) -> int:
+        """Forget a folder and all places below it; returns how many places."""
+        with self._store.transaction() as db:
+            db.execute("DELETE FROM roots WHERE path = ?", _root(root)[:1])
+            return len(self.remove_places(self.known_files(root)))
+
+    def known_files(self, root: AnyPath, *, encoder_id: str | None = None) -> dict[str, KnownFile]:
+        """Every remembered file below `root`, by path; with `encoder_id`, a file whose picture has
+        no vector of that encoder is "pending" instead of "ok"."""
+        state = "'ok'" if encoder_id is None else _HAS_VECTOR
+        args = () if encoder_id is None else (encoder_id,)
+        sql = f"""SELECT path, size, mtime_ns, {state} FROM places WHERE path >= ? AND path < ?
+            UNION ALL SELECT path, size, mtime_ns, 'skipped' FROM skipped WHERE path >= ? AND path < ?"""
+        span = _root(root)
+        with self._store.connection() as db:
+            return {
+                os.fsdecode(path): KnownFile(size, mtime_ns, state)
+                for path, size, mtime_ns, state in db.execute(sql, (*args, *span, *span))
+            }
+
+    def places_below(self, folder: AnyPath) -> int:
+        """How many places lie below `folder`: what an unmounted disk would seem to take away."""
+        sql = "SELECT count(*) FROM places WHERE path >= ? AND path < ?"
+        with self._store.connection() as db:
+            return int(db.execute(sql, _root(folder)).fetchone()[0])
+
+    def has_picture(self, image_id: str) -> int | None:
+        """The num of the picture with this content, dead or alive; None if it was never seen."""
+        with self._store.connection() as db:
+            row = db.execute("SELECT num FROM pictures WHERE image_id = ?", (image_id,)).fetchone()
+            return row[0] if row else None
+
+    def add_picture(
+        self,
+        *,
+        image_id: str,
+        width: int,
+        height: int,
+        format: str,
+        bytes: int,
+        taken_at: str | None = None,
+        camera: str | None = None,
+        captions: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        thumbnail: bytes | None = None,
+    ) -> int:
+        """Add a picture, or with a known `image_id` change nothing but its thumbnail; the num."""
+        with self._store.transaction() as db:
+            if thumbnail is not None:
+                self._made[image_id] = thumbnail
+            num = self.has_picture(image_id)
+            if num is None:
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                camera = clean(camera) if camera else None
+                cursor = db.execute(
+                    "INSERT INTO pictures (image_id, width, height, format, bytes, taken_at, camera,"
+                    " added_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (image_id, width, height, format, bytes, taken_at, camera, now),
+                )
+                num = int(cursor.lastrowid or 0)
+                self._new.add(num)
+                self.set_texts(num, captions=captions, tags=tags)
+            return num
+
+    def set_texts(self, num: int, *, captions: Sequence[str], tags: Sequence[str]) -> None:
+        """Replace a picture's captions and tags; costs next to nothing when they are the same."""
+        new = (lines(captions), lines(tags))
+        with self._store.transaction() as db:
+            sql = "SELECT captions, tags FROM pictures WHERE num = ?"
+            if db.execute(sql, (num,)).fetchone() != new:
+                sql = "UPDATE pictures SET captions = ?, tags = ?, tag_keys = ? WHERE num = ?"
+                db.execute(sql, (*new, f"\n{fold(new[1])}\n", num))
+                self._touch(num)
+
+    def add_place(self, num: int, path: AnyPath, *, size: int, mtime_ns: int) -> bool:
+        """The picture `num` lies at `path` (absolute) now, whatever lay there before. Returns
+        whether that is news."""
+        raw = os.fsencode(path)
+        with self._store.transaction() as db:
+            old = db.execute("SELECT num FROM places WHERE path = ?", (raw,)).fetchone()
+            db.execute("DELETE FROM skipped WHERE path = ?", (raw,))
+            sql = "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?)"
+            db.execute(sql, (raw, num, size, mtime_ns, fold_path(os.fsdecode(path))))
+            self._touch(num, *(old or ()))
+            return bool(old != (num,))
+
+    def add_skipped(
+        self, path: AnyPath, *, size: int, mtime_ns: int, reason: str, message: str
+    ) -> None:
+        """The file at `path` cannot be indexed. Forgotten when it is good, or removed, later."""
+        with self._store.transaction() as db:
+            self.remove_places([path])
+            row = (os.fsencode(path), size, mtime_ns, clean(reason), clean(message))
+            db.execute("INSERT INTO skipped VALUES (?, ?, ?, ?, ?)", row)
+
+    def remove_places(self, paths: Iterable[AnyPath]) -> list[int]:
+        """Forget files that are gone, skipped ones too; returns the num of each place that went."""
+        removed: list[int] = []
+        with self._store.transaction() as db:
+            for path in paths:
+                raw = (os.fsencode(path),)
+                db.execute("DELETE FROM skipped WHERE path = ?", raw)
+                rows = db.execute("DELETE FROM places WHERE path = ? RETURNING num", raw).fetchall()
+                removed += [num for (num,) in rows]
+            if removed:
+                self._touch(*removed)
+        return removed
+
+    # ---- writing: encoders, vectors, snapshots
+
+    def register_encoder(self, encoder_id: str, *, spec: str, config_json: str, dim: int) -> None:
+        """Make an encoder's vectors welcome; a known one is left as it is."""
+        with self._store.transaction() as db:
+            sql = "INSERT OR IGNORE INTO encoders VALUES (NULL, ?, ?, ?, ?)"
+            db.execute(sql, (encoder_id, spec, config_json, dim))
+
+    def has_vector(self, num: int, encoder_id: str) -> bool:
+        return self.vector(num, encoder_id) is not None
+
+    def add_vectors(self, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]) -> None:
+        """Store vectors (N, D) of the pictures `nums` (N,) in half precision, under new seqs.
+
+        InputError: encoder not registered, a shape that does not fit, values that are not finite.
+        """
+        with self._store.transaction() as db:
+            stored.add(db, encoder_id, nums, vectors)
+            self._changed = True
+
+    def point_to_snapshot(self, encoder_id: str, *, name: str, last_seq: int) -> None:
+        """Make snapshots/`name` the current one and commit, all in one transaction."""
+        with self._store.transaction() as db:
+            sql = "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)"
+            db.execute(sql, (encoder_id, name, last_seq))
+            self._changed = True  # so that searchers change over
+            self.commit()
+
+    # ---- writing: transactions
+
+    def commit(self) -> None:
+        """Make everything since the last commit durable, and visible to readers all at once."""
+        with self._store.transaction() as db:
+            self._settle(db)
+            if self._changed:
+                db.execute("UPDATE meta SET value = value + 1 WHERE key = 'changes'")
+            db.execute("COMMIT")
+            self._thumbnails.put(self._made)
+            self._forget()
+
+    def rollback(self) -> None:
+        """Drop everything since the last commit."""
+        with self._store.transaction() as db:
+            db.execute("ROLLBACK")
+            self._forget()
+
+    def _touch(self, *nums: int) -> None:
+        self._touched.update(nums)
+        self._changed = True
+
+    def _settle(self, db: Connection) -> None:
+        if self._touched:
+            search.settle(db, self._touched, new=self._new)
+            self._touched.clear()
+
+    # ---- reading: vectors
+
+    def encoders(self) -> list[EncoderRow]:
+        """The registered encoders, oldest first."""
+        sql = "SELECT encoder_id, spec, config, dim FROM encoders ORDER BY id"
+        with self._store.connection() as db:
+            return [EncoderRow(*row) for row in db.execute(sql)]
+
+    def vectors(self, encoder_id: str, *, after_seq: int = 0) -> StoredVectors:
+        """The encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.
+
+        An encoder that is not registered has none: shapes (0,) and (0, 0). A picture that was dead
+        and came back gets a new seq, so it can be in an older snapshot and here: take each num once.
+        """
+        with self._reading() as db:
+            return stored.read(db, encoder_id, after_seq)
+
+    def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
+        """One picture's vector (D,), dead or alive; None if it has none of this encoder."""
+        with self._store.connection() as db:
+            sql = "SELECT vector FROM vectors WHERE encoder = ? AND num = ?"
+            row = db.execute(sql, (stored.encoder(db, encoder_id)[0], num)).fetchone()
+            return np.frombuffer(row[0], "<f2") if row else None
+
+    def live_nums(self, encoder_id: str) -> Int64:
+        """The nums of the live pictures that have a vector of this encoder, sorted."""
+        sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({stored.DEAD})"
+        with self._reading() as db:
+            return search.joined_nums(db, sql, (stored.encoder(db, encoder_id)[0],))
+
+    def snapshot(self, encoder_id: str) -> SnapshotPointer | None:
+        sql = "SELECT name, last_seq FROM snapshots WHERE encoder_id = ?"
+        with self._store.connection() as db:
+            row = db.execute(sql, (encoder_id,)).fetchone()
+            return SnapshotPointer(*row) if row else None
+
+    def change_counter(self) -> int:
+        """A number that rises with every commit after which a search may answer otherwise."""
+        with self._store.connection() as db:
+            row = db.execute("SELECT value FROM meta WHERE key = 'changes'").fetchone()
+            return int(row[0])
+
+    # ---- reading: pictures
+
+    def rows(self, nums: Iterable[int]) -> dict[int, PictureRow]:
+        """What is known of these pictures, by num; dead and unknown ones are left out."""
+        with self._reading() as db:
+            return search.picture_rows(db, nums)
+
+    def row(self, image_id: str) -> PictureRow | None:
+        """The live picture with this content, or None."""
+        num = self.has_picture(image_id)
+        return None if num is None else self.rows([num]).get(num)
+
+    def matching(self, filters: Filters) -> Int64:
+        """The nums of the live pictures that pass, sorted, with or without vectors. InputError: a
+        date that is none, an unknown orientation."""
+        with self._reading() as db:
+            return search.matching(db, filters)
+
+    def phrase(self, text: str, *, limit: int | None = None) -> list[int]:
+        """The nums of the live pictures with this phrase in file name, caption or tag, best first.
+
+        Any text is valid and none is an operator. Words match whole, whatever their letter case
+        and diacritics; scripts written without spaces match by their whole runs only.
+        """
+        with self._reading() as db:
+            return search.phrase(db, text, limit)
+
+    def thumbnail(self, image_id: str) -> bytes | None:
+        return self._made.get(image_id) or self._thumbnails.get(image_id)
+
+    def put_thumbnail(self, image_id: str, data: bytes) -> None:
+        """Keep a thumbnail made later; a reader may, for they are derived."""
+        self._thumbnails.put({image_id: data})
+
+    # ---- reading: the whole
+
+    def stats(self, encoder_id: str | None = None) -> CatalogStats:
+        with self._reading() as db:
+            return search.stats(db, encoder_id)
+
+    def skipped(self) -> list[SkippedRow]:
+        """The files that could not be indexed, by path."""
+        with self._store.connection() as db:
+            rows = db.execute("SELECT path, reason, message FROM skipped ORDER BY path")
+            return [SkippedRow(os.fsdecode(path), *why) for path, *why in rows]
+
+    def folders(self, limit: int = 100) -> list[tuple[str, int]]:
+        """Folders by the number of places below them, most first: roots and all that they hold."""
+        with self._reading() as db:
+            return search.folders(db, limit)
+
+    def date_range(self) -> tuple[str, str] | None:
+        """The dates (as in `Filters`) of the oldest and newest live picture; None without any."""
+        with self._reading() as db:
+            return search.date_range(db)
+
+
+def _root(folder: AnyPath) -> tuple[bytes, bytes]:
+    return below(os.path.abspath(folder))

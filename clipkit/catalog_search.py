@@ -1,0 +1,224 @@
+"""Which pictures, and what is known of them; and the derived values that make this fast to tell.
+
+Functions over a connection for catalog.py to call. Derived per picture, and renewed by `settle`
+in the transaction that changes what they follow from:
+
+    live    it has a place
+    dated   taken_at, else when its oldest present file was last modified
+    texts   the FTS5 row (of live pictures only): words of the file names, captions, tags
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipkit.catalog_rows import (
+    ISO_DATE,
+    CatalogStats,
+    Int64,
+    PictureRow,
+    below,
+    clean,
+    fold,
+    fold_path,
+    fold_tag,
+    local_time,
+    name_words,
+)
+from clipkit.catalog_store import Connection
+from clipkit.catalog_vectors import DEAD, encoder
+from clipkit.errors import InputError
+
+# A private-use token between captions, so that no phrase matches across the end of one.
+_BREAK = " \ue000 "
+_ORIENTATIONS = {
+    "landscape": "width > height",
+    "portrait": "width < height",
+    "square": "width = height",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which pictures to look at: every field that is given must hold.
+
+    `after` (inclusive) and `before` (exclusive) are ISO date prefixes, "2023", "2023-05" or
+    "2023-05-01", each meaning the start of that period. A picture without an EXIF date counts as
+    taken when its oldest present file was last modified (local time).
+    Any of `folders` (the place lies below it; one that is not absolute may be anywhere in the
+    path), `cameras` (substring) and `formats` (whole, as Pillow names them: "jpeg") may hold; all
+    of `paths` (substring of the place) and `tags` (whole) must. `folders` and `paths` ask for one
+    place that fulfils both. Letter case and Unicode form matter for absolute `folders` only.
+    """
+
+    after: str | None = None
+    before: str | None = None
+    paths: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    cameras: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    min_width: int = 0
+    min_height: int = 0
+    orientation: str | None = None  # "landscape", "portrait" or "square"
+
+
+def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
+    """Renew the derived values of the pictures `nums`; those in `new` were never committed.
+
+    In one pass in the order of nums: FTS5 flushes a segment whenever rowids go backwards.
+    """
+    for num in sorted(nums):
+        was_live, taken_at, captions, tags = db.execute(
+            "SELECT live, taken_at, captions, tags FROM pictures WHERE num = ?", (num,)
+        ).fetchone()
+        places = db.execute("SELECT path, mtime_ns FROM places WHERE num = ?", (num,)).fetchall()
+        dated = taken_at
+        if places:
+            dated = taken_at or local_time(min(mtime_ns for _, mtime_ns in places))
+            words = name_words(os.fsdecode(path) for path, _ in places)
+            db.execute(
+                "INSERT OR REPLACE INTO texts (rowid, names, captions, tags) VALUES (?, ?, ?, ?)",
+                (num, *(text.replace("\n", _BREAK) for text in (words, captions, tags))),
+            )
+        else:
+            db.execute("DELETE FROM texts WHERE rowid = ?", (num,))
+        sql = "UPDATE pictures SET live = ?, dated = ? WHERE num = ?"
+        db.execute(sql, (bool(places), dated, num))
+        if places and not was_live and num not in new:
+            # back from the dead: a snapshot made meanwhile left it out, so its vectors count as new
+            db.execute(
+                "INSERT OR REPLACE INTO vectors (num, encoder, vector)"
+                " SELECT num, encoder, vector FROM vectors WHERE num = ?",
+                (num,),
+            )
+
+
+def joined_nums(db: Connection, sql: str, args: Iterable[object]) -> Int64:
+    """The nums of a query for one group_concat, sorted."""
+    # one text for numpy to parse: five times faster than a Python integer for each row
+    joined = db.execute(sql, tuple(args)).fetchone()[0]
+    return np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","))
+
+
+def matching(db: Connection, filters: Filters) -> Int64:
+    """The nums of the live pictures that pass, sorted. InputError: not a date, no such orientation."""
+    where = ["live"]
+    args: list[object] = []
+
+    def need(condition: str, *values: object) -> None:
+        where.append(condition)
+        args.extend(values)
+
+    for sign, date in ((">=", filters.after), ("<", filters.before)):
+        if date is not None:
+            if not ISO_DATE.fullmatch(date):
+                raise InputError(f"date {date!r} is not of the form 2023, 2023-05 or 2023-05-01")
+            need(f"dated {sign} ?", date)
+    if filters.cameras:  # few distinct ones: compared here, where case folding knows all of Unicode
+        sql = "SELECT DISTINCT camera FROM pictures WHERE live AND camera IS NOT NULL"
+        wanted = [fold(camera) for camera in filters.cameras]
+        cameras = [c for (c,) in db.execute(sql) if any(w in fold(c) for w in wanted)]
+        need("camera IN (SELECT value FROM json_each(?))", json.dumps(cameras))
+    if filters.formats:
+        formats = [clean(name).upper() for name in filters.formats]
+        need("upper(format) IN (SELECT value FROM json_each(?))", json.dumps(formats))
+    if filters.min_width:
+        need("width >= ?", filters.min_width)
+    if filters.min_height:
+        need("height >= ?", filters.min_height)
+    if filters.orientation is not None:
+        if filters.orientation not in _ORIENTATIONS:
+            known = ", ".join(_ORIENTATIONS)
+            raise InputError(f"orientation {filters.orientation!r} is not one of {known}")
+        need(_ORIENTATIONS[filters.orientation])
+    for tag in filters.tags:
+        need("instr(tag_keys, ?)", f"\n{fold_tag(tag)}\n")
+    if filters.paths or filters.folders:  # one place must fulfil both
+        place = ["instr(folded, ?)"] * len(filters.paths)
+        values: list[object] = [fold_path(path) for path in filters.paths]
+        if filters.folders:
+            ways = []
+            for folder in filters.folders:
+                absolute = os.path.isabs(folder)
+                ways.append("path >= ? AND path < ?" if absolute else "instr(folded, ?)")
+                values += below(folder) if absolute else [f"/{fold_path(folder).strip('/')}/"]
+            place.append(f"({' OR '.join(ways)})")
+        need(f"num IN (SELECT num FROM places WHERE {' AND '.join(place)})", *values)
+    sql = f"SELECT group_concat(num) FROM pictures WHERE {' AND '.join(where)}"
+    return joined_nums(db, sql, args)
+
+
+def phrase(db: Connection, text: str, limit: int | None) -> list[int]:
+    """The nums of the pictures whose names, captions or tags hold the phrase, best (bm25) first."""
+    quoted = '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
+    sql = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid LIMIT ?"
+    return [num for (num,) in db.execute(sql, (quoted, -1 if limit is None else limit))]
+
+
+def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
+    """The folders that hold the most places, roots and what lies below them, with their counts."""
+    sep = os.sep.encode()
+    direct = Counter(path.rpartition(sep)[0] for (path,) in db.execute("SELECT path FROM places"))
+    roots = {path.rstrip(sep) for (path,) in db.execute("SELECT path FROM roots")}
+    total: Counter[bytes] = Counter()
+    for folder, count in direct.items():
+        parts = folder.split(sep)
+        chain = [sep.join(parts[:end]) for end in range(len(parts), 0, -1)]
+        depth = max((i for i, parent in enumerate(chain) if parent in roots), default=0)
+        for parent in chain[: depth + 1]:
+            total[parent] += count
+    best = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:limit]
+    return [(os.fsdecode(folder or sep), count) for folder, count in best]
+
+
+def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
+    """What is known of the live ones of these pictures, by num."""
+    wanted = (json.dumps([int(num) for num in nums]),)
+    chosen = "num IN (SELECT value FROM json_each(?))"
+    places: dict[int, list[str]] = {}
+    for num, path in db.execute(f"SELECT num, path FROM places WHERE {chosen}", wanted):
+        places.setdefault(num, []).append(os.fsdecode(path))
+    rows = db.execute(
+        "SELECT num, image_id, width, height, format, bytes, taken_at, dated, camera, added_at,"
+        f" captions, tags FROM pictures WHERE live AND {chosen}",
+        wanted,
+    )
+    found: dict[int, PictureRow] = {}
+    for num, image_id, *facts, captions, tags in rows:
+        path = min(places[num], key=lambda path: (len(path), path))
+        facts += [tuple(filter(None, text.split("\n"))) for text in (captions, tags)]
+        found[num] = PictureRow(num, image_id, path, tuple(sorted(places[num])), *facts)
+    return found
+
+
+def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
+    pictures, size, newest = db.execute(
+        "SELECT count(*), coalesce(sum(bytes), 0), max(added_at) FROM pictures WHERE live"
+    ).fetchone()
+    sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
+    sql = f"SELECT ({sql}), (SELECT count(*) FROM places), (SELECT count(*) FROM skipped)"
+    vectors, places, skipped = db.execute(sql, (encoder(db, encoder_id)[0],)).fetchone()
+    roots = [os.fsdecode(root) for (root,) in db.execute("SELECT path FROM roots")]
+    return CatalogStats(
+        pictures=pictures,
+        vectors=vectors,
+        places=places,
+        skipped=skipped,
+        bytes=size,
+        roots=tuple(root.rstrip(os.sep) or os.sep for root in roots),
+        newest=newest,
+    )
+
+
+def date_range(db: Connection) -> tuple[str, str] | None:
+    sql = """SELECT (SELECT min(dated) FROM pictures WHERE live),
+        (SELECT max(dated) FROM pictures WHERE live)"""
+    first, last = db.execute(sql).fetchone()
+    return None if first is None else (first, last)
