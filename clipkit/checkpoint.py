@@ -36,6 +36,7 @@ __all__ = [
     "find_folder",
     "identify",
     "read_config",
+    "read_weights",
     "tokenizer_digest",
     "weights_digest",
 ]
@@ -156,7 +157,7 @@ def identify(spec: str) -> str | None:
     if folder is None or not (folder / WEIGHTS_FILE).is_file():
         return None
     model_cfg, preprocess_cfg = read_config(folder)
-    tensors = _read_safetensors(folder / WEIGHTS_FILE)
+    tensors = read_weights(folder / WEIGHTS_FILE)
     return combine_identity(
         model_cfg, preprocess_cfg, tokenizer_digest(folder), weights_digest(tensors)
     )
@@ -234,8 +235,12 @@ _SAFETENSORS_DTYPES = {
 }
 
 
-def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """The tensors in the order of their names, mapped and not copied; bfloat16 widened to float32.
+def read_weights(
+    path: Path, prefixes: str | tuple[str, ...] = ""
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """A safetensors file's tensors whose names begin so, in the order of their names.
+
+    bfloat16 is widened to float32.
 
     The format (https://huggingface.co/docs/safetensors): a little-endian u64 header length, a JSON
     header of name -> dtype, shape, offsets, then the bytes. Read here because the library's numpy
@@ -246,7 +251,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
             start = 8 + int.from_bytes(data[:8], "little")
             header = json.loads(data[8:start])
             header.pop("__metadata__", None)
-            for name in sorted(header):
+            for name in sorted(name for name in header if name.startswith(prefixes)):
                 entry = header[name]
                 begin, end = entry["data_offsets"]
                 raw = data[start + begin : start + end]
