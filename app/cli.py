@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,9 +25,14 @@ from clipkit import __version__
 from clipkit.errors import ClipkitError, InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+
     from clipkit.catalog import Catalog
     from clipkit.embed import Progress, Summary
     from clipkit.search import SearchResult
+    from clipkit.text_tower import TextTower
     from clipkit.towers import DualEncoder
 
 cli = typer.Typer(
@@ -172,7 +178,8 @@ def search(
     with Catalog.open(_index_folder(index)) as catalog:
         spec = model or _model_of(catalog) or "builtin"
         encoder_id, load_encoder = _encoder(spec, device=device, precision=precision)
-        searcher = Searcher(catalog, load_encoder, encoder_id=encoder_id)
+        encoder = _SearchEncoder(spec, encoder_id, load_encoder)
+        searcher = Searcher(catalog, encoder, encoder_id=encoder_id)
         result = searcher.search(" ".join(words or ()), k=k, image=picture)
     if as_json:
         print(json.dumps([asdict(hit) for hit in result.hits], indent=2))
@@ -270,6 +277,36 @@ def _encoder(spec: str, *, device: str, precision: str) -> tuple[str, Callable[[
     return encoder.encoder_id, lambda: encoder
 
 
+@dataclass(frozen=True)
+class _SearchEncoder:
+    """Texts go through the numpy text tower where there is one: it starts at once. The towers are
+    loaded for other architectures and for pictures."""
+
+    spec: str
+    encoder_id: str
+    load: Callable[[], DualEncoder]
+
+    @cached_property
+    def _towers(self) -> DualEncoder:
+        return self.load()
+
+    @cached_property
+    def _text_tower(self) -> TextTower | DualEncoder:
+        from clipkit.text_tower import open_text_tower
+
+        return open_text_tower(self.spec) or self._towers
+
+    @property
+    def preferred_side(self) -> int:
+        return self._towers.preferred_side
+
+    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        return self._text_tower.encode_texts(texts)
+
+    def encode_images(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        return self._towers.encode_images(images)
+
+
 @contextmanager
 def _stop_on_signal() -> Iterator[threading.Event]:
     """Ctrl-C or a polite kill ends the run after the current batch; a second one ends it at once."""
@@ -337,6 +374,7 @@ def _print_summary(summary: Summary, place: Path) -> None:
         (summary.removed, "removed"),
         (summary.unchanged, "unchanged"),
         (summary.skipped, "skipped"),
+        (summary.skipped_before, "skipped before"),
     ]
     told = ", ".join(f"{count:,} {word}" for count, word in counts if count) or "no pictures found"
     rate = f", {summary.pictures_per_second:.1f} pictures/s" if summary.embedded else ""
@@ -370,9 +408,10 @@ def _print_hits(result: SearchResult) -> None:
         table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
     colours = {"strong": "green", "fair": "yellow", "weak": "dim"}
     for hit in result.hits:
-        strength = Text(hit.strength, style=colours.get(hit.strength, ""))
+        strength = Text(hit.strength or "", style=colours.get(hit.strength or "", ""))
         path = Text(_printable(hit.path))
-        table.add_row(str(hit.rank), f"{hit.score:.3f}", strength, path)
+        score = "" if hit.score is None else f"{hit.score:.3f}"
+        table.add_row(str(hit.rank), score, strength, path)
     console = Console(soft_wrap=True)
     console.print(table)
     took = sum(result.seconds.values())

@@ -78,13 +78,15 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run did, in files. `reasons` counts the skipped by their reason."""
+    """What a run did, in files. `reasons` counts the newly skipped by their reason; those known to
+    be bad and unchanged are `skipped_before`. A file that moved is neither added nor removed."""
 
     added: int
     duplicates: int
     moved: int
     removed: int
     unchanged: int
+    skipped_before: int
     skipped: int
     reasons: Mapping[str, int]
     unavailable: tuple[str, ...]
@@ -195,6 +197,7 @@ class _Run:
             moved=self.counts["moved"],
             removed=self.counts["removed"],
             unchanged=self.counts["unchanged"],
+            skipped_before=self.counts["skipped_before"],
             skipped=sum(self.reasons.values()),
             reasons=dict(self.reasons.most_common()),
             unavailable=tuple(unavailable),
@@ -235,7 +238,7 @@ class _Run:
             elif before and same and before.state == "ok":
                 self.counts["unchanged"] += 1
             elif before and same and before.state == "skipped":
-                self.counts["still_skipped"] += 1
+                self.counts["skipped_before"] += 1
             else:
                 yield item
 
@@ -327,7 +330,7 @@ class _Run:
             if known is None or not self.catalog.has_vector(num, self.encoder_id):
                 rows[num] = row
         self.catalog.register_encoder(
-            self.encoder_id, encoder.spec, encoder.describe(), encoder.dim
+            self.encoder_id, spec=encoder.spec, config_json=encoder.describe(), dim=encoder.dim
         )
         self.catalog.add_vectors(
             self.encoder_id, np.array(list(rows), np.int64), vectors[list(rows.values())]
@@ -358,9 +361,12 @@ class _Run:
 
     def _place(self, num: int, file: FoundFile) -> None:
         """A file of a known picture: a copy, a moved file, or one that came back."""
+        was_live = num in self.catalog.rows([num])
         fresh = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["done"] += 1
-        if fresh:
+        if not was_live:
+            self.counts["added"] += 1
+        elif fresh:
             self.new_places[num] += 1
 
     def _skip(self, problem: Problem) -> None:
