@@ -1,11 +1,4 @@
-"""The dual encoder: an image tower and a text tower that share one embedding space.
-
-The only module that knows OpenCLIP. A model is named by a spec:
-
-    builtin                            ships inside clipkit; needs no network
-    ViT-B-32/laion2b_s34b_b79k         an OpenCLIP architecture and pretrained tag
-    hf-hub:timm/ViT-B-16-SigLIP        an OpenCLIP repository on the Hugging Face hub
-    path/to/folder                     an OpenCLIP checkpoint folder, such as `save` writes
+"""The dual encoder: pictures and texts to unit vectors of one space.
 
 Architectures, weights and tokenizers are OpenCLIP's. What is done here, and why: pictures are
 resized as uint8 in the decode workers (an antialiased resize in torch, several times faster than
@@ -15,14 +8,9 @@ leaves the embedding the same; vectors leave as float32 unit rows, normalised on
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-import os
-import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -36,14 +24,12 @@ from PIL import Image
 
 from clipkit import checkpoint
 from clipkit.checkpoint import TowerConfig
-from clipkit.errors import InputError, ModelError
+from clipkit.errors import InputError
 
-__all__ = ["DualEncoder", "Precision", "choose_device", "choose_precision", "load"]
-
-log = logging.getLogger(__name__)
+__all__ = ["DTYPES", "DualEncoder", "Precision", "write_settings"]
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class DualEncoder:
@@ -66,7 +52,7 @@ class DualEncoder:
         self.config = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
         self.device = device
         self.precision = precision
-        self.model = model.eval().requires_grad_(False).to(device, _DTYPES[precision])
+        self.model = model.eval().requires_grad_(False).to(device, DTYPES[precision])
         # Convolutions run 1.5 to 3 times faster with the channels last; transformers do not mind.
         self.model = self.model.to(memory_format=torch.channels_last)
         self._tokenizer = tokenizer
@@ -162,7 +148,7 @@ class DualEncoder:
     def _encode_image_batch(self, batch: torch.Tensor) -> torch.Tensor:
         pixels = batch.to(self.device, non_blocking=True).float()
         pixels = torch.addcmul(self._shift, pixels, self._scale)
-        pixels = pixels.to(_DTYPES[self.precision], memory_format=torch.channels_last)
+        pixels = pixels.to(DTYPES[self.precision], memory_format=torch.channels_last)
         features: torch.Tensor = self.model.encode_image(pixels)  # type: ignore[operator]
         return features
 
@@ -218,196 +204,12 @@ class DualEncoder:
             for name, tensor in self.model.state_dict().items()
         }
         save_file(tensors, folder / checkpoint.WEIGHTS_FILE, metadata={"format": "pt"})
-        _write_settings(folder, self.model, self._tokenizer, self._model_cfg, self._preprocess_cfg)
+        write_settings(folder, self.model, self._tokenizer, self._model_cfg, self._preprocess_cfg)
         note = {"encoder_id": checkpoint.identify(str(folder)), **(provenance or {})}
         _write_json(folder / checkpoint.PROVENANCE_FILE, note)
 
 
-def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> DualEncoder:
-    """Load the towers that `spec` names (see the module's docstring).
-
-    device: "auto" (a CUDA GPU, else Apple's MPS, else the CPU) or any torch device.
-    precision: "auto" (bfloat16 where the device computes in it, else float32) or a dtype's name.
-    Raises ModelError, in one sentence, for a spec that is unknown or cannot be fetched.
-    """
-    import open_clip
-
-    chosen_device = choose_device(device)
-    chosen_precision = choose_precision(chosen_device, precision)
-    folder = checkpoint.find_folder(spec)
-    with _quiet_open_clip():
-        if folder is None and spec.startswith("hf-hub:"):
-            folder = _snapshot(spec)
-        if folder is not None:
-            model_cfg, preprocess_cfg = checkpoint.read_config(folder)
-            name, build = f"local-dir:{folder}", _folder_builder(folder, model_cfg)
-        else:
-            name, model_cfg, preprocess_cfg, build = _pretrained_builder(spec)
-        try:
-            model = build()
-            tokenizer = open_clip.get_tokenizer(name)
-        except Exception as error:  # OpenCLIP and the hub raise whatever they like
-            raise ModelError(_unreachable(spec, error)) from error
-        # OpenCLIP resolves what the config leaves open (size, defaults) and keeps it on the model.
-        preprocess_cfg = {**preprocess_cfg, **getattr(model.visual, "preprocess_cfg", {})}
-        encoder_id = checkpoint.identify(str(folder)) if folder is not None else None
-        if encoder_id is None:
-            encoder_id = _identify_loaded(model, tokenizer, model_cfg, preprocess_cfg)
-    return DualEncoder(
-        model,
-        tokenizer,
-        spec=spec,
-        encoder_id=encoder_id,
-        model_cfg=model_cfg,
-        preprocess_cfg=preprocess_cfg,
-        device=chosen_device,
-        precision=chosen_precision,
-    )
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """The device to compute on; "auto" prefers CUDA, then MPS, then the CPU."""
-    if device != "auto":
-        try:
-            chosen = torch.device(device)
-            torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"device {device!r} is not usable here ({reason}); use auto, cpu, cuda or mps"
-            ) from error
-        return chosen
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_precision(device: torch.device, precision: str = "auto") -> Precision:
-    """The dtype of the weights; "auto" takes bfloat16 only where the hardware multiplies in it."""
-    if precision in _DTYPES:
-        return precision  # type: ignore[return-value]
-    if precision != "auto":
-        choices = ", ".join(("auto", *_DTYPES))
-        raise InputError(f"precision {precision!r} is unknown; use one of {choices}")
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()  # emulated bfloat16 is eight times slower than float32
-        return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
-    return "float32"
-
-
-def _folder_builder(folder: Path, model_cfg: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
-    import open_clip
-
-    overrides = {}
-    if (
-        "hf_model_name" in model_cfg["text_cfg"]
-        and (folder / checkpoint.TEXT_CONFIG_FILE).is_file()
-    ):
-        # The text transformer's settings lie beside the weights: no hub is asked for them.
-        overrides["text_cfg"] = {
-            **model_cfg["text_cfg"],
-            "hf_model_name": str(folder.resolve()),
-            "hf_model_pretrained": False,
-        }
-
-    def build() -> torch.nn.Module:
-        model: torch.nn.Module = open_clip.create_model(
-            f"local-dir:{folder}", require_pretrained=True, weights_only=True, **overrides
-        )
-        return model
-
-    return build
-
-
-def _pretrained_builder(
-    spec: str,
-) -> tuple[str, dict[str, Any], dict[str, Any], Callable[[], torch.nn.Module]]:
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
-
-    architecture, _, tag = spec.rpartition("/")
-    model_cfg = open_clip.get_model_config(architecture) if architecture else None
-    if model_cfg is None:
-        raise ModelError(_unknown_spec(spec, open_clip.list_models()))
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag not in tags:
-        raise ModelError(
-            f"{architecture} has no pretrained tag {tag!r}; it has {', '.join(tags) or 'none'}"
-        )
-    # The activation is part of the weights' identity: OpenCLIP only warns when the two disagree.
-    quick_gelu = bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
-    model_cfg["quick_gelu"] = quick_gelu
-
-    def build() -> torch.nn.Module:
-        model: torch.nn.Module = open_clip.create_model(
-            architecture,
-            pretrained=tag,
-            require_pretrained=True,
-            weights_only=True,
-            quick_gelu=quick_gelu,
-        )
-        return model
-
-    return architecture, model_cfg, {}, build
-
-
-def _snapshot(spec: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        wanted = ["*.json", "*.txt", "*.model", "open_clip_*model.safetensors"]
-        folder = Path(snapshot_download(spec.removeprefix("hf-hub:"), allow_patterns=wanted))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(
-                    spec.removeprefix("hf-hub:"), allow_patterns=[*wanted, "open_clip_*model.bin"]
-                )
-            )
-    except Exception as error:  # the hub's client raises many kinds: no network, no such repository
-        raise ModelError(_unreachable(spec, error)) from error
-    return folder
-
-
-def _unreachable(spec: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"model {spec!r} could not be loaded ({reason[:200]}); "
-        "use --model builtin, which needs no network, or give the folder of a downloaded checkpoint"
-    )
-
-
-def _unknown_spec(spec: str, architectures: Sequence[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(spec.partition("/")[0], architectures, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}/TAG?" if near else ""
-    return (
-        f"model {spec!r} is unknown{hint}: use builtin, ARCHITECTURE/TAG such as "
-        "ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME, or the folder of an OpenCLIP checkpoint"
-    )
-
-
-def _identify_loaded(
-    model: torch.nn.Module,
-    tokenizer: Any,
-    model_cfg: Mapping[str, Any],
-    preprocess_cfg: Mapping[str, Any],
-) -> str:
-    state = model.state_dict()
-    tensors = (
-        (n, (t.float() if t.is_floating_point() else t).numpy()) for n, t in sorted(state.items())
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        _write_settings(Path(scratch), model, tokenizer, model_cfg, preprocess_cfg)
-        tokens = checkpoint.tokenizer_digest(Path(scratch))
-    return checkpoint.combine_identity(
-        model_cfg, preprocess_cfg, tokens, checkpoint.weights_digest(tensors)
-    )
-
-
-def _write_settings(
+def write_settings(
     folder: Path,
     model: torch.nn.Module,
     tokenizer: Any,
@@ -468,31 +270,3 @@ def _causal_text_features(
     if isinstance(projection, torch.nn.Linear):
         return projection(x)  # type: ignore[no-any-return]
     return x @ projection  # type: ignore[no-any-return]
-
-
-@contextlib.contextmanager
-def _quiet_open_clip() -> Iterator[None]:
-    """Keep what OpenCLIP logs to the root logger away from the user; errors are raised anyway."""
-    root = logging.getLogger()
-    drop = _DropOpenClip()
-    handlers = list(root.handlers)
-    for handler in handlers:
-        handler.addFilter(drop)
-    # Without any handler logging.warning() would install one that writes to stderr.
-    silencer = None if handlers else logging.NullHandler()
-    if silencer:
-        root.addHandler(silencer)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(drop)
-        if silencer:
-            root.removeHandler(silencer)
-
-
-class _DropOpenClip(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}open_clip{os.sep}" not in record.pathname
