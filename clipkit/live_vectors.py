@@ -1,0 +1,230 @@
+"""What can be found by vector right now: one encoder's vectors of the live pictures, in memory.
+
+A library is parts, each an immutable VectorIndex: the catalog's snapshot, if it has one, and what is
+newer than it (vectors with a greater seq), exact. `follow` turns one state into the next by loading
+only what is new, so a running indexer costs a search milliseconds; a search holds one state from
+beginning to end. New parts are merged like digits of a binary counter: few parts, little copying.
+
+A snapshot that is lost, damaged or another encoder's is never searched: the catalog is the truth.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.catalog import Catalog, SnapshotPointer
+from clipkit.errors import ClipkitError, IndexDamaged
+from clipkit.index import Manifest, VectorIndex, read_manifest
+
+__all__ = ["LiveVectors", "follow", "refresh_snapshot"]
+
+log = logging.getLogger(__name__)
+
+SAMPLE = 2_000  # pictures that tell how high a query scores by chance
+SNAPSHOT_FROM = 50_000  # vectors outside a snapshot before a (new) one is worth its build
+SNAPSHOT_SHARE = 0.1  # ... and their least share of the library
+FEW_DEAD = 1_000  # dead rows that are cheaper to skip among the hits than to mask in the search
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some vectors, and which of them count: not those of dead pictures or with a newer vector."""
+
+    index: VectorIndex
+    nums: Int64  # (N,) all that the index holds, sorted
+    alive: Int64  # (M,) those that count, sorted
+
+
+@dataclass(frozen=True, eq=False)
+class LiveVectors:
+    """One state. Immutable: threads may share it. Nums are the catalog's `num`."""
+
+    encoder_id: str
+    changes: int  # the catalog's change counter before this was read
+    snapshot: str | None  # the name of the snapshot that the catalog points to, usable or not
+    last_seq: int
+    parts: tuple[Part, ...]  # oldest first; parts[0] is the snapshot's if `from_snapshot`
+    from_snapshot: bool
+
+    @cached_property
+    def nums(self) -> Int64:
+        """All that can be found, sorted."""
+        return np.sort(np.concatenate([np.empty(0, np.int64), *(p.alive for p in self.parts)]))
+
+    @cached_property
+    def sample(self) -> Float32:
+        """Vectors (S, D) of up to SAMPLE pictures, S = 0 for an empty library.
+
+        Always the same pictures, in random order of their nums: those with the least hash (a
+        bottom-k sample). A picture that is added or removed changes at most one of them.
+        """
+        nums = self.nums
+        if len(nums) > SAMPLE:
+            nums = nums[np.argpartition(_hash(nums), SAMPLE)[:SAMPLE]]
+        return self.vectors_of(nums)
+
+    def search(
+        self, vector: Float32, k: int, *, allowed: Int64 | None = None
+    ) -> tuple[Int64, Float32]:
+        """The k nearest of the pictures in `allowed` (sorted nums; None: all), fewer if there are
+        fewer: nums and cosines, by falling cosine, then by num."""
+        found = [_search_part(part, vector, k, allowed) for part in self.parts]
+        nums = np.concatenate([np.empty(0, np.int64), *(nums for nums, _ in found)])
+        scores = np.concatenate([np.empty(0, np.float32), *(scores for _, scores in found)])
+        order = np.lexsort((nums, -scores))[:k]
+        return nums[order], scores[order]
+
+    def vectors_of(self, nums: Int64) -> Float32:
+        """Vectors (M, D) of those of `nums` that can be found, in any order."""
+        rows = [part.index.vectors_of(np.intersect1d(part.alive, nums)) for part in self.parts]
+        return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+
+
+def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) -> LiveVectors:
+    """The library as the catalog is now; `old` itself if nothing has changed since."""
+    changes = catalog.change_counter()
+    if old is not None and old.changes == changes:
+        return old
+    # In this order, each from a later state than the one before: a picture that comes in between is
+    # loaded but not yet live, one that goes is live but not loaded. Neither is found until the next
+    # call, which sees another change counter.
+    live = catalog.live_nums(encoder_id)
+    pointer = catalog.snapshot(encoder_id)
+    name = pointer.name if pointer else None
+    if old is not None and old.snapshot == name:
+        parts, from_snapshot, last_seq = list(old.parts), old.from_snapshot, old.last_seq
+    else:
+        parts = _load_snapshot(catalog, encoder_id, pointer)
+        from_snapshot = bool(parts)
+        last_seq = pointer.last_seq if pointer and parts else 0
+    new = catalog.vectors(encoder_id, after_seq=last_seq)
+    if len(new.nums):
+        parts.append(_exact(new.nums, new.vectors))
+    alive = _alive(_merge(parts, keep_first=from_snapshot), live)
+    return LiveVectors(encoder_id, changes, name, new.last_seq, alive, from_snapshot)
+
+
+def refresh_snapshot(catalog: Catalog, encoder_id: str, *, force: bool = False) -> Manifest | None:
+    """Build a snapshot and point the catalog, open for writing, to it, if enough is outside one.
+
+    That is when at least SNAPSHOT_FROM vectors and SNAPSHOT_SHARE of all are newer than the current
+    snapshot, when that one is damaged, or with `force`. Returns None if nothing was done. The
+    snapshot before is kept for those who load it at this moment, older ones are deleted.
+    """
+    catalog.commit()
+    pointer = catalog.snapshot(encoder_id)
+    total = len(catalog.live_nums(encoder_id))
+    usable = _load_snapshot(catalog, encoder_id, pointer)
+    after = pointer.last_seq if pointer and usable else 0
+    newer = len(catalog.vectors(encoder_id, after_seq=after).nums) if after else total
+    if not total or not (force or (newer >= SNAPSHOT_FROM and newer >= SNAPSHOT_SHARE * total)):
+        return None
+    stored = catalog.vectors(encoder_id)
+    index = VectorIndex.build(stored.nums, stored.vectors)
+    folder = catalog.folder / "snapshots"
+    folder.mkdir(exist_ok=True)
+    names = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
+    name = f"{int(names[-1]) + 1 if names else 1:06d}"
+    index.save(folder / name, encoder_id=encoder_id, last_seq=stored.last_seq)
+    catalog.point_to_snapshot(encoder_id, name=name, last_seq=stored.last_seq)
+    current = {catalog.snapshot(row.encoder_id) for row in catalog.encoders()}
+    keep = {name, *(kept.name for kept in (*current, pointer) if kept)}
+    for old in names:
+        if old not in keep:
+            shutil.rmtree(folder / old, ignore_errors=True)
+    return read_manifest(folder / name)
+
+
+def _load_snapshot(
+    catalog: Catalog, encoder_id: str, pointer: SnapshotPointer | None
+) -> list[Part]:
+    """The snapshot as the one part; none, and the reason in the log, if it may not be searched."""
+    if pointer is None:
+        return []
+    folder: Path = catalog.folder / "snapshots" / pointer.name
+    try:
+        manifest = read_manifest(folder)
+        if (manifest.encoder_id, manifest.last_seq) != (encoder_id, pointer.last_seq):
+            raise IndexDamaged(
+                f"{folder} holds vectors of encoder {manifest.encoder_id} up to seq "
+                f"{manifest.last_seq}; the catalog says {encoder_id} and {pointer.last_seq}"
+            )
+        index = VectorIndex.load(folder)
+        nums = np.load(folder / "ids.npy")  # sorted; load() has just checked every byte
+        return [Part(index, nums, nums)]
+    except (ClipkitError, OSError) as error:
+        log.warning("snapshot not used, searching the catalog's vectors instead: %s", error)
+        return []
+
+
+def _exact(nums: Int64, vectors: npt.NDArray[np.float16]) -> Part:
+    nums_sorted = np.sort(nums)
+    return Part(VectorIndex.build(nums, vectors, kind="exact"), nums_sorted, nums_sorted)
+
+
+def _merge(parts: Sequence[Part], *, keep_first: bool) -> list[Part]:
+    """Join the newest parts while one is at least half as large as the one before it.
+
+    The snapshot (`keep_first`) stays as it is. A num in two parts keeps its newer vector.
+    """
+    merged = list(parts)
+    while len(merged) > 1 + keep_first and 2 * len(merged[-1].nums) >= len(merged[-2].nums):
+        newer, older = merged.pop(), merged.pop()
+        kept = np.setdiff1d(older.nums, newer.nums, assume_unique=True)
+        vectors = np.concatenate([older.index.vectors_of(kept), newer.index.vectors_of(newer.nums)])
+        # the parts' codes are half precision: nothing is lost on the way
+        merged.append(_exact(np.concatenate([kept, newer.nums]), vectors.astype(np.float16)))
+    return merged
+
+
+def _alive(parts: Sequence[Part], live: Int64) -> tuple[Part, ...]:
+    """The parts with what counts of each now: live, and in no newer part."""
+    ends = [int(nums[-1]) + 1 for nums in (live, *(part.nums for part in parts)) if len(nums)]
+    wanted = np.zeros(max(ends, default=0), dtype=bool)  # by num: nums are small integers
+    wanted[live] = True
+    renewed = []
+    for part in reversed(parts):
+        alive = part.nums[wanted[part.nums]]
+        wanted[alive] = False
+        renewed.append(Part(part.index, part.nums, alive))
+    return tuple(reversed(renewed))
+
+
+def _search_part(
+    part: Part, vector: Float32, k: int, allowed: Int64 | None
+) -> tuple[Int64, Float32]:
+    """As LiveVectors.search, in one part."""
+    dead = len(part.nums) - len(part.alive)
+    if allowed is not None:
+        mask: Int64 | None = part.alive[np.isin(part.alive, allowed, assume_unique=True)]
+        dead = 0
+    elif dead > FEW_DEAD:
+        mask, dead = part.alive, 0
+    else:
+        mask = None
+    if k == 0 or (mask is not None and not len(mask)):
+        return np.empty(0, np.int64), np.empty(0, np.float32)
+    nums, scores = part.index.search(vector[None, :], k + dead, allowed=mask)[0]
+    if dead:
+        found = np.isin(nums, part.alive)
+        nums, scores = nums[found], scores[found]
+    return nums[:k], scores[:k]
+
+
+def _hash(nums: Int64) -> npt.NDArray[np.uint64]:
+    """A fixed random order of integers: the finalizer of splitmix64 (Steele et al. 2014)."""
+    x = nums.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,323 @@
+"""Query -> hits: the one entry that the page, the API and the command line share.
+
+1. Filters and phrases come first: only pictures that pass them are ranked, and `total` counts them.
+2. Words, examples and exclusions make one vector (query_encoder.py); pictures rank by their cosine
+   to it. With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal rank.
+3. Ties go by image_id.
+4. `sort:` orders what is shown. With words or examples the k best are chosen first, then ordered.
+   Without, all that passes is ordered: by the phrases' ranks, or else by date, newest first.
+
+Filters, phrases, `similar` and examples that are in the library need no encoder: it is loaded by
+the first query that has something to encode.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from clipkit.catalog import Catalog, Filters, PictureRow
+from clipkit.errors import InputError
+from clipkit.live_vectors import LiveVectors, follow, refresh_snapshot
+from clipkit.query import Query, parse
+from clipkit.query_encoder import Encoder, QueryEncoder, Searched
+from clipkit.ranking import reciprocal_rank_fusion, strengths
+
+__all__ = ["Encoder", "SearchHit", "SearchResult", "Searcher", "refresh_snapshot"]
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)
+
+
+@dataclass(frozen=True, slots=True)
+class SearchHit:
+    """`score` is the cosine, `strength` its band: "strong", "fair" or "weak". Both are None where
+    nothing was compared: pictures listed by filters or phrases alone."""
+
+    rank: int  # from 1
+    image_id: str
+    score: float | None
+    strength: str | None
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    hits: tuple[SearchHit, ...]
+    total: int  # exact: all pictures that pass filters and phrases
+    seconds: Mapping[str, float]  # by stage: "load" (what is new), "encode", "search", "rows"
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("load", "encode", "search", "rows"), 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] += now - self._last
+        self._last = now
+
+
+class Searcher:
+    """Searches one catalog with one encoder; threads may share it.
+
+    `catalog` is one opened for reading; what an indexer commits is found by the next query.
+    `encoder` is an encoder or a function that loads one. `encoder_id` says which vectors to search
+    before it is loaded; without it, a catalog of one encoder needs none. With `files=False` an
+    example `+FILE` is refused: for callers who must not make this machine read its files.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        encoder: Encoder | Callable[[], Encoder],
+        *,
+        encoder_id: str | None = None,
+        files: bool = True,
+    ) -> None:
+        self.catalog = catalog
+        self._encoder = QueryEncoder(encoder)
+        self._encoder_id = encoder_id
+        self._files = files
+        self._live: LiveVectors | None = None
+        self._following = threading.Lock()
+
+    def search(
+        self,
+        query: str | Query = "",
+        *,
+        k: int = 24,
+        image: Image.Image | bytes | None = None,
+        filters: Filters | None = None,
+    ) -> SearchResult:
+        """The k best pictures for a query, with `image` (RGB, or a file's bytes) as one more example
+        and `filters` beside the query's own.
+
+        Raises QueryError, ImageError (an example cannot be read), EncoderMismatch (the catalog has
+        other encoders' vectors only), ModelError (a vector that is not finite), InputError.
+        """
+        _check_k(k)
+        query = parse(query) if isinstance(query, str) else query
+        clock = _Clock()
+        allowed = self._passing(query, filters)
+        rankings = []
+        for phrase in query.phrases:
+            found = np.array(self.catalog.phrase(phrase.text), dtype=np.int64)
+            rankings.append((phrase.weight, found))
+            allowed = np.sort(found) if allowed is None else np.intersect1d(allowed, found)
+        clock.lap("search")
+        if not (query.terms or query.exclude or query.examples or image is not None):
+            return self._listed(allowed, rankings, k, query.sort, clock)
+        live = self._current()
+        clock.lap("load")
+        if not len(live.nums):
+            return SearchResult((), 0, clock.seconds)
+        searched = self._searched(live)
+        vector = self._encoder.vector(query, image, searched=searched, files=self._files)
+        clock.lap("encode")
+        if allowed is not None:
+            allowed = np.intersect1d(allowed, live.nums)
+        return self._ranked(live, vector, allowed, rankings, k, query.sort, clock)
+
+    def similar(
+        self, image_id: str, *, k: int = 24, filters: Filters | None = None
+    ) -> SearchResult:
+        """The k pictures nearest to one of the library, itself left out. Needs no encoder.
+
+        Raises InputError if the library has no such picture, EncoderMismatch as `search` does.
+        """
+        _check_k(k)
+        clock = _Clock()
+        live = self._current()
+        clock.lap("load")
+        vector = self._stored(image_id, live)
+        if vector is None:
+            raise InputError(f"no picture {image_id!r} in this library; search for it by words")
+        allowed = self._passing(Query(), filters)
+        if allowed is not None:
+            allowed = np.intersect1d(allowed, live.nums)
+        itself = self.catalog.has_picture(image_id)
+        return self._ranked(live, vector, allowed, [], k, None, clock, without=itself)
+
+    # ---- what is searched
+
+    def _current(self) -> LiveVectors:
+        """The vectors as of now; EncoderMismatch if there are only other encoders' ones."""
+        with self._following:
+            encoder_id = self._searched_id()
+            old = self._live if self._live and self._live.encoder_id == encoder_id else None
+            self._live = live = follow(self.catalog, encoder_id, old)
+        if not len(live.nums):
+            self._check_others(encoder_id)
+        return live
+
+    def _searched_id(self) -> str:
+        if self._encoder_id is not None:
+            return self._encoder_id
+        known = [row.encoder_id for row in self.catalog.encoders()]
+        if self._encoder.loaded is None and len(known) == 1:
+            return known[0]
+        return self._encoder.load().encoder_id
+
+    def _check_others(self, encoder_id: str) -> None:
+        specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
+        others = [key for key in specs if key != encoder_id and len(self.catalog.live_nums(key))]
+        if others:
+            loaded = self._encoder.loaded
+            spec = loaded.spec if loaded else specs.get(encoder_id, "SPEC")
+            held = Searched(specs[others[-1]], others[-1], lambda _: None)
+            raise held.mismatch(spec, encoder_id)
+
+    def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
+        """The pictures that pass the query's filters and `filters`, sorted; None: all."""
+        passing = None
+        for some in (self._catalog_filters(query), filters):
+            if some is not None and some != Filters():
+                found = self.catalog.matching(some)
+                passing = found if passing is None else np.intersect1d(passing, found)
+        return passing
+
+    def _catalog_filters(self, query: Query) -> Filters:
+        """The query's filters as the catalog takes them.
+
+        A relative `folder:` is below an indexed folder or begins with its name: where
+        /home/me/photos is indexed, folder:photos/2023 and folder:2023 are the same.
+        """
+        values: dict[str, list[str]] = {}
+        for item in query.filters:
+            values.setdefault(item.key, []).append(item.value)
+        one = {key: found[0] for key, found in values.items()}
+        folders = [Path(value).expanduser() for value in values.get("folder", ())]
+        if not all(folder.is_absolute() for folder in folders):
+            roots = [Path(root) for root in self.catalog.stats().roots]
+            tops = [top for root in roots for top in (root, root.parent)] or [Path.cwd()]
+            folders = [top / folder for folder in folders for top in tops]  # absolute: stays itself
+        return Filters(
+            after=one.get("after"),
+            before=one.get("before"),
+            paths=tuple(values.get("path", ())),
+            folders=tuple(str(folder) for folder in folders),
+            cameras=tuple(values.get("camera", ())),
+            formats=tuple(values.get("format", ())),
+            tags=tuple(values.get("tag", ())),
+            min_width=int(one.get("width", 0)),
+            min_height=int(one.get("height", 0)),
+            orientation=one.get("orientation"),
+        )
+
+    def _searched(self, live: LiveVectors) -> Searched:
+        specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
+        return Searched(
+            spec=specs[live.encoder_id],
+            encoder_id=live.encoder_id,
+            stored=lambda image_id: self._stored(image_id, live),
+        )
+
+    def _stored(self, image_id: str, live: LiveVectors) -> Float32 | None:
+        """The unit vector (D,) of a picture that can be found now."""
+        num = self.catalog.has_picture(image_id)
+        rows = live.vectors_of(np.array([] if num is None else [num], dtype=np.int64))
+        return rows[0] / np.linalg.norm(rows[0]) if len(rows) else None
+
+    # ---- ranking
+
+    def _ranked(
+        self,
+        live: LiveVectors,
+        vector: Float32,
+        allowed: Int64 | None,
+        rankings: Rankings,
+        k: int,
+        sort: str | None,
+        clock: _Clock,
+        *,
+        without: int | None = None,
+    ) -> SearchResult:
+        searched = live.nums if allowed is None else allowed
+        total = len(searched)
+        if rankings:
+            nums, scores = live.search(vector, total, allowed=allowed)
+            keys = reciprocal_rank_fusion([(1.0, nums), *rankings], nums)
+        else:
+            if without is not None and np.isin(without, searched):
+                total -= 1
+            nums, scores = _nearest(live, vector, k + (without is not None), allowed)
+            nums, scores = nums[nums != without], scores[nums != without]
+            keys = scores.astype(np.float64)
+        sample = live.sample @ vector
+        clock.lap("search")
+        rows = self._best_rows(nums, keys, k)
+        if sort in ("date", "name"):
+            rows = _sorted(rows, sort)
+        by_num = dict(zip(nums.tolist(), scores.tolist(), strict=True))
+        found = [by_num[row.num] for row in rows]
+        bands = strengths(np.array(found, dtype=np.float32), sample)
+        hits = tuple(
+            SearchHit(rank, row.image_id, score, band, row.path)
+            for rank, (row, score, band) in enumerate(zip(rows, found, bands, strict=True), 1)
+        )
+        clock.lap("rows")
+        return SearchResult(hits, total, clock.seconds)
+
+    def _listed(
+        self, allowed: Int64 | None, rankings: Rankings, k: int, sort: str | None, clock: _Clock
+    ) -> SearchResult:
+        """Pictures by filters and phrases alone."""
+        nums = self.catalog.matching(Filters()) if allowed is None else allowed
+        clock.lap("search")
+        if rankings and sort in (None, "score"):
+            rows = self._best_rows(nums, reciprocal_rank_fusion(rankings, nums), k)
+        else:
+            rows = _sorted(self.catalog.rows(nums.tolist()).values(), sort)[:k]
+        hits = tuple(
+            SearchHit(rank, row.image_id, None, None, row.path) for rank, row in enumerate(rows, 1)
+        )
+        clock.lap("rows")
+        return SearchResult(hits, len(nums), clock.seconds)
+
+    def _best_rows(self, nums: Int64, keys: npt.NDArray[np.float64], k: int) -> list[PictureRow]:
+        """The rows of the k greatest keys, by (-key, image_id)."""
+        if len(nums) > k:  # all that tie with the last one: image_id decides among them
+            chosen = keys >= np.partition(keys, len(keys) - k)[len(keys) - k]
+            nums, keys = nums[chosen], keys[chosen]
+        rows = self.catalog.rows(nums.tolist())
+        order = sorted(
+            (-key, rows[num].image_id, num)
+            for num, key in zip(nums.tolist(), keys.tolist(), strict=True)
+            if num in rows  # it may have gone since
+        )
+        return [rows[num] for _, _, num in order[:k]]
+
+
+def _nearest(
+    live: LiveVectors, vector: Float32, k: int, allowed: Int64 | None
+) -> tuple[Int64, Float32]:
+    """The k nearest, and whatever ties with the last of them."""
+    ask = k + 8
+    while True:
+        nums, scores = live.search(vector, ask, allowed=allowed)
+        if len(nums) < ask or scores[-1] < scores[k - 1]:
+            return nums, scores
+        ask *= 4
+
+
+def _sorted(rows: Iterable[PictureRow], sort: str | None) -> list[PictureRow]:
+    """By file name, or by date, the newest first and what has none last. Ties by image_id."""
+    rows = sorted(rows, key=lambda row: row.image_id)
+    if sort == "name":
+        return sorted(rows, key=lambda row: Path(row.path).name.casefold())
+    return sorted(rows, key=lambda row: row.dated or "", reverse=True)
+
+
+def _check_k(k: int) -> None:
+    if k < 1:
+        raise InputError(f"k is {k}; it is how many pictures to show, at least 1")

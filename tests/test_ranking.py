@@ -1,0 +1,53 @@
+"""Rank fusion and strength, derived by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from clipkit.ranking import FAIR_Z, FEWEST_FOR_Z, STRONG_Z, reciprocal_rank_fusion, strengths
+
+
+def test_fusion_sums_weight_over_sixty_plus_rank() -> None:
+    """Picture 7 is first and second, 8 second and first: they tie. 9 is in one ranking only.
+    With weight 2 for the second ranking, 8 leads: 1/62 + 2/61 > 1/61 + 2/62."""
+    nums = np.array([9, 7, 8])
+    first, second = np.array([7, 8, 9]), np.array([8, 7])
+    keys = reciprocal_rank_fusion([(1.0, first), (1.0, second)], nums)
+    assert keys == pytest.approx([1 / 63, 1 / 61 + 1 / 62, 1 / 61 + 1 / 62])
+    assert keys[1] == keys[2]
+    keys = reciprocal_rank_fusion([(1.0, first), (2.0, second)], nums)
+    assert keys == pytest.approx([1 / 63, 1 / 61 + 2 / 62, 1 / 62 + 2 / 61])
+
+
+def test_ranks_count_among_the_asked_pictures_only() -> None:
+    """Of the ranking 5, 6, 7 only 7 is asked for: its rank is 1, not 3."""
+    keys = reciprocal_rank_fusion([(1.0, np.array([5, 6, 7]))], np.array([7]))
+    assert keys == pytest.approx([1 / 61])
+
+
+def test_no_pictures_get_no_keys() -> None:
+    none = np.empty(0, np.int64)
+    assert reciprocal_rank_fusion([(1.0, np.array([1]))], none).shape == (0,)
+    assert reciprocal_rank_fusion([(1.0, none)], np.array([1])) == pytest.approx([0])
+
+
+def test_strength_is_a_z_score() -> None:
+    """Half of the sample is 0.1, half 0.3: mean 0.2, standard deviation 0.1, so the cosine at
+    z standard deviations is 0.2 + 0.1 z."""
+    sample = np.array([0.1, 0.3] * 50, dtype=np.float32)
+    z = np.array([STRONG_Z + 0.01, STRONG_Z - 0.01, FAIR_Z + 0.01, FAIR_Z - 0.01, -1])
+    scores = (0.2 + 0.1 * z).astype(np.float32)
+    assert strengths(scores, sample) == ["strong", "fair", "fair", "weak", "weak"]
+
+
+def test_a_tiny_library_calls_nothing_strong() -> None:
+    sample = np.array([0.1] * (FEWEST_FOR_Z - 2) + [0.9], dtype=np.float32)
+    scores = np.array([0.9, 0.1], dtype=np.float32)
+    assert strengths(scores, sample) == ["fair", "weak"]
+
+
+def test_without_spread_nothing_stands_out() -> None:
+    sample = np.full(100, 0.5, dtype=np.float32)
+    assert strengths(np.array([0.5, 0.4], dtype=np.float32), sample) == ["fair", "weak"]
+    assert strengths(np.empty(0, np.float32), sample) == []
