@@ -1,0 +1,363 @@
+// The page's own behaviour: asking, the picture viewer, dropping, keyboard, theme. No library, no request to anywhere
+// but this server. Text that comes from files or people is only ever set as textContent or an attribute.
+"use strict";
+
+(() => {
+  const $ = (selector, root = document) => root.querySelector(selector);
+  const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const NARROW = ["folder", "after", "until"];
+  const SAID = ["words", "picture", "similar", ...NARROW]; // what makes a question, and its address
+  const empty = () => ({ ...Object.fromEntries(SAID.map((key) => [key, ""])), k: 0 });
+  let trigger = null; // set by attach(): sends an event to Python
+  let asked = empty();
+  let ticket = 0;
+  let shown = -1; // position of the viewed picture among the cards on the page
+  let opener = null; // what had the focus before the viewer
+
+  // ------------------------------------------------------------------ theme
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const themed = () => {
+    const chosen = localStorage.getItem("clipkit-theme");
+    const theme = chosen || (dark.matches ? "dark" : "light");
+    document.documentElement.dataset.theme = theme;
+    document.body?.classList.toggle("dark", theme === "dark"); // Gradio's own toasts follow
+  };
+  dark.addEventListener("change", themed);
+  themed();
+
+  // ------------------------------------------------------------------ asking
+  const field = (name) => $(`#filters [name=${name}]`);
+  const filters = () => Object.fromEntries(NARROW.map((name) => [name, field(name)?.value || ""]));
+  const narrow = () => {
+    for (const name of NARROW) if (field(name)) field(name).value = asked[name];
+    $("#ask").classList.toggle("filtered", NARROW.some((name) => asked[name]));
+  };
+
+  const send = (question, { remember = true } = {}) => {
+    asked = { ...empty(), ...question };
+    ticket += 1;
+    document.body.dataset.busy = "yes";
+    $("#ask [name=words]").value = asked.words;
+    narrow();
+    sample();
+    if (remember) {
+      const said = new URLSearchParams();
+      for (const key of SAID) if (asked[key]) said.set(key, asked[key]);
+      history.pushState(asked, "", said.size ? `#${said}` : location.pathname + location.search);
+    }
+    const { k, ...rest } = asked;
+    trigger("ask", { ...rest, ...(k ? { k } : {}), ticket: String(ticket) });
+  };
+
+  // The picture that is asked with, shown in the search box as a small removable sample.
+  const sample = () => {
+    const box = $("#ask .sample");
+    box.hidden = !(asked.picture || asked.similar);
+    if (asked.picture) $("img", box).src = `queries/${asked.picture}`;
+    if (asked.similar) $("img", box).src = `thumbnails/${asked.similar}`;
+  };
+
+  const from_address = () => {
+    const said = new URLSearchParams(location.hash.slice(1));
+    const question = empty();
+    for (const key of SAID) question[key] = said.get(key) || "";
+    return question;
+  };
+
+  const answered = () => {
+    const root = $("#results [data-view]");
+    if (!root) return;
+    document.body.dataset.view = root.dataset.view;
+    if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
+    ages();
+  };
+
+  // ------------------------------------------------------------------ a dropped, pasted or chosen picture
+  const notice = (sentence) => {
+    const box = $("#ask .notice");
+    box.textContent = sentence;
+    box.hidden = !sentence;
+  };
+
+  const ask_with = async (file) => {
+    notice("");
+    document.body.dataset.busy = "yes";
+    try {
+      const answer = await fetch("queries", {
+        method: "POST",
+        headers: { "Content-Type": "application/octet-stream" },
+        body: file,
+      });
+      const told = await answer.json();
+      if (!answer.ok) throw new Error(told.error);
+      send({ picture: told.id, ...filters() });
+    } catch (error) {
+      delete document.body.dataset.busy;
+      notice(error instanceof TypeError ? "The clipkit server does not answer; is it still running?" : error.message);
+    }
+  };
+
+  const first_file = (transfer) => [...(transfer?.files || [])][0];
+  let depth = 0;
+  const dragging = (event) => [...(event.dataTransfer?.types || [])].includes("Files");
+  addEventListener("dragenter", (event) => {
+    if (dragging(event) && ++depth) document.body.dataset.drag = "yes";
+  });
+  addEventListener("dragleave", (event) => {
+    if (dragging(event) && --depth <= 0) delete document.body.dataset.drag;
+  });
+  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("drop", (event) => {
+    event.preventDefault();
+    depth = 0;
+    delete document.body.dataset.drag;
+    const file = first_file(event.dataTransfer);
+    if (file) ask_with(file);
+  });
+  addEventListener("paste", (event) => {
+    const file = first_file(event.clipboardData);
+    if (!file) return;
+    event.preventDefault();
+    ask_with(file);
+  });
+
+  // ------------------------------------------------------------------ the viewer
+  const cards = () => $$("#results .hit");
+  const viewer = () => $("#viewer");
+
+  const size_of = (bytes) => {
+    const units = ["bytes", "kB", "MB", "GB"];
+    let step = 0;
+    while (bytes >= 1000 && step < 3) [bytes, step] = [bytes / 1000, step + 1];
+    return `${step ? bytes.toFixed(bytes < 10 ? 1 : 0) : bytes} ${units[step]}`;
+  };
+
+  const fact = (name, ...values) => {
+    const said = values.filter(Boolean);
+    if (!said.length) return;
+    const term = document.createElement("dt");
+    term.textContent = name;
+    const list = said.map((value) => {
+      const item = document.createElement("dd");
+      item.append(value);
+      return item;
+    });
+    $("#viewer dl").append(term, ...list);
+  };
+
+  const place_row = (path) => {
+    const row = document.createElement("span");
+    row.className = "place";
+    const name = document.createElement("code");
+    name.textContent = path;
+    const copy = document.createElement("button");
+    copy.type = "button";
+    copy.dataset.do = "copy";
+    copy.dataset.path = path;
+    copy.textContent = "Copy";
+    row.append(name, copy);
+    return row;
+  };
+
+  const view = async (position) => {
+    const all = cards();
+    const card = all[position];
+    if (!card) return;
+    shown = position;
+    const id = card.dataset.id;
+    const box = viewer();
+    const picture = $(".stage img", box);
+    box.dataset.id = id;
+    $(".stage p", box).hidden = true;
+    picture.hidden = false;
+    picture.alt = $("img", card).alt;
+    // The thumbnail is there at once, in the right shape; the full picture takes its place when it has come.
+    picture.src = $("img", card).src;
+    const full = new Image();
+    full.onload = () => box.dataset.id === id && (picture.src = full.src);
+    full.onerror = () => box.dataset.id === id && gone(id);
+    full.src = `pictures/${id}`;
+    $("h2", box).textContent = picture.alt;
+    $("dl", box).replaceChildren();
+    $("[data-do=previous]", box).disabled = position === 0;
+    $("[data-do=next]", box).disabled = position === all.length - 1;
+    if (!box.open) {
+      opener = document.activeElement;
+      box.showModal();
+    }
+    const answer = await fetch(`details/${id}`);
+    const told = await answer.json();
+    if (box.dataset.id !== id) return;
+    $("dl", box).replaceChildren();
+    if (!answer.ok) return fact("Note", told.error);
+    $("h2", box).textContent = told.captions[0] || told.name;
+    if (card.dataset.score) fact("Match", `${card.dataset.band}, cosine ${card.dataset.score}`);
+    fact(told.places.length > 1 ? "Places" : "Place", ...told.places.map(place_row));
+    fact("Captions", ...told.captions.slice(1));
+    fact("Tags", told.tags.join(", "));
+    fact("Size", `${told.width} × ${told.height}, ${told.format}, ${size_of(told.bytes)}`);
+    fact("Taken", told.taken_at && new Date(told.taken_at).toLocaleString());
+    fact("Camera", told.camera);
+  };
+
+  const gone = async (id) => {
+    const answer = await fetch(`pictures/${id}`);
+    const told = answer.ok ? {} : await answer.json();
+    $("#viewer .stage p").textContent = told.error || "This picture cannot be shown.";
+    $("#viewer .stage p").hidden = false;
+  };
+
+  const close = () => viewer().close();
+  const closed = () => {
+    shown = -1;
+    $(".stage img", viewer()).removeAttribute("src");
+    opener?.focus({ preventScroll: false });
+  };
+
+  // ------------------------------------------------------------------ keyboard
+  const typing = (element) => element?.matches?.("input, textarea, select, [contenteditable]");
+
+  const walk = (key) => {
+    const all = $$("#results .hit .open");
+    const here = all.indexOf(document.activeElement);
+    if (here < 0) return false;
+    let to = here + (key === "ArrowRight" ? 1 : key === "ArrowLeft" ? -1 : 0);
+    if (key === "ArrowDown" || key === "ArrowUp") {
+      const from = all[here].getBoundingClientRect();
+      const middle = from.left + from.width / 2;
+      const sign = key === "ArrowDown" ? 1 : -1;
+      const ahead = all
+        .map((element, position) => [element.getBoundingClientRect(), position])
+        .filter(([box]) => sign * (box.top - from.top) > 10);
+      if (!ahead.length) return true;
+      const row = Math.min(...ahead.map(([box]) => sign * box.top)) * sign;
+      to = ahead
+        .filter(([box]) => Math.abs(box.top - row) < 10)
+        .sort(([a], [b]) => Math.abs(a.left + a.width / 2 - middle) - Math.abs(b.left + b.width / 2 - middle))[0][1];
+    }
+    all[to]?.focus();
+    return true;
+  };
+
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (viewer()?.open) {
+      if (event.key === "ArrowRight") view(shown + 1);
+      else if (event.key === "ArrowLeft") view(shown - 1);
+      else return; // Esc closes a <dialog> by itself
+      event.preventDefault();
+    } else if (event.key === "/" && !typing(event.target)) {
+      event.preventDefault();
+      $("#ask [name=words]").select();
+    } else if (event.key === "Escape" && event.target.name === "words") {
+      event.target.blur();
+    } else if (event.key.startsWith("Arrow") && !typing(event.target) && walk(event.key)) {
+      event.preventDefault();
+    }
+  });
+
+  // ------------------------------------------------------------------ what buttons do
+  const similar_to = (id) => {
+    if (viewer().open) close();
+    send({ similar: id, ...filters() });
+    scrollTo({ top: 0 });
+  };
+
+  const copy = async (button) => {
+    const path = button.dataset.path;
+    try {
+      await navigator.clipboard.writeText(path);
+    } catch {
+      // Not a secure context (a page opened over the network): select the path instead.
+      getSelection().selectAllChildren($("code", button.parentElement));
+      return;
+    }
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy"), 1500);
+  };
+
+  const does = {
+    open: (button) => view(cards().indexOf(button.closest(".hit"))),
+    similar: (button) => similar_to(button.closest(".hit").dataset.id),
+    "similar-here": () => similar_to(viewer().dataset.id),
+    previous: () => view(shown - 1),
+    next: () => view(shown + 1),
+    close,
+    copy,
+    words: (button) => send({ words: button.dataset.words, ...filters() }),
+    more: (button) => send({ ...asked, k: Number(button.dataset.k) }, { remember: false }),
+    "clear-filters": () => send({ words: asked.words, picture: asked.picture, similar: asked.similar }),
+    "clear-sample": () => send({ words: asked.words, ...filters() }),
+    pick: () => $("#ask input[type=file]").click(),
+    filters: () => $("#ask").classList.toggle("open"),
+    add: () => $("#adder").showModal(),
+    "close-adder": () => $("#adder").close(),
+    stop: () => trigger("stop", {}),
+    dismiss: (button) => (button.closest(".run").hidden = true),
+    home: () => send({}),
+    theme: () => {
+      const now = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+      localStorage.setItem("clipkit-theme", now);
+      themed();
+    },
+  };
+
+  addEventListener("click", (event) => {
+    const button = event.target.closest("[data-do]");
+    if (button && !(button instanceof HTMLFormElement)) does[button.dataset.do]?.(button);
+    else if (event.target instanceof HTMLDialogElement) event.target.close(); // the backdrop
+  });
+
+  addEventListener("submit", (event) => {
+    const sent = event.target;
+    event.preventDefault();
+    if (sent.dataset.do === "search") {
+      notice("");
+      const words = sent.elements.words.value.trim();
+      send({ words, picture: asked.picture, similar: asked.similar, ...filters() });
+    } else if (sent.dataset.do === "index") {
+      trigger("index", { folder: sent.elements.folder.value });
+      if (sent.closest("dialog")) sent.closest("dialog").close();
+    }
+  });
+
+  addEventListener("change", (event) => {
+    if (event.target.matches("#ask input[type=file]")) {
+      if (event.target.files[0]) ask_with(event.target.files[0]);
+      event.target.value = "";
+    } else if (event.target.matches("#filters [name]")) {
+      send({ ...asked, words: $("#ask [name=words]").value.trim(), ...filters(), k: 0 });
+    }
+  });
+
+  // ------------------------------------------------------------------ times as ages
+  const ages = () => {
+    const said = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
+    for (const time of $$("time[datetime]")) {
+      const seconds = (new Date(time.dateTime) - Date.now()) / 1000;
+      if (Number.isNaN(seconds)) continue;
+      const [unit, length] = [["day", 86400], ["hour", 3600], ["minute", 60]].find(([, l]) => -seconds >= l) || [];
+      const age = unit ? said.format(Math.round(seconds / length), unit) : "just now";
+      if (time.textContent === age) continue; // an observer calls this: writing the same again would never end
+      time.textContent = age;
+      time.title = new Date(time.dateTime).toLocaleString();
+    }
+  };
+  setInterval(ages, 30_000);
+
+  // ------------------------------------------------------------------ Gradio's side
+  window.clipkit = {
+    // Called when the search form is on the page; `fire` sends an event to Python.
+    attach(element, fire) {
+      trigger = fire;
+      themed();
+      viewer().addEventListener("close", closed);
+      new MutationObserver(answered).observe($("#results"), { childList: true, subtree: true });
+      new MutationObserver(narrow).observe($("#filters"), { childList: true, subtree: true });
+      new MutationObserver(ages).observe($("#status"), { childList: true, subtree: true });
+      addEventListener("popstate", (event) => send(event.state || from_address(), { remember: false }));
+      answered();
+      if (location.hash.length > 1) send(from_address(), { remember: false });
+    },
+  };
+})();
