@@ -44,9 +44,9 @@ from clipkit.catalog_rows import (
     StoredVectors,
     below,
     clean,
-    fold,
     fold_path,
     lines,
+    tag_keys,
 )
 from clipkit.catalog_search import Filters
 from clipkit.catalog_store import Connection, Store, Thumbnails
@@ -62,9 +62,6 @@ __all__ = [
     "SnapshotPointer",
     "StoredVectors",
 ]
-
-_HAS_VECTOR = """iif(EXISTS (SELECT 1 FROM vectors v JOIN encoders e ON e.id = v.encoder
-    WHERE e.encoder_id = ? AND v.num = places.num), 'ok', 'pending')"""
 
 
 class Catalog:
@@ -142,16 +139,8 @@ class Catalog:
     def known_files(self, root: AnyPath, *, encoder_id: str | None = None) -> dict[str, KnownFile]:
         """Every remembered file below `root`, by path; with `encoder_id`, a file whose picture has
         no vector of that encoder is "pending" instead of "ok"."""
-        state = "'ok'" if encoder_id is None else _HAS_VECTOR
-        args = () if encoder_id is None else (encoder_id,)
-        sql = f"""SELECT path, size, mtime_ns, {state} FROM places WHERE path >= ? AND path < ?
-            UNION ALL SELECT path, size, mtime_ns, 'skipped' FROM skipped WHERE path >= ? AND path < ?"""
-        span = _root(root)
         with self._store.connection() as db:
-            return {
-                os.fsdecode(path): KnownFile(size, mtime_ns, state)
-                for path, size, mtime_ns, state in db.execute(sql, (*args, *span, *span))
-            }
+            return search.known_files(db, _root(root), encoder_id)
 
     def places_below(self, folder: AnyPath) -> int:
         """How many places lie below `folder`: what an unmounted disk would seem to take away."""
@@ -204,7 +193,7 @@ class Catalog:
             sql = "SELECT captions, tags FROM pictures WHERE num = ?"
             if db.execute(sql, (num,)).fetchone() != new:
                 sql = "UPDATE pictures SET captions = ?, tags = ?, tag_keys = ? WHERE num = ?"
-                db.execute(sql, (*new, f"\n{fold(new[1])}\n", num))
+                db.execute(sql, (*new, tag_keys(new[1]), num))
                 self._touch(num)
 
     def add_place(self, num: int, path: AnyPath, *, size: int, mtime_ns: int) -> bool:
@@ -373,6 +362,11 @@ class Catalog:
         self._thumbnails.put({image_id: data})
 
     # ---- reading: the whole
+
+    def roots(self) -> tuple[str, ...]:
+        """The remembered folders, by name."""
+        with self._store.connection() as db:
+            return search.roots(db)
 
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
         with self._reading() as db:

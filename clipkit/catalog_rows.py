@@ -103,8 +103,9 @@ def fold_path(path: str) -> str:
     return fold(path).replace(os.sep, "/")
 
 
-def fold_tag(tag: str) -> str:
-    return " ".join(fold(tag).split())
+def tag_keys(tags: str) -> str:
+    """Tags, a line each, such that `tag_keys(tag) in tag_keys(tags)` finds a whole tag."""
+    return "".join(f"\n{' '.join(fold(tag).split())}\n" for tag in tags.split("\n"))
 
 
 def lines(texts: Iterable[str]) -> str:

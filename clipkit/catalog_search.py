@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +23,15 @@ from clipkit.catalog_rows import (
     ISO_DATE,
     CatalogStats,
     Int64,
+    KnownFile,
     PictureRow,
     below,
     clean,
     fold,
     fold_path,
-    fold_tag,
     local_time,
     name_words,
+    tag_keys,
 )
 from clipkit.catalog_store import Connection
 from clipkit.catalog_vectors import DEAD, encoder
@@ -139,7 +141,7 @@ def matching(db: Connection, filters: Filters) -> Int64:
             raise InputError(f"orientation {filters.orientation!r} is not one of {known}")
         need(_ORIENTATIONS[filters.orientation])
     for tag in filters.tags:
-        need("instr(tag_keys, ?)", f"\n{fold_tag(tag)}\n")
+        need("instr(tag_keys, ?)", tag_keys(" ".join(tag.split())))
     if filters.paths or filters.folders:  # one place must fulfil both
         place = ["instr(folded, ?)"] * len(filters.paths)
         values: list[object] = [fold_path(path) for path in filters.paths]
@@ -148,7 +150,8 @@ def matching(db: Connection, filters: Filters) -> Int64:
             for folder in filters.folders:
                 absolute = os.path.isabs(folder)
                 ways.append("path >= ? AND path < ?" if absolute else "instr(folded, ?)")
-                values += below(folder) if absolute else [f"/{fold_path(folder).strip('/')}/"]
+                part = fold_path(os.path.normpath(folder))
+                values += below(folder) if absolute else [f"/{part}/"]
             place.append(f"({' OR '.join(ways)})")
         need(f"num IN (SELECT num FROM places WHERE {' AND '.join(place)})", *values)
     sql = f"SELECT group_concat(num) FROM pictures WHERE {' AND '.join(where)}"
@@ -162,16 +165,39 @@ def phrase(db: Connection, text: str, limit: int | None) -> list[int]:
     return [num for (num,) in db.execute(sql, (quoted, -1 if limit is None else limit))]
 
 
+def known_files(
+    db: Connection, span: tuple[bytes, bytes], encoder_id: str | None
+) -> dict[str, KnownFile]:
+    """The places and skipped files in a range of paths."""
+    has_vector, args = "1", tuple[Any, ...]()
+    if encoder_id is not None:
+        has_vector = "EXISTS (SELECT 1 FROM vectors WHERE encoder = ? AND num = places.num)"
+        args = (encoder(db, encoder_id)[0],)
+    where = "WHERE path >= ? AND path < ?"
+    places = db.execute(
+        f"SELECT path, size, mtime_ns, {has_vector} FROM places {where}", (*args, *span)
+    )
+    known = {
+        os.fsdecode(path): KnownFile(size, mtime_ns, "ok" if done else "pending")
+        for path, size, mtime_ns, done in places
+    }
+    for path, size, mtime_ns in db.execute(
+        f"SELECT path, size, mtime_ns FROM skipped {where}", span
+    ):
+        known[os.fsdecode(path)] = KnownFile(size, mtime_ns, "skipped")
+    return known
+
+
 def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
     """The folders that hold the most places, roots and what lies below them, with their counts."""
     sep = os.sep.encode()
     direct = Counter(path.rpartition(sep)[0] for (path,) in db.execute("SELECT path FROM places"))
-    roots = {path.rstrip(sep) for (path,) in db.execute("SELECT path FROM roots")}
+    tops = {path.rstrip(sep) for (path,) in db.execute("SELECT path FROM roots")}
     total: Counter[bytes] = Counter()
     for folder, count in direct.items():
         parts = folder.split(sep)
         chain = [sep.join(parts[:end]) for end in range(len(parts), 0, -1)]
-        depth = max((i for i, parent in enumerate(chain) if parent in roots), default=0)
+        depth = max((i for i, parent in enumerate(chain) if parent in tops), default=0)
         for parent in chain[: depth + 1]:
             total[parent] += count
     best = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:limit]
@@ -198,6 +224,11 @@ def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
     return found
 
 
+def roots(db: Connection) -> tuple[str, ...]:
+    stored = [os.fsdecode(root) for (root,) in db.execute("SELECT path FROM roots ORDER BY path")]
+    return tuple(root.rstrip(os.sep) or os.sep for root in stored)
+
+
 def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
     pictures, size, newest = db.execute(
         "SELECT count(*), coalesce(sum(bytes), 0), max(added_at) FROM pictures WHERE live"
@@ -205,14 +236,13 @@ def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
     sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
     sql = f"SELECT ({sql}), (SELECT count(*) FROM places), (SELECT count(*) FROM skipped)"
     vectors, places, skipped = db.execute(sql, (encoder(db, encoder_id)[0],)).fetchone()
-    roots = [os.fsdecode(root) for (root,) in db.execute("SELECT path FROM roots")]
     return CatalogStats(
         pictures=pictures,
         vectors=vectors,
         places=places,
         skipped=skipped,
         bytes=size,
-        roots=tuple(root.rstrip(os.sep) or os.sep for root in roots),
+        roots=roots(db),
         newest=newest,
     )
 

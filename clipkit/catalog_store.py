@@ -41,10 +41,10 @@ MIGRATIONS: tuple[str, ...] = (
         format TEXT NOT NULL, taken_at TEXT, dated TEXT, camera TEXT, added_at TEXT NOT NULL,
         tag_keys TEXT NOT NULL DEFAULT '', tags TEXT NOT NULL DEFAULT '',
         captions TEXT NOT NULL DEFAULT '');
-    CREATE INDEX pictures_live ON pictures (num, bytes, added_at) WHERE live;
+    -- every fact that filters and counts ask for: 15 ms for 100,000, the table itself takes 100
+    CREATE INDEX pictures_facts ON pictures
+        (dated, camera, format, width, height, tag_keys, bytes, added_at) WHERE live;
     CREATE INDEX pictures_dead ON pictures (num) WHERE NOT live;
-    CREATE INDEX pictures_dated ON pictures (dated) WHERE live;
-    CREATE INDEX pictures_camera ON pictures (camera) WHERE live AND camera IS NOT NULL;
     CREATE TABLE places (
         path BLOB PRIMARY KEY, num INTEGER NOT NULL REFERENCES pictures,
         size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, folded TEXT NOT NULL) WITHOUT ROWID;
@@ -227,6 +227,13 @@ class Store:
             yield
         except IndexDamaged as error:
             raise self._damaged(str(error)) from error
+        except (TypeError, ValueError, LookupError) as error:
+            # a bug, or a flipped bit that made a path a number or hid a row: the file knows
+            with self._translated(), closing(self._connect()) as db:
+                verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if verdict == "ok":
+                raise
+            raise self._damaged(verdict) from error
         except sqlite3.DatabaseError as error:
             # no code: Python itself found text that is not UTF-8, which was never written here
             code = getattr(error, "sqlite_errorcode", None)
