@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import reprlib
 import stat
 import threading
 import unicodedata
@@ -93,7 +94,9 @@ def _records(folder: Path, splits: list[str]) -> Iterator[ImageRecord]:
 def _record(fields: dict[str, Any], split: str) -> ImageRecord:
     image_id = fields.get("image_id")
     if not isinstance(image_id, str) or not image_id:
-        raise ValueError(f"image_id must be a string of at least one character, got {image_id!r}")
+        raise ValueError(
+            f"image_id must be a string of at least one character, got {reprlib.repr(image_id)}"
+        )
     used = {"file_name", "image_id", *_CAPTION_FIELDS}
     meta = {key: value for key, value in fields.items() if key not in used}
     path = f"{split}/{_file_name(fields)}"
@@ -228,7 +231,9 @@ def _parse(data: bytes) -> dict[str, Any]:
 def _file_name(fields: Mapping[str, Any]) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"file_name must be a string of at least one character, got {name!r}")
+        raise ValueError(
+            f"file_name must be a string of at least one character, got {reprlib.repr(name)}"
+        )
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"file_name {name!r} must stay below the folder of {METADATA}")
