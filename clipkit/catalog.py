@@ -154,6 +154,12 @@ class Catalog:
             row = db.execute("SELECT num FROM pictures WHERE image_id = ?", (image_id,)).fetchone()
             return row[0] if row else None
 
+    def is_live(self, num: int) -> bool:
+        """Whether the picture has a place."""
+        with self._store.connection() as db:
+            sql = "SELECT 1 FROM places WHERE num = ? LIMIT 1"
+            return db.execute(sql, (num,)).fetchone() is not None
+
     def add_picture(
         self,
         *,

@@ -149,6 +149,7 @@ def test_a_moved_file_is_a_new_place_and_a_lost_one_can_come_back(
     assert reader.phrase("cat") == []
     assert reader.rows([num]) == {}
     assert reader.row(image_id(1)) is None
+    assert not reader.is_live(num)
     assert reader.date_range() is None
     stats = reader.stats(ENCODER)
     assert (stats.pictures, stats.vectors, stats.places, stats.bytes) == (0, 0, 0, 0)
@@ -158,6 +159,7 @@ def test_a_moved_file_is_a_new_place_and_a_lost_one_can_come_back(
 
     writer.add_place(num, "/q/back.jpg", size=1000, mtime_ns=NOON_2020)
     writer.commit()
+    assert reader.is_live(num)
     assert reader.phrase("cat") == [num]
     assert reader.live_nums(ENCODER).tolist() == [num]
     # a snapshot that was made while it was dead lacks it, so it must count as newer than that
