@@ -198,7 +198,7 @@ class Searcher:
         one = {key: found[0] for key, found in values.items()}
         folders = [Path(value).expanduser() for value in values.get("folder", ())]
         if not all(folder.is_absolute() for folder in folders):
-            roots = [Path(root) for root in self.catalog.stats().roots]
+            roots = [Path(root) for root in self.catalog.roots()]
             tops = [top for root in roots for top in (root, root.parent)] or [Path.cwd()]
             folders = [top / folder for folder in folders for top in tops]  # absolute: stays itself
         return Filters(
@@ -248,8 +248,9 @@ class Searcher:
             nums, scores = live.search(vector, total, allowed=allowed)
             keys = reciprocal_rank_fusion([(1.0, nums), *rankings], nums)
         else:
-            if without is not None and np.isin(without, searched):
-                total -= 1
+            if without is not None:
+                at = np.searchsorted(searched, without)
+                total -= int(np.isin(without, searched[at : at + 1]))
             nums, scores = _nearest(live, vector, k + (without is not None), allowed)
             nums, scores = nums[nums != without], scores[nums != without]
             keys = scores.astype(np.float64)

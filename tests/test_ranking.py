@@ -20,6 +20,16 @@ def test_fusion_sums_weight_over_sixty_plus_rank() -> None:
     assert keys == pytest.approx([1 / 63, 1 / 61 + 2 / 62, 1 / 62 + 2 / 61])
 
 
+def test_a_tie_is_a_tie_in_whatever_order_it_is_summed() -> None:
+    """Ranks 1, 2, 7 and 1, 7, 2: in floating point (1/61 + 1/62) + 1/67 < (1/61 + 1/67) + 1/62."""
+    others = list(range(10, 20))
+    first = [(1.0, np.array([1, 3])), (1.0, np.array([3, 1])), (1.0, np.array([3, *others[:5], 1]))]
+    second = [first[0], first[2], first[1]]
+    nums = np.array([1, 3, *others])
+    keys = [reciprocal_rank_fusion(order, nums)[0] for order in (first, second)]
+    assert keys[0] == keys[1] == pytest.approx(1 / 61 + 1 / 62 + 1 / 67)
+
+
 def test_ranks_count_among_the_asked_pictures_only() -> None:
     """Of the ranking 5, 6, 7 only 7 is asked for: its rank is 1, not 3."""
     keys = reciprocal_rank_fusion([(1.0, np.array([5, 6, 7]))], np.array([7]))

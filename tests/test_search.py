@@ -310,6 +310,10 @@ def test_filters_come_before_the_ranking_so_counts_are_exact(
     both = searcher.search("dog after:2023", filters=Filters(before="2023"))
     assert (both.hits, both.total) == ((), 0)
     assert searcher.search("dog path:p00 after:2022-07").total == 1
+    # what has no vector yet is listed, but not ranked
+    writer.add("p301", None, taken_at="2023-06-01T00:00:00")
+    assert searcher.search("after:2023").total == 31
+    assert searcher.search("dog after:2023").total == 30
 
 
 def test_each_filter_reaches_the_catalog(writer: Writer, searcher: Searcher) -> None:
@@ -353,6 +357,7 @@ def test_a_phrase_must_match_and_is_fused_by_reciprocal_rank(
     scores = {Path(hit.path).stem: hit.score for hit in result.hits}
     assert scores == pytest.approx({"long": 1, "middle": 0.7071, "short": 0.4472}, abs=1e-3)
     assert names(searcher.search('dog "red harbour"^3')) == ["short", "middle", "long"]
+    assert names(searcher.search('dog "red harbour"^3', k=1)) == ["short"]  # the last by cosine
     assert names(searcher.search('dog "red harbour"', k=1)) == tied[:1]
     # ranks count among the pictures that pass: without short, long is 1st and 2nd, middle 2nd and 1st
     tied = sorted(["middle", "long"], key=key)
@@ -408,6 +413,9 @@ def test_the_sample_is_fixed_and_of_the_live_library(writer: Writer, catalog: Ca
     before = follow(catalog, "fake-1")
     assert before.sample.shape == (SAMPLE, 4)
     assert np.array_equal(before.sample, follow(catalog, "fake-1").sample)
+    # from all over: 400 of the first 500 are expected, with a standard deviation of 8
+    early = {row.tobytes() for row in before.vectors_of(np.arange(1, 501))}
+    assert 350 < sum(row.tobytes() in early for row in before.sample) < 450
     writer.add("one more", [1, 0, 0, 0])
     after = follow(catalog, "fake-1", before)
     rows = {row.tobytes() for row in before.sample}
@@ -495,6 +503,12 @@ def test_a_new_vector_replaces_the_old_one(writer: Writer, searcher: Searcher) -
     assert names(result).index("run") > 1
     assert result.total == 4
     assert names(searcher.search("leash", k=1)) == ["run"]
+    for name in ("swim", "walk", "drive"):  # as many as to be joined with the part that has them
+        writer.add(name, [0, 0, 0, 1], commit=False)
+    writer.catalog.commit()
+    result = searcher.search("car", k=3)
+    assert (sorted(names(result)), result.total) == (["drive", "swim", "walk"], 4)
+    assert [hit.score for hit in result.hits] == pytest.approx([1, 1, 1], abs=1e-3)
 
 
 def test_threads_search_while_a_writer_commits(writer: Writer, searcher: Searcher) -> None:
