@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clipkit import __version__
-from clipkit.errors import ClipkitError, InputError
+from clipkit.errors import ClipkitError, ImageError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,12 +169,11 @@ def search(
     after before path folder camera format tag width height orientation sort.
     """
     from clipkit.catalog import Catalog
-    from clipkit.images import Limits, decode, read_bytes
     from clipkit.search import Searcher
 
     if not words and image is None:
         raise InputError("nothing to search for; give words, or a picture with --image FILE")
-    picture = decode(read_bytes(image.expanduser()), limits=Limits()).rgb if image else None
+    picture = _read_picture(image) if image else None
     with Catalog.open(_index_folder(index)) as catalog:
         spec = model or _model_of(catalog) or "builtin"
         encoder_id, load_encoder = _encoder(spec, device=device, precision=precision)
@@ -275,6 +274,15 @@ def _encoder(spec: str, *, device: str, precision: str) -> tuple[str, Callable[[
         return encoder_id, load
     encoder = load()
     return encoder.encoder_id, lambda: encoder
+
+
+def _read_picture(file: Path) -> Image.Image:
+    from clipkit.images import decode, read_bytes
+
+    try:
+        return decode(read_bytes(file.expanduser())).rgb
+    except ImageError as error:
+        raise InputError(f"{file}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -394,26 +402,20 @@ def _print_summary(summary: Summary, place: Path) -> None:
 
 
 def _print_hits(result: SearchResult) -> None:
+    """A hit a line, its path last and never broken, so that it can be copied or piped."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    for name, side in (
-        ("rank", "right"),
-        ("score", "right"),
-        ("strength", "left"),
-        ("path", "left"),
-    ):
-        table.add_column(name, justify=side, overflow="fold")  # type: ignore[arg-type]
+    console = Console()
     colours = {"strong": "green", "fair": "yellow", "weak": "dim"}
+    width = len(str(len(result.hits)))
     for hit in result.hits:
-        strength = Text(hit.strength or "", style=colours.get(hit.strength or "", ""))
-        path = Text(_printable(hit.path))
+        strength = hit.strength or ""
         score = "" if hit.score is None else f"{hit.score:.3f}"
-        table.add_row(str(hit.rank), score, strength, path)
-    console = Console(soft_wrap=True)
-    console.print(table)
+        line = Text(f"{hit.rank:>{width}}  {score:>5}  ")
+        line.append(f"{strength:<6}", style=colours.get(strength, ""))
+        line.append(f"  {_printable(hit.path)}")
+        console.print(line, soft_wrap=True)
     took = sum(result.seconds.values())
     console.print(
         f"{len(result.hits):,} of {result.total:,} pictures, {took * 1000:.0f} ms", style="dim"
