@@ -171,8 +171,12 @@ def known_files(
     """The places and skipped files in a range of paths."""
     has_vector, args = "1", tuple[Any, ...]()
     if encoder_id is not None:
-        has_vector = "EXISTS (SELECT 1 FROM vectors WHERE encoder = ? AND num = places.num)"
         args = (encoder(db, encoder_id)[0],)
+        vectors = db.execute("SELECT count(*) FROM vectors WHERE encoder = ?", args).fetchone()
+        if vectors == db.execute("SELECT count(*) FROM pictures").fetchone():
+            args = ()  # every picture has one: nothing to look up
+        else:
+            has_vector = "EXISTS (SELECT 1 FROM vectors WHERE encoder = ? AND num = places.num)"
     where = "WHERE path >= ? AND path < ?"
     places = db.execute(
         f"SELECT path, size, mtime_ns, {has_vector} FROM places {where}", (*args, *span)

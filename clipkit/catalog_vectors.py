@@ -42,10 +42,11 @@ def add(db: Connection, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.fl
 def read(db: Connection, encoder_id: str, after_seq: int) -> StoredVectors:
     """The encoder's vectors of live pictures with seq > `after_seq`, in the order of seq."""
     key, dim = encoder(db, encoder_id)
-    sql = """SELECT coalesce(max(seq), 0), (SELECT count(*) FROM vectors WHERE encoder = ?)
-        FROM vectors"""
-    newest, count = db.execute(sql, (key,)).fetchone()
-    room = max(0, min(newest - after_seq, count))  # at least as many rows as will come
+    # room for at least as many rows as will come; the count takes time, so only for a large gap
+    room = max(0, db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0] - after_seq)
+    if room > 10_000:
+        sql = "SELECT count(*) FROM vectors WHERE encoder = ?"
+        room = min(room, db.execute(sql, (key,)).fetchone()[0])
     nums, vectors = np.empty(room, np.int64), np.empty((room, dim), np.float16)
     done, last_seq = 0, after_seq
     # +encoder: walk in the order of seq; through the index, SQLite would sort all the blobs
