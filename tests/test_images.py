@@ -31,7 +31,7 @@ from clipkit.images import (
     read_bytes,
     thumbnail,
 )
-from clipkit.pixels import upright_rgb
+from clipkit.images.pixels import upright_rgb
 
 
 def pixels(data: bytes) -> list[object]:

@@ -22,7 +22,7 @@ from PIL import Image
 from clipkit.catalog import Catalog, Filters
 from clipkit.errors import EncoderMismatch, ImageError, InputError, ModelError, QueryError
 from clipkit.images import image_id as content_id
-from clipkit.live_vectors import SAMPLE, follow
+from clipkit.search.live_vectors import SAMPLE, follow
 from clipkit.query import Filter, Query, Term
 from clipkit.search import Searcher, SearchHit, SearchResult, refresh_snapshot
 
@@ -584,7 +584,7 @@ def test_old_snapshots_are_deleted_but_for_the_last(writer: Writer) -> None:
 def test_a_snapshot_is_built_when_enough_is_new(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.live_vectors.SNAPSHOT_FROM", 4)
+    monkeypatch.setattr("clipkit.search.live_vectors.SNAPSHOT_FROM", 4)
     fill(writer)
     assert refresh_snapshot(writer.catalog, "fake-1") is not None
     for number in range(3):

@@ -84,6 +84,17 @@ def test_resizing_without_antialias_would_be_noticed(tiny_checkpoint: Checkpoint
     assert (encoder.preprocess(detailed).float() - aliased[0]).abs().mean() > 10
 
 
+def test_a_strip_is_not_blown_up(tiny_checkpoint: Checkpoint) -> None:
+    """20,000 x 1 pixels, brought to a shorter side of 32, would be 20 million pixels: 61 MB."""
+    encoder = towers.load(str(tiny_checkpoint("vit")))
+    strip = Image.new("RGB", (20_000, 1), "red")
+    strip.paste("blue", (10_000, 0, 20_000, 1))
+    pixels = encoder.preprocess(strip)
+    assert pixels.shape == (3, 32, 32)
+    red, blue = pixels[:, 5, 0].int(), pixels[:, 5, -1].int()
+    assert red[0] > 245 and red[2] < 10 and blue[0] < 10 and blue[2] > 245
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_save_and_load_keep_the_identity(
     kind: str, tiny_checkpoint: Checkpoint, noise_picture: Picture, tmp_path: Path

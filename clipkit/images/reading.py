@@ -37,9 +37,9 @@ from PIL import (
 )
 
 from clipkit.errors import ImageError, InputError
-from clipkit.exif import read_facts
-from clipkit.headers import check_pixels, ends_early, refuse, sniff, sniff_unsupported
-from clipkit.pixels import upright_rgb
+from clipkit.images.exif import read_facts
+from clipkit.images.headers import check_pixels, ends_early, refuse, sniff, sniff_unsupported
+from clipkit.images.pixels import upright_rgb
 
 __all__ = [
     "SUFFIXES",

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable
 
 from clipkit.errors import ImageError
-from clipkit.exif import Tiff
+from clipkit.images.exif import Tiff
 
 __all__ = ["check_pixels", "ends_early", "refuse", "sniff", "sniff_unsupported"]
 

@@ -25,12 +25,12 @@ from PIL import Image
 
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
-from clipkit.live_vectors import LiveVectors, follow, refresh_snapshot
 from clipkit.query import Query, parse
-from clipkit.query_encoder import Encoder, QueryEncoder, Searched
-from clipkit.ranking import reciprocal_rank_fusion, strengths
+from clipkit.search.live_vectors import LiveVectors, follow
+from clipkit.search.query_encoder import Encoder, QueryEncoder, Searched
+from clipkit.search.ranking import reciprocal_rank_fusion, strengths
 
-__all__ = ["Encoder", "SearchHit", "SearchResult", "Searcher", "refresh_snapshot"]
+__all__ = ["SearchHit", "SearchResult", "Searcher"]
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
