@@ -361,7 +361,7 @@ class _Run:
 
     def _place(self, num: int, file: FoundFile) -> None:
         """A file of a known picture: a copy, a moved file, or one that came back."""
-        was_live = num in self.catalog.rows([num])
+        was_live = self.catalog.is_live(num)
         fresh = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["done"] += 1
         if not was_live:

@@ -20,8 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipkit import catalog_store
-from clipkit.catalog import Catalog, Filters, KnownFile, SkippedRow, SnapshotPointer
+from clipkit.catalog import Catalog, Filters, KnownFile, SkippedRow, SnapshotPointer, store
 from clipkit.errors import CatalogBusy, ClipkitError, IndexDamaged, InputError
 
 ENCODER = "enc-1"
@@ -382,6 +381,20 @@ def test_any_text_can_be_kept(writer: Catalog) -> None:
 
 
 # ---- filters
+
+
+def test_the_newest_come_first_and_the_dead_not_at_all(writer: Catalog) -> None:
+    """Dates of EXIF before dates of files (2020 here); equal dates by image_id; `among` restricts."""
+    old = add(writer, 1, "/p/old.jpg", taken_at="1999-05-01T00:00:00")
+    file_dated = add(writer, 2, "/p/file.jpg")
+    new = add(writer, 3, "/p/new.jpg", taken_at="2024-05-01T00:00:00")
+    twin = add(writer, 4, "/p/twin.jpg", taken_at="2024-05-01T00:00:00")
+    add(writer, 5, taken_at="2025-05-01T00:00:00")  # has no place
+    twins = sorted((new, twin), key=lambda num: writer.rows([num])[num].image_id)
+    assert writer.newest(10) == [*twins, file_dated, old]
+    assert writer.newest(1) == twins[:1]
+    assert writer.newest(10, among=np.array([old, new])) == [new, old]
+    assert writer.newest(10, among=np.array([], np.int64)) == []
 
 
 def test_dates_after_is_inclusive_and_before_exclusive(writer: Catalog) -> None:
@@ -853,15 +866,15 @@ def test_an_older_catalog_is_migrated_in_order(
 ) -> None:
     """Version 3 needs what version 2 made; a reader that comes first has it done as well."""
     filled(folder)
-    assert version_of(folder) == len(catalog_store.MIGRATIONS)
+    assert version_of(folder) == len(store.MIGRATIONS)
     later = (
         "CREATE TABLE moods (num INTEGER, mood TEXT)",
         "INSERT INTO moods SELECT num, 'calm' FROM pictures; ALTER TABLE moods RENAME TO feelings",
     )
-    monkeypatch.setattr(catalog_store, "MIGRATIONS", (*catalog_store.MIGRATIONS, *later))
+    monkeypatch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, *later))
     with Catalog.open(folder) as reader:
         assert reader.stats(ENCODER).pictures == 300
-    assert version_of(folder) == len(catalog_store.MIGRATIONS)
+    assert version_of(folder) == len(store.MIGRATIONS)
     with sqlite3.connect(folder / "catalog.sqlite") as db:
         assert db.execute("SELECT count(*) FROM feelings").fetchone() == (300,)
     db.close()
@@ -874,7 +887,7 @@ def test_a_migration_that_fails_leaves_the_old_catalog(
     version = version_of(folder)
     broken = "CREATE TABLE half (a); INSERT INTO missing VALUES (1)"
     with monkeypatch.context() as patch:
-        patch.setattr(catalog_store, "MIGRATIONS", (*catalog_store.MIGRATIONS, broken))
+        patch.setattr(store, "MIGRATIONS", (*store.MIGRATIONS, broken))
         with pytest.raises(sqlite3.OperationalError, match="no such table"):
             Catalog.open(folder, write=True)
     assert version_of(folder) == version
@@ -891,7 +904,7 @@ def test_a_newer_catalog_is_refused_naming_both_versions(folder: Path, write: bo
     with sqlite3.connect(folder / "catalog.sqlite") as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    known = len(catalog_store.MIGRATIONS)
+    known = len(store.MIGRATIONS)
     with pytest.raises(InputError, match=rf"version 99; this clipkit knows versions up to {known}"):
         Catalog.open(folder, write=write)
 

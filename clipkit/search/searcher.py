@@ -277,8 +277,12 @@ class Searcher:
         clock.lap("search")
         if rankings and sort in (None, "score"):
             rows = self._best_rows(nums, reciprocal_rank_fusion(rankings, nums), k)
-        else:
+        elif sort == "name":
             rows = _sorted(self.catalog.rows(nums.tolist()).values(), sort)[:k]
+        else:
+            newest = self.catalog.newest(k, among=allowed)
+            found = self.catalog.rows(newest)
+            rows = [found[num] for num in newest if num in found]
         hits = tuple(
             SearchHit(rank, row.image_id, None, None, row.path) for rank, row in enumerate(rows, 1)
         )

@@ -1,21 +1,4 @@
-"""The catalog: every picture, every place it lies at, its texts and its vectors, in one SQLite file.
-
-Inside an index folder:
-
-    catalog.sqlite      the truth (WAL; numbered migrations in PRAGMA user_version)
-    thumbnails.sqlite   derived: may be deleted at any time, a damaged one is made anew
-    writer.lock         held by the one writer; the system frees it when that process dies
-    snapshots/          index.py's files; the catalog only points to the current one
-
-A picture is its content (`image_id`, a hash; `num`, a small integer, inside the index) and has any
-number of places (absolute paths). A picture without a place is dead: its rows stay, so that a file
-which comes back costs nothing, but no search, filter or count sees it. Paths are `str` as
-`os.fsdecode` gives them, stored as bytes: names that are not UTF-8 survive.
-
-Beside this module, and part of it: catalog_store.py (the file, its schema, the lock),
-catalog_rows.py (the types), catalog_search.py (filters, phrases, counts), catalog_vectors.py.
-No module beyond these knows SQL; callers import from here.
-"""
+"""The catalog's one class: see the package."""
 
 from __future__ import annotations
 
@@ -30,9 +13,10 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from clipkit import catalog_search as search
-from clipkit import catalog_vectors as stored
-from clipkit.catalog_rows import (
+from clipkit.catalog import finding
+from clipkit.catalog import vectors as stored
+from clipkit.catalog.finding import Filters
+from clipkit.catalog.rows import (
     AnyPath,
     CatalogStats,
     EncoderRow,
@@ -48,20 +32,9 @@ from clipkit.catalog_rows import (
     lines,
     tag_keys,
 )
-from clipkit.catalog_search import Filters
-from clipkit.catalog_store import Connection, Store, Thumbnails
+from clipkit.catalog.store import Connection, Store, Thumbnails
 
-__all__ = [
-    "Catalog",
-    "CatalogStats",
-    "EncoderRow",
-    "Filters",
-    "KnownFile",
-    "PictureRow",
-    "SkippedRow",
-    "SnapshotPointer",
-    "StoredVectors",
-]
+__all__ = ["Catalog"]
 
 
 class Catalog:
@@ -140,7 +113,7 @@ class Catalog:
         """Every remembered file below `root`, by path; with `encoder_id`, a file whose picture has
         no vector of that encoder is "pending" instead of "ok"."""
         with self._store.connection() as db:
-            return search.known_files(db, _root(root), encoder_id)
+            return finding.known_files(db, _root(root), encoder_id)
 
     def places_below(self, folder: AnyPath) -> int:
         """How many places lie below `folder`: what an unmounted disk would seem to take away."""
@@ -288,7 +261,7 @@ class Catalog:
 
     def _settle(self, db: Connection) -> None:
         if self._touched:
-            search.settle(db, self._touched, new=self._new)
+            finding.settle(db, self._touched, new=self._new)
             self._touched.clear()
 
     # ---- reading: vectors
@@ -319,7 +292,7 @@ class Catalog:
         """The nums of the live pictures that have a vector of this encoder, sorted."""
         sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({stored.DEAD})"
         with self._reading() as db:
-            return search.joined_nums(db, sql, (stored.encoder(db, encoder_id)[0],))
+            return finding.joined_nums(db, sql, (stored.encoder(db, encoder_id)[0],))
 
     def snapshot(self, encoder_id: str) -> SnapshotPointer | None:
         sql = "SELECT name, last_seq FROM snapshots WHERE encoder_id = ?"
@@ -338,7 +311,7 @@ class Catalog:
     def rows(self, nums: Iterable[int]) -> dict[int, PictureRow]:
         """What is known of these pictures, by num; dead and unknown ones are left out."""
         with self._reading() as db:
-            return search.picture_rows(db, nums)
+            return finding.picture_rows(db, nums)
 
     def row(self, image_id: str) -> PictureRow | None:
         """The live picture with this content, or None."""
@@ -349,7 +322,12 @@ class Catalog:
         """The nums of the live pictures that pass, sorted, with or without vectors. InputError: a
         date that is none, an unknown orientation."""
         with self._reading() as db:
-            return search.matching(db, filters)
+            return finding.matching(db, filters)
+
+    def newest(self, limit: int, *, among: Int64 | None = None) -> list[int]:
+        """The nums of the last dated live pictures (of `among`), the newest first, undated last."""
+        with self._reading() as db:
+            return finding.newest(db, limit, among)
 
     def phrase(self, text: str, *, limit: int | None = None) -> list[int]:
         """The nums of the live pictures with this phrase in file name, caption or tag, best first.
@@ -358,7 +336,7 @@ class Catalog:
         and diacritics; scripts written without spaces match by their whole runs only.
         """
         with self._reading() as db:
-            return search.phrase(db, text, limit)
+            return finding.phrase(db, text, limit)
 
     def thumbnail(self, image_id: str) -> bytes | None:
         return self._made.get(image_id) or self._thumbnails.get(image_id)
@@ -372,11 +350,11 @@ class Catalog:
     def roots(self) -> tuple[str, ...]:
         """The remembered folders, by name."""
         with self._store.connection() as db:
-            return search.roots(db)
+            return finding.roots(db)
 
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
         with self._reading() as db:
-            return search.stats(db, encoder_id)
+            return finding.stats(db, encoder_id)
 
     def skipped(self) -> list[SkippedRow]:
         """The files that could not be indexed, by path."""
@@ -387,12 +365,12 @@ class Catalog:
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
         """Folders by the number of places below them, most first: roots and all that they hold."""
         with self._reading() as db:
-            return search.folders(db, limit)
+            return finding.folders(db, limit)
 
     def date_range(self) -> tuple[str, str] | None:
         """The dates (as in `Filters`) of the oldest and newest live picture; None without any."""
         with self._reading() as db:
-            return search.date_range(db)
+            return finding.date_range(db)
 
 
 def _root(folder: AnyPath) -> tuple[bytes, bytes]:

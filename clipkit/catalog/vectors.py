@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.catalog_rows import Int64, StoredVectors
-from clipkit.catalog_store import Connection
+from clipkit.catalog.rows import Int64, StoredVectors
+from clipkit.catalog.store import Connection
 from clipkit.errors import IndexDamaged, InputError
 
 DEAD = "SELECT num FROM pictures WHERE NOT live"  # few, so NOT IN (dead) costs less than IN (live)

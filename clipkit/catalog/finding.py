@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.catalog_rows import (
+from clipkit.catalog.rows import (
     ISO_DATE,
     CatalogStats,
     Int64,
@@ -33,8 +33,8 @@ from clipkit.catalog_rows import (
     name_words,
     tag_keys,
 )
-from clipkit.catalog_store import Connection
-from clipkit.catalog_vectors import DEAD, encoder
+from clipkit.catalog.store import Connection
+from clipkit.catalog.vectors import DEAD, encoder
 from clipkit.errors import InputError
 
 # A private-use token between captions, so that no phrase matches across the end of one.
@@ -107,6 +107,15 @@ def joined_nums(db: Connection, sql: str, args: Iterable[object]) -> Int64:
     # one text for numpy to parse: five times faster than a Python integer for each row
     joined = db.execute(sql, tuple(args)).fetchone()[0]
     return np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","))
+
+
+def newest(db: Connection, limit: int, among: Int64 | None) -> list[int]:
+    chosen, args = "", []
+    if among is not None:
+        chosen, args = "AND num IN (SELECT value FROM json_each(?))", [json.dumps(among.tolist())]
+    sql = f"""SELECT num FROM pictures WHERE live {chosen}
+        ORDER BY dated DESC, image_id LIMIT ?"""
+    return [num for (num,) in db.execute(sql, (*args, min(limit, 2**63 - 1)))]
 
 
 def matching(db: Connection, filters: Filters) -> Int64:

@@ -1,0 +1,41 @@
+"""The catalog: every picture, every place it lies at, its texts and its vectors, in one SQLite file.
+
+Inside an index folder:
+
+    catalog.sqlite      the truth (WAL; numbered migrations in PRAGMA user_version)
+    thumbnails.sqlite   derived: may be deleted at any time, a damaged one is made anew
+    writer.lock         held by the one writer; the system frees it when that process dies
+    snapshots/          index.py's files; the catalog only points to the current one
+
+A picture is its content (`image_id`, a hash; `num`, a small integer, inside the index) and has any
+number of places (absolute paths). A picture without a place is dead: its rows stay, so that a file
+which comes back costs nothing, but no search, filter or count sees it. Paths are `str` as
+`os.fsdecode` gives them, stored as bytes: names that are not UTF-8 survive.
+
+catalog.py is the way in; store.py holds the file, its schema and the lock, finding.py filters,
+phrases and counts, vectors.py the blobs, rows.py the types. Nothing else knows SQL.
+"""
+
+from clipkit.catalog.catalog import Catalog
+from clipkit.catalog.finding import Filters
+from clipkit.catalog.rows import (
+    CatalogStats,
+    EncoderRow,
+    KnownFile,
+    PictureRow,
+    SkippedRow,
+    SnapshotPointer,
+    StoredVectors,
+)
+
+__all__ = [
+    "Catalog",
+    "CatalogStats",
+    "EncoderRow",
+    "Filters",
+    "KnownFile",
+    "PictureRow",
+    "SkippedRow",
+    "SnapshotPointer",
+    "StoredVectors",
+]
