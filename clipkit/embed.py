@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -165,6 +166,11 @@ class _Run:
     def __post_init__(self) -> None:
         self.started = self.committed_at = time.monotonic()
         self.captions = FolderCaptions()
+        # Captions changed since the last picture was added are read again, which costs little.
+        newest = self.catalog.stats().newest
+        self.texts_read_ns = (
+            int(datetime.fromisoformat(newest).timestamp()) * 10**9 if newest else 0
+        )
         self._encoder: ImageEncoder | None = None
         self._encoder_lock = threading.Lock()
         self._rate = _Rate()
@@ -237,6 +243,9 @@ class _Run:
                 self._skip(item)
             elif before and same and before.state == "ok":
                 self.counts["unchanged"] += 1
+                if before.num is not None and item.texts_ns >= self.texts_read_ns:
+                    texts = self.captions.for_picture(Path(path))
+                    self.catalog.set_texts(before.num, captions=texts.captions, tags=texts.tags)
             elif before and same and before.state == "skipped":
                 self.counts["skipped_before"] += 1
             else:

@@ -11,6 +11,9 @@ from pathlib import Path
 from clipkit.errors import InputError
 from clipkit.images import SUFFIXES
 
+# Files that may hold captions and tags of the pictures beside them: see `clipkit.records`.
+TEXT_SUFFIXES = frozenset({".txt", ".json", ".jsonl"})
+
 __all__ = ["FoundFile", "Problem", "distinct_roots", "walk"]
 
 
@@ -21,6 +24,7 @@ class FoundFile:
     path: str
     size: int
     mtime_ns: int
+    texts_ns: int = 0  # when the newest file of its folder that may hold captions was changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +78,12 @@ def walk(root: str, *, skip: str) -> Iterator[FoundFile | Problem]:
         except OSError as error:
             yield Problem(folder, "unreadable-folder", f"folder cannot be read: {error.strerror}")
             continue
+        texts_ns = max((_changed(e) for e in entries if _suffix(e) in TEXT_SUFFIXES), default=0)
         below = []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            picture = os.path.splitext(entry.name)[1].lower() in SUFFIXES
+            picture = _suffix(entry) in SUFFIXES
             try:
                 if entry.is_dir():
                     if os.path.realpath(entry.path) != skip:
@@ -93,8 +98,19 @@ def walk(root: str, *, skip: str) -> Iterator[FoundFile | Problem]:
                     yield Problem(entry.path, "unreadable", message)
                 continue
             if stat.S_ISREG(about.st_mode):
-                yield FoundFile(entry.path, about.st_size, about.st_mtime_ns)
+                yield FoundFile(entry.path, about.st_size, about.st_mtime_ns, texts_ns)
             else:
                 message = "not a file: a pipe, socket or device"
                 yield Problem(entry.path, "not-a-file", message, about.st_size, about.st_mtime_ns)
         stack += reversed(below)
+
+
+def _suffix(entry: os.DirEntry[str]) -> str:
+    return os.path.splitext(entry.name)[1].lower()
+
+
+def _changed(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -123,7 +123,7 @@ def test_adding_a_place_tells_whether_it_is_news(writer: Catalog) -> None:
     num = add(writer, 1)
     assert writer.add_place(num, "/p/a.jpg", size=1, mtime_ns=1)
     assert not writer.add_place(num, "/p/a.jpg", size=1, mtime_ns=2)
-    assert writer.known_files("/p") == {"/p/a.jpg": KnownFile(1, 2, "ok")}
+    assert writer.known_files("/p") == {"/p/a.jpg": KnownFile(1, 2, "ok", num)}
 
 
 def test_a_moved_file_is_a_new_place_and_a_lost_one_can_come_back(
@@ -235,10 +235,10 @@ def test_known_files_tell_what_lacks_a_vector_of_this_encoder(writer: Catalog) -
 def test_a_skipped_file_is_remembered_until_it_is_good_or_gone(writer: Catalog) -> None:
     for name in ("a", "b", "c"):
         writer.add_skipped(f"/p/{name}", size=9, mtime_ns=5, reason="truncated", message="It ends.")
-    assert writer.known_files("/p")["/p/a"] == KnownFile(9, 5, "skipped")
+    assert writer.known_files("/p")["/p/a"] == KnownFile(9, 5, "skipped", None)
     assert writer.skipped()[0] == SkippedRow("/p/a", "truncated", "It ends.")
     writer.add_skipped("/p/a", size=10, mtime_ns=6, reason="empty", message="It is empty.")
-    assert writer.known_files("/p")["/p/a"] == KnownFile(10, 6, "skipped")
+    assert writer.known_files("/p")["/p/a"] == KnownFile(10, 6, "skipped", None)
     add(writer, 1, "/p/b")
     assert writer.remove_places(["/p/c"]) == []
     assert [row.path for row in writer.skipped()] == ["/p/a"]
@@ -249,7 +249,7 @@ def test_a_file_that_breaks_is_no_place_any_more(writer: Catalog) -> None:
     num = add(writer, 1, "/p/a.jpg")
     writer.add_skipped("/p/a.jpg", size=1, mtime_ns=1, reason="truncated", message="It ends.")
     assert writer.rows([num]) == {}
-    assert writer.known_files("/p") == {"/p/a.jpg": KnownFile(1, 1, "skipped")}
+    assert writer.known_files("/p") == {"/p/a.jpg": KnownFile(1, 1, "skipped", None)}
 
 
 def test_a_root_is_remembered_and_forgotten_with_its_places(writer: Catalog) -> None:

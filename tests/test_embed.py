@@ -306,6 +306,18 @@ def test_captions_beside_pictures_are_kept(
     ]
 
 
+def test_changed_captions_are_read_again(
+    run: Callable[..., Summary], photos: Path, catalog: Catalog, encoder: MeanColour
+) -> None:
+    run(photos)
+    (photos / "b" / "9.txt").write_text("a sunset over the sea\n")
+    assert run(photos).unchanged == 10
+    assert [row.path for row in catalog.rows(catalog.phrase("sunset")).values()] == [
+        str(photos / "b" / "9.png")
+    ]
+    assert encoder.embedded == 10
+
+
 def test_roots(run: Callable[..., Summary], photos: Path) -> None:
     assert run(photos, photos / "a", photos).added == 10
     with pytest.raises(InputError, match="/nowhere does not exist; name a folder"):

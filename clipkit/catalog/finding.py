@@ -188,16 +188,16 @@ def known_files(
             has_vector = "EXISTS (SELECT 1 FROM vectors WHERE encoder = ? AND num = places.num)"
     where = "WHERE path >= ? AND path < ?"
     places = db.execute(
-        f"SELECT path, size, mtime_ns, {has_vector} FROM places {where}", (*args, *span)
+        f"SELECT path, size, mtime_ns, num, {has_vector} FROM places {where}", (*args, *span)
     )
     known = {
-        os.fsdecode(path): KnownFile(size, mtime_ns, "ok" if done else "pending")
-        for path, size, mtime_ns, done in places
+        os.fsdecode(path): KnownFile(size, mtime_ns, "ok" if done else "pending", num)
+        for path, size, mtime_ns, num, done in places
     }
     for path, size, mtime_ns in db.execute(
         f"SELECT path, size, mtime_ns FROM skipped {where}", span
     ):
-        known[os.fsdecode(path)] = KnownFile(size, mtime_ns, "skipped")
+        known[os.fsdecode(path)] = KnownFile(size, mtime_ns, "skipped", None)
     return known
 
 

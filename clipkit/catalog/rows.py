@@ -25,6 +25,7 @@ class KnownFile(NamedTuple):
     size: int
     mtime_ns: int
     state: str  # "ok"; "skipped"; "pending": its picture has no vector of the asked encoder yet
+    num: int | None  # its picture; None if skipped
 
 
 class StoredVectors(NamedTuple):
