@@ -1,13 +1,4 @@
-"""Folders of pictures -> vectors in the catalog: walk, hash, decode, embed, write.
-
-Threads read, hash, decode and resize (Pillow and torch let go of the interpreter lock there) while
-the calling thread runs the image tower on whole batches and writes. Every few seconds the work so
-far is committed: a killed run loses no more than that, and the next one goes on from there.
-
-An unchanged file costs one `stat`. A picture is its content: a moved file is a new place of a known
-picture and is not embedded again. What cannot be seen is never taken for deleted: a root that is
-missing or empty, or a folder that cannot be read, keeps what the catalog knows of it.
-"""
+"""One indexing run: what is there, what of it needs work, the work, and what is gone."""
 
 from __future__ import annotations
 
@@ -28,15 +19,16 @@ import numpy.typing as npt
 
 from clipkit import images
 from clipkit.catalog import Catalog, KnownFile
+from clipkit.embed.progress import Progress, Rate, Summary
+from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ImageError
 from clipkit.records import FolderCaptions, Texts
 from clipkit.search import refresh_snapshot
-from clipkit.walk import FoundFile, Problem, distinct_roots, walk
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ImageEncoder", "Progress", "Summary", "index_folders"]
+__all__ = ["ImageEncoder", "index_folders"]
 
 log = logging.getLogger(__name__)
 
@@ -59,45 +51,6 @@ class ImageEncoder(Protocol):
     def preprocess(self, image: Image.Image) -> Any: ...
     def encode_images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]: ...
     def describe(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run is. `done` of `total` files that needed work; `rate` in files per second."""
-
-    phase: Literal["walking", "embedding", "finishing"]
-    seen: int = 0
-    done: int = 0
-    total: int = 0
-    added: int = 0
-    moved: int = 0
-    skipped: int = 0
-    rate: float = 0.0
-    eta_seconds: float | None = None
-    current: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What a run did, in files. `reasons` counts the newly skipped by their reason; those known to
-    be bad and unchanged are `skipped_before`. A file that moved is neither added nor removed."""
-
-    added: int
-    duplicates: int
-    moved: int
-    removed: int
-    unchanged: int
-    skipped_before: int
-    skipped: int
-    reasons: Mapping[str, int]
-    unavailable: tuple[str, ...]
-    stopped: bool
-    embedded: int
-    seconds: float
-
-    @property
-    def pictures_per_second(self) -> float:
-        return self.embedded / self.seconds if self.seconds else 0.0
 
 
 def index_folders(
@@ -173,7 +126,7 @@ class _Run:
         )
         self._encoder: ImageEncoder | None = None
         self._encoder_lock = threading.Lock()
-        self._rate = _Rate()
+        self._rate = Rate()
 
     def over(self, roots: Sequence[str]) -> Summary:
         gone: list[str] = []
@@ -421,20 +374,3 @@ class _Run:
                 current=current,
             )
         )
-
-
-class _Rate:
-    """Files per second over the last half minute."""
-
-    def __init__(self) -> None:
-        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
-
-    def add(self, files: int) -> None:
-        now = time.monotonic()
-        self._marks.append((now, self._marks[-1][1] + files))
-        while now - self._marks[0][0] > 30 and len(self._marks) > 2:
-            self._marks.popleft()
-
-    def per_second(self) -> float:
-        (start, before), (end, after) = self._marks[0], self._marks[-1]
-        return (after - before) / (end - start) if end > start else 0.0
