@@ -168,6 +168,8 @@ def search(
     [bold]"a phrase"[/] must occur in its name, caption or tags, and [bold]key:value[/] filters:
     after before path folder camera format tag width height orientation sort.
     """
+    # One short text through numpy: more threads than one would only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from clipkit.catalog import Catalog
     from clipkit.search import Searcher
 

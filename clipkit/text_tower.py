@@ -30,6 +30,7 @@ __all__ = ["TextTower", "open_text_tower"]
 
 Float32 = npt.NDArray[np.float32]
 
+WORDS = "embeddings.word_embeddings.weight"
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
@@ -41,7 +42,7 @@ class TextTower:
     layers: int
     heads: int
     epsilon: float
-    weights: Mapping[str, Float32]
+    weights: Mapping[str, npt.NDArray[Any]]  # float32; WORDS as stored
     tokenize: Callable[[str], Sequence[int]]
 
     def encode_texts(self, texts: Sequence[str]) -> Float32:
@@ -51,7 +52,7 @@ class TextTower:
 
     def _encode(self, tokens: Sequence[int]) -> Float32:
         w = self.weights
-        x = w["embeddings.word_embeddings.weight"][list(tokens)]  # (L, width)
+        x = w[WORDS][list(tokens)].astype(np.float32)  # (L, width)
         x = x + w["embeddings.position_embeddings.weight"][: len(tokens)]
         x = self._norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
         for layer in range(self.layers):
@@ -113,7 +114,9 @@ def open_text_tower(spec: str) -> TextTower | None:
     weights = {}
     for name, array in checkpoint.read_weights(folder / checkpoint.WEIGHTS_FILE, tuple(prefixes)):
         prefix = next(p for p in prefixes if name.startswith(p))
-        weights[prefixes[prefix] + name.removeprefix(prefix)] = array.astype(np.float32)
+        short = prefixes[prefix] + name.removeprefix(prefix)
+        # Half of a small tower is its word embeddings, of which a query needs a few rows.
+        weights[short] = array.copy() if short == WORDS else array.astype(np.float32)
     return TextTower(
         dim=checkpoint.read_config(folder)[0]["embed_dim"],
         layers=config["num_hidden_layers"],
