@@ -44,9 +44,13 @@ QUEUE = 64  # events that may wait; more are refused
 TICK_SECONDS = 0.7  # between looks at a run
 FAULT = "clipkit failed in a way it does not know; the terminal that runs it says more"
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read whenever Gradio is about to report
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
+SETTINGS = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Gradio makes statistics of all past events after each one; nobody reads them here.
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
+    "GRADIO_ANALYTICS_MAX_EVENTS": "1",
+}
 BRAND = (
     '<button type="button" data-do="home" aria-label="clipkit, start page">'
     '<img src="ui/clipkit.svg" alt="">clipkit</button>'
@@ -209,7 +213,8 @@ def _run(run: Run) -> str:
 
 
 def build(workspace: Workspace, *, examples: Sequence[str] = EXAMPLES) -> gr.Blocks:
-    """The page and its events, not yet served."""
+    """The page and its events, not yet served. Sets Gradio's environment: it has no other way."""
+    os.environ.update(SETTINGS)
     page = Page(workspace, examples)
     form = STATIC["page.html"][0].decode()
     form = form.replace("<!--ADD-->", render.add_form(may_index=workspace.may_index))

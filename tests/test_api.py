@@ -467,9 +467,7 @@ def test_the_page_names_nothing_outside(page: tuple[TestClient, Path]) -> None:
         assert not loaded, address
 
 
-def test_gradio_reports_nothing_home() -> None:
+def test_gradio_reports_nothing_home(page: tuple[TestClient, Path]) -> None:  # noqa: ARG001
     import gradio
-
-    import app.ui  # noqa: F401
 
     assert not gradio.analytics.analytics_enabled()

@@ -1,0 +1,588 @@
+"""The page in a real Chromium, over a real catalog and a model that knows colours."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from colours import ColourEncoder, ColourModel, paint
+
+from app.workspace import Workspace
+from clipkit.catalog import Catalog
+from clipkit.embed import index_folders
+from clipkit.errors import InputError
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
+]
+ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+EVIL = "<img src=x onerror=alert(1)>.png"
+
+
+# ---- a server, a browser, a page
+
+
+@contextmanager
+def served(workspace: Workspace) -> Iterator[str]:
+    """The address of a server in a thread."""
+    import uvicorn
+
+    from app.ui import make_app
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    servers: list[uvicorn.Server] = []
+
+    async def run() -> None:
+        app = make_app(workspace, examples=("red", "blue"))
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, ws="none")
+        servers.append(uvicorn.Server(config))
+        await servers[0].serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    while not (servers and servers[0].started):
+        assert thread.is_alive()
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    servers[0].should_exit = True
+    thread.join()
+    listener.close()
+    workspace.close()
+
+
+@dataclass
+class Watched:
+    """A page that remembers whom it asked and what went wrong."""
+
+    page: Any
+    requests: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.set_default_timeout(15_000)
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", self._console)
+        self.page.on("dialog", self._dialog)
+
+    def _console(self, message: Any) -> None:
+        # A refused request is logged by Chromium itself; that it is refused is what some tests want.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.faults.append(message.text)
+
+    def _dialog(self, dialog: Any) -> None:
+        self.faults.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Open]:
+    """visit(address, **context): a page with its first answer. Every page must stay without fault and
+    ask nobody but its own server."""
+    opened: list[tuple[str, Watched, Any]] = []
+
+    def go(address: str, **options: Any) -> Any:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
+        watched = Watched(context.new_page())
+        opened.append((address, watched, context))
+        watched.page.goto(address)
+        watched.page.wait_for_selector("#results [data-view]")
+        return watched.page
+
+    yield go
+    for address, watched, context in opened:
+        context.close()
+        assert not watched.faults
+        own = (address.partition("#")[0].rstrip("/") + "/", "data:", "blob:")
+        outside = [url for url in watched.requests if not url.startswith(own)]
+        assert not outside
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """72 pictures: 30 red in a/, 40 blue in b/, one green with an evil name, one yellow captioned."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(30):
+        paint(folder / "a" / f"red {number}.png", "red", number=number)
+    for number in range(40):
+        paint(folder / "b" / f"blue {number}.png", "blue", number=number)
+    paint(folder / EVIL, "green", size=(60, 90))
+    paint(folder / "c" / "lemon.png", "yellow")
+    (folder / "c" / "lemon.txt").write_text("A <b>lemon</b> & more")
+    os.utime(folder / "c" / "lemon.png", (1_600_000_000,) * 2)  # 13 September 2020
+    return folder
+
+
+@pytest.fixture(scope="module")
+def site(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    model = ColourModel()
+    index = tmp_path_factory.mktemp("index")
+    with Catalog.open(index, write=True) as catalog:
+        index_folders(
+            catalog, [photos], encoder_id=model.encoder_id or "", load_encoder=model.encoder
+        )
+    with served(Workspace(index, model)) as address:  # type: ignore[arg-type]
+        yield address
+
+
+def ask(page: Any, words: str) -> None:
+    page.fill("input[name=words]", words)
+    page.keyboard.press("Enter")
+    page.wait_for_function(
+        "w => document.querySelector('.summary h2, .failure')?.textContent.includes(w)"
+        " && !document.body.dataset.busy",
+        arg=words,
+    )
+
+
+def settled(page: Any) -> None:
+    page.wait_for_function(
+        "document.body.dataset.view === 'results' && !document.body.dataset.busy"
+    )
+
+
+def names(page: Any) -> list[str]:
+    return page.eval_on_selector_all("#results .hit img", "all => all.map(img => img.alt)")
+
+
+def first_row(page: Any) -> list[str]:
+    script = """all => {
+        const top = all[0].getBoundingClientRect().top;
+        return all.filter(hit => Math.abs(hit.getBoundingClientRect().top - top) < 5)
+                  .map(hit => hit.querySelector('img').alt);
+    }"""
+    return page.eval_on_selector_all("#results .hit", script)
+
+
+# ---- asking
+
+
+def test_words_find_their_picture(site: str, visit: Open) -> None:
+    page = visit(site)
+    assert page.inner_text("h1.title") == "Type words, see your pictures"
+    assert page.inner_text("#status").split("\n")[0].startswith("colours")
+    ask(page, "yellow")
+    assert first_row(page)[0] == "A <b>lemon</b> & more"
+    best = page.locator(".hit").first
+    assert best.locator(".score").inner_text() == "1.00"
+    assert best.locator(".band").inner_text() in ("strong", "fair", "weak")
+    assert "24 of 72 pictures" in page.inner_text(".summary p")
+    page.wait_for_function("document.querySelector('.hit img').naturalWidth > 0")
+
+
+def test_a_question_has_an_address(site: str, visit: Open) -> None:
+    page = visit(site)
+    ask(page, "red")
+    ask(page, "blue")
+    assert page.url.endswith("#words=blue")
+    page.go_back()
+    page.wait_for_function("document.querySelector('.summary h2').textContent === '“red”'")
+    page.go_back()
+    page.wait_for_selector(".home .chips")
+    again = visit(f"{site}/#words=blue")
+    again.wait_for_selector(".summary h2")
+    assert again.input_value("input[name=words]") == "blue"
+    assert names(again)[0].startswith("blue")
+
+
+def test_examples_are_one_click(site: str, visit: Open) -> None:
+    page = visit(site)
+    page.click(".chip >> text=blue")
+    settled(page)
+    assert names(page)[0].startswith("blue")
+    assert page.input_value("input[name=words]") == "blue"
+
+
+def test_more_can_be_shown_without_losing_the_place(site: str, visit: Open) -> None:
+    """72 pictures, 24 a page: two more pages, then no button."""
+    page = visit(site)
+    ask(page, "red")
+    page.evaluate("document.querySelector('.hit img').marked = true")
+    for expected in (48, 72):
+        page.click("[data-do=more]")
+        page.wait_for_function(f"document.querySelectorAll('.hit').length === {expected}")
+    assert page.locator("[data-do=more]").count() == 0
+    assert page.evaluate("document.querySelector('.hit img').marked")
+    assert len(set(page.eval_on_selector_all(".hit", "all => all.map(h => h.dataset.id)"))) == 72
+
+
+def test_what_cannot_be_understood_is_a_sentence(site: str, visit: Open) -> None:
+    page = visit(site)
+    for words, said in (("folde:x", "folder"), ('+"/etc/passwd"', "picture")):
+        page.fill("input[name=words]", words)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".failure")
+        settled(page)
+        sentence = page.inner_text(".failure")
+        assert said in sentence and "Traceback" not in sentence
+        ask(page, "red")
+
+
+# ---- looking at one picture
+
+
+def test_a_click_shows_the_picture_and_what_is_known(site: str, visit: Open, photos: Path) -> None:
+    page = visit(site)
+    ask(page, "yellow")
+    page.click(".hit .open >> nth=0")
+    page.wait_for_selector("#viewer dd")
+    told = page.inner_text("#viewer aside")
+    assert str(photos / "c" / "lemon.png") in told
+    assert "90 × 60, PNG" in told and "cosine 1.000" in told
+    assert page.inner_text("#viewer h2") == "A <b>lemon</b> & more"
+    page.wait_for_function("document.querySelector('.stage img').src.includes('/pictures/')")
+    # Arrow keys step, Esc closes, and the focus is where it was.
+    page.keyboard.press("ArrowRight")
+    second = page.locator(".hit").nth(1).get_attribute("data-id")
+    page.wait_for_function("id => document.querySelector('#viewer').dataset.id === id", arg=second)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Escape")
+    page.wait_for_function("!document.querySelector('#viewer').open")
+    assert page.evaluate("document.activeElement.className") == "open"
+
+
+def test_similar_pictures_are_one_click_away(site: str, visit: Open) -> None:
+    """29 other reds are nearest to a red picture; itself it is not."""
+    page = visit(site)
+    ask(page, "red")
+    chosen = page.locator(".hit").first.get_attribute("data-id")
+    page.click(".hit .open >> nth=0")
+    page.click("[data-do=similar-here]")
+    page.wait_for_selector(".summary h2 img")
+    settled(page)
+    assert all(name.startswith("red") for name in names(page))
+    shown = page.eval_on_selector_all(".hit", "all => all.map(h => h.dataset.id)")
+    assert chosen not in shown
+    page.click(".hit [data-do=similar] >> nth=0")
+    page.wait_for_function("id => !location.hash.includes(id)", arg=chosen)
+    page.go_back()
+    page.wait_for_function("id => location.hash.includes(id)", arg=chosen)
+
+
+def test_a_path_can_be_copied(site: str, visit: Open, photos: Path) -> None:
+    page = visit(site, permissions=["clipboard-read", "clipboard-write"])
+    ask(page, "yellow")
+    page.click(".hit .open >> nth=0")
+    page.click("[data-do=copy]")
+    page.wait_for_selector("[data-do=copy] >> text=Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == str(photos / "c" / "lemon.png")
+
+
+def test_a_picture_that_is_gone_says_so(tmp_path: Path, visit: Open) -> None:
+    model = ColourModel()
+    path = paint(tmp_path / "photos" / "gone.png", "red")
+    with Catalog.open(tmp_path / "index", write=True) as catalog:
+        index_folders(
+            catalog, [path.parent], encoder_id=model.encoder_id or "", load_encoder=model.encoder
+        )
+    path.unlink()
+    with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
+        page = visit(address)
+        page.click(".hit .open")
+        page.wait_for_selector(".stage p:visible")
+        assert page.inner_text(".stage p").startswith("the file gone.png is gone or has changed")
+
+
+# ---- asking with a picture
+
+
+def hand_over(page: Any, event: str, kind: str, name: str, data: bytes) -> None:
+    """Drop or paste a file as a person does."""
+    script = """([event, kind, name, data]) => {
+        const transfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+        transfer.items.add(new File([bytes], name));
+        const options = {bubbles: true, cancelable: true};
+        const sent = kind === 'ClipboardEvent'
+            ? new ClipboardEvent(event, {...options, clipboardData: transfer})
+            : new DragEvent(event, {...options, dataTransfer: transfer});
+        document.querySelector('#results').dispatchEvent(sent);
+    }"""
+    page.evaluate(script, [event, kind, name, base64.b64encode(data).decode()])
+
+
+def test_a_dropped_or_pasted_picture_finds_its_like(site: str, visit: Open, tmp_path: Path) -> None:
+    page = visit(site)
+    red = paint(tmp_path / "mine.png", "red", size=(50, 50)).read_bytes()
+    hand_over(page, "dragenter", "DragEvent", "mine.png", red)
+    assert page.inner_text("#drop") == "Drop a picture to find its like"
+    hand_over(page, "drop", "DragEvent", "mine.png", red)
+    page.wait_for_selector(".summary h2 img")
+    settled(page)
+    assert page.locator("#drop").is_hidden()
+    assert page.locator(".sample").is_visible()
+    assert all(name.startswith("red") for name in names(page))
+
+    blue = paint(tmp_path / "other.png", "blue", size=(50, 50)).read_bytes()
+    hand_over(page, "paste", "ClipboardEvent", "other.png", blue)
+    page.wait_for_function("document.querySelector('.hit img')?.alt.startsWith('blue')")
+    page.click("[data-do=clear-sample]")
+    page.wait_for_selector(".home .chips")
+
+
+def test_a_picture_can_be_chosen_and_joined_with_words(
+    site: str, visit: Open, tmp_path: Path
+) -> None:
+    """A red picture and yellow^3 sum to (1, -1, -1) + 3 (1, 1, -1) = (4, 2, -4) / sqrt 3, whose
+    cosine is 10 / (6 sqrt 3) = 0.96 to yellow (1, 1, -1) and 6 / (6 sqrt 3) = 0.58 to red."""
+    page = visit(site)
+    with page.expect_file_chooser() as chooser:
+        page.click("[data-do=pick]")
+    chooser.value.set_files(paint(tmp_path / "mine.png", "red"))
+    page.wait_for_selector(".summary h2 img")
+    settled(page)
+    ask(page, "yellow^3")
+    assert names(page)[0] == "A <b>lemon</b> & more"
+    assert names(page)[1].startswith("red")
+    scores = page.eval_on_selector_all(".hit", "all => all.slice(0, 2).map(h => h.dataset.score)")
+    assert scores == ["0.962", "0.577"]
+
+
+def test_what_is_no_picture_is_refused_where_it_was_dropped(site: str, visit: Open) -> None:
+    page = visit(site)
+    hand_over(page, "drop", "DragEvent", "notes.txt", b"hello")
+    page.wait_for_selector(".notice:visible")
+    assert len(page.inner_text(".notice")) > 15
+    assert "Traceback" not in page.inner_text(".notice")
+    assert not page.evaluate("document.body.dataset.busy")
+
+
+# ---- narrowing
+
+
+def choose_folder(page: Any, ending: str) -> None:
+    labels = page.eval_on_selector_all("#filters option", "all => all.map(o => o.textContent)")
+    page.select_option("#filters select", label=next(x for x in labels if x.endswith(ending)))
+
+
+def test_folders_and_dates_narrow_what_is_searched(site: str, visit: Open) -> None:
+    page = visit(site)
+    ask(page, "red")
+    page.click("#ask [data-do=filters]")
+    choose_folder(page, "b (40)")
+    page.wait_for_function("document.querySelector('.summary p').textContent.includes('of 40 ')")
+    assert all(name.startswith("blue") for name in names(page))
+    page.click("#filters [data-do=clear-filters]")
+    page.wait_for_function("document.querySelector('.summary p').textContent.includes('of 72 ')")
+    # The lemon's file is from 13 September 2020; "to" includes its day.
+    page.fill("#filters input[name=until]", "2020-09-12")
+    page.wait_for_selector(".nothing")
+    page.fill("#filters input[name=until]", "2020-09-14")
+    page.wait_for_function("document.querySelector('.summary p').textContent.includes('1 of 1 ')")
+    page.fill("#filters input[name=after]", "2021-01-01")
+    page.wait_for_selector(".failure")
+    assert "the first must not be later" in page.inner_text(".failure")
+    page.click("#filters [data-do=clear-filters]")
+    page.wait_for_function("document.querySelector('.summary p')?.textContent.includes('of 72 ')")
+
+
+def test_filters_alone_list_what_passes(site: str, visit: Open) -> None:
+    page = visit(site)
+    page.click("#ask [data-do=filters]")
+    choose_folder(page, "a (30)")
+    settled(page)
+    assert "24 of 30 pictures" in page.inner_text(".summary p")
+    assert page.locator(".band").count() == 0  # nothing was compared
+
+
+# ---- indexing from the page
+
+
+class SlowModel(ColourModel):
+    """Takes `pause` seconds for each two pictures."""
+
+    def __init__(self) -> None:
+        self.pause = 0.25
+
+    def encoder(self) -> ColourEncoder:
+        model = self
+
+        class Slow(ColourEncoder):
+            preferred_batch = 2
+
+            def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+                time.sleep(model.pause)
+                return super().encode_images(images)
+
+        return Slow()
+
+
+def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
+    """180 pictures would take 22 s: time to look, to search and to stop. The second run is quick."""
+    photos = tmp_path / "photos"
+    for number in range(180):
+        paint(photos / f"blue {number:03}.png", "blue", number=number)
+    (photos / "broken <b>.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    model = SlowModel()
+    with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
+        page = visit(address)
+        assert page.inner_text("#results h1") == "Nothing indexed yet"
+        for folder, said in (("photos", "not a full path"), ("/no/such", "there is no folder")):
+            page.fill("#results form.add input", folder)
+            page.click("#results form.add button")
+            page.wait_for_selector(f"#runs .run.failed >> text={said}")
+        page.fill("#results form.add input", str(photos))
+        page.click("#results form.add button")
+        page.wait_for_selector("#runs .run.running progress[max]")
+        assert re.search(r"\d+ of 18[01] pictures", page.inner_text("#runs"))
+        # The first are found while the rest is on its way.
+        page.wait_for_selector(".home .chips")
+        ask(page, "blue")
+        assert page.locator(".hit").count() > 0
+        assert page.locator("#runs .run.running").count() == 1
+        # One run at a time, and it can be stopped and gone on with.
+        page.click("#tools [data-do=add]")
+        page.fill("#adder input", str(photos))
+        page.click("#adder form button")
+        page.wait_for_selector("#runs .run.failed >> text=goes on already")
+        page.wait_for_selector("#runs [data-do=stop]")
+        page.click("#runs [data-do=stop]")
+        page.wait_for_selector("#runs .run.stopped")
+        model.pause = 0
+        page.click("#tools [data-do=add]")
+        page.fill("#adder input", str(photos))
+        page.click("#adder form button")
+        page.wait_for_selector("#runs .run.done")
+        assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#runs p"))
+        page.click("#runs summary")
+        assert "broken <b>.jpg" in page.inner_text("#runs details")
+        assert "180 pictures" in page.inner_text("#status")
+        ask(page, "blue blue")
+        assert "of 180 pictures" in page.inner_text(".summary p")
+        page.click("#runs [data-do=dismiss]")
+        assert page.locator("#runs .run").is_hidden()
+
+
+def test_a_page_open_to_the_network_does_not_index(tmp_path: Path, visit: Open) -> None:
+    workspace = Workspace(tmp_path / "index", ColourModel(), may_index=False)  # type: ignore[arg-type]
+    with served(workspace) as address:
+        page = visit(address)
+        assert page.locator("form.add").count() == 0
+        assert "clipkit index FOLDER" in page.inner_text("#results")
+        with pytest.raises(InputError, match="may not index"):  # nor when asked by other means
+            workspace.index([str(tmp_path)])
+
+
+# ---- harm, looks, reach
+
+
+def test_a_file_name_cannot_run_anything(site: str, visit: Open) -> None:
+    page = visit(site)
+    ask(page, "green")
+    assert names(page)[0] == EVIL
+    page.click(".hit .open >> nth=0")
+    page.wait_for_selector("#viewer dd")
+    assert page.inner_text("#viewer h2") == EVIL
+    assert page.locator("img[src=x]").count() == 0
+    page.keyboard.press("Escape")
+    ask(page, "<img src=x onerror=alert(2)>")
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_the_pages_policy_runs_nothing_smuggled_in(site: str, browser: Any) -> None:
+    """Should escaping fail one day."""
+    watched = Watched(browser.new_page())
+    watched.page.goto(site)
+    watched.page.wait_for_selector("#results [data-view]")
+    watched.page.evaluate(
+        "document.querySelector('#results').innerHTML = '<img src=\"x\" onerror=\"alert(3)\">'"
+    )
+    watched.page.wait_for_function("document.querySelector('#results img').complete")
+    watched.page.wait_for_timeout(100)
+    watched.page.close()
+    assert len(watched.faults) == 1
+    assert "inline event handler violates" in watched.faults[0]
+
+
+def test_dark_follows_the_system_and_can_be_chosen(site: str, visit: Open) -> None:
+    light = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(c => c > 200)"
+    page = visit(site, color_scheme="dark")
+    assert not page.evaluate(light)
+    page.click("[data-do=theme]")
+    assert page.evaluate(light)
+    page.reload()
+    page.wait_for_selector("#results [data-view]")
+    assert page.evaluate(light)
+    assert visit(site, color_scheme="light").evaluate(light)
+
+
+@pytest.mark.parametrize("width", [360, 390, 768, 1920])
+def test_every_width_is_used_and_none_is_left(site: str, visit: Open, width: int) -> None:
+    page = visit(site, viewport={"width": width, "height": 780})
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) == 0
+    ask(page, "red")
+    assert page.evaluate(wide) == 0
+    assert len(first_row(page)) >= 2
+    page.click(".hit .open >> nth=0")
+    page.wait_for_selector("#viewer dd")
+    box = page.locator("#viewer").bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= width
+    assert page.locator("[data-do=similar-here]").is_visible()
+    assert page.locator(".stage img").bounding_box()["height"] > 200
+
+
+def test_the_keyboard_is_enough(site: str, visit: Open) -> None:
+    page = visit(site)
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.name") == "words"
+    page.keyboard.type("red")
+    page.keyboard.press("Enter")
+    settled(page)
+    page.keyboard.press("Escape")
+    page.locator(".hit .open").first.focus()
+    here = "[...document.querySelectorAll('.hit .open')].indexOf(document.activeElement)"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(here) == 1
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(here) > 1
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(here) == 0
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#viewer[open]")
+
+
+def test_everything_has_a_name(site: str, visit: Open) -> None:
+    """For who cannot see: every button, field and picture says what it is."""
+    page = visit(site)
+    ask(page, "red")
+    nameless = """() => [...document.querySelectorAll('#top, #ask, #filters, #results')]
+        .flatMap(part => [...part.querySelectorAll('button, input, select, img')])
+        .filter(e => !(e.textContent.trim() || e.ariaLabel || e.labels?.length
+                       || (e.tagName === 'IMG' && e.hasAttribute('alt'))))
+        .map(e => e.outerHTML)"""
+    assert page.evaluate(nameless) == []
+    assert page.locator("footer:visible").count() == 0
