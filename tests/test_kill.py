@@ -122,21 +122,6 @@ def check_sound(index: Path) -> None:
 Wait = Callable[[subprocess.Popen[bytes], Path, int, int, float], None]
 
 
-def evenly_over_the_run(kills: int, *, seed: int) -> Wait:
-    """At a random moment within each of `kills` equal parts of a whole run, parts shuffled."""
-    rng = random.Random(seed)
-    moments = [(n + rng.random()) / kills for n in range(kills)]
-    rng.shuffle(moments)
-
-    def wait(
-        process: subprocess.Popen[bytes], _index: Path, _before: int, killed: int, seconds: float
-    ) -> None:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moments[killed] * seconds)
-
-    return wait
-
-
 def as_the_index_grows(
     process: subprocess.Popen[bytes], index: Path, before: int, _killed: int, _seconds: float
 ) -> None:
@@ -147,6 +132,27 @@ def as_the_index_grows(
             if encoders and catalog.stats(encoders[-1].encoder_id).vectors > before:
                 return
         time.sleep(0.1)
+
+
+def all_over_the_run(kills: int, *, seed: int) -> Wait:
+    """In turn: at a random moment of each of `kills / 2` equal parts of a whole run, parts shuffled;
+    and within three seconds of a commit, which is when pictures are written."""
+    rng = random.Random(seed)
+    parts = (kills + 1) // 2
+    moments = [(n + rng.random()) / parts for n in range(parts)]
+    rng.shuffle(moments)
+
+    def wait(
+        process: subprocess.Popen[bytes], index: Path, before: int, killed: int, seconds: float
+    ) -> None:
+        timeout = moments[killed // 2] * seconds
+        if killed % 2:
+            as_the_index_grows(process, index, before, killed, seconds)
+            timeout = 3 * rng.random()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=timeout)
+
+    return wait
 
 
 def survive(runs: Runs, folder: Path, same: Same, *, count: int, kills: int, wait: Wait) -> None:
@@ -241,5 +247,5 @@ def test_killed_fifty_times_then_run_to_the_end(
 ) -> None:
     """One picture a batch, so that vectors must come out equal bit for bit."""
     runs = Runs(make_pictures(tmp_path / "pictures", 600), tiny_checkpoint(), "--batch-size", "1")
-    wait = evenly_over_the_run(50, seed=2)
+    wait = all_over_the_run(50, seed=2)
     survive(runs, tmp_path, equal_bytes, count=600, kills=50, wait=wait)

@@ -118,7 +118,13 @@ def plain_loop(spec: str) -> Callable[[Sequence[Path]], Float32]:
     import open_clip
 
     folder = checkpoint.find_folder(spec)
-    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert folder is not None
+    kept = {}
+    if (folder / checkpoint.TEXT_CONFIG_FILE).is_file():
+        # OpenCLIP would ask the hub for a Hugging Face text tower's settings; they lie here too.
+        text = checkpoint.read_config(folder)[0]["text_cfg"]
+        kept["text_cfg"] = {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}", **kept)
     model.eval()
 
     def embed(paths: Sequence[Path]) -> Float32:
