@@ -24,14 +24,15 @@ from clipkit.index.kinds import Ids, Store
 
 Floats = npt.NDArray[np.float32]
 Hits = tuple[Ids, Floats]
-N, DIM = 4000, 64
+N, DIM = 12_000, 64  # small enough to be quick, large enough that candidates are worth using
+GOAL = 0.97
 ALL_KINDS = pytest.mark.parametrize("kind", list(KINDS))
 APPROXIMATE = pytest.mark.parametrize("kind", [k for k, way in KINDS.items() if way])
 
 
 @pytest.fixture(scope="module")
 def rows() -> npt.NDArray[np.float16]:
-    return clustered(N, DIM, per_cluster=40)
+    return clustered(N, DIM, per_cluster=100)
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +43,24 @@ def ids() -> Ids:
 
 @pytest.fixture(scope="module")
 def indexes(ids: Ids, rows: npt.NDArray[np.float16]) -> dict[str, VectorIndex]:
-    return {kind: VectorIndex.build(ids, rows, kind=kind) for kind in KINDS}
+    return {kind: VectorIndex.build(ids, rows, kind=kind, recall_goal=GOAL) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def queries(rows: npt.NDArray[np.float16]) -> Floats:
-    return make_queries(rows, 60)
+    return make_queries(rows, 40)
 
 
 def brute(
-    ids: Ids, rows: npt.NDArray[Any], query: Floats, k: int, allowed: Ids | None = None
-) -> Hits:
-    """The definition: all cosines in float64, the k best by (-score, id)."""
-    scores = rows.astype(np.float16).astype(np.float64) @ query.astype(np.float64)
+    ids: Ids, rows: npt.NDArray[Any], queries: Floats, k: int, allowed: Ids | None = None
+) -> list[Hits]:
+    """The definition: all cosines in float64, per query the k best by (-score, id)."""
     if allowed is not None:
         passed = np.isin(ids, allowed)
-        ids, scores = ids[passed], scores[passed]
-    order = np.lexsort((ids, -scores))[:k]
-    return ids[order], scores[order].astype(np.float32)
+        ids, rows = ids[passed], rows[passed]
+    table = queries.astype(np.float64) @ rows.astype(np.float64).T
+    orders = [np.lexsort((ids, -scores))[:k] for scores in table]
+    return [(ids[o], scores[o].astype(np.float32)) for o, scores in zip(orders, table, strict=True)]
 
 
 def mean_recall(found: list[Hits], truth: list[Hits]) -> float:
@@ -117,10 +118,12 @@ def test_hits_are_sorted_exact_and_the_same_however_asked(
 def test_recall_against_brute_force(
     kind: str, ids: Ids, rows: Any, indexes: dict[str, VectorIndex], queries: Floats
 ) -> None:
-    truth = [brute(ids, rows, query, 10) for query in queries]
-    assert indexes[kind].kind == kind, "no fall back to exact on this easy data"
-    assert mean_recall(indexes[kind].search(queries, 10), truth) >= (1 if kind == "exact" else 0.98)
-    assert indexes[kind].measured.recall_at_10 >= 0.99
+    index = indexes[kind]
+    truth = brute(ids, rows, queries, 10)
+    assert mean_recall(index.search(queries, 10), truth) >= (1 if kind == "exact" else GOAL - 0.02)
+    assert index.measured.recall_at_10 >= GOAL
+    used = [c is not None for c in index._candidates(queries, 10, N, None)]
+    assert index.kind == kind and all(used) == (kind != "exact"), "by its own means, not exactly"
 
 
 @given(
@@ -141,7 +144,7 @@ def test_exact_is_brute_force_with_ties(
     only = None if allowed is None else np.array(allowed, np.int64)
     asked = np.array([query], np.float32)
     ((found, scores),) = VectorIndex.build(ids, vectors).search(asked, k, allowed=only)
-    true_ids, true_scores = brute(ids, vectors, asked[0], k, only)
+    ((true_ids, true_scores),) = brute(ids, vectors, asked, k, only)
     assert found.tolist() == true_ids.tolist()
     assert scores.tolist() == true_scores.tolist()
 
@@ -157,6 +160,21 @@ def test_ties_across_rank_k_go_to_the_smaller_ids(copies: int, rows: Any, ids: I
     (found, scores) = index.search(rows[:1].astype(np.float32), k)[0]
     assert found.tolist() == twins[:k].tolist()
     assert len(set(scores.tolist())) == 1, "equal vectors, equal scores"
+
+
+def test_scores_too_close_for_faiss_to_order_are_ordered_exactly(rows: Any, ids: Ids) -> None:
+    """500 rows hold the same 64 numbers shuffled and the query is constant, so the true cosines are
+    equal and only rounding orders the scores: Faiss's rounding differs from that of what is returned.
+    Five hits must still be the first five of all.
+    """
+    random = np.random.default_rng(1)
+    near = rows.copy()
+    near[:500] = [random.permutation(np.abs(rows[0])) for _ in range(500)]
+    index = VectorIndex.build(ids, near)
+    query = np.full((1, DIM), 0.1, np.float32)
+    (every, scores), (first, best) = index.search(query, N)[0], index.search(query, 5)[0]
+    assert len(set(scores[:500].tolist())) > 1 and scores[0] - scores[499] < 1e-6
+    assert first.tolist() == every[:5].tolist() and best.tolist() == scores[:5].tolist()
 
 
 # ---- Faiss's oddities (trap 22)
@@ -218,8 +236,8 @@ def test_filtered_search_is_full_and_right(
     allowed = np.random.default_rng(3).choice(ids, int(share * N), replace=False)
     found = indexes[kind].search(queries, 10, allowed=allowed)
     assert all(np.isin(f, allowed).all() and len(f) == min(10, len(allowed)) for f, _ in found)
-    truth = [brute(ids, rows, query, 10, allowed) for query in queries]
-    least = 1.0 if kind == "exact" or share < 0.5 else 0.98
+    truth = brute(ids, rows, queries, 10, allowed)
+    least = 1.0 if kind == "exact" or share < 0.5 else GOAL - 0.02
     assert mean_recall(found, truth) >= least
 
 
@@ -230,8 +248,25 @@ def test_a_filter_against_the_query(kind: str, ids: Ids, rows: Any, indexes: Any
     order = np.argsort(-(rows.astype(np.float32) @ query[0]), kind="stable")
     allowed = ids[order[N // 3 :]]
     found = indexes[kind].search(query, 10, allowed=allowed)
-    assert mean_recall(found, [brute(ids, rows, query[0], 10, allowed)]) == 1
+    assert mean_recall(found, brute(ids, rows, query, 10, allowed)) == 1
     assert len(found[0][0]) == 10 and np.isin(found[0][0], allowed).all()
+
+
+@APPROXIMATE
+@pytest.mark.parametrize("hidden", [5, 9, 60, 300])
+def test_a_filter_that_hides_the_nearest(
+    kind: str, hidden: int, ids: Ids, rows: Any, indexes: Any, queries: Floats
+) -> None:
+    """Up to k hidden, the 2 k nearest hold the answer and are used. Beyond, they must not be, though of
+    the candidates scored to find them (2 k times "refine") more than k are allowed.
+    """
+    k, missed = 10, []
+    for query in queries[:20]:
+        order = np.argsort(-(rows.astype(np.float32) @ query), kind="stable")
+        allowed = ids[order[hidden:]]
+        found = indexes[kind].search(query[None], k, allowed=allowed)
+        missed.append(1 - mean_recall(found, brute(ids, rows, query[None], k, allowed)))
+    assert np.mean(missed) <= (0.05 if hidden <= k else 0)
 
 
 def test_unknown_and_repeated_ids_are_ignored() -> None:
@@ -251,15 +286,15 @@ def test_unknown_and_repeated_ids_are_ignored() -> None:
 def test_inverted_lists_never_return_fewer(
     monkeypatch: pytest.MonkeyPatch, ids: Ids, rows: Any, queries: Floats
 ) -> None:
-    """One list of about 40 vectors is probed: 100 hits are not in it, so the search is exact."""
+    """One list of about 60 vectors is probed: 200 hits are not in it, so the search is exact."""
     ivf = KINDS["ivf"]
     assert ivf is not None
     one = replace(ivf, levels=({"nprobe": 1, "refine": 1},))
     monkeypatch.setitem(KINDS, "ivf", one)
     index = VectorIndex.build(ids, rows, kind="ivf", recall_goal=0.0)
     assert index.kind == "ivf"
-    assert mean_recall(index.search(queries, 10), [brute(ids, rows, q, 10) for q in queries]) < 1
-    truth = [brute(ids, rows, query, 200) for query in queries]
+    assert mean_recall(index.search(queries, 10), brute(ids, rows, queries, 10)) < 1
+    truth = brute(ids, rows, queries, 200)
     assert mean_recall(index.search(queries, 200), truth) == 1
     assert all(len(found) == 200 for found, _ in index.search(queries, 200))
 
@@ -268,9 +303,8 @@ def fake_kind(*, right_at: int) -> Kind:
     """Proposes the true best rows from level `right_at` on, before that half of them wrong."""
 
     def ask(store: Store, queries: Floats, count: int, level: Mapping[str, Any]) -> Ids:
-        found = np.argsort(-(queries @ store.decode(slice(None)).T), axis=1, kind="stable")[
-            :, :count
-        ]
+        table = queries @ store.decode(slice(None)).T
+        found = np.argsort(-table, axis=1, kind="stable")[:, :count]
         if level["effort"] < right_at:
             found[:, 5:] = np.arange(len(store.ids) - count, len(store.ids) - 5)
         return found
@@ -284,7 +318,7 @@ def test_settings_are_raised_until_the_recall_is_met(
 ) -> None:
     monkeypatch.setattr(vector_index, "serialized", lambda _: b"")
     monkeypatch.setitem(KINDS, "fake", fake_kind(right_at=2))
-    index = VectorIndex.build(ids, rows, kind="fake")
+    index = VectorIndex.build(ids[:3000], rows[:3000], kind="fake")
     assert index.kind == "fake" and index.settings["effort"] == 2
     assert index.measured.recall_at_10 > 0.999 and index.measured.queries == 200
 
@@ -299,11 +333,11 @@ def test_a_kind_that_never_finds_enough_becomes_exact_and_says_so(
     """Half of the ten proposed are arbitrary rows: recall is 0.5 and a little luck."""
     monkeypatch.setitem(KINDS, "fake", fake_kind(right_at=9))
     with caplog.at_level(logging.WARNING):
-        index = VectorIndex.build(ids, rows, kind="fake")
+        index = VectorIndex.build(ids[:3000], rows[:3000], kind="fake")
     assert index.kind == "exact" and index.settings["given_up"] == "fake"
     assert 0.5 <= index.settings["given_up_recall"] < 0.55
     assert "fake reaches recall@10 0.5" in caplog.text and "goal is 0.990" in caplog.text
-    truth = [brute(ids, rows, query, 10) for query in queries]
+    truth = brute(ids[:3000], rows[:3000], queries, 10)
     assert mean_recall(index.search(queries, 10), truth) == 1
 
 
@@ -338,8 +372,11 @@ def test_the_same_input_builds_the_same_index(
     kind: str, ids: Ids, rows: Any, tmp_path: Path
 ) -> None:
     digests = []
-    for name in ("a", "b"):
-        VectorIndex.build(ids, rows, kind=kind).save(tmp_path / name, encoder_id="e", last_seq=1)
+    # BLAS splits the rotation of rabitq and ivf by threads, which moves last bits of it
+    for name, threads in (("a", 1), ("b", 2 if kind in ("exact", "hnsw") else 1)):
+        with kinds.threads(threads):
+            index = VectorIndex.build(ids[:3000], rows[:3000], kind=kind)
+        index.save(tmp_path / name, encoder_id="e", last_seq=1)
         files = sorted(p for p in (tmp_path / name).iterdir() if p.name != "manifest.json")
         digests.append([hashlib.sha256(p.read_bytes()).hexdigest() for p in files])
     assert digests[0] == digests[1]
@@ -361,7 +398,7 @@ def test_order_and_precision_of_the_input_do_not_matter(
 def test_vectors_of_an_id_are_what_was_given(ids: Ids, rows: Any, indexes: Any) -> None:
     pick = [17, 3, 17]
     assert np.array_equal(indexes["hnsw"].vectors_of(ids[pick]), rows[pick].astype(np.float32))
-    with pytest.raises(InputError, match="id 8 is not in this index of 4000"):
+    with pytest.raises(InputError, match="id 8 is not in this index of 12000"):
         indexes["exact"].vectors_of(np.array([7, 8]))
 
 

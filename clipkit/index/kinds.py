@@ -229,8 +229,7 @@ def _build_hnsw(store: Store, seed: int) -> Any:
     )
     structure = faiss.IndexHNSW(codes, 32)
     structure.hnsw.efConstruction = 80
-    with threads(1):  # with more, the graph depends on which thread comes first
-        _add_all(structure, store)
+    _add_all(structure, store)  # since Faiss 1.15 the same graph on any number of threads
     return _share_codes(structure, store)
 
 

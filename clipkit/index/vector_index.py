@@ -121,8 +121,9 @@ class VectorIndex:
 
         kind="auto" takes exact up to 300,000 vectors, rabitq to 3 million, ivf beyond. An approximate
         kind's settings are raised until its measured recall@10 is `recall_goal`; if none reaches it,
-        the index becomes exact, a warning is logged and `settings` say so. The same input builds the
-        same index. Raises InputError for doubled ids, mismatched shapes and rows not of unit length.
+        the index becomes exact, a warning is logged and `settings` say so. The same input on as many
+        threads builds the same index. Raises InputError for doubled ids, mismatched shapes and rows
+        that are not unit vectors.
         """
         if kind != "auto" and kind not in KINDS:
             known = ", ".join(["auto", *KINDS])
@@ -268,24 +269,28 @@ class VectorIndex:
     ) -> list[Ids | None]:
         """Rows worth scoring, per query; None where the kind has none or cannot vouch for them.
 
-        With a filter twice as many are asked for, and used if as many of them are allowed as are
-        needed without one: recall is then what was measured, however filter and query are related. A
-        selector inside the structure does not give that: of a filter that hid all that is near the
-        query, ivf found 5 and hnsw 8 of 10.
+        With a filter, the 2 k best of all are found as without one, and used if k of them are allowed:
+        recall is then what was measured, however filter and query are related. A selector inside the
+        structure does not give that: of the ten best that a filter left far from the query, ivf found
+        5 and hnsw 8.
         """
         way = KINDS[self.kind]
         if way is None or 2 * count < self.size:  # scanning under half of the rows is as quick
             return [None] * len(queries)
-        enough = k * self.settings["refine"]
-        want = enough if mask is None else 2 * enough
+        depth = k if mask is None else 2 * k
+        want = depth * self.settings["refine"]
         if 8 * want > self.size:
             return [None] * len(queries)
         found: list[Ids | None] = []
-        for rows in way.ask(self._structure, queries, want, self.settings):
+        asked = way.ask(self._structure, queries, want, self.settings)
+        for query, rows in zip(queries, asked, strict=True):
             rows = rows[rows >= 0]
-            if mask is not None:
+            enough = len(rows) >= depth
+            if enough and mask is not None:
+                rows = np.searchsorted(self._store.ids, self._store.best(query, rows, depth)[0])
                 rows = rows[mask[rows]]
-            found.append(rows if len(rows) >= (k if mask is None else enough) else None)
+                enough = len(rows) >= k
+            found.append(rows if enough else None)
         return found
 
     def _timed(self) -> VectorIndex:
