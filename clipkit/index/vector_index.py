@@ -181,8 +181,8 @@ class VectorIndex:
                 found = self._candidates(batch, k, count, mask)
                 lacking = [i for i, candidates in enumerate(found) if candidates is None]
                 if lacking:
-                    scanned = self._store.scan(batch[lacking], k, count, selector)
-                    found = [scanned.pop(0) if c is None else c for c in found]
+                    scanned = iter(self._store.scan(batch[lacking], k, count, selector))
+                    found = [next(scanned) if c is None else c for c in found]
                 hits += [
                     self._store.best(query, rows if candidates is None else candidates, k)
                     for query, candidates in zip(batch, found, strict=True)
