@@ -1,0 +1,194 @@
+"""What the built-in model learns from and is measured on: captions, and views of pictures.
+
+Two data sets in one folder, in a common shape: `flickr8k/` (photos, `train.jsonl` and `dev.jsonl`
+with `{"image", "captions"}`) and `openclipart/` (drawings, `captions.jsonl` with titles and
+descriptions as `captions`, and `keywords`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SIZE = 224  # pixels, the side of a view
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A picture and every phrase that is true of it; `art` for a drawing."""
+
+    path: Path
+    phrases: tuple[str, ...]
+    keywords: tuple[str, ...] = ()
+    art: bool = False
+
+
+NOT_A_KEYWORD = re.compile(
+    r"hash\(|unsorted|^architetto|rollandin|^\W*\d*\W*$|[^\x20-\x7e]"
+    r"|^(svg|png|appicon|paper symbol|musicstuff|musicsym|clip ?art|openclipart|menu|layout)$"
+)
+RESPELLED = {"icecream": "ice cream", "bodypart": "body part", "vegitable": "vegetable"}
+RESPELLED |= {"roadsign": "road sign", "airtravel": "air travel", "roadtravel": "road travel"}
+
+
+def clean(text: str) -> str:
+    """'BlueMan#207' -> 'Blue Man'; 'L&amp;eacute;ve_02' -> 'Léve'."""
+    text = html.unescape(html.unescape(text))
+    text = re.sub(r"<[^>]+>|https?://\S+", " ", text).replace("_", " ")
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text)
+    text = re.sub(r"(?<=[a-z])\d+$", "", re.sub(r"\s*[#(]?\d+\)?\s*$", "", text.strip()))
+    return re.sub(r"\s+", " ", text).strip(" .,;:-\"'")
+
+
+def art_example(path: Path, row: dict[str, Any]) -> Example:
+    """A drawing's title and description, then its keywords, without authors' and tools' leavings."""
+    phrases: dict[str, str] = {}
+    for caption in map(clean, row["captions"]):
+        if len(caption) > 2 and caption.isascii():
+            phrases.setdefault(caption.lower(), " ".join(caption.split()[:30]))
+    words = (clean(word.lower()) for word in row.get("keywords", ()))
+    words = (RESPELLED.get(word, word) for word in words)
+    keywords = dict.fromkeys(w for w in words if len(w) > 1 and not NOT_A_KEYWORD.search(w))
+    return Example(path, tuple(phrases.values()), tuple(keywords), art=True)
+
+
+def is_held_out(path: Path) -> bool:
+    """A tenth of the drawings, chosen by content: the same whatever the files are called."""
+    digest = hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % 10 == 0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_photos(data: Path, split: str) -> list[Example]:
+    folder = data / "flickr8k"
+    rows = read_rows(folder / f"{split}.jsonl")
+    return [Example(folder / row["image"], tuple(row["captions"])) for row in rows]
+
+
+def read_art(data: Path, *, held_out: bool, gallery: Path | None = None) -> list[Example]:
+    """The held-out tenth of the drawings, or the rest.
+
+    A sample gallery chosen from them (`metadata.jsonl` in its folders, with `source` and `captions`)
+    has better captions for some; they come first.
+    """
+    folder = data / "openclipart"
+    better: dict[str, list[str]] = {}
+    for path in sorted(gallery.rglob("metadata.jsonl")) if gallery else ():
+        better |= {row["source"]: row["captions"] for row in read_rows(path)}
+    examples = []
+    for row in read_rows(folder / "captions.jsonl"):
+        if is_held_out(folder / row["image"]) == held_out:
+            captions = [*better.get(row["image"], ()), *row["captions"]]
+            examples.append(art_example(folder / row["image"], {**row, "captions": captions}))
+    return examples
+
+
+PHOTO_PROMPTS = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "{}",
+    "a {}",
+    "a picture of a {}",
+    "there is a {}",
+    "a close-up photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a large {}.",
+    "{} outside",
+    "a blurry photo of a {}.",
+    "an old {}",
+    "someone with a {}",
+)
+ART_PROMPTS = (
+    "clip art of a {}",
+    "a drawing of a {}",
+    "{}",
+    "a {}",
+    "a cartoon {}",
+    "an illustration of a {}",
+    "a simple {} icon",
+)
+TITLE_PROMPTS = ("{}", "{}", "{}", "clip art of {}", "clip art of a {}", "a drawing of {}")
+
+
+def fill(prompts: Sequence[str], words: str, rng: random.Random) -> str:
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", rng.choice(prompts).format(words))
+
+
+def caption(example: Example, rng: random.Random) -> tuple[str, str]:
+    """One caption for this epoch, and the phrase that it states."""
+    if not example.art:
+        text = rng.choice(example.phrases)
+        return text, text
+    if example.phrases and (rng.random() < 0.5 or not example.keywords):
+        phrase = example.phrases[0] if rng.random() < 0.6 else rng.choice(example.phrases)
+        return fill(TITLE_PROMPTS, phrase, rng), phrase
+    if len(example.keywords) > 1 and rng.random() < 0.3:
+        text = ", ".join(rng.sample(example.keywords, min(3, len(example.keywords))))
+        return text, text
+    phrase = rng.choice(example.keywords or ("clip art",))
+    return fill(ART_PROMPTS, phrase, rng), phrase
+
+
+def digest(parts: Iterable[str | bytes]) -> str:
+    """Sixteen hex digits of a sequence."""
+    state = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        state.update(len(raw).to_bytes(8, "big") + raw)
+    return state.hexdigest()
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """Of every picture's bytes and every text, in order."""
+
+    def parts() -> Iterator[str | bytes]:
+        for example in examples:
+            yield example.path.read_bytes()
+            yield from example.phrases
+            yield from example.keywords
+
+    return digest(parts())
+
+
+def open_rgb(path: Path) -> Image.Image:
+    image: Image.Image = Image.open(path)
+    if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
+
+
+def squash(image: Image.Image) -> Image.Image:
+    """The picture as the model will be served it."""
+    return image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+
+
+def random_view(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A crop of half to all of the picture, perhaps mirrored; a drawing perhaps on a white square."""
+    if image.size != (SIZE, SIZE) and rng.random() < 0.5:
+        side = int(max(image.size) * (1 + 0.2 * rng.random()))
+        square = Image.new("RGB", (side, side), "white")
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        image = square
+    area, ratio = rng.uniform(0.5, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+    width, height = min(1.0, np.sqrt(area * ratio)), min(1.0, np.sqrt(area / ratio))
+    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
+    w, h = image.size
+    box = (left * w, top * h, (left + width) * w, (top + height) * h)
+    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image

@@ -1,0 +1,124 @@
+"""The model that ships inside: its files, what it finds, and the figures on its card."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clipkit import checkpoint, images, towers
+from clipkit.builtin import measure, sources
+
+FOLDER = checkpoint.builtin_folder()
+GALLERY = Path(__file__).parent.parent / "data_prep" / "gallery" / "pictures"
+DATA = Path(os.environ.get("CLIPKIT_DATA", "/nonexistent"))
+
+# A query, and words of which a picture's file name must hold one to be right. Guitars without a
+# player count: the players come just behind them (see the model card).
+QUERIES = {
+    "birthday cake": ("birthday-cake", "pink-cake"),
+    "a red car": ("red-sports-car", "red-racing-car"),
+    "penguin": ("penguin",),
+    "someone playing guitar": ("guitar",),
+    "castle": ("castle",),
+    "violin": ("violin",),
+    "umbrella": ("umbrella",),
+}
+
+
+@pytest.fixture(scope="module")
+def encoder() -> towers.DualEncoder:
+    return towers.load("builtin", device="cpu", precision="float32")
+
+
+@pytest.fixture(scope="module")
+def gallery(encoder: towers.DualEncoder) -> tuple[list[str], np.ndarray]:
+    """File names and unit rows of every picture of the sample gallery."""
+    paths = sorted(path for path in GALLERY.rglob("*") if path.suffix in images.SUFFIXES)
+    return [path.stem for path in paths], measure.encode_files(encoder, paths)
+
+
+def test_fits_into_a_repository_and_holds_no_pickle() -> None:
+    files = [path for path in FOLDER.rglob("*") if "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files if path.is_file()) <= 60e6
+    assert {path.suffix for path in files if path.is_file()} <= {
+        ".json",
+        ".md",
+        ".py",
+        ".safetensors",
+        ".txt",
+    }
+
+
+def test_gives_unit_rows_and_takes_nothing_for_an_answer(encoder: towers.DualEncoder) -> None:
+    rows = encoder.encode_texts(["a dog", "a dog on a beach", "x" * 5000])
+    pictures = encoder.encode_images([Image.new("RGB", (31, 500), "red")])
+    assert rows.shape == (3, 512)
+    assert pictures.shape == (1, 512)
+    assert np.linalg.norm(np.concatenate([rows, pictures]), axis=1) == pytest.approx(1, abs=1e-5)
+    assert encoder.encode_texts([]).shape == (0, 512)
+
+
+def test_sees_a_picture_whole(encoder: towers.DualEncoder) -> None:
+    """It was trained on squashed pictures: what lies at the ends of a panorama is not cut off."""
+    panorama = Image.new("RGB", (400, 100), "white")
+    panorama.paste("red", (0, 0, 100, 100))
+    seen = encoder.preprocess(panorama).numpy()  # (3, 224, 224)
+    assert seen.shape == (3, 224, 224)
+    assert tuple(seen[:, 112, 5]) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_finds_the_right_picture_of_the_gallery_among_the_first_five(
+    query: str, encoder: towers.DualEncoder, gallery: tuple[list[str], np.ndarray]
+) -> None:
+    names, pictures = gallery
+    best = np.argsort(-(pictures @ encoder.encode_texts([query])[0]))[:5]
+    first = [names[i] for i in best]
+    assert any(word in name for name in first for word in QUERIES[query]), first
+
+
+def test_recall_of_a_worked_example() -> None:
+    """Pictures e0, e1; texts at e0 (of 0), 0.6 e0 + 0.8 e1 (of 0), e1 (of 1).
+
+    Text to image: the first ranks its picture first, the second ranks it second (0.6 < 0.8), the
+    third first: R@1 is (1 + 0) / 2 for picture 0 and 1 for picture 1. Image to text: the best
+    caption of either picture is the best of all texts.
+    """
+    pictures = np.eye(2, dtype=np.float32)
+    texts = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
+    to_image, to_text = measure.recall_hits(pictures, texts, np.array([0, 0, 1]))
+    assert to_image.tolist() == [[0.5, 1, 1], [1, 1, 1]]
+    assert to_text.tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_a_collapsed_model_has_no_recall() -> None:
+    """Twelve pictures and texts at one point: every pessimistic rank is the last one."""
+    same = np.tile(np.array([1, 0], np.float32), (12, 1))
+    to_image, to_text = measure.recall_hits(same, same.copy(), np.arange(12))
+    assert to_image.sum() == to_text.sum() == 0
+
+
+def test_captions_lose_what_no_person_would_type() -> None:
+    row = {
+        "captions": ["BlueMan#207", "It&#39;s a &quot;blue_man&quot;", "Blue Man"],
+        "keywords": ["unsorted", "hash(0x8a0a39c)", "People", "icecream", "11", "caf\u00e9"],
+    }
+    example = sources.art_example(Path("a.png"), row)
+    assert example.phrases == ("Blue Man", "It's a \"blue man")
+    assert example.keywords == ("people", "ice cream")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "flickr8k").is_dir(), reason="CLIPKIT_DATA has no flickr8k/")
+def test_recall_is_what_the_model_card_says(encoder: towers.DualEncoder) -> None:
+    figures = json.loads((FOLDER / checkpoint.PROVENANCE_FILE).read_text("utf-8"))["metrics"]
+    to_image, to_text = measure.flickr_recall(encoder, DATA)
+    for name, hits in (("text_to_image", to_image), ("image_to_text", to_text)):
+        for column, cut in enumerate(measure.CUTS):
+            stated = figures[f"flickr8k_dev_{name}"][f"R@{cut}"]
+            assert 100 * hits[:, column].mean() >= stated["low"], (name, cut)
