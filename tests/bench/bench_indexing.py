@@ -218,7 +218,7 @@ def main() -> None:
         print(
             f"n = {len(paths)} JPEGs, mean {megapixels:.1f} MP and {megabytes:.2f} MB, "
             f"{given.repeats} repeats; {os.cpu_count()} cores, torch {torch.__version__} "
-            f"with {torch.get_num_threads()} threads, {torch.backends.cpu.get_capability()}"
+            f"with {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
         )
         print(
             f"{'':<36} {'pics/s':>8} {'spread':^15} {'ratio':>6} {'spread':^13}"
