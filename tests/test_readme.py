@@ -1,0 +1,89 @@
+"""The README's commands, run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    for line in block.splitlines()
+    if line.startswith("clipkit ")
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with a few of the sample pictures in ~/Pictures."""
+    home = tmp_path_factory.mktemp("home")
+    party = ROOT / "data_prep" / "gallery" / "pictures" / "party"
+    shutil.copytree(party, home / "Pictures" / "party")
+    shutil.copy(next(party.glob("*.png")), home / "Pictures" / "example.png")
+    return home
+
+
+def run(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    scripts = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "HOME": str(home),
+        "XDG_DATA_HOME": str(home / "data"),
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+    }
+    environment.pop("CLIPKIT_INDEX", None)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=home, env=environment, timeout=180
+    )
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_works(command: str, home: Path) -> None:
+    """In order: the first one indexes ~/Pictures into the user's data folder."""
+    done = run(["sh", "-c", command], home)
+    assert done.returncode == 0, done.stderr
+    if "search" in command:
+        assert done.stdout.strip()
+
+
+def test_the_python_of_the_readme_works(home: Path) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    index = home / "python" / "index"
+    index.parent.mkdir()
+    done = run(["clipkit", "index", str(home / "Pictures"), "--index", str(index)], home)
+    assert done.returncode == 0, done.stderr
+    done = run([sys.executable, "-c", f"import os; os.chdir({str(index.parent)!r})\n{code}"], home)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make (\w+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_what_the_readme_links_to_exists() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_every_path_of_its_tree_exists() -> None:
+    (tree,) = re.findall(r"^```\n(clipkit/ .*?)^```", README, re.DOTALL | re.MULTILINE)
+    for line in tree.splitlines():
+        name = shlex.split(line.replace("'", ""))[0]
+        path = ROOT / ("clipkit/" + name if line.startswith(" ") else name)
+        assert path.exists(), line
