@@ -194,7 +194,8 @@ class _Guard:
         elif scope["path"] == "/":
             await self._page(scope, receive, send)
         else:
-            await self.app(scope, receive, _headed(send, _LOCKED))
+            assets = scope["path"].startswith("/assets/")
+            await self.app(scope, receive, _headed(send, _LOCKED, assets=assets))
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
@@ -257,13 +258,17 @@ def _sha256(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
-def _headed(send: Send, policy: str) -> Send:
+def _headed(send: Send, policy: str, *, assets: bool = False) -> Send:
+    """`send` with our headers. `assets`: the address carries a hash of the content."""
+
     async def headed(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in _HEADERS.items():
                 headers[name] = value
             headers["Content-Security-Policy"] = policy
+            if assets and message["status"] == 200:
+                headers["Cache-Control"] = FOREVER
             # Gradio lets other local pages read its answers; nobody but its own page needs to.
             del headers["Access-Control-Allow-Origin"]
             del headers["Access-Control-Allow-Credentials"]

@@ -101,13 +101,13 @@ class Indexer:
     def _work(self, roots: Sequence[Path], stop: threading.Event) -> None:
         told: dict[str, Any] = {}
         try:
-            encoder_id = self._model.encoder_id or self._model.encoder().encoder_id
+            encoder_id = self._model.encoder_id
             with Catalog.open(self.folder, write=True) as catalog:
                 told["summary"] = index_folders(
                     catalog,
                     roots,
                     encoder_id=encoder_id,
-                    load_encoder=self._model.encoder,
+                    load_encoder=self._model.towers,
                     limits=self._limits,
                     on_progress=lambda progress: self._tell(progress=progress),
                     stop=stop,

@@ -38,7 +38,7 @@ BANDS: Mapping[str, str] = {
     "fair": "Above the rest of the library, not by much",
     "weak": "Hardly above the rest of the library",
 }
-NARROWEST, WIDEST = 0.5, 2.2  # width / height of a tile; the picture is shown whole inside it
+NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
 # Unicode's bidirectional controls: in a file name they would reorder the text around it.
 _BIDI = frozenset(
     map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
@@ -57,6 +57,7 @@ class Card:
     height: int
     score: float | None = None
     strength: str | None = None
+    drawn: bool = False  # rather a drawing than a photo: stands on white
 
 
 def printable(value: str) -> str:
@@ -211,11 +212,11 @@ def results(
     while first_weak and bands[first_weak - 1] == "weak":
         first_weak -= 1
     tiles = [_tile(card) for card in cards]
-    if first_weak < len(tiles):
-        words = "Weak from here on: the nearest of the rest"
-        if first_weak == 0:
-            words = "Nothing stands out for this. These are the nearest"
-        tiles.insert(first_weak, f'<li class="divider"><span>{words}</span></li>')
+    if tiles and first_weak == 0:
+        said = "Nothing stands out for this. These are the nearest"
+        tiles.insert(0, f'<li class="divider all"><span>{said}</span></li>')
+    elif first_weak < len(tiles):
+        tiles.insert(first_weak, '<li class="divider"><span>Weak from here on</span></li>')
     body = f'<ol class="grid">{"".join(tiles)}</ol>'
     if not cards:
         body = (
@@ -231,7 +232,7 @@ def results(
     return (
         f'<found-{key} class="results" data-view="results" data-ticket="{text(ticket)}">'
         f'<div class="summary"><h2>{question}</h2><p>{len(cards):,} of {count(total)}, '
-        f"{seconds * 1000:.0f} ms</p></div>{body}</found-{key}>"
+        f"{_took(seconds)}</p></div>{body}</found-{key}>"
     )
 
 
@@ -243,12 +244,16 @@ def failure(sentence: str, *, ticket: str = "") -> str:
     )
 
 
+def _took(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
 def _tile(card: Card, *, bare: bool = False) -> str:
     ratio = min(max(card.width / max(card.height, 1), NARROWEST), WIDEST)
     identity, alt, name = text(card.image_id), text(card.caption or card.name), text(card.name)
     band = card.strength if card.strength in BANDS else ""
     score = "" if card.score is None else f"{card.score:.3f}"
-    label = f"{alt}" if bare else f"Result {card.rank}: {alt}"
+    label = alt if bare else f"Result {card.rank}: {alt}"
     under = ""
     if not bare:
         said = f'<span class="band" title="{BANDS[band]}">{band}</span>' if band else ""
@@ -260,8 +265,9 @@ def _tile(card: Card, *, bare: bool = False) -> str:
             f'aria-label="Find pictures like result {card.rank}"><i class="i-similar"></i></button>'
             "</div>"
         )
+    classes = " ".join(filter(None, ("hit", band, "drawn" if card.drawn else "")))
     return (
-        f'<li class="hit {band}" data-id="{identity}" data-score="{score}" data-band="{band}" '
+        f'<li class="{classes}" data-id="{identity}" data-score="{score}" data-band="{band}" '
         f'style="--ratio:{ratio:.3f}"><button type="button" class="open" data-do="open" '
         f'aria-label="{label}"><img src="thumbnails/{identity}" alt="{alt}" loading="lazy" '
         f'decoding="async"></button>{under}</li>'
@@ -305,7 +311,7 @@ def run(
     where = ", ".join(map(text, folders))
     return (
         f'<section class="run {state}" data-state="{state}" '
-        f'role="{"alert" if state == "failed" else "status"}"><div class="row"><h3>{titles[state]} '
+        f'role="{"alert" if state == "failed" else "status"}"><div class="bar"><h3>{titles[state]} '
         f'<span title="{where}">{where}</span></h3>{button}</div>{bar}<p>{text(line)}</p>'
         f"{_skipped(skipped, skipped_total)}</section>"
     )

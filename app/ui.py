@@ -60,6 +60,7 @@ TOOLS = (
     '<button type="button" class="icon" data-do="theme" title="Light or dark" '
     'aria-label="Light or dark"><i class="i-theme"></i></button></div>'
 )
+EMPTY = 'data-view="empty"'  # how render.empty marks itself
 # Gradio lets Python listen to the events whose names stand in quotes here.
 ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'index' 'stop'"
 
@@ -70,6 +71,13 @@ class Page:
     def __init__(self, workspace: Workspace, examples: Sequence[str]) -> None:
         self.workspace = workspace
         self.examples = tuple(examples)
+
+    def parts(self) -> tuple[str, str, str, str]:
+        """Status, filters, run and start."""
+        try:
+            return self.status(), self.filters(), self.run(), self.start()
+        except ClipkitError as error:
+            return "", "", self.run(), render.failure(str(error))
 
     def status(self) -> str:
         now = self.workspace.status()
@@ -124,16 +132,15 @@ class Page:
         return "" if self.workspace.run is None else _run(self.workspace.run)
 
     def index(self, data: Mapping[str, Any]) -> str:
-        """Begin to index the folder that was typed; the run, or the sentence why there is none."""
+        """Begin to index the folder that was typed; the sentence why not, else empty."""
         folder = data.get("folder")
         try:
             if not isinstance(folder, str):
                 raise InputError(f"the folder is {folder!r}; it must be text")
             self.workspace.index([folder])
         except ClipkitError as error:
-            refused = render.run(folders=[str(folder)], state="failed", line=str(error))
-            return refused + (self.run() if self.workspace.status().indexing else "")
-        return self.run()
+            return render.run(folders=[str(folder)], state="failed", line=str(error))
+        return ""
 
 
 def _card(
@@ -148,6 +155,7 @@ def _card(
         height=row.height,
         score=score,
         strength=strength,
+        drawn=row.format in ("PNG", "GIF"),
     )
 
 
@@ -228,48 +236,41 @@ def build(workspace: Workspace, *, examples: Sequence[str] = EXAMPLES) -> gr.Blo
             gr.HTML(TOOLS, elem_id="tools", **plain)
         ask = gr.HTML(form, elem_id="ask", head=script, **{**plain, "js_on_load": ON_LOAD})
         filters = gr.HTML("", elem_id="filters", **plain)
-        runs = gr.HTML("", elem_id="runs", **plain)
+        refusal = gr.HTML("", elem_id="refusal", **plain)
+        run = gr.HTML("", elem_id="run", **plain)
         results = gr.HTML("", elem_id="results", **plain)
         timer = gr.Timer(TICK_SECONDS, active=False)
 
-        def busy() -> gr.Timer:
+        def look() -> gr.Timer:
             """The timer: it runs while something changes by itself."""
-            now = workspace.status()
-            return gr.Timer(active=now.indexing or now.model == "loading")
+            return gr.Timer(active=workspace.indexing or workspace.model.state == "loading")
 
         def on_load() -> tuple[Any, ...]:
-            return page.status(), page.filters(), page.run(), page.start(), busy()
+            return *page.parts(), look()
 
-        def on_ask(event: gr.EventData) -> tuple[Any, ...]:
-            return page.answer(_data(event)), page.status()
+        def on_ask(event: gr.EventData) -> tuple[str, str]:
+            return page.answer(_data(event)), page.parts()[0]
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
-            runs_now = page.index(_data(event))
-            nothing = not workspace.status().pictures
-            return runs_now, page.start() if nothing else gr.skip(), busy()
+            refused = page.index(_data(event))
+            start = page.parts()[3]
+            return refused, page.run(), start if EMPTY in start else gr.skip(), look()
 
         def on_stop() -> str:
             workspace.stop()
             return page.run()
 
         def on_tick(shown: str) -> tuple[Any, ...]:
-            """`shown` is what the results' place shows: only the empty state changes by itself."""
-            now = workspace.status()
-            start = page.start() if 'data-view="empty"' in shown else gr.skip()
-            return (
-                page.status(),
-                page.filters(),
-                page.run(),
-                start,
-                gr.Timer(active=now.indexing or now.model == "loading"),
-            )
+            """`shown` is what stands in the results' place: only the empty state changes by itself."""
+            *parts, start = page.parts()
+            return *parts, start if EMPTY in shown else gr.skip(), look()
 
-        everything = [status, filters, runs, results, timer]
+        everything = [status, filters, run, results, timer]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         blocks.load(on_load, None, everything, **quiet)
         ask.ask(on_ask, None, [results, status], trigger_mode="always_last", **quiet)
-        ask.index(on_index, None, [runs, results, timer], **quiet)
-        ask.stop(on_stop, None, [runs], **quiet)
+        ask.index(on_index, None, [refusal, run, results, timer], **quiet)
+        ask.stop(on_stop, None, [run], **quiet)
         timer.tick(on_tick, [results], everything, **quiet)
     blocks.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
     return blocks

@@ -80,7 +80,7 @@ class Workspace:
             if self._opened is None and (self.folder / "catalog.sqlite").exists():
                 catalog = Catalog.open(self.folder)
                 searcher = Searcher(
-                    catalog, self.model.encoder, encoder_id=self.model.encoder_id, files=False
+                    catalog, self.model, encoder_id=self.model.known_id, files=False
                 )
                 self._opened = catalog, searcher
             return self._opened
@@ -98,11 +98,11 @@ class Workspace:
         stats = opened[0].stats() if opened else None
         return Status(
             spec=self.model.spec,
-            encoder_id=self.model.encoder_id,
+            encoder_id=self.model.known_id,
             model=self.model.state,
             pictures=stats.pictures if stats else 0,
             newest=stats.newest if stats else None,
-            indexing=self._indexer.busy,
+            indexing=self.indexing,
         )
 
     # ---- searching
@@ -211,6 +211,10 @@ class Workspace:
     @property
     def run(self) -> Run | None:
         return self._indexer.run
+
+    @property
+    def indexing(self) -> bool:
+        return self._indexer.busy
 
     def index(self, folders: Sequence[str]) -> None:
         """Index folders in the background. InputError, CatalogBusy: see Indexer.start."""

@@ -45,15 +45,14 @@ class ColourEncoder:
         return _unit([np.mean(colours or [(200, 0, 200)], axis=0) for colours in known])
 
 
-class ColourModel:
-    """What app.model.Model is, around the encoder above."""
+class ColourModel(ColourEncoder):
+    """The encoder above as app.model.Model holds one: loaded from the start."""
 
-    spec = "colours"
-    encoder_id: str | None = ColourEncoder.encoder_id
+    known_id = ColourEncoder.encoder_id
     state = "ready"
 
-    def encoder(self) -> ColourEncoder:
-        return ColourEncoder()
+    def towers(self) -> ColourEncoder:
+        return self
 
     def warm(self) -> None: ...
 

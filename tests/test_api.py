@@ -42,9 +42,7 @@ def serve(tmp_path: Path, photos: Path) -> Iterator[Served]:
     def client(**options: Any) -> TestClient:
         model = ColourModel()
         with Catalog.open(tmp_path / "index", write=True) as catalog:
-            index_folders(
-                catalog, [photos], encoder_id=model.encoder_id or "", load_encoder=model.encoder
-            )
+            index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
         workspace = Workspace(tmp_path / "index", model, **options)  # type: ignore[arg-type]
         opened.append(workspace)
         app = create_app(workspace)
@@ -361,7 +359,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient,
     model = ColourModel()
     with Catalog.open(folder / "index", write=True) as catalog:
         index_folders(
-            catalog, [secret.parent], encoder_id=model.encoder_id or "", load_encoder=model.encoder
+            catalog, [secret.parent], encoder_id=model.encoder_id, load_encoder=model.towers
         )
     workspace = Workspace(folder / "index", model)  # type: ignore[arg-type]
 
@@ -456,6 +454,14 @@ def test_the_page_runs_only_its_own_scripts(page: tuple[TestClient, Path]) -> No
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
         assert f"'sha256-{digest}'" in scripts[1]
     assert "http" not in policy
+
+
+def test_gradios_scripts_are_fetched_once(page: tuple[TestClient, Path]) -> None:
+    client, _ = page
+    asset = re.search(r"assets/index-[\w-]+\.js", client.get("/").text)
+    assert asset is not None
+    assert "immutable" in client.get(f"/{asset[0]}").headers["cache-control"]
+    assert "immutable" not in client.get("/assets/none.js").headers.get("cache-control", "")
 
 
 def test_the_page_names_nothing_outside(page: tuple[TestClient, Path]) -> None:

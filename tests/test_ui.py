@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from colours import ColourEncoder, ColourModel, paint
+from colours import ColourModel, paint
 
 from app.workspace import Workspace
 from clipkit.catalog import Catalog
@@ -80,7 +80,7 @@ class Watched:
     faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.set_default_timeout(15_000)
+        self.page.set_default_timeout(60_000)  # for a machine that is busy with other things
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", self._console)
@@ -107,27 +107,36 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser: Any) -> Iterator[Any]:
+    """One for most pages: Gradio's scripts are then compiled once."""
+    shared = browser.new_context(viewport={"width": 1280, "height": 860})
+    yield shared
+    shared.close()
+
+
 @pytest.fixture
-def visit(browser: Any) -> Iterator[Open]:
-    """visit(address, **context): a page with its first answer. Every page must stay without fault and
-    ask nobody but its own server."""
-    opened: list[tuple[str, Watched, Any]] = []
+def visit(browser: Any, context: Any) -> Iterator[Open]:
+    """visit(address, **context options): a page with its first answer. Every page must stay without
+    fault and ask nobody but its own server."""
+    opened: list[tuple[str, Watched]] = []
 
     def go(address: str, **options: Any) -> Any:
-        context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
-        watched = Watched(context.new_page())
-        opened.append((address, watched, context))
+        own = browser.new_context(**options) if options else context
+        watched = Watched(own.new_page())
+        opened.append((address, watched))
         watched.page.goto(address)
         watched.page.wait_for_selector("#results [data-view]")
         return watched.page
 
     yield go
-    for address, watched, context in opened:
-        context.close()
+    for address, watched in opened:
+        watched.page.close()
+        if watched.page.context is not context:
+            watched.page.context.close()
         assert not watched.faults
         own = (address.partition("#")[0].rstrip("/") + "/", "data:", "blob:")
-        outside = [url for url in watched.requests if not url.startswith(own)]
-        assert not outside
+        assert not [url for url in watched.requests if not url.startswith(own)]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +159,7 @@ def site(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     model = ColourModel()
     index = tmp_path_factory.mktemp("index")
     with Catalog.open(index, write=True) as catalog:
-        index_folders(
-            catalog, [photos], encoder_id=model.encoder_id or "", load_encoder=model.encoder
-        )
+        index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
     with served(Workspace(index, model)) as address:  # type: ignore[arg-type]
         yield address
 
@@ -305,7 +312,7 @@ def test_a_picture_that_is_gone_says_so(tmp_path: Path, visit: Open) -> None:
     path = paint(tmp_path / "photos" / "gone.png", "red")
     with Catalog.open(tmp_path / "index", write=True) as catalog:
         index_folders(
-            catalog, [path.parent], encoder_id=model.encoder_id or "", load_encoder=model.encoder
+            catalog, [path.parent], encoder_id=model.encoder_id, load_encoder=model.towers
         )
     path.unlink()
     with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
@@ -423,20 +430,12 @@ def test_filters_alone_list_what_passes(site: str, visit: Open) -> None:
 class SlowModel(ColourModel):
     """Takes `pause` seconds for each two pictures."""
 
-    def __init__(self) -> None:
-        self.pause = 0.25
+    preferred_batch = 2
+    pause = 0.25
 
-    def encoder(self) -> ColourEncoder:
-        model = self
-
-        class Slow(ColourEncoder):
-            preferred_batch = 2
-
-            def encode_images(self, images: Sequence[Any]) -> np.ndarray:
-                time.sleep(model.pause)
-                return super().encode_images(images)
-
-        return Slow()
+    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+        time.sleep(self.pause)
+        return super().encode_images(images)
 
 
 def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
@@ -452,37 +451,37 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
         for folder, said in (("photos", "not a full path"), ("/no/such", "there is no folder")):
             page.fill("#results form.add input", folder)
             page.click("#results form.add button")
-            page.wait_for_selector(f"#runs .run.failed >> text={said}")
+            page.wait_for_selector(f"#refusal .run.failed >> text={said}")
         page.fill("#results form.add input", str(photos))
         page.click("#results form.add button")
-        page.wait_for_selector("#runs .run.running progress[max]")
-        assert re.search(r"\d+ of 18[01] pictures", page.inner_text("#runs"))
+        page.wait_for_selector("#run .run.running progress[max]")
+        assert re.search(r"\d+ of 18[01] pictures", page.inner_text("#run"))
         # The first are found while the rest is on its way.
         page.wait_for_selector(".home .chips")
         ask(page, "blue")
         assert page.locator(".hit").count() > 0
-        assert page.locator("#runs .run.running").count() == 1
+        assert page.locator("#run .run.running").count() == 1
         # One run at a time, and it can be stopped and gone on with.
         page.click("#tools [data-do=add]")
         page.fill("#adder input", str(photos))
         page.click("#adder form button")
-        page.wait_for_selector("#runs .run.failed >> text=goes on already")
-        page.wait_for_selector("#runs [data-do=stop]")
-        page.click("#runs [data-do=stop]")
-        page.wait_for_selector("#runs .run.stopped")
+        page.wait_for_selector("#refusal .run.failed >> text=goes on already")
+        page.wait_for_selector("#run [data-do=stop]")
+        page.click("#run [data-do=stop]")
+        page.wait_for_selector("#run .run.stopped")
         model.pause = 0
         page.click("#tools [data-do=add]")
         page.fill("#adder input", str(photos))
         page.click("#adder form button")
-        page.wait_for_selector("#runs .run.done")
-        assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#runs p"))
-        page.click("#runs summary")
-        assert "broken <b>.jpg" in page.inner_text("#runs details")
+        page.wait_for_selector("#run .run.done")
+        assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#run p"))
+        page.click("#run summary")
+        assert "broken <b>.jpg" in page.inner_text("#run details")
         assert "180 pictures" in page.inner_text("#status")
         ask(page, "blue blue")
         assert "of 180 pictures" in page.inner_text(".summary p")
-        page.click("#runs [data-do=dismiss]")
-        assert page.locator("#runs .run").is_hidden()
+        page.click("#run [data-do=dismiss]")
+        assert page.locator("#run .run").is_hidden()
 
 
 def test_a_page_open_to_the_network_does_not_index(tmp_path: Path, visit: Open) -> None:

@@ -11,6 +11,7 @@
   let trigger = null; // set by attach(): sends an event to Python
   let asked = empty();
   let ticket = 0;
+  let arriving = true; // nothing has been shown yet
   let shown = -1; // position of the viewed picture among the cards on the page
   let opener = null; // what had the focus before the viewer
 
@@ -68,6 +69,11 @@
     const root = $("#results [data-view]");
     if (!root) return;
     document.body.dataset.view = root.dataset.view;
+    if (arriving) {
+      // Only now: the start page is on its way until it is here, and would replace an answer.
+      arriving = false;
+      if (location.hash.length > 1) return send(from_address(), { remember: false });
+    }
     if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
     ages();
   };
@@ -171,6 +177,7 @@
     $(".stage p", box).hidden = true;
     picture.hidden = false;
     picture.alt = $("img", card).alt;
+    picture.removeAttribute("style");
     // The thumbnail is there at once, in the right shape; the full picture takes its place when it has come.
     picture.src = $("img", card).src;
     const full = new Image();
@@ -190,6 +197,8 @@
     if (box.dataset.id !== id) return;
     $("dl", box).replaceChildren();
     if (!answer.ok) return fact("Note", told.error);
+    picture.style.setProperty("--width", `${3 * told.width + 40}px`);
+    picture.style.setProperty("--height", `${3 * told.height + 40}px`);
     $("h2", box).textContent = told.captions[0] || told.name;
     if (card.dataset.score) fact("Match", `${card.dataset.band}, cosine ${card.dataset.score}`);
     fact(told.places.length > 1 ? "Places" : "Place", ...told.places.map(place_row));
@@ -316,6 +325,7 @@
       const words = sent.elements.words.value.trim();
       send({ words, picture: asked.picture, similar: asked.similar, ...filters() });
     } else if (sent.dataset.do === "index") {
+      for (const refused of $$("#refusal .run")) refused.hidden = false; // the same may be said again
       trigger("index", { folder: sent.elements.folder.value });
       if (sent.closest("dialog")) sent.closest("dialog").close();
     }
@@ -357,7 +367,6 @@
       new MutationObserver(ages).observe($("#status"), { childList: true, subtree: true });
       addEventListener("popstate", (event) => send(event.state || from_address(), { remember: false }));
       answered();
-      if (location.hash.length > 1) send(from_address(), { remember: false });
     },
   };
 })();
