@@ -1,7 +1,7 @@
 """Every error that clipkit raises on purpose, and nothing else.
 
     ClipkitError                 the root: catch this one
-    ├── InputError               what was asked cannot be done; the remedy is the caller's (CLI exit 2, HTTP 4xx)
+    ├── InputError               what was asked cannot be done (CLI exit 2, HTTP 4xx)
     │   ├── ImageError           a picture cannot be read, or is beyond a limit; carries a short `reason`
     │   ├── QueryError           a search cannot be understood
     │   ├── ModelError           a model spec is unknown, unreachable or unfit

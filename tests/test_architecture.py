@@ -28,7 +28,9 @@ OWNERS = {
 }
 NO_TORCH = tuple(
     f"clipkit/{module}"
-    for module in "errors records images catalog index query metrics checkpoint text_tower embed search".split()
+    for module in (
+        "errors records images catalog index query metrics checkpoint text_tower embed search"
+    ).split()
 )
 SOURCES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 

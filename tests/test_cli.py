@@ -174,7 +174,10 @@ BAD_INPUT = {
     "no index": (["search", "x", "--index", "/nowhere"], "no index at /nowhere; create one with"),
     "no picture": (["search", "--image", "/nowhere.png", "--index", "{index}"], "/nowhere.png"),
     "not a picture": (["search", "--image", "{photos}/text.png", "--index", "{index}"], "picture"),
-    "device": (["search", "--image", "{picture}", "--device", "toaster", "--index", "{index}"], "toaster"),
+    "device": (
+        ["search", "--image", "{picture}", "--device", "toaster", "--index", "{index}"],
+        "device 'toaster' is not usable here",
+    ),
     "app without index": (["app", "--port", "99999"], "less than or equal to 65535"),
     "status": (["status", "--index", "/nowhere"], "no index at /nowhere"),
     "dataset as index": (["index", "{photos}", "--index", "{photos}/{caption}"], "is a dataset"),

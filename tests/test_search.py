@@ -22,9 +22,9 @@ from PIL import Image
 from clipkit.catalog import Catalog, Filters
 from clipkit.errors import EncoderMismatch, ImageError, InputError, ModelError, QueryError
 from clipkit.images import image_id as content_id
-from clipkit.search.live_vectors import SAMPLE, follow
 from clipkit.query import Filter, Query, Term
 from clipkit.search import Searcher, SearchHit, SearchResult, refresh_snapshot
+from clipkit.search.live_vectors import SAMPLE, follow
 
 AXES = ("dog", "beach", "leash", "car")
 
