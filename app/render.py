@@ -132,7 +132,7 @@ def filters(folders: Sequence[tuple[str, str, int]]) -> str:
     return (
         '<div class="narrow"><label>Folder <select name="folder"><option value="">All folders'
         f'</option>{options}</select></label><label>From <input type="date" name="after"></label>'
-        '<label>to <input type="date" name="until"></label>'
+        '<label>To <input type="date" name="until"></label>'
         '<button type="button" class="plain" data-do="clear-filters">Clear</button></div>'
     )
 

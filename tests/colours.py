@@ -58,7 +58,7 @@ class ColourModel(ColourEncoder):
 
 
 def paint(path: Path, colour: str, *, number: int = 0, size: tuple[int, int] = (90, 60)) -> Path:
-    """A picture of one colour; `number` (below 200) makes it another picture of that colour."""
+    """A picture of one colour; `number` (below its pixels) makes it another picture of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.new("RGB", size, WORDS[colour])
     picture.putpixel((number % size[0], number // size[0]), (128, 128, 128))
