@@ -665,6 +665,19 @@ def test_another_encoder_is_an_error_that_names_both(writer: Writer, catalog: Ca
         Searcher(catalog, other).similar(key("run"))
 
 
+def test_a_model_that_changed_under_its_name_asks_to_index_again(
+    writer: Writer, catalog: Catalog
+) -> None:
+    """Naming the same spec as the remedy would help nobody."""
+    fill(writer)
+    retrained = FakeEncoder("fake-2", "fake")
+    message = (
+        r"fake has changed .*fake-1 then, fake-2 now\); index the pictures again: clipkit index"
+    )
+    with pytest.raises(EncoderMismatch, match=message):
+        Searcher(catalog, retrained).search("dog")
+
+
 def test_two_encoders_in_one_catalog_do_not_mix(writer: Writer, catalog: Catalog) -> None:
     fill(writer)
     writer.register("fake-2", "other")

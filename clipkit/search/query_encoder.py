@@ -52,6 +52,11 @@ class Searched:
 
     def mismatch(self, spec: str, encoder_id: str) -> EncoderMismatch:
         """The error for a query of another encoder."""
+        if spec == self.spec:  # such as a checkpoint that was trained further in its place
+            return EncoderMismatch(
+                f"{spec} has changed since the index was made (encoder {self.encoder_id} then, "
+                f"{encoder_id} now); index the pictures again: clipkit index FOLDER --model {spec}"
+            )
         return EncoderMismatch(
             f"this index holds vectors of {self.spec} (encoder {self.encoder_id}), but the search is "
             f"with {spec} (encoder {encoder_id}); search with --model {self.spec}, or index the "
