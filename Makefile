@@ -17,7 +17,7 @@ demo: .venv/.app
 	$(BIN)/clipkit app --index $(INDEX) --port $(PORT) --open
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 check: .venv/.dev
 	$(BIN)/ruff check .

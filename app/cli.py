@@ -12,10 +12,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,15 +24,11 @@ from clipkit import __version__
 from clipkit.errors import ClipkitError, ImageError, InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
     from PIL import Image
 
     from clipkit.catalog import Catalog
     from clipkit.embed import Progress, Summary
     from clipkit.search import SearchResult
-    from clipkit.text_tower import TextTower
-    from clipkit.towers import DualEncoder
 
 cli = typer.Typer(
     name="clipkit",
@@ -115,6 +110,7 @@ def index(
     from clipkit.catalog import Catalog
     from clipkit.embed import index_folders
     from clipkit.images import Limits
+    from clipkit.lazy_encoder import LazyEncoder
 
     place = _index_folder(index)
     if forget:
@@ -127,13 +123,13 @@ def index(
             raise InputError(f"folder {folder} does not exist; name a folder that holds pictures")
     with Catalog.open(place, write=True) as catalog:
         spec = model or _model_of(catalog) or "builtin"
-        encoder_id, load_encoder = _encoder(spec, device=device, precision=precision)
+        encoder = LazyEncoder(spec, device=device, precision=precision)
         with _stop_on_signal() as stop, _progress_shown() as show:
             summary = index_folders(
                 catalog,
                 folders,
-                encoder_id=encoder_id,
-                load_encoder=load_encoder,
+                encoder_id=encoder.encoder_id,
+                load_encoder=encoder.towers,
                 workers=workers,
                 batch_size=batch_size,
                 limits=Limits(max_megapixels=max_megapixels, max_megabytes=max_megabytes),
@@ -171,6 +167,7 @@ def search(
     # One short text through numpy: more threads than one would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from clipkit.catalog import Catalog
+    from clipkit.lazy_encoder import LazyEncoder
     from clipkit.search import Searcher
 
     if not words and image is None:
@@ -178,9 +175,8 @@ def search(
     picture = _read_picture(image) if image else None
     with Catalog.open(_index_folder(index)) as catalog:
         spec = model or _model_of(catalog) or "builtin"
-        encoder_id, load_encoder = _encoder(spec, device=device, precision=precision)
-        encoder = _SearchEncoder(spec, encoder_id, load_encoder)
-        searcher = Searcher(catalog, encoder, encoder_id=encoder_id)
+        encoder = LazyEncoder(spec, device=device, precision=precision)
+        searcher = Searcher(catalog, encoder, encoder_id=encoder.encoder_id)
         result = searcher.search(" ".join(words or ()), k=k, image=picture)
     if as_json:
         print(json.dumps([asdict(hit) for hit in result.hits], indent=2))
@@ -262,22 +258,6 @@ def _model_of(catalog: Catalog) -> str | None:
     return encoders[-1].spec if encoders else None
 
 
-def _encoder(spec: str, *, device: str, precision: str) -> tuple[str, Callable[[], DualEncoder]]:
-    """An encoder's identity, and how to load it: at once only where its identity needs that."""
-    from clipkit import checkpoint
-
-    def load() -> DualEncoder:
-        from clipkit import towers
-
-        return towers.load(spec, device=device, precision=precision)  # type: ignore[arg-type]
-
-    encoder_id = checkpoint.identify(spec)
-    if encoder_id is not None:
-        return encoder_id, load
-    encoder = load()
-    return encoder.encoder_id, lambda: encoder
-
-
 def _read_picture(file: Path) -> Image.Image:
     from clipkit.images import decode, read_bytes
 
@@ -285,36 +265,6 @@ def _read_picture(file: Path) -> Image.Image:
         return decode(read_bytes(file.expanduser())).rgb
     except ImageError as error:
         raise InputError(f"{file}: {error}") from error
-
-
-@dataclass(frozen=True)
-class _SearchEncoder:
-    """Texts go through the numpy text tower where there is one: it starts at once. The towers are
-    loaded for other architectures and for pictures."""
-
-    spec: str
-    encoder_id: str
-    load: Callable[[], DualEncoder]
-
-    @cached_property
-    def _towers(self) -> DualEncoder:
-        return self.load()
-
-    @cached_property
-    def _text_tower(self) -> TextTower | DualEncoder:
-        from clipkit.text_tower import open_text_tower
-
-        return open_text_tower(self.spec) or self._towers
-
-    @property
-    def preferred_side(self) -> int:
-        return self._towers.preferred_side
-
-    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return self._text_tower.encode_texts(texts)
-
-    def encode_images(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        return self._towers.encode_images(images)
 
 
 @contextmanager

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.model import Model
 from clipkit.catalog import Catalog, SkippedRow
 from clipkit.embed import Progress, Summary, index_folders
 from clipkit.errors import CatalogBusy, ClipkitError, InputError
 from clipkit.images import Limits
+from clipkit.lazy_encoder import LazyEncoder
 
 __all__ = ["Indexer", "Run"]
 
@@ -48,7 +48,7 @@ class Run:
 class Indexer:
     """Runs index_folders for one index folder. Threads may share it."""
 
-    def __init__(self, folder: Path, model: Model, *, limits: Limits) -> None:
+    def __init__(self, folder: Path, model: LazyEncoder, *, limits: Limits) -> None:
         self.folder = folder
         self._model = model
         self._limits = limits

@@ -26,10 +26,10 @@ from app import render
 from app.api import STATIC, create_app
 from app.asking import PAGE, Ask
 from app.indexing import Run
-from app.model import Model
 from app.workspace import Workspace, folder_key
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.errors import ClipkitError, InputError
+from clipkit.lazy_encoder import LazyEncoder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -339,7 +339,7 @@ def serve(
     spec = model or _model_of(index_folder) or "builtin"
     workspace = Workspace(
         index_folder,
-        Model(spec, device=device, precision=precision),
+        LazyEncoder(spec, device=device, precision=precision),
         may_index=_is_this_machine(host),
     )
     with _listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="clipkit-") as scratch:

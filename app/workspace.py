@@ -18,11 +18,11 @@ from typing import Any
 
 from app.asking import Ask, DroppedPictures, UnknownPictureError
 from app.indexing import Indexer, Run
-from app.model import Model
 from app.render import printable
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
+from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
 from clipkit.search import Searcher, SearchHit
 
@@ -63,7 +63,12 @@ class Workspace:
     """See the module. `may_index`: whether folders may be indexed from the page."""
 
     def __init__(
-        self, folder: Path, model: Model, *, may_index: bool = True, limits: Limits | None = None
+        self,
+        folder: Path,
+        model: LazyEncoder,
+        *,
+        may_index: bool = True,
+        limits: Limits | None = None,
     ) -> None:
         self.folder = folder
         self.model = model

@@ -46,7 +46,7 @@ class ColourEncoder:
 
 
 class ColourModel(ColourEncoder):
-    """The encoder above as app.model.Model holds one: loaded from the start."""
+    """The encoder above as clipkit.lazy_encoder.LazyEncoder does: loaded from the start."""
 
     known_id = ColourEncoder.encoder_id
     state = "ready"

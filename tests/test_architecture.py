@@ -23,13 +23,13 @@ OWNERS = {
     "open_clip": ("clipkit/towers", "clipkit/builtin/recipe.py"),
     "timm": ("clipkit/towers", "clipkit/builtin/recipe.py"),
     "transformers": ("clipkit/towers", "clipkit/builtin/recipe.py"),
-    "gradio": "app/ui.py",
+    "gradio": ("app/ui.py", "app/ui_evaluation.py"),
     "fastapi": ("app/api.py", "app/ui.py"),  # the page is mounted on the API
 }
 NO_TORCH = tuple(
     f"clipkit/{module}"
     for module in (
-        "errors records images catalog index query metrics checkpoint text_tower embed search"
+        "errors records images catalog index query metrics checkpoint text_tower embed search lazy_encoder"
     ).split()
 )
 SOURCES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))

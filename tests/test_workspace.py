@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from colours import ColourModel, paint
 
-from app import model as model_module
 from app.asking import Ask, UnknownPictureError
-from app.model import Model
 from app.workspace import Workspace, folder_key
+from clipkit import lazy_encoder
 from clipkit.catalog import Catalog
 from clipkit.errors import CatalogBusy, InputError, ModelError
+from clipkit.lazy_encoder import LazyEncoder
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def finished(workspace: Workspace) -> Any:
 
 
 def test_a_model_is_named_before_it_is_loaded(tiny_checkpoint: Callable[..., Path]) -> None:
-    model = Model(str(tiny_checkpoint("timm-hf")))
+    model = LazyEncoder(str(tiny_checkpoint("timm-hf")))
     known = model.known_id
     assert known is not None and model.state == "unloaded"
     assert model.towers().encoder_id == known == model.encoder_id
@@ -65,8 +65,8 @@ def test_words_do_not_wait_for_the_towers(
 ) -> None:
     """The text tower answers while the towers load; its vectors are the towers' own."""
     loaded = threading.Event()
-    monkeypatch.setattr(model_module.time, "sleep", lambda _: loaded.wait(30))
-    model = Model(str(tiny_checkpoint("timm-hf")), precision="float32")
+    monkeypatch.setattr(lazy_encoder.time, "sleep", lambda _: loaded.wait(30))
+    model = LazyEncoder(str(tiny_checkpoint("timm-hf")), precision="float32")
     model.warm()
     while model.state != "ready":
         loaded.wait(0.02)
@@ -78,7 +78,7 @@ def test_words_do_not_wait_for_the_towers(
 
 
 def test_a_model_that_cannot_be_loaded_says_so_each_time(tmp_path: Path, photos: Path) -> None:
-    model = Model("no/such/folder")
+    model = LazyEncoder("no/such/folder")
     model.warm()  # in the log, not in the way
     for _ in range(2):
         with pytest.raises(ModelError):

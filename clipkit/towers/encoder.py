@@ -80,6 +80,12 @@ class DualEncoder:
         """Pictures a batch: enough to fill the device, small enough to report progress on."""
         return 16 if self.device.type == "cpu" else 256
 
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by before a softmax: exp of the learned parameter."""
+        scale: Any = getattr(self.model, "logit_scale", None)
+        return 100.0 if scale is None else float(scale.detach().float().exp())
+
     def describe(self) -> str:
         """The encoder's settings as JSON, to be kept beside its vectors."""
         return json.dumps(asdict(self.config))

@@ -1,4 +1,4 @@
-"""The model behind the page: named at once, loaded in the background, loaded once."""
+"""An encoder by its spec: named at once, its towers loaded by the first who needs them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     from clipkit.towers import DualEncoder
 
-__all__ = ["Model"]
+__all__ = ["LazyEncoder"]
 
 log = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 10.0  # importing torch holds up every other thread
 
 
-class Model:
-    """One encoder by its spec, and what search.Encoder asks of it. Threads may share it.
+class LazyEncoder:
+    """What indexing, searching and evaluating ask of an encoder, without torch until it is needed.
 
     Until the towers are loaded, which takes seconds, texts go through the numpy text tower where
-    the checkpoint has one.
+    the checkpoint has one. Threads may share it.
     """
 
     def __init__(self, spec: str, *, device: str = "auto", precision: str = "auto") -> None:
@@ -47,6 +47,22 @@ class Model:
         if self._towers is not None or self._texts is not None:
             return "ready"
         return "loading" if self._loading.locked() else "unloaded"
+
+    @property
+    def encoder_id(self) -> str:
+        return self.known_id or self.towers().encoder_id
+
+    @property
+    def precision(self) -> str:
+        """What the towers compute in on the chosen device, said without loading them."""
+        from clipkit import towers
+
+        device = towers.choose_device(self._options["device"])
+        return towers.choose_precision(device, self._options["precision"])
+
+    @property
+    def preferred_side(self) -> int:
+        return self.towers().preferred_side
 
     def towers(self) -> DualEncoder:
         """The whole model, loaded by the first caller. ModelError, each time anew, if it cannot be."""
@@ -72,17 +88,9 @@ class Model:
         except ClipkitError as error:  # the first search says it again, to the person
             log.warning("the model cannot be loaded: %s", error)
 
-    # ---- search.Encoder
-
-    @property
-    def encoder_id(self) -> str:
-        return self.known_id or self.towers().encoder_id
-
-    @property
-    def preferred_side(self) -> int:
-        return self.towers().preferred_side
-
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        if self._towers is None and self._texts is None:
+            self._texts = open_text_tower(self.spec)
         tower = self._towers or self._texts or self.towers()
         return tower.encode_texts(texts)
 
