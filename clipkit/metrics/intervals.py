@@ -1,0 +1,238 @@
+"""How far a figure can be trusted: 95 % intervals and paired tests by resampling.
+
+What is resampled is what was sampled: pictures, not their captions (`groups`). Everything is
+deterministic by `seed`. Beyond `_UNITS` units they are first put at random into `_UNITS` equal
+blocks, and blocks are resampled: variance and skewness of the mean stay the same (the blocks'
+own number adds 1 % of noise to the width), and a million units cost what five thousand do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.errors import InputError
+
+__all__ = ["Interval", "Paired", "mean_interval", "paired_test", "statistic_interval"]
+
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+_UNITS = 5000
+_EXACT = 16  # up to so many differences all 2^16 sign patterns are counted
+_NORMAL = NormalDist()
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure between its bounds; `n` is how many units (pictures, if grouped) it comes from.
+
+    The bounds are NaN where one unit alone says nothing about them.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Mean of (after - before), its interval, and the two-sided p-value of "no difference"."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+
+
+def mean_interval(
+    samples: npt.ArrayLike,
+    *,
+    groups: npt.ArrayLike | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    fraction: bool = True,
+) -> Interval:
+    """Mean of samples (n,) and its interval; `groups` (n,) says which samples belong together.
+
+    Samples that all lie in 0..1 (hits, recalls, reciprocal ranks) get Wilson's score interval with
+    the effective number of units, mean (1 - mean) / variance of the mean: it is the plain Wilson
+    interval for ungrouped hits, stays inside 0..1, and has a width even where all are hits or none
+    is (Wilson 1927; Korn & Graubard 1998). Say `fraction=False` of figures that only happen to lie
+    in 0..1, such as losses or the ranks of a perfect model. All others get the BCa bootstrap
+    (Efron 1987), whose width is zero if all samples are equal.
+    """
+    total, size, n = _units(samples, groups, level=level, seed=seed)
+    value = float(total.sum() / size.sum())
+    if n == 1:
+        return Interval(value, math.nan, math.nan, 1)
+    values = np.asarray(samples, np.float64)
+    if fraction and values.min() >= 0 and values.max() <= 1:
+        low, high = _wilson(value, total, size, n, level)
+    else:
+        low, high = _bca_mean(value, total, size, level, resamples, seed)
+    return Interval(value, low, high, n)
+
+
+def statistic_interval(
+    statistic: Callable[[Int64], float],
+    n: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """Any statistic of n rows, such as a median or an mAP, by the bias-corrected bootstrap.
+
+    `statistic` gets row numbers, int64 (n,): first 0..n-1, then `resamples` times as many drawn
+    with replacement.
+    """
+    _check(n, level)
+    value = float(statistic(np.arange(n)))
+    if n == 1:
+        return Interval(value, math.nan, math.nan, 1)
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(rng.integers(0, n, n)) for _ in range(resamples)])
+    return Interval(value, *_corrected(drawn, value, 0.0, level), n)
+
+
+def paired_test(
+    before: npt.ArrayLike,
+    after: npt.ArrayLike,
+    *,
+    groups: npt.ArrayLike | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Paired:
+    """Is `after` (n,) better than `before` (n,), the same samples measured twice?
+
+    The interval of the mean difference is `mean_interval`'s bootstrap. The p-value is the share of
+    sign patterns, one sign per unit, under which the mean difference is at least as far from zero
+    (Fisher's randomisation test): all patterns if at most 16 units differ, else `resamples` of them.
+    """
+    first, second = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if first.shape != second.shape:
+        raise InputError(
+            f"paired samples have shapes {first.shape} and {second.shape};"
+            " measure both models on the same pictures"
+        )
+    change = second - first
+    interval = mean_interval(change, groups=groups, level=level, seed=seed, fraction=False)
+    total, _, _ = _units(change, groups, level=level, seed=seed)
+    p = _sign_flip_p(total[total != 0], resamples, seed)
+    return Paired(interval.value, interval.low, interval.high, p, interval.n)
+
+
+def _check(n: int, level: float) -> None:
+    if n == 0:
+        raise InputError("0 samples have no interval; measure at least one")
+    if not 0 < level < 1:
+        raise InputError(f"level is {level}; it must lie between 0 and 1, such as 0.95")
+
+
+def _units(
+    samples: npt.ArrayLike, groups: npt.ArrayLike | None, *, level: float, seed: int
+) -> tuple[Float64, Float64, int]:
+    """What is resampled: (sum of its samples, number of its samples, units before blocking)."""
+    total = np.asarray(samples, np.float64)
+    if total.ndim != 1:
+        raise InputError(f"samples have shape {total.shape}; one number each is needed, shape (n,)")
+    _check(len(total), level)
+    if not np.isfinite(total).all():
+        row = int(np.flatnonzero(~np.isfinite(total))[0])
+        raise InputError(f"sample {row} is {total[row]}; every sample must be a finite number")
+    size = np.ones_like(total)
+    if groups is not None:
+        of = np.asarray(groups)
+        if of.shape != total.shape:
+            raise InputError(
+                f"groups have shape {of.shape}, samples {total.shape}; they must match"
+            )
+        of = np.unique(of, return_inverse=True)[1]
+        total, size = _sum_by(of, total), _sum_by(of, size)
+    n = len(total)
+    if n > _UNITS:
+        block = np.random.default_rng(seed).permutation(n) % _UNITS
+        total, size = _sum_by(block, total), _sum_by(block, size)
+    return total, size, n
+
+
+def _sum_by(label: Int64, values: Float64) -> Float64:
+    sums: Float64 = np.bincount(label, values)
+    return sums
+
+
+def _wilson(
+    value: float, total: Float64, size: Float64, n: int, level: float
+) -> tuple[float, float]:
+    """Wilson's interval of a fraction, its n set so that p (1 - p) / n is the variance seen."""
+    variance = float(((total - value * size) ** 2).sum() / size.sum() ** 2)
+    bernoulli = value * (1 - value)
+    if bernoulli <= 1e-12:  # all 0 or all 1: no variance seen, each unit counts once
+        effective = float(n)
+    elif variance <= 1e-18:  # equal values in between, such as a collapsed model's chance
+        return value, value
+    else:
+        effective = bernoulli / variance
+    z2 = _NORMAL.inv_cdf((1 + level) / 2) ** 2
+    centre = (value + z2 / (2 * effective)) / (1 + z2 / effective)
+    half = math.sqrt(z2 * (bernoulli / effective + z2 / (4 * effective**2))) / (1 + z2 / effective)
+    return max(0.0, min(value, centre - half)), min(1.0, max(value, centre + half))
+
+
+def _bca_mean(
+    value: float, total: Float64, size: Float64, level: float, resamples: int, seed: int
+) -> tuple[float, float]:
+    """BCa interval of the mean; its acceleration comes from the units' influence in closed form."""
+    influence = total - value * size
+    spread = float((influence**2).sum())
+    if spread == 0:
+        return value, value
+    acceleration = float((influence**3).sum()) / (6 * spread**1.5)
+    rng, n = np.random.default_rng(seed), len(total)
+    drawn = []
+    for start in range(0, resamples, step := max(1, 2_000_000 // n)):
+        rows = rng.integers(0, n, (min(step, resamples - start), n))
+        drawn.append(total[rows].sum(axis=1) / size[rows].sum(axis=1))
+    return _corrected(np.concatenate(drawn), value, acceleration, level)
+
+
+def _corrected(
+    drawn: Float64, value: float, acceleration: float, level: float
+) -> tuple[float, float]:
+    """The drawn values' quantiles, shifted for bias and skewness (Efron 1987, equation 3.9)."""
+    below = float(((drawn < value).mean() + (drawn <= value).mean()) / 2)
+    edge = 0.5 / len(drawn)
+    bias = _NORMAL.inv_cdf(min(max(below, edge), 1 - edge))
+    bounds = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        shift = bias + _NORMAL.inv_cdf(share)
+        bounds.append(_NORMAL.cdf(bias + shift / (1 - acceleration * shift)))
+    low, high = np.quantile(drawn, bounds)
+    return float(low), float(high)
+
+
+def _sign_flip_p(differences: Float64, resamples: int, seed: int) -> float:
+    """Two-sided share of sign patterns whose sum is as far from zero as the one seen."""
+    n = len(differences)
+    seen = abs(float(differences.sum()))
+    seen -= 1e-9 * float(np.abs(differences).sum())  # equal sums, added in another order, count
+    if n <= _EXACT:
+        sums = np.zeros(1)
+        for difference in differences:
+            sums = np.concatenate([sums + difference, sums - difference])
+        return float((np.abs(sums) >= seen).mean())
+    rng, extreme = np.random.default_rng(seed), 0
+    for start in range(0, resamples, step := max(1, 4_000_000 // n)):
+        flips = rng.integers(0, 2, (min(step, resamples - start), n), dtype=np.int8)
+        sums = flips @ (2 * differences) - differences.sum()
+        extreme += int((np.abs(sums) >= seen).sum())
+    return (extreme + 1) / (resamples + 1)  # the pattern seen is one of them
