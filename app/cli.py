@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.terminal import duration, printable, size, stop_on_signal
 from clipkit import __version__
 from clipkit.errors import ClipkitError, ImageError, InputError
 
@@ -62,7 +61,7 @@ def main() -> None:
     try:
         cli()
     except ClipkitError as error:
-        print(f"clipkit: {_printable(str(error))}", file=sys.stderr)
+        print(f"clipkit: {printable(str(error))}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:  # such as `clipkit search ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -124,7 +123,7 @@ def index(
     with Catalog.open(place, write=True) as catalog:
         spec = model or _model_of(catalog) or "builtin"
         encoder = LazyEncoder(spec, device=device, precision=precision)
-        with _stop_on_signal() as stop, _progress_shown() as show:
+        with stop_on_signal() as stop, _progress_shown() as show:
             summary = index_folders(
                 catalog,
                 folders,
@@ -223,17 +222,17 @@ def status(
         encoders = catalog.encoders()
         stats = catalog.stats(encoders[-1].encoder_id if encoders else "")
         rows = catalog.skipped() if skipped else []
-        print(f"index      {_printable(str(place))}")
-        print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {_size(stats.bytes)}")
+        print(f"index      {printable(str(place))}")
+        print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {size(stats.bytes)}")
         for root in stats.roots:
-            print(f"folder     {_printable(root)}")
+            print(f"folder     {printable(root)}")
         for encoder in encoders:
             vectors = catalog.stats(encoder.encoder_id).vectors
             print(f"model      {encoder.spec} ({encoder.encoder_id}), {vectors:,} vectors")
         hint = "" if skipped or not stats.skipped else " (list them with --skipped)"
         print(f"skipped    {stats.skipped:,}{hint}")
         for row in rows:
-            print(f"  {row.reason:<16} {_printable(row.path)}: {_printable(row.message)}")
+            print(f"  {row.reason:<16} {printable(row.path)}: {printable(row.message)}")
 
 
 # ---- what the commands share
@@ -268,24 +267,6 @@ def _read_picture(file: Path) -> Image.Image:
 
 
 @contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Ctrl-C or a polite kill ends the run after the current batch; a second one ends it at once."""
-    stop = threading.Event()
-
-    def handle(number: int, _frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.default_int_handler)
-        print("\nstopping after this batch; once more to stop at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _progress_shown() -> Iterator[Callable[[Progress], None]]:
     """Progress with rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
     from rich.console import Console
@@ -309,7 +290,9 @@ def _progress_shown() -> Iterator[Callable[[Progress], None]]:
             pace = f"{progress.seen:,} found"
             if progress.phase == "embedding":
                 left = (
-                    "" if progress.eta_seconds is None else f", {_time(progress.eta_seconds)} left"
+                    ""
+                    if progress.eta_seconds is None
+                    else f", {duration(progress.eta_seconds)} left"
                 )
                 pace = f"{progress.rate:.1f}/s{left}, {progress.skipped:,} skipped"
             bars.update(
@@ -338,19 +321,19 @@ def _print_summary(summary: Summary, place: Path) -> None:
     ]
     told = ", ".join(f"{count:,} {word}" for count, word in counts if count) or "no pictures found"
     rate = f", {summary.pictures_per_second:.1f} pictures/s" if summary.embedded else ""
-    print(f"{told} in {_time(summary.seconds)}{rate}")
+    print(f"{told} in {duration(summary.seconds)}{rate}")
     for reason, count in summary.reasons.items():
         print(f"  {count:,} skipped: {reason}")
     if summary.skipped:
         print("  list them with: clipkit status --skipped")
     for root in summary.unavailable:
         print(
-            f"{_printable(root)} is empty or not mounted: nothing was removed from the index "
+            f"{printable(root)} is empty or not mounted: nothing was removed from the index "
             "(if its pictures are gone for good: clipkit index --forget FOLDER)"
         )
     if summary.stopped:
         print("stopped; run the same command again to go on")
-    print(f"index: {_printable(str(place))}")
+    print(f"index: {printable(str(place))}")
 
 
 def _print_hits(result: SearchResult) -> None:
@@ -366,34 +349,12 @@ def _print_hits(result: SearchResult) -> None:
         score = "" if hit.score is None else f"{hit.score:.3f}"
         line = Text(f"{hit.rank:>{width}}  {score:>5}  ")
         line.append(f"{strength:<6}", style=colours.get(strength, ""))
-        line.append(f"  {_printable(hit.path)}")
+        line.append(f"  {printable(hit.path)}")
         console.print(line, soft_wrap=True)
     took = sum(result.seconds.values())
     console.print(
         f"{len(result.hits):,} of {result.total:,} pictures, {took * 1000:.0f} ms", style="dim"
     )
-
-
-def _printable(text: str) -> str:
-    """File names need not be UTF-8, and may hold control characters that drive a terminal."""
-    shown = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() else "?" for c in shown)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
 
 
 if __name__ == "__main__":
