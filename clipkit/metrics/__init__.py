@@ -9,5 +9,15 @@ from clipkit.metrics.intervals import (
     paired_test,
     statistic_interval,
 )
+from clipkit.metrics.ranking import Ranking, rank_captions, rank_pairs
 
-__all__ = ["Interval", "Paired", "mean_interval", "paired_test", "statistic_interval"]
+__all__ = [
+    "Interval",
+    "Paired",
+    "Ranking",
+    "mean_interval",
+    "paired_test",
+    "rank_captions",
+    "rank_pairs",
+    "statistic_interval",
+]

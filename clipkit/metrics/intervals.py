@@ -156,8 +156,8 @@ def _units(
             raise InputError(
                 f"groups have shape {of.shape}, samples {total.shape}; they must match"
             )
-        of = np.unique(of, return_inverse=True)[1]
-        total, size = _sum_by(of, total), _sum_by(of, size)
+        unit = np.unique(of, return_inverse=True)[1]
+        total, size = _sum_by(unit, total), _sum_by(unit, size)
     n = len(total)
     if n > _UNITS:
         block = np.random.default_rng(seed).permutation(n) % _UNITS
@@ -166,8 +166,7 @@ def _units(
 
 
 def _sum_by(label: Int64, values: Float64) -> Float64:
-    sums: Float64 = np.bincount(label, values)
-    return sums
+    return np.asarray(np.bincount(label, values), np.float64)
 
 
 def _wilson(
