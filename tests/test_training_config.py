@@ -1,0 +1,90 @@
+"""The configuration: recipes' defaults, suggestions for what is misspelt, limits that are named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipkit.errors import InputError
+from clipkit.training.config import RECIPES, TrainConfig
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_all_it_needs(recipe: str) -> None:
+    config = TrainConfig.from_mapping({"data": "d", "recipe": recipe})
+    assert config.recipe == recipe
+    assert config.learning_rate == RECIPES[recipe]["learning_rate"]
+    assert all(item.metadata["help"] for item in fields(config))
+
+
+def test_it_goes_through_json_unchanged() -> None:
+    config = TrainConfig.from_mapping({"data": "d", "recipe": "lora", "warmup": 0.25, "seed": 7})
+    assert TrainConfig.from_mapping(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('data = "mine"\nrecipe = "full"\nepochs = 3\nclip_norm = 2\n')
+    config = TrainConfig.from_toml(path, {"epochs": 4, "data": Path("other")})
+    assert (config.data, config.recipe, config.epochs) == ("other", "full", 4)
+    assert config.clip_norm == 2.0 and isinstance(config.clip_norm, float)
+    assert config.layer_decay == 0.8
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learning_rte": 1}, "unknown key 'learning_rte'; did you mean 'learning_rate'?"),
+        ({"zzzz": 1}, "unknown key 'zzzz'; the keys are data, out"),
+        ({"recipe": "lorra"}, "recipe is 'lorra'; did you mean 'lora'?"),
+        ({"recipe": ["x"]}, "use one of heads, lit, lora, full"),
+        ({"batch": 1.5}, "batch is 1.5, float; it must be a whole number"),
+        ({"batch": True}, "batch is True, bool; it must be a whole number"),
+        ({"flip": 1}, "flip is 1, int; it must be true or false"),
+        ({"warmup": 1.0}, "warmup is 1.0; it must be at least 0 and below 1"),
+        ({"warmup": float("nan")}, "warmup is nan"),
+        ({"learning_rate": 0}, "learning_rate is 0.0; it must be above 0 and at most 1"),
+        ({"epochs": 0}, "epochs is 0; it must be at least 1"),
+        ({"loss": "siglip", "hardness": 0.5}, "loss siglip has no such option.*use loss infonce"),
+        ({"data": 3}, "data is 3, int; it must be a text"),
+    ],
+)
+def test_what_cannot_be_is_said(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words.replace("?", r"\?")):
+        TrainConfig.from_mapping({"data": "d", **options})
+
+
+def test_the_data_must_be_named() -> None:
+    with pytest.raises(InputError, match="data is not given"):
+        TrainConfig.from_mapping({})
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read .*none\.toml: No such file"):
+        TrainConfig.from_toml(tmp_path / "none.toml")
+    path = tmp_path / "bad.toml"
+    path.write_text("data = \n")
+    with pytest.raises(InputError, match=r"bad\.toml is not TOML: .*line 1"):
+        TrainConfig.from_toml(path)
+    path.write_text('data = "d"\nepoch = 3\n')
+    with pytest.raises(InputError, match=r"bad\.toml: unknown key 'epoch'; did you mean 'epochs'"):
+        TrainConfig.from_toml(path)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([item.name for item in fields(TrainConfig)]),
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()),
+    )
+)
+def test_any_value_gives_a_config_or_a_sentence(options: dict[str, Any]) -> None:
+    try:
+        TrainConfig.from_mapping(options)
+    except InputError as error:
+        assert str(error)
