@@ -1,0 +1,295 @@
+"""How well every index kind serves one's own vectors: recall, latency, memory, time to build and load.
+
+Recall@K is measured against the exact kind on the same half-precision codes, tie-aware: a hit that
+scores what the true K-th scores is no miss. Latency is of `VectorIndex.search` as the app calls it:
+one query on one thread, after a warm-up, per query the median of `repeats`; a batch uses all cores.
+Its percentiles are over queries, and so are the intervals: they do not cover how busy the machine is.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit.errors import InputError
+from clipkit.index import KINDS, VectorIndex
+from eval.features import OnProgress, Stopped, fingerprint
+from eval.index_outcomes import (
+    UNNOTICED_MS,
+    Outcome,
+    best_per_goal,
+    metrics_of,
+    recommend,
+    scatter,
+    table,
+)
+from eval.report import EvalReport
+
+__all__ = ["evaluate_index", "made_queries"]
+
+Floats = npt.NDArray[np.float32]
+
+_WARM_UP = 10  # queries asked before timing
+
+
+def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Floats:
+    """Queries float32 (count, D), unit rows, such as users will have, made of vectors (N, D).
+
+    As the index makes them when it measures its own recall: the first half lies near a picture each;
+    the second half as far from every picture as words do, under a random mixture of other pictures.
+    """
+    random = np.random.default_rng(seed)
+    size, dim = vectors.shape
+    own = vectors[random.integers(0, size, count)].astype(np.float32)
+    pool = vectors[np.sort(random.choice(size, min(4096, size), replace=False))].astype(np.float32)
+    half = count // 2
+    near = own[:half] + random.normal(0, 0.3 / dim**0.5, (half, dim)).astype(np.float32)
+    centre = pool.mean(axis=0)
+    weights = random.normal(0, 32**-0.5, (count - half, 32)).astype(np.float32)
+    others = pool[random.integers(0, len(pool), (count - half, 32))] - centre
+    wordlike = own[half:] - centre + 2 * np.einsum("qj,qjd->qd", weights, others)
+    queries = np.concatenate([near, wordlike])
+    unit: Floats = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
+    return unit.astype(np.float32, copy=False)
+
+
+def evaluate_index(
+    ids: npt.NDArray[np.int64],
+    vectors: npt.NDArray[np.float16] | Floats,
+    *,
+    queries: Floats | None = None,
+    kinds: Sequence[str] | None = None,
+    recall_goals: Sequence[float] = (0.9, 0.95, 0.99),
+    ks: Sequence[int] = (1, 10, 100),
+    query_count: int = 200,
+    repeats: int = 3,
+    unnoticed_ms: float = UNNOTICED_MS,
+    dataset: str = "vectors",
+    model: str = "",
+    encoder_id: str = "",
+    seed: int = 0,
+    on_progress: OnProgress | None = None,
+    stop: threading.Event | None = None,
+) -> EvalReport:
+    """Measure every setting of `kinds` (None: all) over `vectors` (N, D), unit rows, under `ids` (N,).
+
+    Asks `query_count` queries made of the vectors, and `queries` (Q, D), such as encoded texts, if
+    given. Setting `stop` ends it early with what was measured; Stopped if that is nothing yet.
+    InputError: no vectors, unknown kinds, goals outside 0..1, and what VectorIndex.build refuses.
+    """
+    started = time.perf_counter()
+    kinds = list(KINDS) if kinds is None else sorted(set(kinds), key=_place)
+    if vectors.ndim != 2 or 0 in vectors.shape:
+        raise InputError(
+            f"vectors have shape {vectors.shape}; at least one row of (N, D) is needed"
+        )
+    if not recall_goals or not all(0 <= goal <= 1 for goal in recall_goals):
+        raise InputError(f"recall goals are {list(recall_goals)}; give one or more between 0 and 1")
+    if not kinds or not ks or min(*ks, query_count // 2, repeats) < 1:
+        raise InputError(
+            f"{len(kinds)} kinds, K {list(ks)}, {query_count} queries, {repeats} repeats; at least "
+            "1 kind, 1 hit, 2 queries and 1 repeat are needed"
+        )
+    size = len(vectors)
+    ks = sorted({min(k, size) for k in ks})
+    asked, groups = _queries(vectors, queries, query_count, seed)
+    tell = on_progress or (lambda *_: None)
+    total = sum(len(_levels(kind)) for kind in kinds)
+
+    tell("building the index that clipkit index would", 0, total)
+    auto = VectorIndex.build(ids, vectors, seed=seed)
+    exact = auto if auto.kind == "exact" else VectorIndex.build(ids, vectors, kind="exact")
+    truth = {k: np.array([s[k - 1] for _, s in exact.search(asked, k)]) for k in ks}
+    judged = 10 if 10 in ks else ks[-1]
+    task = _Task(asked, groups, truth, judged, repeats, stop or threading.Event())
+    chosen = _name(auto)
+    built = {index.kind: index for index in (auto, exact) if index.kind in kinds}
+    del auto, exact  # an index of millions of vectors takes gigabytes: keep none longer than needed
+    outcomes: list[Outcome] = []
+    times: dict[str, tuple[float, float]] = {}
+    warnings: list[str] = []
+    try:
+        for kind in kinds:
+            # a goal of 0 is met by the first settings, so that the structure is kept
+            index = built.pop(kind, None) or VectorIndex.build(
+                ids, vectors, kind=kind, recall_goal=0.0, seed=seed
+            )
+            if index.kind != kind:
+                warnings.append(f"{size} vectors are too few for {kind}: it would search exactly")
+                continue
+            for setting in _settings(index):
+                tell(f"measuring {_name(setting)}", len(outcomes), total)
+                outcomes.append(task.measure(setting))
+            try:
+                times[kind] = _save_and_load(index)
+            except OSError as error:
+                warnings.append(f"{kind} could not be saved to the temporary folder: {error}")
+            del index
+    except Stopped:
+        if not outcomes:
+            raise
+        done = f"stopped after {len(outcomes)} of {total} settings"
+        warnings.append(f"{done}: the recommendation is among those")
+
+    best, reason = recommend(outcomes, max(recall_goals), unnoticed_ms=unnoticed_ms)
+    made = ", ".join(f"{len(rows)} {group}" for group, rows in groups.items())
+    words = [
+        f"{size:,} vectors of {vectors.shape[1]} dimensions; {len(asked)} queries ({made}).",
+        f"Recommended: {reason}.",
+        f"`clipkit index` takes {chosen} by itself: "
+        + ("the same." if chosen == best.name else f"not the recommended {best.name}."),
+    ]
+    return EvalReport(
+        task="index",
+        dataset=dataset,
+        split=None,
+        model=model,
+        encoder_id=encoder_id,
+        n={"vectors": size, "queries": len(asked)},
+        metrics=metrics_of(outcomes, times, size, seed),
+        settings={
+            "kinds": kinds,
+            "recall_goals": list(recall_goals),
+            "ks": ks,
+            "judged_at": judged,
+            "repeats": repeats,
+            "unnoticed_ms": unnoticed_ms,
+            "seed": seed,
+            "recommended": best.name,
+            "auto": chosen,
+            "ties": "a hit that scores what the true K-th scores counts",
+        },
+        fingerprint=fingerprint("", _pieces(ids, vectors, asked)),
+        warnings=tuple(warnings),
+        details={
+            "words": words,
+            "tables": [
+                table(outcomes, times, judged),
+                best_per_goal(outcomes, recall_goals, judged),
+            ],
+            "scatter": [scatter(outcomes, judged)],
+        },
+        seconds={"total": time.perf_counter() - started},
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        samples={f"{o.name}/recall@{k}": hits for o in outcomes for k, hits in o.recall.items()},
+    )
+
+
+def _place(kind: str) -> int:
+    if kind not in KINDS:
+        raise InputError(f"unknown index kind {kind!r}; known kinds: {', '.join(KINDS)}")
+    return list(KINDS).index(kind)
+
+
+def _queries(
+    vectors: npt.NDArray[Any], given: Floats | None, count: int, seed: int
+) -> tuple[Floats, dict[str, range]]:
+    """All queries float32 (Q, D), and which of them form a group."""
+    made, half = made_queries(vectors, count, seed), count // 2
+    groups = {"near a picture": range(half), "like words": range(half, count)}
+    if given is None or len(given) == 0:
+        return made, groups
+    given = np.asarray(given, np.float32)
+    if given.ndim != 2 or given.shape[1] != vectors.shape[1]:
+        raise InputError(
+            f"queries have shape {given.shape}; (Q, {vectors.shape[1]}) is expected, as the vectors; "
+            "encode them with the same model"
+        )
+    groups["given"] = range(count, count + len(given))
+    return np.concatenate([made, given]), groups
+
+
+def _levels(kind: str) -> tuple[Mapping[str, int], ...]:
+    way = KINDS[kind]
+    return ({},) if way is None else way.levels
+
+
+def _name(index: VectorIndex) -> str:
+    keys = _levels(index.kind)[0]
+    return " ".join([index.kind, *(f"{key}={index.settings[key]}" for key in keys)])
+
+
+def _settings(index: VectorIndex) -> Iterator[VectorIndex]:
+    """The index at each level of its kind, from quick to thorough, all on the same structure."""
+    for level in _levels(index.kind):
+        other = copy.copy(index)
+        other.settings = {**index.settings, **level}
+        yield other
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What every setting is asked, and how often."""
+
+    queries: Floats  # (Q, D)
+    groups: Mapping[str, range]
+    truth: Mapping[int, npt.NDArray[np.float32]]  # per K, (Q,): the score of the true K-th
+    judged: int  # the K that decides
+    repeats: int
+    stop: threading.Event
+
+    def measure(self, index: VectorIndex) -> Outcome:
+        """Recall and times of one setting; Stopped if the person has had enough."""
+        self._go_on()
+        recall = {}
+        for k, last in self.truth.items():  # each K is asked for: with more, a kind looks at more
+            hits = index.search(self.queries, k)
+            # 1e-6: what summing in another order may move a cosine by
+            found = [np.mean(s >= t - 1e-6) for (_, s), t in zip(hits, last, strict=True)]
+            recall[k] = np.array(found, np.float64)
+        single = [self.queries[i : i + 1] for i in range(len(self.queries))]
+        for query in single[:_WARM_UP]:
+            index.search(query, self.judged)
+        ms = np.empty((self.repeats, len(single)))
+        for cell in np.ndindex(ms.shape):
+            self._go_on()
+            ms[cell] = 1e3 * _seconds(index.search, single[cell[1]], self.judged)
+        batch = [_seconds(index.search, self.queries, self.judged) for _ in range(self.repeats)]
+        judged = recall[self.judged]
+        return Outcome(
+            kind=index.kind,
+            name=_name(index),
+            recall=recall,
+            worst=min(float(judged[list(rows)].mean()) for rows in self.groups.values()),
+            ms=np.median(ms, axis=0),
+            batched=len(single) / float(np.median(batch)),
+            bytes=index.measured.bytes,
+            build_seconds=index.measured.build_seconds,
+        )
+
+    def _go_on(self) -> None:
+        if self.stop.is_set():
+            raise Stopped("stopped while measuring the index kinds")
+
+
+def _seconds(call: Callable[..., object], *arguments: object) -> float:
+    started = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - started
+
+
+def _save_and_load(index: VectorIndex) -> tuple[float, float]:
+    """Seconds of both, in a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="clipkit-index-") as parent:
+        folder = Path(parent) / "index"
+        saving = time.perf_counter()
+        index.save(folder, encoder_id="", last_seq=0)
+        return time.perf_counter() - saving, _seconds(VectorIndex.load, folder)
+
+
+def _pieces(*arrays: npt.NDArray[Any]) -> Iterator[bytes]:
+    """The arrays' types, shapes and bytes, a few megabytes at a time."""
+    for array in arrays:
+        yield f"{array.dtype}{array.shape}".encode()
+        for start in range(0, len(array), 8192):
+            yield array[start : start + 8192].tobytes()
