@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.eval_cli import evaluate
+from app.places import index_folder
 from app.terminal import duration, printable, size, stop_on_signal
 from clipkit import __version__
 from clipkit.errors import ClipkitError, ImageError, InputError
@@ -38,6 +40,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+cli.add_typer(evaluate)
 
 IndexOption = Annotated[
     Path | None,
@@ -111,7 +114,7 @@ def index(
     from clipkit.images import Limits
     from clipkit.lazy_encoder import LazyEncoder
 
-    place = _index_folder(index)
+    place = index_folder(index)
     if forget:
         with Catalog.open(place, write=True) as catalog:
             gone = sum(catalog.remove_root(_absolute(folder)) for folder in folders)
@@ -172,7 +175,7 @@ def search(
     if not words and image is None:
         raise InputError("nothing to search for; give words, or a picture with --image FILE")
     picture = _read_picture(image) if image else None
-    with Catalog.open(_index_folder(index)) as catalog:
+    with Catalog.open(index_folder(index)) as catalog:
         spec = model or _model_of(catalog) or "builtin"
         encoder = LazyEncoder(spec, device=device, precision=precision)
         searcher = Searcher(catalog, encoder, encoder_id=encoder.encoder_id)
@@ -199,7 +202,7 @@ def app(
     from app.ui import serve
 
     serve(
-        _index_folder(index),
+        index_folder(index),
         model=model,
         host=host,
         port=port,
@@ -217,7 +220,7 @@ def status(
     """Say what an index holds, and what it had to skip and why."""
     from clipkit.catalog import Catalog
 
-    place = _index_folder(index)
+    place = index_folder(index)
     with Catalog.open(place) as catalog:
         encoders = catalog.encoders()
         stats = catalog.stats(encoders[-1].encoder_id if encoders else "")
@@ -236,15 +239,6 @@ def status(
 
 
 # ---- what the commands share
-
-
-def _index_folder(given: Path | None) -> Path:
-    """The index's folder: what was given, else one place in the user's data folder."""
-    if given is not None:
-        return given.expanduser()
-    from platformdirs import user_data_path
-
-    return user_data_path("clipkit") / "index"
 
 
 def _absolute(folder: Path) -> str:
