@@ -392,6 +392,69 @@ def index(
     _finish(report, out, as_json=as_json)
 
 
+@evaluate.command(
+    epilog="Examples:  clipkit eval compare builtin runs/mine --data dataset   ·   clipkit eval "
+    "compare builtin ViT-B-32/openai --data cifar10 --data dataset   ·   clipkit eval compare "
+    "reports/a reports/b"
+)
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="SPEC...", help="Models, the first is the yardstick; or reports."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="DATA", help="What to measure on; may be given again."),
+    ] = None,
+    split: SplitOption = None,
+    templates: TemplatesOption = None,
+    k: CutsOption = "1,5,10",
+    limit: LimitOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    out: OutOption = None,
+    cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Models side by side on the same pictures: what differs, and whether that is more than chance.
+
+    Retrieval where the data has captions, zero-shot where it has classes. What was encoded before
+    is not encoded again. Folders of saved reports are compared as they are.
+    """
+    from clipkit.lazy_encoder import LazyEncoder
+    from eval.compare import compare as compare_models
+    from eval.compare import compare_reports
+    from eval.report import EvalReport
+
+    if not data:
+        folders = [Path(model).expanduser() for model in models]
+        if not all((folder / "report.json").is_file() for folder in folders):
+            raise InputError("name what to measure on with --data DATA, or give saved reports")
+        reports = [[EvalReport.load(folder)] for folder in folders]
+        result = compare_reports(reports, command=command_line(), seed=seed)
+    else:
+        if len(models) < 2:
+            raise InputError(f"{len(models)} model to compare; name at least two")
+        cuts = _numbers("-k", k)
+        opened = [_captioned_or_labelled(name, split, limit) for name in data]
+        with _measuring(models[0], device, precision, cache, no_cache) as job:
+            others = [LazyEncoder(m, device=device, precision=precision) for m in models[1:]]
+            result = compare_models(
+                [job.encoder, *others],
+                opened,
+                templates=_templates(templates, data[0]),
+                ks=cuts,
+                command=command_line(),
+                seed=seed,
+                **job.options,
+            )
+    folder = report_folder(out, "compare", *models)
+    result.save(folder)
+    _say(result.to_json() if as_json else "\n".join(result.lines()), folder, as_json=as_json)
+
+
 # ---- what the commands share
 
 
@@ -431,7 +494,11 @@ def _finish(report: EvalReport, out: Path | None, *, as_json: bool) -> None:
     report = replace(report, command=command_line())
     folder = report_folder(out, report.task, report.dataset, report.model)
     report.save(folder)
-    print(report.to_json() if as_json else "\n".join(report.lines()))
+    _say(report.to_json() if as_json else "\n".join(report.lines()), folder, as_json=as_json)
+
+
+def _say(told: str, folder: Path, *, as_json: bool) -> None:
+    print(told)
     shown = printable(str(folder / "report.html"))
     print(f"report: {shown}", file=sys.stderr if as_json else sys.stdout)
 
