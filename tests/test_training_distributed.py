@@ -1,0 +1,129 @@
+"""Two processes are one: the same gradients of towers, logit_scale and logit_bias."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
+
+from clipkit.errors import InputError
+from clipkit.losses import siglip
+from clipkit.training import distributed
+from clipkit.training.large_batch import ChunkedTower, backward
+
+PAIRS = 8
+
+
+class Pair(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.image = torch.nn.Sequential(
+                torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 4)
+            )
+            self.text = torch.nn.Linear(5, 4)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(1.5))
+        self.logit_bias = torch.nn.Parameter(torch.tensor(-1.0))
+        self.double()
+
+    def images(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.image(rows), dim=-1)
+
+    def texts(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.text(rows), dim=-1)
+
+    def loss(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        return siglip(images, texts, self.logit_scale, self.logit_bias)
+
+    def alike(self) -> list[torch.nn.Parameter]:
+        return [self.logit_scale, self.logit_bias]
+
+    def towers(self) -> list[torch.nn.Parameter]:
+        return [*self.image.parameters(), *self.text.parameters()]
+
+
+def gradients(chunk: int) -> dict[str, torch.Tensor]:
+    """Of the one batch that all processes share; each passes its own rows through the towers."""
+    model = Pair()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(PAIRS, 6, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(PAIRS, 5, generator=generator, dtype=torch.float64)
+    own = distributed.own_slice(PAIRS)
+    value = backward(
+        ChunkedTower(model.images, pixels[own], chunk=chunk),
+        ChunkedTower(model.texts, tokens[own], chunk=chunk),
+        model.loss,
+        gather=distributed.gather,
+    )
+    distributed.sum_gradients(model.towers(), model.alike())
+    return {"loss": value} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients_without_exact_gather() -> dict[str, torch.Tensor]:
+    """The wrong version: what other processes sent is constant, and all gradients are averaged."""
+    model = Pair()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(PAIRS, 6, generator=generator, dtype=torch.float64)
+    tokens = torch.randn(PAIRS, 5, generator=generator, dtype=torch.float64)
+    own = distributed.own_slice(PAIRS)
+    gathered = []
+    for encode, rows in ((model.images, pixels[own]), (model.texts, tokens[own])):
+        local = encode(rows)
+        every = distributed.gather(local.detach())[0].clone()
+        every[own] = local
+        gathered.append(every)
+    model.loss(gathered[0], gathered[1]).backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= distributed.world_size()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def one_of_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = {
+        "whole": gradients(chunk=100),
+        "chunks": gradients(chunk=3),
+        "wrong": gradients_without_exact_gather(),
+        "uneven": distributed.gather_uneven(torch.full((rank + 1, 2), float(rank))),
+        "any": distributed.any_true(rank == 1),
+        "collected": distributed.collect({"rank": rank}),
+    }
+    with pytest.raises(InputError, match="batch is 7, which 2 processes cannot share.*use 6"):
+        distributed.own_slice(7)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """Fails for the version that gathers without gradients and averages: there the towers' come
+    out halved, and logit_scale's do not. Gradient caching works within each process."""
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
+    expected = gradients(chunk=100)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for way in ("whole", "chunks"):
+            assert found[way].keys() == expected.keys()
+            for name, gradient in expected.items():
+                torch.testing.assert_close(found[way][name], gradient, msg=f"{way} {name}")
+        torch.testing.assert_close(found["wrong"]["logit_scale"], expected["logit_scale"])
+        torch.testing.assert_close(found["wrong"]["text.weight"], expected["text.weight"] / 2)
+        assert found["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+        assert found["any"] is True
+        assert found["collected"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_one_process_is_a_world_of_one() -> None:
+    rows = torch.arange(6.0).view(3, 2)
+    with distributed.joined(torch.device("cpu")):  # not started by torchrun: nothing to join
+        assert distributed.world_size() == 1 and distributed.rank() == 0
+    assert distributed.gather(rows) == (rows, slice(0, 3))
+    assert distributed.gather_uneven(rows) is rows
+    assert distributed.collect("x") == ["x"]
+    assert not distributed.any_true(False)
