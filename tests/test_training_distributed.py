@@ -95,7 +95,7 @@ def one_of_two(rank: int, folder: str) -> None:
         "any": distributed.any_true(rank == 1),
         "collected": distributed.collect({"rank": rank}),
     }
-    with pytest.raises(InputError, match="batch is 7, which 2 processes cannot share.*use 6"):
+    with pytest.raises(InputError, match=r"batch is 7, which 2 processes cannot share.*use 6"):
         distributed.own_slice(7)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
