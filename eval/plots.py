@@ -239,7 +239,9 @@ def _dressed(figure: Figure, title: str) -> str:
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
         _dress(element)
-    _name_ids(root, hashlib.blake2b(out.getvalue() + title.encode(), digest_size=4).hexdigest())
+    _name_ids(
+        root, hashlib.blake2b(out.getvalue() + printable(title).encode(), digest_size=4).hexdigest()
+    )
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.attrib |= {"role": "img", "aria-label": printable(title)}

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -45,9 +46,10 @@ TASKS = {
 }
 # What a part of a metric's name says of its values: a share of something, or good when small.
 _SHARE = re.compile(
-    r"(R|P|acc|recall|precision|nDCG|hit|overlap|neighbour_overlap|coverage)@[\w.]+"
+    r"(R|P|acc|recall|precision|nDCG|hit|overlap|neighbour_overlap|coverage)@\d+"
     r"|acc|accuracy|recall|mean_per_class_recall|balanced_accuracy|mAP|AP|MRR|nDCG|F1|ECE"
 )
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 _BETTER_SMALL = re.compile(r"ECE|NLL|(median|mean|best)_rank|.*(_|^)(ms|seconds|bytes|MB)")
 
 
@@ -114,14 +116,15 @@ class EvalReport:
             del told["title"]
             told["metrics"] = {name: _interval(i) for name, i in told["metrics"].items()}
             told["warnings"] = tuple(told["warnings"])
-            with np.load(folder / "samples.npz", allow_pickle=False) as stored:
+            kept = io.BytesIO((folder / "samples.npz").read_bytes())
+            with np.load(kept, allow_pickle=False) as stored:
                 samples = {name: stored[name].astype(np.float64) for name in stored.files}
             return cls(**told, samples=samples)
         except FileNotFoundError as error:
             raise InputError(
                 f"there is no report in {folder}: {error.filename} is missing"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+        except _DAMAGE as error:
             raise InputError(
                 f"the report in {folder} is damaged: {error}; make it again"
             ) from error
