@@ -1,0 +1,185 @@
+"""Which pairs stand in which batch: decided by (seed, epoch) alone, before anything is read.
+
+A picture appears once an epoch, with one of its captions, so that no batch holds a picture twice.
+Nothing here has a state: a run that goes on from epoch 3, batch 17 computes the same plans again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipkit.errors import DatasetError
+from clipkit.records import read_dataset
+
+__all__ = ["CaptionedPictures", "Plan", "fitted_batch"]
+
+Ints = npt.NDArray[np.int64]
+
+_ORDER, _CAPTION = 0, 1  # what a random stream is for, beside seed and epoch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One batch over all processes: pictures and their captions, by number."""
+
+    epoch: int
+    number: int  # of the batch within its epoch
+    pictures: Ints  # (B,)
+    texts: Ints  # (B,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CaptionedPictures:
+    """A split of a dataset: its pictures, its distinct captions, and which belong together."""
+
+    folder: Path
+    image_ids: tuple[str, ...]  # distinct
+    paths: tuple[str, ...]  # relative to `folder`
+    texts: tuple[str, ...]  # distinct
+    owned: tuple[Ints, ...]  # of each picture: its captions' numbers in `texts`
+    meanings: Ints  # (texts,): equal for captions that differ in case, spaces or a full stop
+    without_captions: int  # pictures left out
+
+    @classmethod
+    def read(cls, folder: Path, split: str, *, most: int = 0) -> CaptionedPictures:
+        """The pictures of a split that have captions; files of equal content are one picture.
+
+        most: only so many of them, the same ones each time (0: all). DatasetError if there is none
+        or a file is missing.
+        """
+        paths: dict[str, str] = {}
+        captions: dict[str, list[str]] = {}
+        without = 0
+        for record in read_dataset(folder, split):
+            if not record.captions:
+                without += 1
+                continue
+            paths.setdefault(record.image_id, record.path)
+            captions.setdefault(record.image_id, []).extend(record.captions)
+        # Content hashes are as good as random, and stay when pictures are added.
+        chosen = sorted(paths)[:most] if most else list(paths)
+        if not chosen:
+            raise DatasetError(f"{folder} has no picture with a caption in split {split!r}")
+        for image_id in chosen:
+            if not (Path(folder) / paths[image_id]).is_file():
+                raise DatasetError(
+                    f"{Path(folder) / paths[image_id]} is not there, but {split}/metadata.jsonl "
+                    "names it; restore it or make the dataset again"
+                )
+        numbers: dict[str, int] = {}
+        owned = tuple(
+            np.array(
+                [numbers.setdefault(text, len(numbers)) for text in dict.fromkeys(captions[i])],
+                np.int64,
+            )
+            for i in chosen
+        )
+        meanings: dict[str, int] = {}
+        meant = [
+            meanings.setdefault(" ".join(text.lower().split()).rstrip(" .!"), len(meanings))
+            for text in numbers
+        ]
+        return cls(
+            Path(folder),
+            tuple(chosen),
+            tuple(paths[i] for i in chosen),
+            tuple(numbers),
+            owned,
+            np.array(meant, np.int64),
+            without,
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def owner(self) -> Ints:
+        """(captions,): the picture of each of `captions`."""
+        return np.repeat(np.arange(len(self)), [len(texts) for texts in self.owned])
+
+    @property
+    def captions(self) -> Ints:
+        """(captions,): every picture's captions' numbers, in the order of the pictures."""
+        return np.concatenate(self.owned)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change with the pictures' content, captions and order."""
+        digest = hashlib.sha256()
+        for image_id, numbers in zip(self.image_ids, self.owned, strict=True):
+            words = "\x1f".join(self.texts[n] for n in numbers)
+            digest.update(f"{image_id}\x1e{words}\x1d".encode())
+        return digest.hexdigest()[:16]
+
+    def plans(self, *, epoch: int, batch: int, seed: int, alike: Ints | None = None) -> list[Plan]:
+        """One epoch's batches. Every epoch has its own order; what is left over behind the last
+        whole batch is different pictures each time.
+
+        alike: (N, K) hard negatives, pictures to be in one batch with each; -1 where there are
+        fewer. Every picture still appears once.
+        """
+        if len(self) < batch:
+            raise DatasetError(
+                f"{self.folder} has {len(self)} training pictures with captions, fewer than one "
+                f"batch of {batch}; use a batch of at most {len(self)}"
+            )
+        order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self))
+        if alike is not None:
+            order = _together(order, alike)
+        # Each epoch takes a picture's next caption, from a random first one: all are used evenly.
+        counts = np.array([len(texts) for texts in self.owned])
+        first = np.random.default_rng([seed, _CAPTION]).integers(0, counts)
+        turn = (first + epoch) % counts
+        plans = []
+        for number in range(len(self) // batch):
+            pictures = order[number * batch : (number + 1) * batch]
+            texts = np.array([self.owned[p][turn[p]] for p in pictures], np.int64)
+            plans.append(Plan(epoch, number, pictures, texts))
+        return plans
+
+    def same(self, plan: Plan) -> torch.Tensor | None:
+        """bool (B, B): other pairs (picture i, caption j) of a batch that are true, since picture i
+        has a caption that says the same as j. None if there are none."""
+        columns: dict[int, list[int]] = {}
+        for j, text in enumerate(plan.texts):
+            columns.setdefault(int(self.meanings[text]), []).append(j)
+        pairs = [
+            (i, j)
+            for i, picture in enumerate(plan.pictures)
+            for meaning in {int(self.meanings[text]) for text in self.owned[picture]}
+            for j in columns.get(meaning, ())
+            if i != j
+        ]
+        if not pairs:
+            return None
+        same = torch.zeros(len(plan.pictures), len(plan.pictures), dtype=torch.bool)
+        rows, others = torch.tensor(pairs).T
+        same[rows, others] = True
+        return same
+
+    def names(self, pictures: Sequence[int] | Ints) -> list[str]:
+        return [self.paths[picture] for picture in pictures]
+
+
+def fitted_batch(pictures: int, *, most: int) -> int:
+    """The greatest power of two that leaves an epoch at least four batches, at most `most`."""
+    return max(2, min(most, 1 << ((pictures // 4).bit_length() - 1) if pictures >= 8 else 2))
+
+
+def _together(order: Ints, alike: Ints) -> Ints:
+    """The order, but each picture is followed by those of its look-alikes not placed before it."""
+    placed = np.zeros(len(order), bool)
+    result: list[int] = []
+    for picture in order:
+        group = [picture, *(p for p in alike[picture] if p >= 0)]
+        for member in dict.fromkeys(group if not placed[picture] else ()):
+            if not placed[member]:
+                placed[member] = True
+                result.append(int(member))
+    return np.array(result, np.int64)

@@ -1,0 +1,188 @@
+"""From plans to tensors: decode threads, random crops and flips, tokens.
+
+Each view is drawn from (seed, epoch, picture), so that it depends neither on the number of threads
+nor on where a run was taken up again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+
+from clipkit import images
+from clipkit.errors import DatasetError, ImageError
+from clipkit.training.data import CaptionedPictures, Plan
+from clipkit.training.distributed import own_slice, rank, world_size
+from clipkit.training.model import TrainableTowers
+
+__all__ = ["Batch", "Inputs", "PictureInputs", "random_view"]
+
+_VIEW = 2  # what a random stream is for; `data` has 0 and 1
+_AHEAD = 1024  # pictures decoded before they are needed, at most
+_EVAL_CHUNK = 64
+_RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
+
+Job = TypeVar("Job")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """This process's share of a plan, ready for the towers."""
+
+    plan: Plan
+    images: torch.Tensor
+    texts: torch.Tensor
+    text_order: torch.Tensor | None  # texts by length: chunks are cut to their longest
+
+
+class Inputs(Protocol):
+    """A split as the towers take it: pictures and tokens, or features of frozen towers."""
+
+    data: CaptionedPictures
+
+    def stream(self, plans: Iterable[Plan]) -> Iterator[Batch]:
+        """This process's share of each plan's batch, augmented."""
+
+    def pictures(self) -> Iterator[torch.Tensor]:
+        """This process's share of all pictures, as they are served, in chunks."""
+
+    def captions(self) -> Iterator[torch.Tensor]:
+        """This process's share of all distinct captions, in chunks."""
+
+
+class PictureInputs:
+    """Reads pictures from a dataset folder; see `Inputs`."""
+
+    def __init__(
+        self,
+        data: CaptionedPictures,
+        towers: TrainableTowers,
+        *,
+        crop: float = 1.0,
+        flip: bool = False,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> None:
+        self.data = data
+        self._towers, self._encoder = towers, towers.encoder
+        self._crop, self._flip, self._seed = crop, flip, seed
+        self._workers = workers or max(2, os.cpu_count() or 1)
+
+    def stream(self, plans: Iterable[Plan]) -> Iterator[Batch]:
+        plans = list(plans)
+        jobs = ((plan, int(p)) for plan in plans for p in plan.pictures[self._own(plan)])
+        views = self._ahead(lambda job: self._view(*job), jobs)
+        for plan in plans:
+            own = self._own(plan)
+            words = [self.data.texts[text] for text in plan.texts[own]]
+            pixels = torch.stack([next(views) for _ in words])
+            order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
+            yield Batch(plan, pixels, self._towers.tokenize(words), order)
+
+    def pictures(self) -> Iterator[torch.Tensor]:
+        share = range(len(self.data))[_even_share(len(self.data))]
+        views = self._ahead(self._served, share)
+        for start in range(0, len(share), _EVAL_CHUNK):
+            yield torch.stack([next(views) for _ in share[start : start + _EVAL_CHUNK]])
+
+    def captions(self) -> Iterator[torch.Tensor]:
+        share = self.data.texts[_even_share(len(self.data.texts))]
+        for start in range(0, len(share), 4 * _EVAL_CHUNK):
+            yield self._towers.tokenize(share[start : start + 4 * _EVAL_CHUNK])
+
+    def _own(self, plan: Plan) -> slice:
+        return own_slice(len(plan.pictures))
+
+    def _read(self, picture: int) -> Image.Image:
+        path = self.data.folder / self.data.paths[picture]
+        try:
+            data = images.read_bytes(path)
+            return images.decode(data, target=self._encoder.preferred_side).rgb
+        except ImageError as error:
+            raise DatasetError(
+                f"{path}: {error}; take it out, or make the dataset again"
+            ) from error
+
+    def _served(self, picture: int) -> torch.Tensor:
+        return self._encoder.preprocess(self._read(picture))
+
+    def _view(self, plan: Plan, picture: int) -> torch.Tensor:
+        """uint8 (3, H, W)."""
+        rng = np.random.default_rng([self._seed, _VIEW, plan.epoch, picture])
+        flipped = self._flip and rng.random() < 0.5
+        if self._crop < 1:
+            config = self._encoder.config
+            view = random_view(
+                self._read(picture),
+                config.image_size,
+                rng,
+                keep=self._crop,
+                squash=config.resize_mode == "squash",
+                interpolation=config.interpolation,
+            )
+        else:
+            view = self._served(picture)
+        return view.flip(2) if flipped else view
+
+    def _ahead(self, make: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
+        """`make` of each job, in order, made in threads before it is asked for."""
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        waiting: deque[Future[Made]] = deque()
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(make, job))
+                if len(waiting) >= _AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def random_view(
+    image: Image.Image,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    keep: float,
+    squash: bool,
+    interpolation: Any = "bicubic",
+) -> torch.Tensor:
+    """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop), on uint8.
+
+    It keeps between `keep` and all of the area and is resized, antialiased, to `size` (height,
+    width). Its shape varies around the one that is served: the picture's own if that is squashed,
+    else the target's. Gives uint8 (3, H, W).
+    """
+    width, height = image.size
+    target = width / height if squash else size[1] / size[0]
+    whole_w, whole_h = min(width, round(height * target)), min(height, round(width / target))
+    left, top = (width - max(whole_w, 1)) // 2, (height - max(whole_h, 1)) // 2
+    box = (left, top, left + max(whole_w, 1), top + max(whole_h, 1))  # where no crop fits
+    for _ in range(10):
+        area = rng.uniform(keep, 1.0) * width * height
+        ratio = target * _RATIO ** rng.uniform(-1.0, 1.0)
+        crop_w, crop_h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < crop_w <= width and 0 < crop_h <= height:
+            left = int(rng.integers(0, width - crop_w + 1))
+            top = int(rng.integers(0, height - crop_h + 1))
+            box = (left, top, left + crop_w, top + crop_h)
+            break
+    pixels = torch.from_numpy(np.array(image.crop(box), np.uint8)).permute(2, 0, 1)[None]
+    return F.interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].contiguous()
+
+
+def _even_share(count: int) -> slice:
+    """This process's part of `count` things; parts may differ by one."""
+    bounds = [count * r // world_size() for r in range(world_size() + 1)]
+    return slice(bounds[rank()], bounds[rank() + 1])

@@ -1,0 +1,217 @@
+"""Batches: one caption of a picture, equal captions known, every epoch another order, resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipkit import towers
+from clipkit.errors import DatasetError
+from clipkit.training.data import CaptionedPictures, fitted_batch
+from clipkit.training.inputs import PictureInputs, random_view
+from clipkit.training.model import TrainableTowers
+
+Picture = Callable[..., Image.Image]
+
+
+def write_split(
+    folder: Path, captions: list[list[str]], picture: Picture, *, split: str = "train"
+) -> Path:
+    """A dataset folder whose picture i is noise of seed i, 40 x 32 pixels."""
+    (folder / split).mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, texts in enumerate(captions):
+        picture(40, 32, seed=i).save(folder / split / f"{i}.png")
+        lines.append(
+            json.dumps({"file_name": f"{i}.png", "image_id": f"{i:04}", "captions": texts})
+        )
+    (folder / split / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+FIVE_EACH = [[f"picture {i} caption {c}" for c in range(5)] for i in range(10)]
+
+
+@pytest.fixture
+def ten(tmp_path: Path, noise_picture: Picture) -> CaptionedPictures:
+    return CaptionedPictures.read(write_split(tmp_path, FIVE_EACH, noise_picture), "train")
+
+
+def test_no_batch_holds_two_captions_of_a_picture(ten: CaptionedPictures) -> None:
+    """Fails for the version that makes every caption a row: five captions of one picture would be
+    negatives of it."""
+    for epoch in range(4):
+        plans = ten.plans(epoch=epoch, batch=3, seed=0)
+        assert len(plans) == 3  # of ten pictures one is left over
+        seen = np.concatenate([plan.pictures for plan in plans])
+        assert len(set(seen)) == 9
+        for plan in plans:
+            for picture, text in zip(plan.pictures, plan.texts, strict=True):
+                assert text in ten.owned[picture]
+
+
+def test_every_epoch_has_its_own_order_and_captions(ten: CaptionedPictures) -> None:
+    """Fails for a sampler that is seeded once: it repeats one order every epoch."""
+    epochs = [ten.plans(epoch=e, batch=10, seed=0)[0] for e in range(5)]
+    assert len({tuple(plan.pictures) for plan in epochs}) == 5
+    for picture in range(10):  # five epochs use each of the five captions once
+        used = [int(plan.texts[list(plan.pictures).index(picture)]) for plan in epochs]
+        assert sorted(used) == sorted(ten.owned[picture])
+    again = ten.plans(epoch=3, batch=10, seed=0)[0]
+    assert (again.pictures == epochs[3].pictures).all() and (again.texts == epochs[3].texts).all()
+    other = ten.plans(epoch=3, batch=10, seed=1)[0]
+    assert (other.pictures != epochs[3].pictures).any()
+
+
+def test_too_few_pictures_are_an_error(ten: CaptionedPictures) -> None:
+    """Fails for a loader that drops the last partial batch in silence: no steps, and no error."""
+    words = "10 training pictures with captions, fewer than one batch of 11; use a batch of at most"
+    with pytest.raises(DatasetError, match=words):
+        ten.plans(epoch=0, batch=11, seed=0)
+
+
+def test_equal_captions_are_known_whatever_their_spelling(
+    tmp_path: Path, noise_picture: Picture
+) -> None:
+    """Picture 0 says "A dog." and "a cat"; 1 says "a  dog"; 2 something else. If the batch holds
+    0's cat and 1's dog, then (picture 0, caption of 1) is true, and (picture 1, cat) is not."""
+    folder = write_split(tmp_path, [["A dog.", "a cat"], ["a  dog"], ["a bird"]], noise_picture)
+    data = CaptionedPictures.read(folder, "train")
+    found = set()
+    for epoch in range(2):
+        plan = data.plans(epoch=epoch, batch=3, seed=0)[0]
+        same = data.same(plan)
+        assert same is not None
+        place = {int(p): i for i, p in enumerate(plan.pictures)}
+        said = data.texts[plan.texts[place[0]]]
+        found.add(said)
+        expected = torch.zeros(3, 3, dtype=torch.bool)
+        expected[place[0], place[1]] = True
+        if said == "A dog.":
+            expected[place[1], place[0]] = True
+        assert torch.equal(same, expected)
+    assert found == {"A dog.", "a cat"}
+
+
+def test_no_equal_captions_need_no_matrix(ten: CaptionedPictures) -> None:
+    assert ten.same(ten.plans(epoch=0, batch=5, seed=0)[0]) is None
+
+
+def test_files_of_equal_content_are_one_picture(tmp_path: Path, noise_picture: Picture) -> None:
+    folder = write_split(tmp_path, [["one"], ["two"], [], ["one"]], noise_picture)
+    path = folder / "train" / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"0001"', '"0000"'))
+    data = CaptionedPictures.read(folder, "train")
+    assert data.image_ids == ("0000", "0003") and data.paths == ("train/0.png", "train/3.png")
+    assert [[data.texts[n] for n in numbers] for numbers in data.owned] == [["one", "two"], ["one"]]
+    assert data.without_captions == 1
+    assert data.owner.tolist() == [0, 0, 1] and data.captions.tolist() == [0, 1, 0]
+
+
+def test_a_part_is_the_same_part_each_time(ten: CaptionedPictures) -> None:
+    part = CaptionedPictures.read(ten.folder, "train", most=4)
+    assert part.image_ids == ("0000", "0001", "0002", "0003")
+    assert part.fingerprint() != ten.fingerprint()
+    again = CaptionedPictures.read(ten.folder, "train")
+    assert again.fingerprint() == ten.fingerprint()
+
+
+def test_missing_pictures_and_captions_are_said(tmp_path: Path, noise_picture: Picture) -> None:
+    folder = write_split(tmp_path, [["one"], ["two"]], noise_picture)
+    (folder / "train" / "1.png").unlink()
+    with pytest.raises(DatasetError, match=r"1\.png is not there, but train/metadata\.jsonl names"):
+        CaptionedPictures.read(folder, "train")
+    write_split(folder, [[], []], noise_picture, split="validation")
+    with pytest.raises(DatasetError, match="no picture with a caption in split 'validation'"):
+        CaptionedPictures.read(folder, "validation")
+
+
+def test_hard_negatives_share_a_batch(ten: CaptionedPictures) -> None:
+    """Pictures 0-4 and 5-9 are look-alikes: batches of five hold one kind where both are whole."""
+    alike = np.array([[j for j in range(i // 5 * 5, i // 5 * 5 + 5) if j != i] for i in range(10)])
+    for epoch in range(3):
+        plans = ten.plans(epoch=epoch, batch=5, seed=0, alike=alike)
+        assert {len({int(p) // 5 for p in plan.pictures}) for plan in plans} == {1}
+        assert len({int(p) for plan in plans for p in plan.pictures}) == 10
+    nobody = np.full((10, 2), -1)
+    assert len(set(ten.plans(epoch=0, batch=10, seed=0, alike=nobody)[0].pictures)) == 10
+
+
+@given(st.integers(1, 10**6), st.integers(2, 4096))
+def test_a_fitted_batch_is_a_power_of_two_with_four_to_an_epoch(pictures: int, most: int) -> None:
+    batch = fitted_batch(pictures, most=most)
+    assert 2 <= batch <= max(most, 2)
+    assert batch in (2, most) or batch.bit_count() == 1
+    assert pictures < 8 or pictures // batch >= 4
+
+
+def test_a_stream_taken_up_again_gives_the_same_pixels(
+    ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Views depend on seed, epoch and picture: not on threads, and not on where the run began."""
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
+    model = TrainableTowers(encoder, loss="infonce")
+
+    def stream(start: int, workers: int, epoch: int = 2) -> list[torch.Tensor]:
+        made = PictureInputs(ten, model, crop=0.5, flip=True, seed=4, workers=workers)
+        batches = made.stream(ten.plans(epoch=epoch, batch=3, seed=4)[start:])
+        return [batch.images for batch in batches]
+
+    whole, rest, other = stream(0, 3), stream(1, 1), stream(0, 2, epoch=3)
+    assert whole[0].shape == (3, 3, 32, 32) and whole[0].dtype == torch.uint8
+    assert all(torch.equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
+    assert not torch.equal(torch.cat(whole).sort(0).values, torch.cat(other).sort(0).values)
+
+
+def test_what_is_served_is_what_the_encoder_makes_of_it(
+    ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
+    inputs = PictureInputs(ten, TrainableTowers(encoder, loss="infonce"))
+    pixels = torch.cat(list(inputs.pictures()))
+    for row, path in zip(pixels, ten.paths, strict=True):
+        assert torch.equal(row, encoder.preprocess(Image.open(ten.folder / path)))
+    tokens = torch.cat(list(inputs.captions()))
+    assert tokens.shape == (50, 77)
+    batch = next(inputs.stream(ten.plans(epoch=0, batch=10, seed=0)))
+    for row, picture in zip(batch.images, batch.plan.pictures, strict=True):
+        assert torch.equal(row, pixels[picture])  # no crops, no flips: the picture as served
+
+
+def test_a_broken_picture_is_named(
+    ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    (ten.folder / "train" / "7.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
+    inputs = PictureInputs(ten, TrainableTowers(encoder, loss="infonce"))
+    with pytest.raises(DatasetError, match=r"7\.png: .*; take it out"):
+        list(inputs.pictures())
+
+
+@given(
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    st.floats(0.05, 1.0),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_any_picture_gives_a_view_of_the_target_size(
+    shape: tuple[int, int], size: tuple[int, int], keep: float, squash: bool, seed: int
+) -> None:
+    view = random_view(
+        Image.new("RGB", shape, (10, 200, 30)),
+        size,
+        np.random.default_rng(seed),
+        keep=keep,
+        squash=squash,
+    )
+    assert view.shape == (3, *size) and view.dtype == torch.uint8
+    assert (view.float() - torch.tensor([10, 200, 30.0]).view(3, 1, 1)).abs().max() <= 1
