@@ -67,7 +67,7 @@ class Ranking:
     def reciprocal_rank(self) -> Float64:
         """1 / position of the first relevant candidate; its mean is the MRR."""
         greater, tie, relevant = self._best()
-        result = 1.0 / (greater + 1)
+        result = np.asarray(1.0 / (greater + 1), np.float64)
         unsure = np.flatnonzero(tie > relevant)
         cases = np.stack([greater[unsure], tie[unsure], relevant[unsure]], axis=1)
         distinct, which = np.unique(cases, axis=0, return_inverse=True)
@@ -93,7 +93,7 @@ class Ranking:
         low, high = np.minimum(self.greater, cut), np.minimum(self.greater + tie, cut)
         gain = np.bincount(self.query, _sums(discounts, low, high) / tie, self.queries)
         best = np.cumsum(discounts)[np.minimum(self._relevant(), cut) - 1]
-        return np.minimum(gain / best, 1.0)
+        return np.asarray(np.minimum(gain / best, 1.0), np.float64)
 
     def _relevant(self) -> Int64:
         return np.bincount(self.query, minlength=self.queries)
