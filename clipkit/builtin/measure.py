@@ -3,8 +3,8 @@
     python -m clipkit.builtin.measure --data DIR [--model SPEC] [--write]
 
 Everything goes the way the product goes: pictures through `clipkit.images`, towers through
-`clipkit.towers`, weights as they are stored. Every figure comes with its n and a 95 % bootstrap
-interval over what was sampled: pictures, or keywords where a query is a keyword.
+`clipkit.towers`, figures through `clipkit.metrics`, weights as they are stored. Every figure comes
+with its n and a 95 % interval over what was sampled: pictures, or keywords where one is a query.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from clipkit import checkpoint, images, towers
+from clipkit import checkpoint, images, metrics, towers
 from clipkit.builtin import sources
 
-__all__ = ["flickr_recall", "keyword_hits", "measure", "recall_hits", "zero_shot"]
+__all__ = ["flickr_recall", "keyword_hits", "measure", "zero_shot"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -39,55 +39,37 @@ def encode_files(encoder: towers.DualEncoder, paths: Sequence[Path]) -> Float32:
     return np.concatenate(rows)
 
 
-def recall_hits(
-    pictures: Float32, texts: Float32, owner: npt.NDArray[np.int64]
-) -> tuple[Float64, Float64]:
-    """Retrieval both ways: (text-to-image, image-to-text) hits, each (pictures, 3) for K = 1, 5, 10.
-
-    pictures (N, D) and texts (M, D) are unit rows; owner (M,) is each text's picture. Text-to-image
-    takes every caption as a query, averaged per picture; image-to-text is a hit if any of the
-    picture's captions is in the first K. Ties count against the model (the pessimistic rank).
-    """
-    scores = texts @ pictures.T  # (M, N)
-    own = scores[np.arange(len(owner)), owner]
-    rank = (scores >= own[:, None]).sum(axis=1)  # from 1: the own picture counts itself
-    hits = (rank[:, None] <= np.array(CUTS)).astype(float)
-    captions = np.bincount(owner, minlength=len(pictures))
-    summed = [np.bincount(owner, column, len(pictures)) for column in hits.T]
-    to_image: Float64 = np.stack(summed, axis=1) / captions[:, None]
-
-    best = np.full(len(pictures), -np.inf, np.float32)
-    np.maximum.at(best, owner, own)
-    scores[np.arange(len(owner)), owner] = -np.inf
-    rank = 1 + (scores >= best).sum(axis=0)
-    return to_image, (rank[:, None] <= np.array(CUTS)).astype(float)
-
-
-def flickr_recall(encoder: towers.DualEncoder, data: Path) -> tuple[Float64, Float64]:
-    """`recall_hits` on Flickr8k's development split: 1,000 pictures, five captions each."""
+def flickr_recall(encoder: towers.DualEncoder, data: Path) -> dict[str, dict[str, Any]]:
+    """Retrieval both ways on Flickr8k's development split: 1,000 pictures, five captions each."""
     photos = sources.read_photos(data, "dev")
     owner = np.repeat(np.arange(len(photos)), [len(photo.phrases) for photo in photos])
     texts = encoder.encode_texts([text for photo in photos for text in photo.phrases])
-    return recall_hits(encode_files(encoder, [photo.path for photo in photos]), texts, owner)
+    pictures = encode_files(encoder, [photo.path for photo in photos])
+    to_image, to_text = metrics.rank_captions(pictures, texts, owner)
+    return {
+        "flickr8k_dev_text_to_image": {
+            f"R@{k}": percent(to_image.hit_at(k), groups=owner) for k in CUTS
+        },
+        "flickr8k_dev_image_to_text": {f"R@{k}": percent(to_text.hit_at(k)) for k in CUTS},
+    }
 
 
 def keyword_hits(
     encoder: towers.DualEncoder, examples: Sequence[sources.Example], *, first: int = 5
-) -> tuple[Float64, Float64, Float64]:
-    """Every keyword of the drawings as a query: (hit, reciprocal rank, chance), each (keywords,).
-
-    A hit is a picture with that keyword among the `first`; chance is the same for a random order.
-    """
+) -> dict[str, Any]:
+    """Every keyword of the drawings as a query: is a picture with it among the `first`? Chance is
+    the same for a random order."""
     keywords = sorted({word for example in examples for word in example.keywords})
+    place = {word: row for row, word in enumerate(keywords)}
+    pairs = [(place[word], row) for row, e in enumerate(examples) for word in e.keywords]
     pictures = encode_files(encoder, [example.path for example in examples])
-    order = np.argsort(-encoder.encode_texts(keywords) @ pictures.T, axis=1, kind="stable")
-    relevant = np.array([[word in e.keywords for e in examples] for word in keywords])
-    ranked = np.take_along_axis(relevant, order, axis=1)
-    n, carriers = len(examples), relevant.sum(axis=1)
-    misses = np.ones(len(keywords))
-    for drawn in range(first):
-        misses *= np.maximum(0, n - carriers - drawn) / (n - drawn)
-    return ranked[:, :first].any(axis=1).astype(float), 1 / (ranked.argmax(axis=1) + 1), 1 - misses
+    ranking = metrics.rank_pairs(encoder.encode_texts(keywords), pictures, pairs)
+    return {
+        "pictures": len(examples),
+        f"hit@{first}": percent(ranking.hit_at(first)),
+        f"hit@{first}_by_chance": percent(ranking.chance_hit_at(first)),
+        "MRR": percent(ranking.reciprocal_rank(), scale=1.0),
+    }
 
 
 def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
@@ -102,34 +84,22 @@ def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
     return np.asarray(correct, np.float64)
 
 
-def interval(samples: Float64, *, scale: float = 100.0) -> dict[str, Any]:
-    """Mean and 95 % percentile bootstrap interval of (n,) samples, 2,000 resamplings, seeded."""
-    rng = np.random.default_rng(0)
-    means = [samples[rng.integers(0, len(samples), len(samples))].mean() for _ in range(2000)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    value, low, high = (round(float(x) * scale, 3) for x in (samples.mean(), low, high))
-    return {"value": value, "low": low, "high": high, "n": len(samples)}
+def percent(
+    samples: Float64, *, groups: npt.NDArray[np.int64] | None = None, scale: float = 100.0
+) -> dict[str, Any]:
+    """Mean and 95 % interval of (n,) samples, over `groups` where several belong to one picture."""
+    interval = metrics.mean_interval(samples, groups=groups)
+    value, low, high = (round(x * scale, 3) for x in (interval.value, interval.low, interval.high))
+    return {"value": value, "low": low, "high": high, "n": interval.n}
 
 
 def measure(encoder: towers.DualEncoder, data: Path) -> Mapping[str, Any]:
     """All of the model card's figures, in percent but for the reciprocal rank."""
-    to_image, to_text = flickr_recall(encoder, data)
-    report: dict[str, Any] = {}
-    for name, hits in (
-        ("flickr8k_dev_text_to_image", to_image),
-        ("flickr8k_dev_image_to_text", to_text),
-    ):
-        report[name] = {f"R@{k}": interval(hits[:, i]) for i, k in enumerate(CUTS)}
-    drawings = sources.read_art(data, held_out=True)
-    hit, reciprocal, chance = keyword_hits(encoder, drawings)
-    report["clip_art_held_out_keywords"] = {
-        "pictures": len(drawings),
-        "hit@5": interval(hit),
-        "hit@5_by_chance": interval(chance),
-        "MRR": interval(reciprocal, scale=1.0),
+    return {
+        **flickr_recall(encoder, data),
+        "clip_art_held_out_keywords": keyword_hits(encoder, sources.read_art(data, held_out=True)),
+        "cifar10_sample_zero_shot": {"accuracy": percent(zero_shot(encoder, data))},
     }
-    report["cifar10_sample_zero_shot"] = {"accuracy": interval(zero_shot(encoder, data))}
-    return report
 
 
 def main() -> None:
@@ -139,16 +109,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="also into the model's clipkit.json")
     args = parser.parse_args()
     encoder = towers.load(args.model, precision="float32")
-    metrics = measure(encoder, args.data)
+    figures = measure(encoder, args.data)
     if args.write:
         folder = checkpoint.find_folder(args.model)
         if folder is None:
             parser.error(f"--write needs a model in a folder, not {args.model!r}")
         path = folder / checkpoint.PROVENANCE_FILE
         provenance = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        text = json.dumps({**provenance, "metrics": metrics}, indent=2) + "\n"
+        text = json.dumps({**provenance, "metrics": figures}, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
-    print(json.dumps(metrics, indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
