@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -90,9 +90,13 @@ def compare(
     stop: threading.Event | None = None,
 ) -> Comparison:
     """Evaluate each model on each data set, retrieval where there are captions, zero-shot where
-    there are classes, and compare. What the cache holds is not encoded again."""
+    there are classes, and compare. What the cache holds is not encoded again.
+
+    `templates` None: those that go with each data set's name. Raises what the evaluators raise.
+    """
     from eval.data import Captioned
     from eval.features import FeatureCache
+    from eval.prompts import default_templates
     from eval.retrieval import evaluate_retrieval
     from eval.zero_shot import evaluate_zero_shot
 
@@ -110,14 +114,14 @@ def compare(
         models.append([])
         for data in datasets:
             if isinstance(data, Captioned):
-                report = evaluate_retrieval(encoder, data, **shared)
-            elif templates is None:
-                raise InputError(f"{data.name} has classes; name the templates to put them in")
+                queries: Literal["captions", "tags"] = "captions" if data.captions else "tags"
+                report = evaluate_retrieval(encoder, data, queries=queries, **shared)
             else:
-                report = evaluate_zero_shot(encoder, data, templates=templates, **shared)
+                chosen = templates or default_templates(data.name)
+                report = evaluate_zero_shot(encoder, data, templates=chosen, **shared)
             models[-1].append(report)
-            if report.n.get("pictures") == len(data.pictures):  # else rows do not count the same
-                pictures[report.fingerprint] = shower(data)
+            if report.n["pictures"] == len(data.pictures) and "tags" not in report.n:
+                pictures[report.fingerprint] = shower(data)  # the samples' rows are the data's
     return compare_reports(
         models, names=names, title=title, pictures=pictures, command=command, seed=seed
     )
