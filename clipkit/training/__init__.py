@@ -1,1 +1,14 @@
-"""Fine-tuning the towers on captioned pictures."""
+"""Fine-tuning the towers on captioned pictures: from a dataset folder to a checkpoint.
+
+config = TrainConfig.from_mapping({"data": "dataset", "recipe": "lora"})
+summary = train(config)
+summary.checkpoint                # an OpenCLIP folder, for `towers.load` and `clipkit index --model`
+
+run.py puts a run together; loop.py is the loop; the rest are its parts.
+"""
+
+from clipkit.training.config import RECIPES, TrainConfig
+from clipkit.training.job import Progress
+from clipkit.training.run import RunSummary, resume, train
+
+__all__ = ["RECIPES", "Progress", "RunSummary", "TrainConfig", "resume", "train"]

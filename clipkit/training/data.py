@@ -117,6 +117,14 @@ class CaptionedPictures:
             digest.update(f"{image_id}\x1e{words}\x1d".encode())
         return digest.hexdigest()[:16]
 
+    def check_batch(self, batch: int) -> None:
+        """DatasetError if there are fewer pictures than one batch: an epoch would have no step."""
+        if len(self) < batch:
+            raise DatasetError(
+                f"{self.folder} has {len(self)} training pictures with captions, fewer than one "
+                f"batch of {batch}; use a batch of at most {len(self)}"
+            )
+
     def plans(self, *, epoch: int, batch: int, seed: int, alike: Ints | None = None) -> list[Plan]:
         """One epoch's batches. Every epoch has its own order; what is left over behind the last
         whole batch is different pictures each time.
@@ -124,11 +132,7 @@ class CaptionedPictures:
         alike: (N, K) hard negatives, pictures to be in one batch with each; -1 where there are
         fewer. Every picture still appears once.
         """
-        if len(self) < batch:
-            raise DatasetError(
-                f"{self.folder} has {len(self)} training pictures with captions, fewer than one "
-                f"batch of {batch}; use a batch of at most {len(self)}"
-            )
+        self.check_batch(batch)
         order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self))
         if alike is not None:
             order = _together(order, alike)

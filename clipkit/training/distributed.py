@@ -24,9 +24,11 @@ from clipkit.errors import InputError
 __all__ = [
     "any_true",
     "collect",
+    "first",
     "gather",
     "gather_uneven",
     "joined",
+    "own_device",
     "own_slice",
     "rank",
     "sum_gradients",
@@ -42,6 +44,14 @@ def world_size() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_device(device: torch.device) -> torch.device:
+    """This process's GPU, where several on one machine were started to use one each."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
 
 
 @contextmanager
@@ -99,6 +109,11 @@ def collect(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def first(value: Any) -> Any:
+    """The first process's `value`."""
+    return collect(value)[0]
 
 
 def any_true(flag: bool) -> bool:

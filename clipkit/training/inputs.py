@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +25,7 @@ from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.distributed import own_slice, rank, world_size
 from clipkit.training.model import TrainableTowers
 
-__all__ = ["Batch", "Inputs", "PictureInputs", "random_view"]
+__all__ = ["Batch", "Inputs", "PictureInputs", "even_share", "random_view"]
 
 _VIEW = 2  # what a random stream is for; `data` has 0 and 1
 _AHEAD = 1024  # pictures decoded before they are needed, at most
@@ -48,9 +49,11 @@ class Batch:
 class Inputs(Protocol):
     """A split as the towers take it: pictures and tokens, or features of frozen towers."""
 
-    data: CaptionedPictures
+    @property
+    def data(self) -> CaptionedPictures:
+        """What the split holds."""
 
-    def stream(self, plans: Iterable[Plan]) -> Iterator[Batch]:
+    def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
         """This process's share of each plan's batch, augmented."""
 
     def pictures(self) -> Iterator[torch.Tensor]:
@@ -78,25 +81,24 @@ class PictureInputs:
         self._crop, self._flip, self._seed = crop, flip, seed
         self._workers = workers or max(2, os.cpu_count() or 1)
 
-    def stream(self, plans: Iterable[Plan]) -> Iterator[Batch]:
+    def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
         plans = list(plans)
         jobs = ((plan, int(p)) for plan in plans for p in plan.pictures[self._own(plan)])
-        views = self._ahead(lambda job: self._view(*job), jobs)
-        for plan in plans:
-            own = self._own(plan)
-            words = [self.data.texts[text] for text in plan.texts[own]]
-            pixels = torch.stack([next(views) for _ in words])
-            order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
-            yield Batch(plan, pixels, self._towers.tokenize(words), order)
+        with closing(self._ahead(lambda job: self._view(*job), jobs)) as views:
+            for plan in plans:
+                words = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
+                pixels = torch.stack([next(views) for _ in words])
+                order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
+                yield Batch(plan, pixels, self._towers.tokenize(words), order)
 
     def pictures(self) -> Iterator[torch.Tensor]:
-        share = range(len(self.data))[_even_share(len(self.data))]
+        share = range(len(self.data))[even_share(len(self.data))]
         views = self._ahead(self._served, share)
         for start in range(0, len(share), _EVAL_CHUNK):
             yield torch.stack([next(views) for _ in share[start : start + _EVAL_CHUNK]])
 
     def captions(self) -> Iterator[torch.Tensor]:
-        share = self.data.texts[_even_share(len(self.data.texts))]
+        share = self.data.texts[even_share(len(self.data.texts))]
         for start in range(0, len(share), 4 * _EVAL_CHUNK):
             yield self._towers.tokenize(share[start : start + 4 * _EVAL_CHUNK])
 
@@ -134,7 +136,7 @@ class PictureInputs:
             view = self._served(picture)
         return view.flip(2) if flipped else view
 
-    def _ahead(self, make: Callable[[Job], Made], jobs: Iterable[Job]) -> Iterator[Made]:
+    def _ahead(self, make: Callable[[Job], Made], jobs: Iterable[Job]) -> Generator[Made]:
         """`make` of each job, in order, made in threads before it is asked for."""
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
         waiting: deque[Future[Made]] = deque()
@@ -182,7 +184,7 @@ def random_view(
     return F.interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].contiguous()
 
 
-def _even_share(count: int) -> slice:
+def even_share(count: int) -> slice:
     """This process's part of `count` things; parts may differ by one."""
     bounds = [count * r // world_size() for r in range(world_size() + 1)]
     return slice(bounds[rank()], bounds[rank() + 1])

@@ -22,6 +22,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.errors import InputError
+from clipkit.training.randomness import random_state, set_random_state
 
 __all__ = ["ChunkedTower", "Gather", "backward", "freeze_batch_norms", "refuse_batch_norms"]
 
@@ -38,6 +39,7 @@ class ChunkedTower:
     """One tower's pass over one batch: forward in chunks, and backward from cached gradients.
 
     `trained`: whether the tower has parameters to train; a locked one is passed once, without graph.
+    `device`: where the tower computes, whose random state is replayed (default: the inputs').
     `order` (B,) is how rows are put into chunks, such as texts by length; the result does not
     depend on it.
     """
@@ -50,13 +52,15 @@ class ChunkedTower:
         chunk: int,
         trained: bool = True,
         order: torch.Tensor | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if chunk < 1:
             raise InputError(f"chunk is {chunk}; it must be at least 1 pair")
         self._encode, self._inputs, self._trained = encode, inputs, trained
         rows = torch.arange(len(inputs)) if order is None else order
         self._chunks = torch.split(rows, chunk)
-        self._states: list[_RandomState] = []
+        self._device = device or inputs.device
+        self._states: list[dict[str, torch.Tensor]] = []
         self._whole: torch.Tensor | None = None  # the only chunk's embeddings, with their graph
 
     def forward(self) -> torch.Tensor:
@@ -67,7 +71,7 @@ class ChunkedTower:
             return _scattered([self._whole.detach()], rows)
         parts = []
         for rows in self._chunks:
-            self._states.append(_RandomState(self._inputs.device))
+            self._states.append(random_state(self._device))
             with torch.no_grad():
                 parts.append(self._encode(self._inputs[rows]))
         return _scattered(parts, torch.cat(self._chunks))
@@ -79,11 +83,11 @@ class ChunkedTower:
         if self._whole is not None:
             self._whole.backward(gradient[self._chunks[0]])  # type: ignore[no-untyped-call]
             return
-        after = _RandomState(self._inputs.device)
+        after = random_state(self._device)
         for rows, state in zip(self._chunks, self._states, strict=True):
-            state.restore()
+            set_random_state(state)
             self._encode(self._inputs[rows]).backward(gradient[rows])  # type: ignore[no-untyped-call]
-        after.restore()  # the draws of the second pass do not count
+        set_random_state(after)  # the draws of the second pass do not count
 
 
 def backward(
@@ -139,19 +143,3 @@ def _scattered(parts: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
     result = torch.empty_like(joined)
     result[rows.to(joined.device)] = joined
     return result
-
-
-class _RandomState:
-    """The default generators' state now: the CPU's, and the device's where it has its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._cpu = torch.get_rng_state()
-        self._own = None
-        if device.type in ("cuda", "mps"):
-            self._own = getattr(torch, device.type).get_rng_state()
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._own is not None:
-            getattr(torch, self._device.type).set_rng_state(self._own)

@@ -24,6 +24,10 @@ class Towers(Protocol):
 
     logit_scale: torch.nn.Parameter
     logit_bias: torch.nn.Parameter | None
+    device: torch.device
+    model: torch.nn.Module
+
+    def mode(self, training: bool) -> int: ...
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor: ...
 
@@ -61,7 +65,7 @@ class TrainableTowers:
             # Belongs to this training only: embeddings do not depend on it, no checkpoint holds it.
             bias = torch.nn.Parameter(torch.full_like(self.logit_scale, _SIGLIP_BIAS))
         self.logit_bias: torch.nn.Parameter | None = bias if LOSSES[loss].has_bias else None
-        self._compute, self._dropout = compute, dropout
+        self.compute, self._dropout = compute, dropout
         mean, std = torch.tensor(encoder.config.mean), torch.tensor(encoder.config.std)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self.device)
         self._shift = (-mean / std).view(1, 3, 1, 1).to(self.device)
@@ -74,18 +78,25 @@ class TrainableTowers:
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, H, W) -> unit rows (B, D)."""
+        return self._unit(self.raw_images(inputs))
+
+    def texts(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 (B, L) -> unit rows (B, D)."""
+        return self._unit(self.raw_texts(inputs))
+
+    def raw_images(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As `images`, before it is normalised."""
         pixels = inputs.to(self.device, non_blocking=True)
         pixels = torch.addcmul(self._shift, pixels.float(), self._scale)
         pixels = pixels.to(self.logit_scale.dtype, memory_format=torch.channels_last)
         with self._autocast():
-            features = self.model.encode_image(pixels)  # type: ignore[operator]
-        return self._unit(features)
+            features: torch.Tensor = self.model.encode_image(pixels)  # type: ignore[operator]
+        return features
 
-    def texts(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 (B, L) -> unit rows (B, D)."""
+    def raw_texts(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As `texts`, before it is normalised."""
         with self._autocast():
-            features = self.encoder._text_features(inputs.to(self.device, non_blocking=True))
-        return self._unit(features)
+            return self.encoder._text_features(inputs.to(self.device, non_blocking=True))
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """int64 (N, context length), as the encoder's own; any thread may call it."""
@@ -98,6 +109,6 @@ class TrainableTowers:
 
     def _autocast(self) -> AbstractContextManager[object]:
         # A context for each chunk: weights cast in a pass without graph must not be used with one.
-        if self._compute == self.logit_scale.dtype or self._compute == torch.float32:
+        if self.compute == self.logit_scale.dtype or self.compute == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self._compute)
+        return torch.autocast(self.device.type, self.compute)

@@ -1,0 +1,24 @@
+"""The state of torch's default generators, which dropout draws from: taken, kept, put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+__all__ = ["random_state", "set_random_state"]
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The CPU's state, and the device's where it has its own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    for device in ("cuda", "mps"):
+        if device in state:
+            getattr(torch, device).set_rng_state(state[device])
