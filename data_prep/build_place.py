@@ -1,0 +1,101 @@
+"""Where a data set is built and how it takes its place: aside, whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipkit import __version__
+from clipkit.errors import InputError
+from data_prep.sources import Source
+
+__all__ = ["MANIFEST", "aside", "check_out", "swap", "write_manifest"]
+
+MANIFEST = "dataset.json"
+
+
+def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
+    if not sources:
+        raise InputError("nothing to build from; name at least one source")
+    for source in sources:
+        path = Path(os.path.abspath(source.path))
+        if source.kind == "folder" and path in out.parents:
+            raise InputError(
+                f"--out {out} lies inside the pictures' folder {path}, and would be read as part of it "
+                "next time; choose a place outside"
+            )
+    if not out.exists():
+        return
+    if not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file())):
+        raise InputError(f"{out} is there and is no data set of clipkit's; choose another --out")
+    if any(out.iterdir()) and not overwrite:
+        raise InputError(
+            f"{out} is there already; give --overwrite to replace it, or another --out"
+        )
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, gone at the end whatever happens; one build at a time."""
+    from filelock import FileLock, Timeout
+
+    folder = out.with_name(f".{out.name}.building")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another build writes {out} now; wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write into {out.parent}: {error.strerror or error}") from error
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def swap(folder: Path, out: Path) -> None:
+    """`folder` becomes `out`; what was there goes last."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(folder, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(path: Path, told: Mapping[str, Any]) -> None:
+    """What the data set came from and with what, on the disk before it is called one."""
+    import imagehash
+    import PIL
+
+    manifest = {
+        "format": "clipkit data set, 1",
+        "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **told,
+        "versions": {
+            "clipkit": __version__,
+            "imagehash": imagehash.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+    }
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
