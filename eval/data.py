@@ -286,7 +286,7 @@ def _spoken(name: str) -> str:
 def _class_warnings(data: Labelled) -> Iterator[str]:
     counts = Counter(name.casefold() for name in data.classes)
     if twice := [name for name, count in counts.items() if count > 1]:
-        yield f"{len(twice)} class names are given twice: {_some(twice)}; no model tells those apart"
+        yield f"class names given more than once: {_some(twice)}; no model tells those apart"
     counted = data.pictures_per_class()
     if empty := [name for name, count in zip(data.classes, counted, strict=True) if not count]:
         yield f"{len(empty)} of {len(data.classes)} classes have no picture: {_some(empty)}"

@@ -91,7 +91,7 @@ class Way:
         """Values (Q,) -> one per unit, whose mean is theirs: the unit's sum, over the mean number of
         queries that a unit has."""
         units = int(self.unit.max()) + 1
-        sums: Float64 = np.bincount(self.unit, values, units)
+        sums = np.asarray(np.bincount(self.unit, values, units), np.float64)
         return sums * (units / len(values))
 
     def median_rank(self, seed: int) -> Interval:

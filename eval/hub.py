@@ -34,8 +34,9 @@ _VTAB = """caltech101 cifar10 cifar100 clevr_closest_object_distance clevr_count
 _OTHERS = """imagenet1k imagenetv2 imagenet_sketch imagenet-a imagenet-r imagenet-o objectnet fer2013
     voc2007 voc2007_multilabel sun397 cars fgvc_aircraft mnist stl10 gtsrb country211 renderedsst2
     flickr8k flickr30k mscoco_captions""".split()
-BENCHMARKS = {name: f"clip-benchmark/wds_{name}" for name in _OTHERS}
-BENCHMARKS |= {name: f"clip-benchmark/wds_vtab-{name}" for name in _VTAB}
+SHARDED = "clip-benchmark/wds_"
+BENCHMARKS = {name: SHARDED + name for name in _OTHERS}
+BENCHMARKS |= {name: f"{SHARDED}vtab-{name}" for name in _VTAB}
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png", "webp", "jpeg")
 _CAPTION_COLUMN = re.compile(r"(captions?|texts?|txt|sentences?)(_?\d+)?")
@@ -45,10 +46,10 @@ _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "cls", "target")
 def open_benchmark(name: str, split: str | None) -> Source:
     """A benchmark by its name, such as "cifar10" or "wds/vtab/cifar10". InputError: not known, or
     not to be had."""
-    repository = BENCHMARKS.get(name.removeprefix("wds/").removeprefix("vtab/"))
+    repository = BENCHMARKS.get(_bare(name))
     if repository is None:
         near = difflib.get_close_matches(name, BENCHMARKS, n=1, cutoff=0.6)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(
             f"data {name!r} is neither a path that exists nor a known benchmark{hint}; name a folder, "
             "a JSONL file, WebDataset shards, hf:ORG/NAME or one of "
@@ -60,7 +61,7 @@ def open_benchmark(name: str, split: str | None) -> Source:
 def open_dataset(name: str, split: str | None) -> Source:
     """ "ORG/NAME" or "ORG/NAME:CONFIG" of the hub, or a local folder that `datasets` can read."""
     repository, _, config = name.partition(":")
-    if repository.startswith("clip-benchmark/wds_"):
+    if repository.startswith(SHARDED):
         return _download_shards(repository, split or "test", asked=f"hf:{name}")
     with _reaching(f"hf:{name}"), _quiet():
         import datasets
@@ -81,13 +82,20 @@ def _reaching(asked: str) -> Iterator[None]:
     except ClipkitError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        repository = BENCHMARKS.get(asked, asked.removeprefix("hf:").partition(":")[0])
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0].partition(". ")[0][:200]
+        repository = BENCHMARKS.get(_bare(asked), asked.removeprefix("hf:").partition(":")[0])
+        as_data = "FOLDER" if repository.startswith(SHARDED) else "hf:FOLDER"
         raise InputError(
-            f"data {asked!r} could not be reached ({reason[:200]}); on a machine with a network run "
-            f"`hf download {repository} --repo-type dataset --local-dir FOLDER`, copy it here and "
-            "give --data FOLDER"
+            f"data {asked!r} could not be reached ({reason}); where there is a network run "
+            f"`hf download {repository} --repo-type dataset --local-dir FOLDER`, bring the folder "
+            f"here and give --data {as_data}"
         ) from error
+
+
+def _bare(name: str) -> str:
+    """clip-benchmark's own "wds/vtab/cifar10" is cifar10."""
+    return name.removeprefix("wds/").removeprefix("vtab/")
 
 
 def _download_shards(repository: str, split: str, *, asked: str) -> Source:

@@ -1,0 +1,458 @@
+"""Data from wherever it lies: the same pictures, captions and classes, and clear refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from clipkit.errors import DatasetError, ImageError, InputError
+from eval.data import open_captioned, open_labelled
+from eval.source import read_fields
+
+
+def png(number: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (number % 256, number // 256, 7)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_lines(path: Path, *rows: Any) -> str:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return str(write(path, "\n".join(lines) + "\n"))
+
+
+def write_tar(path: Path, files: Mapping[str, bytes], *, mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def names(data: Any) -> list[str]:
+    return [data.pictures.name(row) for row in range(len(data.pictures))]
+
+
+# ---- JSONL
+
+
+def test_a_jsonl_file_gives_captions_by_picture(tmp_path: Path) -> None:
+    write(tmp_path / "images" / "a.png", png(1))
+    data = open_captioned(
+        write_lines(
+            tmp_path / "dev.jsonl",
+            {"image": "images/a.png", "captions": ["one", " two "], "keywords": "x, y,x"},
+            "",
+            {"file_name": "b.png", "caption": "three", "tags": ["z"]},
+        )
+    )
+    assert data.captions == ("one", "two", "three")
+    assert data.owner.tolist() == [0, 0, 1]
+    assert data.tags == (("x", "y"), ("z",))
+    assert data.split is None
+    assert data.pictures.read(0) == png(1)
+    with pytest.raises(ImageError, match="No such file"):
+        data.pictures.read(1)
+
+
+def test_lines_of_one_picture_are_joined(tmp_path: Path) -> None:
+    """A caption a line is the commonest form; five rows of one picture must not become five pictures
+    that compete with each other, which would make a perfect model score 20 %."""
+    path = write_lines(
+        tmp_path / "rows.jsonl",
+        *[{"image": f"{i}.png", "text": f"caption {j}"} for j in range(5) for i in range(2)],
+    )
+    data = open_captioned(path)
+    assert len(data.pictures) == 2
+    assert data.owner.tolist() == [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: expected a JSON object, got list"),
+        ('{"captions": ["a"]}', "line 2: no picture is named"),
+        ('{"image": "b.png", "captions": 3}', "line 2: captions must be a string or a list"),
+        ('{"image": "b.png", "label": 1.5}', "line 2: a label must be a name or a number"),
+        ('{"image": "a.png", "label": "dog"}', "line 2: a.png had another label"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {"image": "a.png", "text": "a", "label": "cat"}, line)
+    with pytest.raises(DatasetError, match=said):
+        open_captioned(path)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            ["captions", "caption", "text", "keywords", "tags", "label", "labels", "x"]
+        ),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+            lambda inner: st.lists(inner, max_size=3),
+            max_leaves=5,
+        ),
+    )
+)
+def test_any_fields_are_read_or_refused(fields: dict[str, Any]) -> None:
+    """Whatever JSON holds: texts that are not blank and can be written as UTF-8, or ValueError."""
+    try:
+        texts, label = read_fields(fields)
+    except ValueError:
+        return
+    for text in (*texts.captions, *texts.tags):
+        assert text.strip() == text != ""
+        text.encode()
+    assert label is None or isinstance(label, int | str | tuple)
+
+
+# ---- folders with captions
+
+
+def test_a_dataset_folder_is_read_by_its_metadata(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write_lines(
+            tmp_path / split / "metadata.jsonl", {"file_name": "a.png", "captions": [split]}
+        )
+    assert open_captioned(str(tmp_path)).captions == ("test",)
+    assert open_captioned(str(tmp_path), split="train").captions == ("train",)
+    validation = open_captioned(str(tmp_path), split="val")
+    assert (validation.captions, validation.split) == (("validation",), "validation")
+    with pytest.raises(InputError, match="no split 'tset'; it has test, train, validation"):
+        open_captioned(str(tmp_path), split="tset")
+
+
+def test_a_lone_training_split_is_warned_of(tmp_path: Path) -> None:
+    write_lines(tmp_path / "train" / "metadata.jsonl", {"file_name": "a.png", "text": "a"})
+    (warning,) = open_captioned(str(tmp_path)).warnings
+    assert "only a split train" in warning
+    assert open_captioned(str(tmp_path), split="train").warnings == ()
+
+
+def test_captions_beside_pictures(tmp_path: Path) -> None:
+    write(tmp_path / "b.png", png(1))
+    write(tmp_path / "b.txt", "first\nsecond\n")
+    write(tmp_path / "a" / "c.png", png(2))
+    write(tmp_path / "a" / "c.json", '{"caption": "third", "tags": ["t"]}')
+    data = open_captioned(str(tmp_path))
+    found = {data.pictures.name(o): c for o, c in zip(data.owner, data.captions, strict=True)}
+    assert found == {"b.png": "second", "a/c.png": "third"}
+    assert sorted(data.tags) == [(), ("t",)]
+    with pytest.raises(InputError, match=r"has no splits.*leave out --split"):
+        open_captioned(str(tmp_path / "a"), split="test")
+
+
+def test_no_captions_and_no_pictures_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no pictures"):
+        open_captioned(str(tmp_path))
+    write(tmp_path / "a.png", png())
+    with pytest.raises(InputError, match=r"no picture of .* has a caption"):
+        open_captioned(str(tmp_path))
+
+
+# ---- a folder per class
+
+
+def classed(root: Path, **folders: int) -> str:
+    """A folder per class with so many pictures."""
+    for name, count in folders.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            write(root / name / f"{i}.png", png(i))
+    return str(root)
+
+
+def test_a_folder_per_class(tmp_path: Path) -> None:
+    data = open_labelled(classed(tmp_path, dog=1, Great_Dane=2))
+    assert data.classes == ("Great Dane", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 0, 1]
+    assert data.targets is None and data.domains is None and data.warnings == ()
+    assert names(data) == ["Great_Dane/0.png", "Great_Dane/1.png", "dog/0.png"]
+
+
+def test_train_is_a_class_where_not_all_folders_are_splits(tmp_path: Path) -> None:
+    """CIFAR-100 has a class "train"."""
+    assert open_labelled(classed(tmp_path, train=1, rocket=1)).classes == ("rocket", "train")
+
+
+def test_splits_hold_class_folders(tmp_path: Path) -> None:
+    classed(tmp_path / "train", cat=1, dog=1)
+    classed(tmp_path / "val", cat=2, dog=1)
+    data = open_labelled(str(tmp_path))
+    assert (data.split, len(data.pictures)) == ("val", 3)
+    assert len(open_labelled(str(tmp_path), split="train").pictures) == 2
+
+
+def test_classes_are_matched_by_name(tmp_path: Path) -> None:
+    data = open_labelled(
+        classed(tmp_path, great_dane=1, cat=2), classes=["Great Dane", "owl", "CAT"]
+    )
+    assert data.classes == ("Great Dane", "owl", "CAT")
+    assert data.labels is not None
+    assert data.labels.tolist() == [2, 2, 0]
+    assert data.warnings == ("1 of 3 classes have no picture: owl",)
+
+
+def test_folders_that_bear_no_names_take_them_in_order(tmp_path: Path) -> None:
+    data = open_labelled(classed(tmp_path, n01=1, n02=1), classes=["tench", "goldfish"])
+    assert data.classes == ("tench", "goldfish")
+    assert "n01 is 'tench', n02 is 'goldfish'" in data.warnings[0]
+
+
+def test_wrong_classes_are_errors(tmp_path: Path) -> None:
+    root = classed(tmp_path, cat=1, dog=1)
+    with pytest.raises(InputError, match=r"3 classes were given, but .* has 2"):
+        open_labelled(root, classes=["a", "b", "c"])
+    # As many as there are and one of them known: taking them in order would swap cat and dog.
+    with pytest.raises(InputError, match=r"1 of .* 2 classes are none of those given \(cat\)"):
+        open_labelled(root, classes=["dog", "cta"])
+    with pytest.raises(InputError, match="a class has no name"):
+        open_labelled(root, classes=["dog", " "])
+    with pytest.raises(InputError, match="holds no class folders"):
+        open_labelled(root + "/cat")
+
+
+def test_class_names_given_twice_and_empty_classes_are_warned_of(tmp_path: Path) -> None:
+    root = classed(tmp_path, bird=2, machine=0)
+    data = open_labelled(root, classes=["crane", "Crane"])
+    assert data.warnings[1:] == (
+        "class names given more than once: crane; no model tells those apart",
+        "1 of 2 classes have no picture: Crane",
+    )
+
+
+def test_domain_folders(tmp_path: Path) -> None:
+    classed(tmp_path / "photo", cat=1, dog=1)
+    classed(tmp_path / "sketch", dog=1)
+    data = open_labelled(str(tmp_path), by_domain=True)
+    assert data.classes == ("cat", "dog")
+    assert data.labels is not None
+    assert data.labels.tolist() == [0, 1, 1]
+    assert data.domains == ("photo", "photo", "sketch")
+
+
+def test_labels_in_a_jsonl_file(tmp_path: Path) -> None:
+    path = write_lines(
+        tmp_path / "x.jsonl",
+        {"image": "a.png", "labels": ["sea", "dog"]},
+        {"image": "b.png", "labels": []},
+        {"image": "c.png", "labels": ["sea"]},
+    )
+    data = open_labelled(path)
+    assert data.classes == ("dog", "sea")
+    assert data.labels is None and data.targets is not None
+    assert data.targets.tolist() == [[True, True], [False, False], [False, True]]
+    assert data.pictures_per_class().tolist() == [1, 2]
+    numbered = write_lines(tmp_path / "y.jsonl", {"image": "a.png", "label": 2})
+    with pytest.raises(InputError, match=r"numbers its classes .* add --classes FILE"):
+        open_labelled(numbered)
+    with pytest.raises(InputError, match="class numbers 2 to 2, but 2 class names"):
+        open_labelled(numbered, classes=["a", "b"])
+    half = write_lines(tmp_path / "z.jsonl", {"image": "a", "label": "x"}, {"image": "b"})
+    with pytest.raises(DatasetError, match=r"b of .* has no label"):
+        open_labelled(half)
+
+
+# ---- limits
+
+
+def test_a_limit_takes_the_same_pictures_everywhere(tmp_path: Path) -> None:
+    rows = [{"image": f"{i:03}.png", "captions": [f"{i} a", f"{i} b"]} for i in range(200)]
+    here = open_captioned(write_lines(tmp_path / "here.jsonl", *rows), limit=20)
+    there = open_captioned(write_lines(tmp_path / "far" / "there.jsonl", *rows[::-1]), limit=20)
+    assert set(names(here)) == set(names(there))
+    assert names(here) == sorted(names(here)) != [f"{i:03}.png" for i in range(20)]
+    for owner, caption in zip(here.owner, here.captions, strict=True):
+        assert here.pictures.name(owner).startswith(f"{int(caption[:-2]):03}")
+    assert len(here.captions) == 40
+    assert here.subset == "20 of 200 pictures, by the hash of their names"
+    assert open_captioned(str(tmp_path / "here.jsonl"), limit=200).subset is None
+    with pytest.raises(InputError, match="limit is 0 pictures"):
+        open_captioned(str(tmp_path / "here.jsonl"), limit=0)
+
+
+def test_a_limited_labelled_set_keeps_its_classes(tmp_path: Path) -> None:
+    data = open_labelled(classed(tmp_path, a=20, b=20, c=20), limit=2)
+    assert data.classes == ("a", "b", "c")
+    assert data.labels is not None
+    for row in range(2):
+        assert data.pictures.name(row).startswith(data.classes[data.labels[row]])
+    assert "classes have no picture" in data.warnings[-1]
+
+
+# ---- WebDataset
+
+
+def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "00000.tar",
+        {
+            "000000000.jpg": png(1),
+            "000000000.json": b'{"caption": "one", "key": "000000000", "tags": ["t"]}',
+            "000000000.txt": b"one",
+            "000000001.json": b'{"caption": "lost", "status": "failed_to_download"}',
+        },
+    )
+    write_tar(tmp_path / "00001.tar", {"000010000.txt": b"two\nthree\n", "000010000.png": png(2)})
+    write_tar(tmp_path / "00002.tar", {"__MACOSX/x": b"", "000020000.webp": b"no caption"})
+    data = open_captioned(str(tmp_path))
+    assert names(data) == ["00000/000000000", "00001/000010000", "00002/000020000"]
+    assert data.captions == ("one", "two", "three")
+    assert data.owner.tolist() == [0, 1, 1]
+    assert data.tags == (("t",), (), ())
+    assert [data.pictures.read(row) for row in range(3)] == [png(1), png(2), b"no caption"]
+    assert open_captioned(str(tmp_path / "0000[01].tar")).captions == data.captions
+    assert open_captioned(str(tmp_path / "00001.tar")).captions == ("two", "three")
+    with pytest.raises(InputError, match="nothing matches"):
+        open_captioned(str(tmp_path / "*.zip"))
+
+
+def test_shards_with_classes(tmp_path: Path) -> None:
+    """The layout of clip-benchmark's repositories, as downloaded."""
+    write(tmp_path / "classnames.txt", "cat\ndog\n")
+    write_tar(
+        tmp_path / "test" / "0.tar",
+        {"s0.png": png(0), "s0.cls": b"1", "s1.png": png(1), "s1.cls": b"0\n"},
+    )
+    write_tar(tmp_path / "train" / "0.tar", {"s0.png": png(0), "s0.cls": b"1"})
+    data = open_labelled(str(tmp_path))
+    assert (data.split, data.classes) == ("test", ("cat", "dog"))
+    assert data.labels is not None
+    assert data.labels.tolist() == [1, 0]
+    assert open_labelled(str(tmp_path), classes=["Katze", "Hund"]).classes == ("Katze", "Hund")
+    with pytest.raises(InputError, match=r"3 classes were given, but .* has 2"):
+        open_labelled(str(tmp_path), classes=["a", "b", "c"])
+
+
+def test_shards_with_several_classes_a_picture(tmp_path: Path) -> None:
+    """clip-benchmark's voc2007_multilabel; arrays of objects, which would be unpickled, are refused."""
+    write(tmp_path / "classnames.txt", "cat\ndog\nsea\n")
+
+    def npy(values: Any) -> bytes:
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(values), allow_pickle=True)
+        return buffer.getvalue()
+
+    shard = tmp_path / "test" / "0.tar"
+    write_tar(shard, {"s0.png": png(0), "s0.npy": npy([1, 0, 1])})
+    data = open_labelled(str(tmp_path))
+    assert data.targets is not None
+    assert data.targets.tolist() == [[True, False, True]]
+    write_tar(shard, {"s0.png": png(0), "s0.npy": npy([{"a": 1}, None])})
+    with pytest.raises(DatasetError, match=r"s0\.npy in .*allow_pickle=False"):
+        open_labelled(str(tmp_path))
+
+
+def test_damaged_shards_are_errors(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "a.tar", {"1.png": png(1), "1.txt": b"one"}).read_bytes()
+    data = open_captioned(str(tmp_path / "a.tar"))
+    write(tmp_path / "a.tar", whole[:520])  # cut after it was opened: the header's 512 and a bit
+    with pytest.raises(ImageError, match="ends inside"):
+        data.pictures.read(0)
+    with pytest.raises(DatasetError, match="not a whole uncompressed tar"):
+        open_captioned(str(tmp_path / "a.tar"))
+    write_tar(tmp_path / "b.tar", {"1.png": png(1)}, mode="w:gz")
+    with pytest.raises(DatasetError, match="not a whole uncompressed tar"):
+        open_captioned(str(tmp_path / "b.tar"))
+    write_tar(tmp_path / "c.tar", {"1.txt": b"one"})
+    with pytest.raises(DatasetError, match="hold no pictures"):
+        open_captioned(str(tmp_path / "c.tar"))
+
+
+# ---- the hub
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(
+        InputError, match=r"'cifar1O' is neither a path .*\(did you mean cifar10\?\)"
+    ):
+        open_labelled("cifar1O")
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "wds/vtab/cifar10", "hf:clip-benchmark/wds_vtab-cifar10"]
+)
+def test_an_unreachable_benchmark_is_one_sentence(name: str) -> None:
+    with pytest.raises(InputError) as refused:
+        open_labelled(name)
+    said = str(refused.value)
+    assert f"data '{name}' could not be reached (" in said
+    assert "`hf download clip-benchmark/wds_vtab-cifar10 --repo-type dataset" in said
+    assert said.endswith("and give --data FOLDER")
+    assert "\n" not in said and len(said) < 500
+
+
+def test_an_unreachable_dataset_is_one_sentence() -> None:
+    with pytest.raises(
+        InputError, match=r"'hf:a/b' could not be reached .* give --data hf:FOLDER$"
+    ):
+        open_captioned("hf:a/b")
+
+
+@pytest.fixture
+def hub_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A folder as the hub holds it: parquet with pictures inside."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    text = datasets.Value("string")
+    rows = {
+        "image": [{"bytes": png(1), "path": None}, {"bytes": png(2), "path": None}],
+        "label": [1, 0],
+        "caption_0": ["a dog", "a cat"],
+        "caption_1": ["a hound", None],
+        "tags": [["animal"], []],
+    }
+    features = {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "caption_0": text,
+        "caption_1": text,
+        "tags": datasets.List(text),
+    }
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        table.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    return f"hf:{tmp_path / 'set'}"
+
+
+def test_a_hub_dataset(hub_dataset: str, capfd: pytest.CaptureFixture[str]) -> None:
+    import datasets
+
+    capfd.readouterr()
+    labelled = open_labelled(hub_dataset)
+    assert (labelled.split, labelled.classes) == ("test", ("cat", "dog"))
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == [1, 0]
+    assert labelled.pictures.read(1) == png(2)
+    assert names(labelled) == ["row 0", "row 1"]
+    captioned = open_captioned(hub_dataset, split="train")
+    assert captioned.captions == ("a dog", "a hound", "a cat")
+    assert captioned.owner.tolist() == [0, 0, 1]
+    assert captioned.tags == (("animal",), ())
+    with pytest.raises(InputError, match="no split 'val'; it has train, test"):
+        open_labelled(hub_dataset, split="val")
+    assert capfd.readouterr() == ("", "")  # no progress bars
+    assert not datasets.are_progress_bars_disabled()
