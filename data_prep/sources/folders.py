@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES
-from clipkit.records import FolderCaptions
+from clipkit.records import SPLITS, FolderCaptions
 from data_prep.sources.columns import Columns, choose
 from data_prep.sources.objects import object_pairs, read_lines
 from data_prep.sources.pairs import LISTS, Broken, Options, Pictures, RawPair, Source, split_of_path
@@ -19,6 +19,7 @@ from data_prep.sources.tables import Row, Table
 __all__ = ["metadata_files", "open_folder", "open_imagefolder"]
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
+_ORDER: dict[str | None, int] = {split: n for n, split in enumerate(SPLITS)}
 
 
 def open_folder(path: Path, options: Options) -> Source:
@@ -75,7 +76,8 @@ def open_imagefolder(path: Path, options: Options) -> Source:
 
 def metadata_files(folder: Path) -> list[Path]:
     """Those of the folder itself and of the folders one level down."""
-    below = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    below = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    below.sort(key=lambda p: (_ORDER.get(split_of_path(p.name), len(_ORDER)), p.name))
     return [p / name for p in (folder, *below) for name in _METADATA if (p / name).is_file()]
 
 

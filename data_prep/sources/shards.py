@@ -15,6 +15,7 @@ from typing import Any
 
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES, Limits
+from clipkit.records import SPLITS
 from data_prep.sources.pairs import Broken, Options, RawPair, Source, split_of_path, strings
 
 __all__ = ["open_shards", "shard_files"]
@@ -22,6 +23,7 @@ __all__ = ["open_shards", "shard_files"]
 _LARGEST_TEXT = 16 * 2**20  # bytes
 # img2dataset's notes on how it fetched a picture say nothing of what it shows.
 _NOTES = {"key", "status", "error_message", "exif", "md5", "sha256", "width", "height"}
+_ORDER: dict[str | None, int] = {split: n for n, split in enumerate(SPLITS)}
 _TEXTS = ("txt", "text", "caption")
 
 
@@ -48,7 +50,8 @@ def open_shards(path: Path, options: Options) -> Source:
 def shard_files(path: Path) -> list[Path]:
     """The tars that `path` means, in the order of their names."""
     if path.is_dir():
-        return sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
+        found = sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
+        return sorted(found, key=lambda file: _ORDER.get(split_of_path(file.parent.name), -1))
     if path.is_file():
         return [path]
     return sorted(Path(name) for name in glob.glob(str(path)) if name.endswith(".tar"))
