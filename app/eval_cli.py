@@ -20,6 +20,7 @@ from clipkit.errors import InputError
 
 if TYPE_CHECKING:
     from clipkit.lazy_encoder import LazyEncoder
+    from eval.data import Labelled
     from eval.features import FeatureCache
     from eval.report import EvalReport
 
@@ -177,7 +178,9 @@ def probe(
     ],
     model: ModelOption = "builtin",
     split: SplitOption = None,
-    train_split: Annotated[str | None, typer.Option(help="Of --train.")] = "train",
+    train_split: Annotated[
+        str | None, typer.Option(help="Of --train. Default: train, or all where there are none.")
+    ] = None,
     kinds: Annotated[str, typer.Option(help="knn, linear")] = "knn,linear",
     k: Annotated[str, typer.Option("-k", metavar="K,K,...", help="Neighbours.")] = "1,5,10,20",
     shots: Annotated[
@@ -200,7 +203,7 @@ def probe(
     for kind in chosen:
         _one_of("--kinds", kind, ("knn", "linear"))
     neighbours, few = _numbers("-k", k), _numbers("--shots", shots) if shots else ()
-    learning = open_labelled(train, split=train_split)
+    learning = _to_learn_from(train, train_split)
     testing = open_labelled(data, split=split, limit=limit)
     with _measuring(model, device, precision, cache, no_cache) as job:
         report = evaluate_probe(
@@ -218,7 +221,7 @@ def probe(
 
 @evaluate.command(
     epilog="Examples:  clipkit eval robustness --data ./folder-per-class   ·   clipkit eval "
-    "robustness --data dataset --corruptions jpeg,fog --severities 1,3,5   ·   clipkit eval "
+    "robustness --data dataset --corruptions motion_blur,jpeg_compression --severities 1,3,5   ·   clipkit eval "
     "robustness --data ./domain-folders --by-domain"
 )
 def robustness(
@@ -426,6 +429,7 @@ def compare(
     from clipkit.lazy_encoder import LazyEncoder
     from eval.compare import compare as compare_models
     from eval.compare import compare_reports
+    from eval.prompts import load_templates
     from eval.report import EvalReport
 
     if not data:
@@ -444,7 +448,7 @@ def compare(
             result = compare_models(
                 [job.encoder, *others],
                 opened,
-                templates=_templates(templates, data[0]),
+                templates=load_templates(templates) if templates else None,
                 ks=cuts,
                 command=command_line(),
                 seed=seed,
@@ -543,6 +547,18 @@ def _captioned_or_labelled(data: str, split: str | None, limit: int | None) -> A
             return open_labelled(data, split=split, limit=limit)
         except InputError:
             raise no_captions from None
+
+
+def _to_learn_from(data: str, split: str | None) -> Labelled:
+    from eval.data import open_labelled
+
+    try:
+        return open_labelled(data, split=split or "train")
+    except InputError:
+        whole = open_labelled(data, split=split)
+        if whole.split is not None:
+            raise
+        return whole
 
 
 def _templates(given: str | None, data: str) -> Any:

@@ -1,0 +1,178 @@
+"""`clipkit eval ...` as a person runs it: real commands, real pictures, sentences for bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.cli import main
+from eval.report import EvalReport
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("eval", ...): exit code, stdout, stderr of `clipkit eval ...` in this process."""
+    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CLIPKIT_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["clipkit", "eval", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def captioned(tmp_path: Path, noise_picture: Callable[..., Image.Image]) -> Path:
+    """Six pictures with two captions and a tag each, named by a JSONL file."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    lines = []
+    for i, word in enumerate(("cake", "car", "dog", "cat", "house", "boat")):
+        noise_picture(seed=i).save(folder / f"{word}.png")
+        captions = [f"a photo of a {word}", f"the red {word}"]
+        lines.append({"image": f"{word}.png", "captions": captions, "keywords": [word, "thing"]})
+    file = folder / "captions.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return file
+
+
+@pytest.fixture
+def classed(tmp_path: Path, noise_picture: Callable[..., Image.Image]) -> Path:
+    """A folder per class, three pictures each."""
+    for seed in range(9):
+        folder = tmp_path / "classed" / ("cake", "car", "dog")[seed // 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise_picture(seed=seed).save(folder / f"{seed}.png")
+    return tmp_path / "classed"
+
+
+def test_the_real_command_measures_keeps_and_repeats(
+    tmp_path: Path, captioned: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Once cold, once from the cache: the same numbers; the report says how it was made."""
+    environment = os.environ | {"CLIPKIT_CACHE": str(tmp_path / "cache")}
+    reports = []
+    for number in range(2):
+        out = tmp_path / f"report{number}"
+        command = [sys.executable, "-m", "app.cli", "eval", "retrieval", "--data", str(captioned)]
+        command += ["--model", str(tiny_checkpoint()), "-k", "1,3", "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "text_to_image/R@3" in done.stdout and "6 pictures" in done.stdout
+        assert f"report: {out / 'report.html'}" in done.stdout
+        reports.append(EvalReport.load(out))
+    assert reports[0].metrics == reports[1].metrics
+    assert reports[0].n["captions"] == 12
+    assert "--data" in reports[0].command
+    assert (tmp_path / "report1" / "report.html").stat().st_size > 10_000
+
+
+def test_zero_shot_probe_and_robustness(
+    run: Run, classed: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    model = ("--model", tiny_checkpoint())
+    code, out, err = run("zeroshot", "--data", classed, *model, "--templates", "simple")
+    assert code == 0, err
+    assert "acc@1" in out and "9 pictures" in out
+    code, out, err = run(
+        "probe", "--train", classed, "--data", classed, *model, "--kinds", "knn", "-k", "1"
+    )
+    assert code == 0, err
+    assert "knn@1/acc@1" in out and "100.0 %" in out, "a picture's nearest neighbour is itself"
+    code, out, err = run(
+        "robustness", "--data", classed, *model, "--corruptions", "jpeg_compression", "--severities", "1"
+    )
+    assert code == 0, err
+    assert "jpeg" in out
+
+
+def test_space_drift_and_comparison(
+    run: Run, tmp_path: Path, captioned: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    first, second = tiny_checkpoint(), tiny_checkpoint(seed=1)
+    code, out, err = run("space", "--data", captioned, "--model", first)
+    assert code == 0, err
+    assert "effective_rank" in out
+    code, out, err = run("drift", "--data", captioned, "--model", first, "--against", second)
+    assert code == 0, err
+    code, out, err = run(
+        "compare", first, second, "--data", captioned, "-k", "1", "--out", tmp_path / "compared"
+    )
+    assert code == 0, err
+    assert "R@1" in out and (tmp_path / "compared" / "report.html").is_file()
+
+
+def test_json_is_json_alone(
+    run: Run, captioned: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    code, out, err = run(
+        "retrieval",
+        "--data",
+        captioned,
+        "--model",
+        tiny_checkpoint(),
+        "--queries",
+        "tags",
+        "--json",
+    )
+    assert code == 0, err
+    assert json.loads(out)["task"] == "retrieval"
+    assert "report:" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("retrieval", "--data", "no/such"), "no/such"),
+        (("retrieval", "--data", "CAPTIONED", "-k", "0,5"), "-k is '0,5'"),
+        (("retrieval", "--data", "CAPTIONED", "--queries", "words"), "captions, tags"),
+        (("retrieval", "--data", "CAPTIONED", "--model", "no/such"), "use builtin"),
+        (("retrieval", "--data", "CAPTIONED", "--split", "dev"), "dev"),
+        (("retrieval", "--data", "hf:nobody/nothing"), "nobody/nothing"),
+        (("retrieval", "--data", "flickr30k"), "could not be reached"),
+        (("zeroshot", "--data", "CAPTIONED"), "class"),
+        (("zeroshot", "--data", "CLASSED", "--templates", "no-such"), "no-such"),
+        (("zeroshot", "--data", "CLASSED", "--classes", "no-such.txt"), "no-such.txt"),
+        (("zeroshot", "--data", "CLASSED", "--classes", "TWO"), "3"),
+        (("probe", "--train", "CLASSED", "--data", "CLASSED", "--kinds", "svm"), "knn, linear"),
+        (("robustness", "--data", "CLASSED", "--corruptions", "rust"), "rust"),
+        (("space",), "either --data DATA or --index DIR"),
+        (("drift", "--data", "CAPTIONED"), "--against"),
+        (("index", "--index", "no/such"), "no/such"),
+        (("compare", "builtin"), "--data"),
+        (("compare", "builtin", "--data", "CAPTIONED"), "at least two"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_input_is_a_sentence_and_exit_code_2(
+    run: Run,
+    tmp_path: Path,
+    captioned: Path,
+    classed: Path,
+    arguments: tuple[str, ...],
+    sentence: str,
+) -> None:
+    (tmp_path / "two.txt").write_text("cake\ncar\n")
+    places = {"CAPTIONED": captioned, "CLASSED": classed, "TWO": tmp_path / "two.txt"}
+    code, out, err = run(*(places.get(argument, argument) for argument in arguments))
+    assert code == 2, err
+    assert sentence in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert not out and not (tmp_path / "reports").exists()
