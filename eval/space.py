@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import metrics
-from clipkit.errors import ImageError, InputError
+from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
 from eval.data import Captioned, Labelled
+from eval.exhibits import exhibit
 from eval.features import (
     Encoder,
     FeatureCache,
@@ -31,9 +32,8 @@ from eval.features import (
     fingerprint,
     picture_features,
     text_features,
-    thumbnail_uri,
 )
-from eval.neighbours import nearest_known, neighbours
+from eval.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
 from eval.report import EvalReport
 from eval.source import Pictures
 
@@ -61,7 +61,7 @@ def evaluate_space(
     data: Captioned | Labelled,
     *,
     k: int = 10,
-    sample: int = 10_000,
+    sample: int = LOOKED_AT,
     cache: FeatureCache | None = None,
     seed: int = 0,
     on_progress: OnProgress | None = None,
@@ -110,7 +110,7 @@ def space_of_vectors(
     *,
     pictures: Pictures | None = None,
     k: int = 10,
-    sample: int = 10_000,
+    sample: int = LOOKED_AT,
     dataset: str = "vectors",
     model: str = "",
     encoder_id: str = "",
@@ -195,7 +195,7 @@ def _checked(
 ) -> tuple[Float32, Float32 | None, Int64 | None]:
     if vectors.ndim != 2 or len(vectors) < 3:
         raise InputError(f"vectors have shape {vectors.shape}; a space needs (N, D), N at least 3")
-    _check_unit("picture", vectors)
+    check_unit("picture", vectors)
     if texts is None or owner is None or len(texts) == 0:
         return vectors, None, None
     if texts.shape[1:] != vectors.shape[1:] or owner.shape != texts.shape[:1]:
@@ -205,14 +205,8 @@ def _checked(
         )
     if owner.min() < 0 or owner.max() >= len(vectors):
         raise InputError(f"a text belongs to picture {owner.max()} of {len(vectors)}")
-    _check_unit("text", texts)
+    check_unit("text", texts)
     return vectors, texts, owner
-
-
-def _check_unit(what: str, rows: Float32) -> None:
-    lengths = np.linalg.norm(rows.astype(np.float32, copy=False), axis=1)
-    for row in np.flatnonzero(~(np.abs(lengths - 1) < 0.01)):  # so written, NaN is unfit
-        raise InputError(f"{what} {row} has length {lengths[row]:.4g}; unit vectors are expected")
 
 
 def _bare(value: float, n: int) -> Interval:
@@ -334,13 +328,12 @@ def _hubs(name: str, asking: str, found: Int64, rows: Int64, pictures: Pictures 
         f"nearest of {most:,}): others are crowded out"
     )
     items = [
-        {
-            "name": _name(pictures, int(rows[place])),
-            "expected": f"among the nearest of {usual:.0f}",
-            "got": f"of {counts[place]:,}",
-            "score": None,
-            "thumbnail": _thumbnail(pictures, int(rows[place])),
-        }
+        exhibit(
+            pictures,
+            int(rows[place]),
+            expected=f"among the nearest of {usual:.0f}",
+            got=f"of {counts[place]:,}",
+        )
         for place in worst
     ]
     return _Part(
@@ -352,17 +345,6 @@ def _hubs(name: str, asking: str, found: Int64, rows: Int64, pictures: Pictures 
         warnings=[warning] if skewness > _HUBBY else [],
         shown=[{"title": f"Hubs among {asking}", "items": items}] if pictures is not None else [],
     )
-
-
-def _name(pictures: Pictures | None, row: int) -> str:
-    return f"picture {row}" if pictures is None else pictures.name(row)
-
-
-def _thumbnail(pictures: Pictures | None, row: int) -> str:
-    try:
-        return "" if pictures is None else thumbnail_uri(pictures, row)
-    except ImageError:  # it went since it was encoded
-        return ""
 
 
 def _spectra(parts: Sequence[_Part]) -> dict[str, Any]:

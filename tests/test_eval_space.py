@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,10 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 
-def unit(rows: npt.ArrayLike) -> Float32:
+def unit(rows: Any) -> Float32:
     values = np.asarray(rows, np.float64)
-    return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
+    result: Float32 = (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
+    return result
 
 
 def directions(n: int, dim: int, seed: int = 0) -> Float32:
@@ -257,6 +259,9 @@ def test_stopping() -> None:
 class Colours(ColourModel):
     precision = "float32"
     logit_scale = 100.0
+
+    def towers(self) -> Any:
+        return self
 
 
 @pytest.fixture
