@@ -166,7 +166,7 @@ def test_no_drift_says_what_would_have_been_seen() -> None:
     words = report.details["words"][0]
     p = report.metrics["p_value"].value
     assert p > 0.05 and words.startswith(f"No drift detected (p = {p:.2g})")
-    assert "would have been seen nine times in ten" in words
+    assert "on top would have been seen nine times in ten" in words
     assert report.metrics["novel_share"].low < 0.05 < report.metrics["novel_share"].high
     assert math.isnan(report.metrics["mean_shift"].low), "no honest interval"
     assert report.task == "drift" and report.n == {"pictures_before": 150, "pictures_after": 120}
