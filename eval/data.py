@@ -44,7 +44,7 @@ class Captioned:
     split: str | None
     pictures: Pictures
     captions: tuple[str, ...]
-    owner: Int64  # (M,) the row of each caption's picture, ascending
+    owner: Int64  # (M,) the row of each caption's picture
     tags: tuple[tuple[str, ...], ...]  # one per picture, maybe empty
     subset: str | None = None  # what `limit` took, in words
     warnings: tuple[str, ...] = ()
@@ -52,14 +52,14 @@ class Captioned:
     def select(self, rows: Sequence[int] | Int64) -> Captioned:
         """Only these pictures, in this order, with their captions and tags."""
         chosen = np.asarray(rows, np.int64)
-        starts = np.searchsorted(self.owner, chosen)
-        ends = np.searchsorted(self.owner, chosen, side="right")
+        order = np.argsort(self.owner, kind="stable")
+        starts = np.searchsorted(self.owner[order], chosen)
+        ends = np.searchsorted(self.owner[order], chosen, side="right")
+        mine = [at for a, b in zip(starts, ends, strict=True) for at in order[a:b]]
         return replace(
             self,
             pictures=Subset(self.pictures, chosen.tolist()),
-            captions=tuple(
-                text for a, b in zip(starts, ends, strict=True) for text in self.captions[a:b]
-            ),
+            captions=tuple(self.captions[at] for at in mine),
             owner=np.repeat(np.arange(len(chosen)), ends - starts),
             tags=tuple(self.tags[row] for row in chosen),
         )
@@ -176,16 +176,18 @@ def _open(data: str, split: str | None, read_folder: Callable[[Path, str], Sourc
         found = sorted(Path(name) for name in glob.glob(str(path)))
         if not found:
             raise InputError(f"nothing matches {data}; name a folder, a file or shards that exist")
-        return shards.read_shards(found, split=split)
-    if not path.exists():
+    elif not path.exists():
         return hub.open_benchmark(data, split)
-    if path.is_file():
-        if path.suffix == ".tar":
-            return shards.read_shards([path], split=split)
-        return read_lines(path, split)
+    else:
+        found = [path]
+    if not path.is_dir():
+        if split is not None:
+            raise InputError(f"{data} is not a folder of splits; leave out --split {split}")
+        shard = found[0].suffix == ".tar"
+        return shards.read_shards(found) if shard else read_lines(path)
     folder, name = split_folder(path, split)
     if tars := sorted(folder.glob("*.tar")):
-        return shards.read_shards(tars, split=name, class_names=path / shards.CLASS_NAMES)
+        return shards.read_shards(tars, split=name)
     source = read_folder(folder, data)
     warnings = source.warnings
     if name == "train" and split is None:

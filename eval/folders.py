@@ -39,10 +39,8 @@ def _subfolders(root: Path) -> list[Path]:
     return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
 
 
-def read_lines(path: Path, split: str | None = None) -> Source:
+def read_lines(path: Path) -> Source:
     """A JSONL file. DatasetError names the line that is wrong."""
-    if split is not None:
-        raise InputError(f"{path} is one file without splits; leave out --split {split}")
     texts: dict[str, Texts] = {}
     labels: dict[str, Label | None] = {}
     try:

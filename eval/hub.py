@@ -19,7 +19,7 @@ from typing import Any
 from clipkit import images
 from clipkit.errors import ClipkitError, DatasetError, ImageError, InputError
 from clipkit.records import Texts
-from eval.shards import CLASS_NAMES, read_shards
+from eval.shards import read_shards
 from eval.source import Label, Source, choose_split, read_fields
 
 __all__ = ["BENCHMARKS", "open_benchmark", "open_dataset"]
@@ -87,10 +87,18 @@ def _reaching(asked: str) -> Iterator[None]:
         repository = BENCHMARKS.get(_bare(asked), asked.removeprefix("hf:").partition(":")[0])
         as_data = "FOLDER" if repository.startswith(SHARDED) else "hf:FOLDER"
         raise InputError(
-            f"data {asked!r} could not be reached ({reason}); where there is a network run "
+            f"data {asked!r} could not be reached ({reason}); the cache is {_cache()}; on a machine "
+            "with a network run "
             f"`hf download {repository} --repo-type dataset --local-dir FOLDER`, bring the folder "
             f"here and give --data {as_data}"
         ) from error
+
+
+def _cache() -> str:
+    """Where downloads are kept."""
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
 
 
 def _bare(name: str) -> str:
@@ -109,7 +117,7 @@ def _download_shards(repository: str, split: str, *, asked: str) -> Source:
     tars = sorted(folder.glob(f"{split}/*.tar"))
     if not tars:
         raise InputError(f"{asked} has no split {split!r} here; try --split test or train")
-    return read_shards(tars, split=split, class_names=folder / CLASS_NAMES)
+    return read_shards(tars, split=split)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from clipkit.errors import DatasetError, ImageError
 from clipkit.records import Texts
 from eval.source import Label, Source, parse_object, read_class_names, read_fields
 
-__all__ = ["CLASS_NAMES", "TarPictures", "read_shards"]
+__all__ = ["TarPictures", "read_shards"]
 
 CLASS_NAMES = "classnames.txt"
 MAX_SIDECAR = 2**20  # bytes
@@ -68,10 +68,9 @@ class _Sample:
     label: Label | None = None
 
 
-def read_shards(
-    tars: Sequence[Path], *, split: str | None = None, class_names: Path | None = None
-) -> Source:
-    """The samples that hold a picture, in the shards' order. DatasetError for a damaged shard."""
+def read_shards(tars: Sequence[Path], *, split: str | None = None) -> Source:
+    """The samples that hold a picture, in the shards' order, and the names of their classes if a
+    classnames.txt lies beside the shards or above. DatasetError for a damaged shard."""
     names: list[str] = []
     samples: list[_Sample] = []
     for number, tar in enumerate(tars):
@@ -82,16 +81,15 @@ def read_shards(
     if not samples:
         raise DatasetError(f"{tars[0]} and its like hold no pictures; WebDataset shards do")
     places = tuple(sample.place for sample in samples if sample.place is not None)
-    classes = None
-    if class_names is not None and class_names.is_file():
-        classes = read_class_names(class_names)
+    beside = (folder / CLASS_NAMES for folder in (tars[0].parent, tars[0].parent.parent))
+    named = next((path for path in beside if path.is_file()), None)
     labels = [sample.label for sample in samples]
     return Source(
         TarPictures(tuple(tars), tuple(names), places),
         split=split,
         texts=[Texts(tuple(s.captions), tuple(dict.fromkeys(s.tags))) for s in samples],
         labels=None if all(label is None for label in labels) else labels,
-        classes=classes,
+        classes=None if named is None else read_class_names(named),
     )
 
 

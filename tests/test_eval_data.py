@@ -326,6 +326,8 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert open_captioned(str(tmp_path / "00001.tar")).captions == ("two", "three")
     with pytest.raises(InputError, match="nothing matches"):
         open_captioned(str(tmp_path / "*.zip"))
+    with pytest.raises(InputError, match="not a folder of splits; leave out --split test"):
+        open_captioned(str(tmp_path / "*.tar"), split="test")
 
 
 def test_shards_with_classes(tmp_path: Path) -> None:
@@ -340,6 +342,7 @@ def test_shards_with_classes(tmp_path: Path) -> None:
     assert (data.split, data.classes) == ("test", ("cat", "dog"))
     assert data.labels is not None
     assert data.labels.tolist() == [1, 0]
+    assert open_labelled(str(tmp_path / "test" / "*.tar")).classes == ("cat", "dog")
     assert open_labelled(str(tmp_path), classes=["Katze", "Hund"]).classes == ("Katze", "Hund")
     with pytest.raises(InputError, match=r"3 classes were given, but .* has 2"):
         open_labelled(str(tmp_path), classes=["a", "b", "c"])
