@@ -160,6 +160,21 @@ def test_blocks_do_not_matter(n: int, per: int, dim: int) -> None:
         assert not to_text.tied.any()
 
 
+def test_a_query_with_many_relevant_candidates_counts_as_any_other() -> None:
+    """Queries with 1, 16, 17 and 90 relevant of 300, ties among them, over several blocks."""
+    rng = np.random.default_rng(0)
+    queries, candidates = np.eye(4), rng.integers(-9, 9, (300, 4)).astype(np.float64)
+    relevant = [rng.choice(300, n, replace=False) for n in (1, 16, 17, 90)]
+    pairs = [(q, int(c)) for q, some in enumerate(relevant) for c in some]
+    ranking = rank_pairs(queries, candidates, pairs, block_bytes=5000)
+    for q, some in enumerate(relevant):
+        scores = candidates[:, q]
+        own = -np.sort(-scores[some])
+        of = ranking.query == q
+        assert ranking.greater[of].tolist() == [int((scores > s).sum()) for s in own]
+        assert ranking.tied[of].tolist() == [int((scores == s).sum()) - 1 for s in own]
+
+
 @pytest.mark.parametrize(("n", "m", "dim"), [(129, 643, 511), (1025, 1025, 33), (65, 300, 16)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_collapsed_model_gets_exactly_chance(

@@ -28,7 +28,8 @@ Int64 = npt.NDArray[np.int64]
 Rows = npt.NDArray[np.floating]
 _BLOCK_BYTES = 32 << 20  # of float64 scores
 _STRIP = 128  # rows compared at once, in the processor's cache; at most 255, to count in a byte
-_CHECKED = 4096  # rows looked at in one go
+_CROWDED = 16  # relevant candidates of a query from which sorting beats comparing
+_CHUNK = 4096  # rows looked at in one go
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +172,7 @@ def rank_captions(
 
 
 class _Grid:
-    """Rows (N, D) read block by block as whole numbers in float64, of length <= sqrt(2) 2^26."""
+    """Rows (N, D), finite, read in blocks of whole numbers in float64, of length below 2^26.5."""
 
     def __init__(self, rows: Rows, name: str) -> None:
         self.rows = np.asarray(rows)
@@ -181,8 +182,8 @@ class _Grid:
                 " ranking needs real vectors, shape (n, dimensions), at least one"
             )
         longest = 0.0
-        for start in range(0, len(self.rows), _CHECKED):
-            block = self.rows[start : start + _CHECKED].astype(np.float64)
+        for start in range(0, len(self.rows), _CHUNK):
+            block = self.rows[start : start + _CHUNK].astype(np.float64)
             squares = np.einsum("ij,ij->i", block, block)
             if not np.isfinite(squares).all():
                 row = start + int(np.flatnonzero(~np.isfinite(squares))[0])
@@ -191,11 +192,14 @@ class _Grid:
                     " a model that gives such vectors cannot be ranked"
                 )
             longest = max(longest, float(squares.max()))
-        # A product of two such rows is at most 2^53 throughout its sum, so float64 holds it exactly.
-        self.exponent = 26 - math.ceil(math.log2(longest) / 2 - 0.5) if longest else 0
+        # The longest row gets a length of 2^25.49 to 2^26.49, so that a product of two stays below
+        # 2^53 throughout its sum (Cauchy-Schwarz), where float64 holds every whole number.
+        exponent = 26 - math.ceil(math.log2(longest) / 2 - 0.49) if longest else 0
+        self.scale = math.ldexp(1.0, exponent)
 
-    def block(self, start: int, stop: int) -> Float64:
-        block = np.ldexp(self.rows[start:stop].astype(np.float64), self.exponent)
+    def __getitem__(self, which: slice | Int64) -> Float64:
+        block = self.rows[which].astype(np.float64)
+        block *= self.scale
         return np.rint(block, out=block)
 
 
@@ -217,9 +221,10 @@ class _Count:
             )
         self.rows, self.columns, self.by_row = rows, columns, by_row
         self.own = np.empty(len(row), np.float32)
-        for start in range(0, len(row), _CHECKED):
-            some = slice(start, start + _CHECKED)
-            self.own[some] = _own_scores(rows, columns, row[some], column[some])
+        for start in range(0, len(row), _CHUNK):
+            some = slice(start, start + _CHUNK)
+            own = np.einsum("ij,ij->i", rows[row[some]], columns[column[some]])
+            self.own[some] = own.astype(np.float32)
         self.start = np.searchsorted(column, np.arange(len(columns.rows) + 1))
         self.row_own = np.empty(len(rows.rows), np.float32)
         self.row_own[row] = self.own
@@ -233,10 +238,13 @@ class _Count:
         n_rows, n_columns = len(self.rows.rows), len(self.columns.rows)
         for left in range(0, n_columns, width):
             right = min(left + width, n_columns)
-            columns = self.columns.block(left, right)
+            columns = self.columns[left:right]
             slots = self._slots(left, right)
+            crowded = left + np.flatnonzero(np.diff(self.start[left : right + 1]) > _CROWDED)
             for top in range(0, n_rows, height):
-                scores = self.rows.block(top, min(top + height, n_rows)) @ columns.T
+                scores = self.rows[top : top + height] @ columns.T
+                for column in crowded:
+                    self._count_sorted(scores[:, column - left].astype(np.float32), column)
                 for offset in range(0, len(scores), _STRIP):
                     strip = scores[offset : offset + _STRIP].astype(np.float32)
                     self._count_down(strip, slots)
@@ -244,8 +252,9 @@ class _Count:
                         self._count_across(strip, top + offset)
 
     def _slots(self, left: int, right: int) -> list[tuple[slice | Int64, Int64]]:
-        """The first pair of each column of a block, the second, ...: [(columns, pairs)]."""
+        """The first pair of each uncrowded column, the second, ...: [(columns, pairs)]."""
         start, pairs = self.start[left:right], np.diff(self.start[left : right + 1])
+        pairs = np.where(pairs > _CROWDED, 0, pairs)
         slots: list[tuple[slice | Int64, Int64]] = []
         for nth in range(int(pairs.max())):
             having = np.flatnonzero(pairs > nth)
@@ -260,17 +269,17 @@ class _Count:
             self.column_greater[pair] += (scores > own).sum(axis=0, dtype=np.uint8)
             self.column_least[pair] += (scores >= own).sum(axis=0, dtype=np.uint8)
 
+    def _count_sorted(self, scores: Float32, column: int) -> None:
+        pairs = slice(self.start[column], self.start[column + 1])
+        scores, own = np.sort(scores), self.own[pairs]
+        self.column_greater[pairs] += len(scores) - np.searchsorted(scores, own, "right")
+        self.column_least[pairs] += len(scores) - np.searchsorted(scores, own, "left")
+
     def _count_across(self, strip: Float32, top: int) -> None:
         rows = slice(top, top + len(strip))
         own = self.row_own[rows, None]
         self.row_greater[rows] += (strip > own).sum(axis=1)
         self.row_least[rows] += (strip >= own).sum(axis=1)
-
-
-def _own_scores(rows: _Grid, columns: _Grid, row: Int64, column: Int64) -> Float32:
-    left = np.ldexp(rows.rows[row].astype(np.float64), rows.exponent)
-    right = np.ldexp(columns.rows[column].astype(np.float64), columns.exponent)
-    return np.asarray(np.einsum("ij,ij->i", np.rint(left), np.rint(right)), np.float32)
 
 
 def _ranking(query: Int64, greater: Int64, least: Int64, queries: int, candidates: int) -> Ranking:
