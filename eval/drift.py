@@ -186,8 +186,8 @@ def _batch_words(verdict: Verdict, level: float, spread: float, novel: Interval)
     else:
         first = (
             f"No drift detected ({p}): the mean moved by {shift.value:.3f} (chance alone: up to "
-            f"{shift.bound:.3f}); a real shift of {verdict.detectable:.3f} on top would have been seen nine "
-            "times in ten."
+            f"{shift.bound:.3f}); a real shift of {verdict.detectable:.3f} on top would have been seen "
+            "nine times in ten."
         )
     return [
         first,

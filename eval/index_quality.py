@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,31 +115,24 @@ def evaluate_index(
     chosen = _name(auto)
     built = {index.kind: index for index in (auto, exact) if index.kind in kinds}
     del auto, exact  # an index of millions of vectors takes gigabytes: keep none longer than needed
-    outcomes: list[Outcome] = []
-    times: dict[str, tuple[float, float]] = {}
-    warnings: list[str] = []
+    run = _Run(task, total, tell)
     try:
         for kind in kinds:
+            task.go_on()  # before minutes of building
             # a goal of 0 is met by the first settings, so that the structure is kept
-            index = built.pop(kind, None) or VectorIndex.build(
-                ids, vectors, kind=kind, recall_goal=0.0, seed=seed
+            run.measure(
+                kind,
+                built.pop(kind)
+                if kind in built
+                else VectorIndex.build(ids, vectors, kind=kind, recall_goal=0.0, seed=seed),
             )
-            if index.kind != kind:
-                warnings.append(f"{size} vectors are too few for {kind}: it would search exactly")
-                continue
-            for setting in _settings(index):
-                tell(f"measuring {_name(setting)}", len(outcomes), total)
-                outcomes.append(task.measure(setting))
-            try:
-                times[kind] = _save_and_load(index)
-            except OSError as error:
-                warnings.append(f"{kind} could not be saved to the temporary folder: {error}")
-            del index
     except Stopped:
-        if not outcomes:
+        if not run.outcomes:
             raise
-        done = f"stopped after {len(outcomes)} of {total} settings"
-        warnings.append(f"{done}: the recommendation is among those")
+        run.warnings.append(
+            f"stopped after {len(run.outcomes)} of {total} settings: the recommendation is among those"
+        )
+    outcomes, times = run.outcomes, run.times
 
     best, reason = recommend(outcomes, max(recall_goals), unnoticed_ms=unnoticed_ms)
     made = ", ".join(f"{len(rows)} {group}" for group, rows in groups.items())
@@ -170,7 +163,7 @@ def evaluate_index(
             "ties": "a hit that scores what the true K-th scores counts",
         },
         fingerprint=fingerprint("", _pieces(ids, vectors, asked)),
-        warnings=tuple(warnings),
+        warnings=tuple(run.warnings),
         details={
             "words": words,
             "tables": [
@@ -239,8 +232,8 @@ class _Task:
     stop: threading.Event
 
     def measure(self, index: VectorIndex) -> Outcome:
-        """Recall and times of one setting; Stopped if the person has had enough."""
-        self._go_on()
+        """Recall and times of one setting."""
+        self.go_on()
         recall = {}
         for k, last in self.truth.items():  # each K is asked for: with more, a kind looks at more
             hits = index.search(self.queries, k)
@@ -252,7 +245,7 @@ class _Task:
             index.search(query, self.judged)
         ms = np.empty((self.repeats, len(single)))
         for cell in np.ndindex(ms.shape):
-            self._go_on()
+            self.go_on()
             ms[cell] = 1e3 * _seconds(index.search, single[cell[1]], self.judged)
         batch = [_seconds(index.search, self.queries, self.judged) for _ in range(self.repeats)]
         judged = recall[self.judged]
@@ -267,9 +260,37 @@ class _Task:
             build_seconds=index.measured.build_seconds,
         )
 
-    def _go_on(self) -> None:
+    def go_on(self) -> None:
+        """Raise Stopped if the person has had enough."""
         if self.stop.is_set():
             raise Stopped("stopped while measuring the index kinds")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What has been measured so far."""
+
+    task: _Task
+    total: int  # settings
+    tell: OnProgress
+    outcomes: list[Outcome] = field(default_factory=list)
+    times: dict[str, tuple[float, float]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def measure(self, kind: str, index: VectorIndex) -> None:
+        """Every setting of one kind, and how long it takes to save and to load."""
+        if index.kind != kind:
+            self.warnings.append(
+                f"{index.size} vectors are too few for {kind}: it would search exactly"
+            )
+            return
+        for setting in _settings(index):
+            self.tell(f"measuring {_name(setting)}", len(self.outcomes), self.total)
+            self.outcomes.append(self.task.measure(setting))
+        try:
+            self.times[kind] = _save_and_load(index)
+        except OSError as error:
+            self.warnings.append(f"{kind} could not be saved to the temporary folder: {error}")
 
 
 def _seconds(call: Callable[..., object], *arguments: object) -> float:
