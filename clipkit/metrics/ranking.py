@@ -243,7 +243,7 @@ class _Count:
             crowded = left + np.flatnonzero(np.diff(self.start[left : right + 1]) > _CROWDED)
             for top in range(0, n_rows, height):
                 scores = self.rows[top : top + height] @ columns.T
-                for column in crowded:
+                for column in crowded.tolist():
                     self._count_sorted(scores[:, column - left].astype(np.float32), column)
                 for offset in range(0, len(scores), _STRIP):
                     strip = scores[offset : offset + _STRIP].astype(np.float32)
