@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+from PIL import Image
+from safetensors.torch import load_file
 
 from clipkit.errors import InputError
 from clipkit.losses import siglip
 from clipkit.training import distributed
+from clipkit.training.checkpoint import RunFolder
+from clipkit.training.config import TrainConfig
 from clipkit.training.large_batch import ChunkedTower, backward
 
 PAIRS = 8
@@ -127,3 +133,45 @@ def test_one_process_is_a_world_of_one() -> None:
     assert distributed.gather_uneven(rows) is rows
     assert distributed.collect("x") == ["x"]
     assert not distributed.any_true(False)
+
+
+def trained(options: dict[str, Any], name: str) -> None:
+    """A whole run of two steps: hard negatives, gradient caching, evaluation, export."""
+    told = {"name": name, "epochs": 1, "batch": 6, "chunk": 2, "device": "cpu", "workers": 1}
+    more = {"hard_negatives": 1, "tensorboard": False, "recipe": "full", "interpolate": False}
+    from clipkit.training import train
+
+    train(TrainConfig.from_mapping({**options, **told, **more}))
+
+
+def trained_by_one_of_two(rank: int, folder: str, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    trained(options, "two")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # three processes import the towers' libraries
+def test_a_whole_run_of_two_processes_equals_one(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], noise_picture: Callable[..., Image.Image]
+) -> None:
+    from test_training_data import write_split
+
+    captions = [[f"caption {i} {c}" for c in range(2)] for i in range(13)]
+    for split in ("train", "validation"):
+        write_split(tmp_path / "data", captions, noise_picture, split=split)
+    options = {
+        "data": str(tmp_path / "data"),
+        "out": str(tmp_path / "runs"),
+        "start": str(tiny_checkpoint("vit")),
+    }
+    torch.multiprocessing.spawn(trained_by_one_of_two, (str(tmp_path), options), nprocs=2)
+    one, two = (RunFolder(tmp_path / "runs" / name).load() for name in ("one", "two"))
+    assert one is not None and two is not None and one[0].step == two[0].step == 2
+    start = load_file(Path(options["start"]) / "open_clip_model.safetensors")
+    for name, tensor in one[0].parameters.items():
+        # AdamW's first steps divide a gradient by its size: where it is about 0, so is its sign.
+        moved = (tensor - start[name]).abs().mean()
+        assert (two[0].parameters[name] - tensor).abs().mean() <= 0.02 * moved, name
+    assert one[0].parameters["visual.proj"].ne(start["visual.proj"]).any()
+    assert one[0].start_scores["recall"] == two[0].start_scores["recall"]

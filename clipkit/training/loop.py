@@ -14,8 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -47,28 +46,28 @@ _NAMED = 8  # pictures that an error names
 def fit(job: Job, saved: tuple[State, dict[str, torch.Tensor]] | None = None) -> Outcome:
     """Train until the steps are done, validation gets no better, or `job.stop` is set.
 
-    saved: what `RunFolder.load` gave, to go on from. InputError for a loss that is not finite, with
-    the step and the pictures.
+    saved: what `RunFolder.load` gave, to go on from. Torch's default generators, which dropout draws
+    from, are seeded: callers keep their own (see `randomness.own_generators`). InputError for a
+    loss that is not finite, with the step and the pictures.
     """
     job.inputs.data.check_batch(job.batch)
     run = _Run(job)
-    with _own_random_state(job):
-        run.restore(*saved) if saved else run.begin()
-        while run.step < job.steps and not run.over:
-            epoch, position = divmod(run.step, job.steps_per_epoch)
-            if position == 0:
-                run.refresh_negatives(epoch)
-            plans = job.inputs.data.plans(
-                epoch=epoch, batch=job.batch, seed=job.config.seed, alike=run.alike_rows
-            )
-            remaining = plans[position : position + job.steps - run.step]
-            with closing(job.inputs.stream(remaining)) as batches:
-                for batch in batches:
-                    run.train_step(batch)
-                    run.look_after()
-                    if run.over:
-                        break
-        run.save()
+    run.restore(*saved) if saved else run.begin()
+    while run.step < job.steps and not run.over:
+        epoch, position = divmod(run.step, job.steps_per_epoch)
+        if position == 0:
+            run.refresh_negatives(epoch)
+        plans = job.inputs.data.plans(
+            epoch=epoch, batch=job.batch, seed=job.config.seed, alike=run.alike_rows
+        )
+        remaining = plans[position : position + job.steps - run.step]
+        with closing(job.inputs.stream(remaining)) as batches:
+            for batch in batches:
+                run.train_step(batch)
+                run.look_after()
+                if run.over:
+                    break
+    run.save()
     return run.outcome()
 
 
@@ -107,6 +106,8 @@ class _Run:
     # ---- before the first step
 
     def begin(self) -> None:
+        # Each process drops other values.
+        torch.manual_seed(self.job.config.seed + 7919 * distributed.rank())
         if self.job.validation is not None:
             self.evaluate()
             self.start_scores = self.last_scores
@@ -341,14 +342,3 @@ class _Run:
                 words=words,
             )
         )
-
-
-@contextmanager
-def _own_random_state(job: Job) -> Iterator[None]:
-    """Within, torch's default generators, which dropout draws from, belong to the run; the caller's
-    states come back afterwards. Each process drops other values."""
-    device = job.towers.device
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(job.config.seed + 7919 * distributed.rank())
-        yield

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
-__all__ = ["random_state", "set_random_state"]
+__all__ = ["own_generators", "random_state", "set_random_state"]
+
+
+@contextmanager
+def own_generators(device: torch.device) -> Iterator[None]:
+    """Within, the default generators may be seeded and drawn from; afterwards they are as before."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

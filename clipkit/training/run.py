@@ -31,6 +31,7 @@ from clipkit.training.job import Job, Outcome, Progress
 from clipkit.training.loop import fit
 from clipkit.training.model import Towers, TrainableTowers, loss_of
 from clipkit.training.parameters import choose_parameters
+from clipkit.training.randomness import own_generators
 
 __all__ = ["RunSummary", "resume", "train"]
 
@@ -77,7 +78,7 @@ def train(
     repeats the run, kept with it. InputError and its children for what cannot be trained.
     """
     device = distributed.own_device(towers.choose_device(config.device))
-    with distributed.joined(device):
+    with distributed.joined(device), own_generators(device):
         name = config.name or f"{config.recipe}-{datetime.now():%Y%m%d-%H%M%S}"
         folder = RunFolder(Path(config.out) / distributed.first(name))
         return _run(config, folder, device, on_progress, stop, command=command)
@@ -95,7 +96,7 @@ def resume(
     facts = run.facts()
     config = TrainConfig.from_mapping(facts["config"])
     device = distributed.own_device(towers.choose_device(config.device))
-    with distributed.joined(device):
+    with distributed.joined(device), own_generators(device):
         return _run(config, run, device, on_progress, stop, facts=facts)
 
 
