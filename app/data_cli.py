@@ -25,7 +25,7 @@ __all__ = ["data"]
 data = typer.Typer(
     name="data",
     help="Captions in: build a data set, check its splits, look at it.",
-    epilog="Start with:  clipkit data build captions.csv --out dataset  then  clipkit data stats dataset",
+    epilog="Start with:  clipkit data build captions.csv --out dataset",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,6 +37,12 @@ class Near(StrEnum):
     group = "group"
     drop = "drop"
     ignore = "ignore"
+
+
+class Split(StrEnum):
+    train = "train"
+    validation = "validation"
+    test = "test"
 
 
 KindOption = Annotated[
@@ -83,6 +89,9 @@ def build(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     pictures: PicturesOption = None,
+    split: Annotated[
+        Split | None, typer.Option(help="Where rows go that name no split. Default: by content.")
+    ] = None,
     validation: Annotated[float, typer.Option(help="The part that validates.")] = 0.1,
     test: Annotated[float, typer.Option(help="The part that tests.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Another seed, other splits.")] = 0,
@@ -129,7 +138,7 @@ def build(
     from clipkit.images import Limits
     from data_prep.build import build as build_dataset
     from data_prep.clean import Rules
-    from data_prep.sources import Options, open_source
+    from data_prep.sources import Options, open_sources
     from data_prep.split import Fractions
 
     rules = Rules(
@@ -144,9 +153,10 @@ def build(
     )
     fractions = Fractions(validation, test)
     limits = Limits(max_megapixels=max_megapixels)
-    options = Options(image_column, tuple(caption_column or ()), pictures)
+    named = split.value if split else None
+    options = Options(image_column, tuple(caption_column or ()), pictures, named)
     start = time.monotonic()
-    opened = [open_source(source, kind=kind, options=options) for source in sources]
+    opened = open_sources(sources, kind=kind, options=options)
     for source in opened:
         print(_told(source))
     words = {"reading": "reading", "comparing": "comparing", "writing": "writing"}
@@ -321,7 +331,7 @@ def _print_built(built: Built, seconds: float) -> None:
     mended = f", {built.mended:,} mended" if built.mended else ""
     print(f"captions   {built.captions:,}{mended}")
     if built.groups:
-        print(f"look-alike {built.groups:,} groups, each in one split")
+        print(f"look-alike {built.groups:,} groups")
     for what, reasons in built.rejected.items():
         told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         print(f"rejected   {sum(reasons.values()):,} {what}s: {told}")

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from clipkit.errors import DatasetError
@@ -26,11 +27,20 @@ from data_prep.sources.objects import (
     open_jsonl,
     open_karpathy,
 )
-from data_prep.sources.pairs import Broken, Options, RawPair, Source
+from data_prep.sources.pairs import Broken, Options, RawPair, Source, split_of_file
 from data_prep.sources.shards import open_shards, shard_files
 from data_prep.sources.tables import open_table
 
-__all__ = ["SOURCES", "Broken", "Options", "RawPair", "Source", "detect", "open_source"]
+__all__ = [
+    "SOURCES",
+    "Broken",
+    "Options",
+    "RawPair",
+    "Source",
+    "detect",
+    "open_source",
+    "open_sources",
+]
 
 SOURCES: dict[str, Callable[[Path, Options], Source]] = {
     "coco": open_coco,
@@ -71,6 +81,21 @@ def open_source(
         return SOURCES[kind](path, options)
     except OSError as error:
         raise DatasetError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def open_sources(
+    paths: Sequence[str], *, kind: str | None = None, options: Options | None = None
+) -> list[Source]:
+    """Several sources that belong together. If their names tell two splits or more, as in train.csv
+    and test.csv, those are the splits; a lone train.csv is split like any other file."""
+    options = options or Options()
+    named = [None if path.startswith("hf:") else split_of_file(Path(path).name) for path in paths]
+    if options.split or len(set(named) - {None}) < 2:
+        named = [options.split] * len(paths)
+    return [
+        open_source(path, kind=kind, options=replace(options, split=split))
+        for path, split in zip(paths, named, strict=True)
+    ]
 
 
 def detect(path: str | Path) -> str:

@@ -46,7 +46,7 @@ def open_flickr(path: Path, options: Options) -> Source:
                     yield Broken(f"line {number}", "no-tab", detail)
                 continue
             captions = tuple(text for _, _, text in lines)
-            split = splits.get(name) or splits.get(PurePosixPath(name).stem)
+            split = splits.get(name) or splits.get(PurePosixPath(name).stem, options.split)
             yield pictures.pair(name, row, captions, split)
 
     counts = {split: list(splits.values()).count(split) for split in _LISTS}
@@ -62,10 +62,11 @@ def token_files(folder: Path) -> list[Path]:
 
 
 def is_token_file(path: Path) -> bool:
-    """Whether its first lines are `NAME.jpg#0<tab>caption`."""
+    """Whether most of its first lines are `NAME.jpg#0<tab>caption`."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        head = [line for line in itertools.islice(file, 5) if line.strip()]
-    return bool(head) and all("#" in line.split("\t")[0] and "\t" in line for line in head)
+        head = [line for line in itertools.islice(file, 20) if line.strip()]
+    tokens = [line for line in head if "#" in line.split("\t")[0] and "\t" in line]
+    return len(tokens) * 2 > len(head)
 
 
 def _captions(path: Path) -> Iterator[tuple[int, str | None, str]]:

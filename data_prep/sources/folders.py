@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from clipkit.errors import DatasetError
@@ -13,7 +14,7 @@ from clipkit.images import SUFFIXES
 from clipkit.records import SPLITS, FolderCaptions
 from data_prep.sources.columns import Columns, choose
 from data_prep.sources.objects import object_pairs, read_lines
-from data_prep.sources.pairs import LISTS, Broken, Options, Pictures, RawPair, Source, split_of_path
+from data_prep.sources.pairs import LISTS, Broken, Options, Pictures, RawPair, Source, split_name
 from data_prep.sources.tables import Row, Table
 
 __all__ = ["metadata_files", "open_folder", "open_imagefolder"]
@@ -40,9 +41,9 @@ def open_folder(path: Path, options: Options) -> Source:
         for file in _walk(pictures):
             texts = beside.for_picture(file)
             name = file.relative_to(pictures).as_posix()
-            split = split_of_path(PurePosixPath(name).parts[0]) if "/" in name else None
+            split = split_name(PurePosixPath(name).parts[0]) if "/" in name else None
             meta = {"keywords": list(texts.tags)} if texts.tags else {}
-            yield RawPair(file, name, name, texts.captions, split, meta)
+            yield RawPair(file, name, name, texts.captions, split or options.split, meta)
 
     says = f"folder of {total:,} pictures, captions from the files beside them"
     return Source("folder", str(path), says, total, pairs)
@@ -65,7 +66,7 @@ def open_imagefolder(path: Path, options: Options) -> Source:
                 _table_rows(table) if table else read_lines(file),
                 chosen,
                 finder.pair,
-                split_of_path(folder) if folder != "." else None,
+                split_name(folder) or options.split,
             ):
                 yield _named(pair, folder)
 
@@ -77,7 +78,7 @@ def open_imagefolder(path: Path, options: Options) -> Source:
 def metadata_files(folder: Path) -> list[Path]:
     """Those of the folder itself and of the folders one level down."""
     below = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    below.sort(key=lambda p: (_ORDER.get(split_of_path(p.name), len(_ORDER)), p.name))
+    below.sort(key=lambda p: (_ORDER.get(split_name(p.name), len(_ORDER)), p.name))
     return [p / name for p in (folder, *below) for name in _METADATA if (p / name).is_file()]
 
 
@@ -93,7 +94,7 @@ def _columns(file: Path, options: Options) -> Columns:
             if fields is not None
         ]
     if not options.image_column:
-        options = Options("file_name", options.caption_columns, options.pictures)
+        options = replace(options, image_column="file_name")
     return choose(sample, options, where=str(file))
 
 

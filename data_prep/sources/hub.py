@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def open_hub(path: Path, options: Options, *, name: str | None = None) -> Source
         first = next(iter(splits.values()))
     pictures = [key for key, kind in first.features.items() if isinstance(kind, datasets.Image)]
     if options.image_column is None and pictures:
-        options = Options(pictures[0], options.caption_columns, options.pictures)
+        options = replace(options, image_column=pictures[0])
     raw = {key: _undecoded(rows, datasets.Image(decode=False)) for key, rows in splits.items()}
     labels = {k: f.names for k, f in first.features.items() if isinstance(f, datasets.ClassLabel)}
     head = itertools.islice(iter(next(iter(raw.values()))), 50)
@@ -47,7 +48,7 @@ def open_hub(path: Path, options: Options, *, name: str | None = None) -> Source
         for key, rows in raw.items():
             named = (_with_names(row, labels) for row in rows)
             numbered = ((f"{key or 'row'} {n}", row) for n, row in enumerate(named))
-            yield from object_pairs(numbered, columns, _pair, split_name(key))
+            yield from object_pairs(numbered, columns, _pair, split_name(key) or options.split)
 
     listed = ", ".join(key or "one split" for key in splits)
     total = None if None in counts else sum(count or 0 for count in counts)

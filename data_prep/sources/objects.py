@@ -17,7 +17,6 @@ from data_prep.sources.pairs import (
     RawPair,
     Source,
     split_name,
-    split_of_path,
     strings,
 )
 
@@ -47,7 +46,7 @@ def open_jsonl(path: Path, options: Options) -> Source:
     pictures = Pictures(path.parent, options.pictures)
 
     def pairs() -> Iterator[RawPair | Broken]:
-        return object_pairs(read_lines(path), columns, pictures.pair, split_of_path(path.name))
+        return object_pairs(read_lines(path), columns, pictures.pair, options.split)
 
     return Source("jsonl", str(path), str(columns), _count_lines(path), pairs)
 
@@ -93,7 +92,7 @@ def open_coco(path: Path, options: Options) -> Source:
     for note in whole["annotations"]:
         if isinstance(note, dict) and isinstance(note.get("caption"), str):
             captions.setdefault(note.get("image_id"), []).append(note["caption"])
-    split = split_of_path(path.name)
+    split = options.split
     year = "".join(c for c in path.stem if c.isdigit())
     folders = [f"{word}{year}" for word in ("train", "val", "test")]
     home = path.parent.parent if path.parent.name == "annotations" else path.parent
@@ -142,7 +141,9 @@ def open_karpathy(path: Path, options: Options) -> Source:
             folder = image.get("filepath")  # COCO's: "val2014"
             if isinstance(folder, str) and isinstance(name, str) and folder:
                 name = f"{folder}/{name}" if pictures.find(f"{folder}/{name}") else name
-            yield pictures.pair(name, row, captions, split_name(image.get("split")))
+            yield pictures.pair(
+                name, row, captions, split_name(image.get("split")) or options.split
+            )
 
     total = len(whole["images"])
     says = f"Karpathy's split of {whole.get('dataset', path.stem)}, {total:,} pictures"

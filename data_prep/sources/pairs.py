@@ -19,7 +19,7 @@ __all__ = [
     "RawPair",
     "Source",
     "split_name",
-    "split_of_path",
+    "split_of_file",
     "strings",
 ]
 
@@ -73,6 +73,7 @@ class Options:
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
     pictures: Path | None = None  # where the pictures named in a table lie
+    split: str | None = None  # of every row that does not say its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +138,14 @@ class Pictures:
 
 
 def split_name(said: object) -> str | None:
-    """ "val", "Dev", "restval" ... -> train, validation or test; None for anything else."""
-    return _SPLITS.get(str(said).strip().lower()) if said is not None else None
+    """ "val", "Dev", "train2017", "restval" -> train, validation or test; None for anything else."""
+    return _SPLITS.get(str(said).strip().lower().rstrip("0123456789-_")) if said else None
 
 
-def split_of_path(path: str) -> str | None:
-    """The split that a folder's or file's name tells: "val/", "captions_val2017.json", "train-0001"."""
-    for part in reversed(PurePosixPath(path.replace(os.sep, "/")).parts[-2:]):
-        for word in "".join(c if c.isalpha() else " " for c in part).split():
-            if split := split_name(word):
-                return split
-    return None
+def split_of_file(name: str) -> str | None:
+    """The split that a file's name tells: "captions_val2017.json", "train-0001.tar"."""
+    words = "".join(c if c.isalpha() else " " for c in name).split()
+    return next((split for word in words if (split := split_name(word))), None)
 
 
 def strings(value: object) -> tuple[str, ...] | None:

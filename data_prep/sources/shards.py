@@ -16,7 +16,15 @@ from typing import Any
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES, Limits
 from clipkit.records import SPLITS
-from data_prep.sources.pairs import Broken, Options, RawPair, Source, split_of_path, strings
+from data_prep.sources.pairs import (
+    Broken,
+    Options,
+    RawPair,
+    Source,
+    split_name,
+    split_of_file,
+    strings,
+)
 
 __all__ = ["open_shards", "shard_files"]
 
@@ -36,7 +44,7 @@ def open_shards(path: Path, options: Options) -> Source:
 
     def pairs() -> Iterator[RawPair | Broken]:
         for file in files:
-            split = split_of_path(f"{file.parent.name}/{file.stem}")
+            split = split_name(file.parent.name) or split_of_file(file.stem) or options.split
             try:
                 for key, parts in _samples(file, largest):
                     yield _pair(f"{file.name}: {key}", parts, split, options)
@@ -51,7 +59,7 @@ def shard_files(path: Path) -> list[Path]:
     """The tars that `path` means, in the order of their names."""
     if path.is_dir():
         found = sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
-        return sorted(found, key=lambda file: _ORDER.get(split_of_path(file.parent.name), -1))
+        return sorted(found, key=lambda file: _ORDER.get(split_name(file.parent.name), -1))
     if path.is_file():
         return [path]
     return sorted(Path(name) for name in glob.glob(str(path)) if name.endswith(".tar"))
@@ -105,7 +113,7 @@ def _pair(
     known = {"captions", "caption", "split", *_NOTES}
     meta = {key: value for key, value in fields.items() if key not in known and value is not None}
     said = fields.get("split")
-    return RawPair(data, row, row, captions, said if isinstance(said, str) else split, meta)
+    return RawPair(data, row, row, captions, split_name(said) or split, meta)
 
 
 def _count(files: list[Path]) -> int | None:

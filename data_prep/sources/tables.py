@@ -19,7 +19,6 @@ from data_prep.sources.pairs import (
     RawPair,
     Source,
     split_name,
-    split_of_path,
 )
 
 __all__ = ["Table", "open_table"]
@@ -42,22 +41,22 @@ def open_table(path: Path, options: Options) -> Source:
 
     def pairs() -> Iterator[RawPair | Broken]:
         for row in table.rows():
-            yield row if isinstance(row, Broken) else _pair(row, columns, pictures, path)
+            yield row if isinstance(row, Broken) else _pair(row, columns, pictures, options.split)
 
     return Source("table", str(path), f"{table}: {columns}", table.lines, pairs)
 
 
-def _pair(row: Row, columns: Columns, pictures: Pictures, path: Path) -> RawPair | Broken:
+def _pair(row: Row, columns: Columns, pictures: Pictures, usual: str | None) -> RawPair | Broken:
     fields = dict(row.fields)
     name = fields.pop(columns.image)
     captions = tuple(fields.pop(column) for column in columns.captions)
     captions = tuple(c for c in captions if c) or captions[:1]  # one empty caption says it is empty
-    split = split_name(fields.pop(columns.split)) if columns.split else split_of_path(path.name)
+    split = split_name(fields.pop(columns.split)) if columns.split else None
     meta: dict[str, object] = {}
     if columns.tags and (said := fields.pop(columns.tags)):
         meta["keywords"] = [tag.strip() for tag in re.split("[,;|]", said) if tag.strip()]
     meta |= {key: value for key, value in fields.items() if value}
-    return pictures.pair(name, row.row, captions, split, meta)
+    return pictures.pair(name, row.row, captions, split or usual, meta)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,46 @@
+"""Small true-to-form captioned pictures for the data set tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_prep.sources import Broken, Options, RawPair, open_source
+
+
+def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+    """A random picture with detail at all scales, as photos have; no seed looks like another's."""
+    rng = np.random.default_rng(seed)
+    total = np.full((height, width, 3), 127.5)
+    for side in (4, 8, 16, 32):
+        noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        layer = noise.resize((width, height), Image.Resampling.BICUBIC)
+        total += (np.asarray(layer) - 127.5) / (side / 4)
+    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+
+
+def save(path: Path, seed: int, **options: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed).save(path, **options)
+    return path
+
+
+def save_all(folder: Path, *names: str) -> None:
+    """A picture for each name, told apart by their place in the list."""
+    for seed, name in enumerate(names):
+        save(folder / name, seed)
+
+
+def rows_of(
+    path: str | Path, *, kind: str | None = None, options: Options | None = None
+) -> list[RawPair | Broken]:
+    return list(open_source(path, kind=kind, options=options).rows())
+
+
+def told(rows: list[RawPair | Broken]) -> list[tuple[object, ...]]:
+    """(name, captions, split) of a pair, (row, reason) of a broken row."""
+    return [
+        (r.row, r.reason) if isinstance(r, Broken) else (r.name, r.captions, r.split) for r in rows
+    ]
