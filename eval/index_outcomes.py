@@ -65,8 +65,8 @@ def recommend(
 ) -> tuple[Outcome, str]:
     """The setting to take and why, in a sentence; InputError if there is nothing to choose from.
 
-    Of those that meet the recall: the kind that is quickest to build if it answers unnoticed, which
-    is exact while the library is small enough; else whichever answers first.
+    Of those that meet the recall and answer unnoticed: exact, or else the kind that is quickest to
+    build. If none answers unnoticed, whichever is quickest to answer.
     """
     if not outcomes:
         raise InputError("no index kind was measured, so none can be recommended; name at least 1")
@@ -84,7 +84,7 @@ def recommend(
             f"{best.name} is the quickest that reaches recall {goal:g}, {best.p50:.1f} ms, though "
             f"nothing that does stays under {unnoticed_ms:g} ms for 95 % of the queries"
         )
-    best = min(unnoticed, key=lambda o: (o.build_seconds, o.p50))
+    best = min(unnoticed, key=lambda o: (o.kind != "exact", o.build_seconds, o.p50))
     if best.kind == "exact":
         why = "and misses nothing: an approximate kind would only risk to lose hits"
     else:
