@@ -214,8 +214,12 @@ def _label_column(features: Any) -> str | None:
 
 def _texts(row: Any, captions: Sequence[str], tags: Sequence[str]) -> Texts:
     """One row's captions and tags, whichever columns they stand in."""
-    listed = [row[name] for name in captions if row[name] is not None]
-    flat = [text for value in listed for text in ([value] if isinstance(value, str) else value)]
+    flat: list[str] = []
+    for name in captions:
+        value = row[name] or []
+        if isinstance(value, str):  # a shard's .txt has a caption a line
+            value = value.splitlines() if name == "txt" else [value]
+        flat += value
     said, _ = read_fields({"captions": flat, **{name: row[name] for name in tags}})
     return said
 

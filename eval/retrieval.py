@@ -77,28 +77,9 @@ def evaluate_retrieval(
     texts = text_features(encoder, asked.texts, cache=cache, on_progress=on_progress, stop=stop)
     read = time.perf_counter()
     ways = ranked(asked, pictures.vectors, texts)
-    found: dict[str, Interval] = {}
-    samples: dict[str, Float64] = {}
-    for way in ways:
-        cuts = [k for k in ks if k <= way.ranking.candidates]
-        if left_out := [k for k in ks if k not in cuts]:
-            warnings.append(
-                f"{way.title}: K = {', '.join(map(str, left_out))} left out, "
-                f"there are only {way.ranking.candidates} candidates"
-            )
-        if not cuts:
-            raise InputError(
-                f"the smallest K is {ks[0]}, but there are {way.ranking.candidates} candidates; "
-                "take a smaller K or more pictures"
-            )
-        for name, values in way.values(cuts).items():
-            key, fraction = f"{way.name}/{name}", not name.endswith("rank")
-            found[key] = metrics.mean_interval(
-                values, groups=way.unit, seed=seed, fraction=fraction
-            )
-            samples[key] = way.per_unit(values)
-        found[f"{way.name}/median_rank"] = way.median_rank(seed)
-    warnings += [*pictures.warnings, *asked.warnings, *_collapse(pictures.vectors, texts)]
+    found, samples, left_out = _measured(ways, ks, seed)
+    warnings += [*left_out, *pictures.warnings, *asked.warnings]
+    warnings += _collapse(pictures.vectors, texts)
     warnings += [text for way in ways if (text := way.at_chance(found))]
     return EvalReport(
         task="retrieval",
@@ -163,6 +144,36 @@ def _askable(data: Captioned, queries: str) -> tuple[Captioned, list[str]]:
     if not without:
         return data, []
     return data.select(having), [f"{without:,} pictures without a caption were left out"]
+
+
+def _measured(
+    ways: Sequence[Way], ks: Sequence[int], seed: int
+) -> tuple[dict[str, Interval], dict[str, Float64], list[str]]:
+    """Every metric's interval, its values per unit, and which K were left out."""
+    found: dict[str, Interval] = {}
+    samples: dict[str, Float64] = {}
+    warnings: list[str] = []
+    for way in ways:
+        candidates = way.ranking.candidates
+        cuts = [k for k in ks if k <= candidates]
+        if not cuts:
+            raise InputError(
+                f"the smallest K is {ks[0]}, but there are {candidates} candidates; "
+                "take a smaller K or more pictures"
+            )
+        if left_out := [str(k) for k in ks if k not in cuts]:
+            warnings.append(
+                f"{way.title}: K = {', '.join(left_out)} left out, "
+                f"there are only {candidates} candidates"
+            )
+        for name, values in way.values(cuts).items():
+            key, fraction = f"{way.name}/{name}", not name.endswith("rank")
+            found[key] = metrics.mean_interval(
+                values, groups=way.unit, seed=seed, fraction=fraction
+            )
+            samples[key] = way.per_unit(values)
+        found[f"{way.name}/median_rank"] = way.median_rank(seed)
+    return found, samples, warnings
 
 
 def _collapse(pictures: Float32, texts: Float32) -> Iterator[str]:

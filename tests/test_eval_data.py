@@ -459,3 +459,36 @@ def test_a_hub_dataset(hub_dataset: str, capfd: pytest.CaptureFixture[str]) -> N
         open_labelled(hub_dataset, split="val")
     assert capfd.readouterr() == ("", "")  # no progress bars
     assert not datasets.are_progress_bars_disabled()
+
+
+def test_shards_through_the_hub_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = {"s0.png": png(0), "s0.cls": b"1", "s0.txt": b"one\ntwo", "s1.png": png(1)}
+    write_tar(tmp_path / "set" / "test" / "0.tar", {**files, "s1.cls": b"0", "s1.txt": b"three"})
+    captioned = open_captioned(f"hf:{tmp_path / 'set'}")
+    assert captioned.captions == ("one", "two", "three")
+    assert captioned.owner.tolist() == [0, 0, 1]
+    labelled = open_labelled(f"hf:{tmp_path / 'set'}", classes=["cat", "dog"])
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == [1, 0]
+
+
+def test_a_benchmark_that_was_downloaded_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache as huggingface_hub lays it out: by name, split and classes from there."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "datasets--clip-benchmark--wds_vtab-cifar10"
+    write(home / "refs" / "main", "c0ffee")
+    write(home / "snapshots" / "c0ffee" / "classnames.txt", "airplane\nautomobile\n")
+    write_tar(home / "snapshots" / "c0ffee" / "test" / "0.tar", {"s0.webp": png(0), "s0.cls": b"1"})
+    data = open_labelled("cifar10")
+    assert (data.name, data.split, data.classes) == ("cifar10", "test", ("airplane", "automobile"))
+    assert data.labels is not None
+    assert data.labels.tolist() == [1]
+    with pytest.raises(InputError, match="no split 'train' here; try --split test"):
+        open_labelled("cifar10", split="train")
