@@ -81,6 +81,13 @@ def test_wilson_by_hand() -> None:
     )
 
 
+def test_wilson_of_many_is_exact() -> None:
+    """20,000 of 100,000 hits: +- 1.96 sqrt(.16 / 100,000) = .00248 to three digits, no resampling."""
+    found = mean_interval(np.arange(100_000) < 20_000)
+    assert found == mean_interval(np.arange(100_000)[::-1] < 20_000, seed=5)
+    assert (found.high - found.low) / 2 == pytest.approx(0.002479, abs=1e-6)
+
+
 def test_all_or_none_still_has_a_width() -> None:
     """No hit in n: up to z2 / (n + z2), "the rule of four"; all hits: the same below 1."""
     z2 = 1.959964**2

@@ -1,9 +1,9 @@
 """How far a figure can be trusted: 95 % intervals and paired tests by resampling.
 
 What is resampled is what was sampled: pictures, not their captions (`groups`). Everything is
-deterministic by `seed`. Beyond `_UNITS` units they are first put at random into `_UNITS` equal
-blocks, and blocks are resampled: variance and skewness of the mean stay the same (the blocks'
-own number adds 1 % of noise to the width), and a million units cost what five thousand do.
+deterministic by `seed`. Of more than 5,000 units, 5,000 equal blocks are formed at random and
+resampled in their place: variance and skewness of the mean stay the same (to 1 % of the width),
+and a million units cost what five thousand do.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def mean_interval(
     in 0..1, such as losses or the ranks of a perfect model. All others get the BCa bootstrap
     (Efron 1987), whose width is zero if all samples are equal.
     """
-    total, size, n = _units(samples, groups, level=level, seed=seed)
-    value = float(total.sum() / size.sum())
+    total, size = _units(samples, groups, level=level)
+    value, n = float(total.sum() / size.sum()), len(total)
     if n == 1:
         return Interval(value, math.nan, math.nan, 1)
     values = np.asarray(samples, np.float64)
     if fraction and values.min() >= 0 and values.max() <= 1:
-        low, high = _wilson(value, total, size, n, level)
+        low, high = _wilson(value, total, size, level)
     else:
         low, high = _bca_mean(value, total, size, level, resamples, seed)
     return Interval(value, low, high, n)
@@ -127,7 +127,7 @@ def paired_test(
         )
     change = second - first
     interval = mean_interval(change, groups=groups, level=level, seed=seed, fraction=False)
-    total, _, _ = _units(change, groups, level=level, seed=seed)
+    total, _ = _units(change, groups, level=level)
     p = _sign_flip_p(total[total != 0], resamples, seed)
     return Paired(interval.value, interval.low, interval.high, p, interval.n)
 
@@ -140,9 +140,9 @@ def _check(n: int, level: float) -> None:
 
 
 def _units(
-    samples: npt.ArrayLike, groups: npt.ArrayLike | None, *, level: float, seed: int
-) -> tuple[Float64, Float64, int]:
-    """What is resampled: (sum of its samples, number of its samples, units before blocking)."""
+    samples: npt.ArrayLike, groups: npt.ArrayLike | None, *, level: float
+) -> tuple[Float64, Float64]:
+    """What is resampled: (sum of its samples, number of its samples), one each per unit."""
     total = np.asarray(samples, np.float64)
     if total.ndim != 1:
         raise InputError(f"samples have shape {total.shape}; one number each is needed, shape (n,)")
@@ -159,25 +159,26 @@ def _units(
             )
         unit = np.unique(of, return_inverse=True)[1]
         total, size = _sum_by(unit, total), _sum_by(unit, size)
-    n = len(total)
-    if n > _UNITS:
-        block = np.random.default_rng(seed).permutation(n) % _UNITS
-        total, size = _sum_by(block, total), _sum_by(block, size)
-    return total, size, n
+    return total, size
+
+
+def _blocks(values: Float64, seed: int) -> Float64:
+    """Sums of values over at most 5,000 blocks of units, the same blocks for the same seed."""
+    if len(values) <= _UNITS:
+        return values
+    return _sum_by(np.random.default_rng(seed).permutation(len(values)) % _UNITS, values)
 
 
 def _sum_by(label: Int64, values: Float64) -> Float64:
     return np.asarray(np.bincount(label, values), np.float64)
 
 
-def _wilson(
-    value: float, total: Float64, size: Float64, n: int, level: float
-) -> tuple[float, float]:
+def _wilson(value: float, total: Float64, size: Float64, level: float) -> tuple[float, float]:
     """Wilson's interval of a fraction, its n set so that p (1 - p) / n is the variance seen."""
     variance = float(((total - value * size) ** 2).sum() / size.sum() ** 2)
     bernoulli = value * (1 - value)
     if bernoulli <= 1e-12:  # all 0 or all 1: no variance seen, each unit counts once
-        effective = float(n)
+        effective = float(len(total))
     elif variance <= 1e-18:  # equal values in between, such as a collapsed model's chance
         return value, value
     else:
@@ -192,6 +193,7 @@ def _bca_mean(
     value: float, total: Float64, size: Float64, level: float, resamples: int, seed: int
 ) -> tuple[float, float]:
     """BCa interval of the mean; its acceleration comes from the units' influence in closed form."""
+    total, size = _blocks(total, seed), _blocks(size, seed)
     influence = total - value * size
     spread = float((influence**2).sum())
     if spread == 0:
@@ -227,6 +229,7 @@ def _corrected(
 
 def _sign_flip_p(differences: Float64, resamples: int, seed: int) -> float:
     """Two-sided share of sign patterns whose sum is as far from zero as the one seen."""
+    differences = _blocks(differences, seed)  # flipped together: a subgroup, as valid a test
     n = len(differences)
     seen = abs(float(differences.sum()))
     seen -= 1e-9 * float(np.abs(differences).sum())  # equal sums, added in another order, count
