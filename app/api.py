@@ -7,6 +7,8 @@
     POST /queries            a picture to ask with, as the request's body -> {"id": ...}
     GET  /queries/{id}       that picture, small
     GET  /ui/{name}          the page's own style, script and mark
+    GET  /reports/{name}     a saved report's page, by the name of its folder
+    GET  /sortings/{key}.csv the pictures as they were sorted into words
 
 No path from a request reaches the file system. Errors are JSON: {"error": one sentence}. The only
 module that knows FastAPI; the page itself is Gradio's, mounted by ui.py.
@@ -26,13 +28,14 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.asking import QUERY_MEGABYTES, UnknownPictureError
+from app.evaluation import Evaluation, UnknownReportError
 from app.workspace import PictureGoneError, Workspace
 from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
@@ -58,7 +61,8 @@ _GRADIO = re.compile(
     r"|gradio_api/(queue/(join|data)|reset|cancel|startup-events|heartbeat/\w+))"
 )
 _OWN = re.compile(
-    r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+)"
+    r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+"
+    r"|reports/[\w.-]+|sortings/[0-9a-f]{16}\.csv)"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 
@@ -70,6 +74,10 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 _LOCKED = "default-src 'none'; frame-ancestors 'none'; sandbox"
+# A report is a file that anybody may have written: it may look as it likes, but runs and asks nothing.
+_REPORT = (
+    _LOCKED + "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+)
 # 'unsafe-eval': Gradio's HTML component makes its template with Function(). Inline styles are
 # Svelte's. Inline scripts run by their hash only: an event handler smuggled into the page does not.
 _PAGE = (
@@ -79,13 +87,16 @@ _PAGE = (
 )
 
 
-def create_app(workspace: Workspace, *, host: str = "127.0.0.1") -> FastAPI:
+def create_app(
+    workspace: Workspace, *, evaluation: Evaluation | None = None, host: str = "127.0.0.1"
+) -> FastAPI:
     """The routes above, guarded. `host` is where the server listens.
 
     Requests must name that, this machine or an address by number: pages elsewhere cannot reach in
     under a name of their own (DNS rebinding).
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
+    evaluation = evaluation or Evaluation(workspace)
     app.add_middleware(_Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
 
     @app.exception_handler(ClipkitError)
@@ -151,6 +162,19 @@ def create_app(workspace: Workspace, *, host: str = "127.0.0.1") -> FastAPI:
         data, mime = STATIC[name]
         return Response(data, media_type=mime, headers={"Cache-Control": "no-cache"})
 
+    @app.get("/reports/{name}")
+    def report(name: str) -> Response:
+        page = evaluation.report_page(name)
+        return Response(page, media_type="text/html", headers={"Cache-Control": "no-store"})
+
+    @app.get("/sortings/{key}.csv")
+    def sorting(key: str) -> Response:
+        headers = {
+            "Content-Disposition": 'attachment; filename="clipkit-sorted.csv"',
+            "Cache-Control": "no-store",
+        }
+        return StreamingResponse(evaluation.table(key), media_type="text/csv", headers=headers)
+
     @app.get("/favicon.ico")
     def icon() -> Response:
         return static("clipkit.svg")
@@ -165,7 +189,7 @@ def _picture(data: bytes, mime: str = "image/jpeg") -> Response:
 def _status(error: ClipkitError) -> int:
     if isinstance(error, PictureGoneError):
         return 410
-    if isinstance(error, UnknownPictureError):
+    if isinstance(error, UnknownPictureError | UnknownReportError):
         return 404
     if isinstance(error, ImageError):
         return 422
@@ -195,7 +219,8 @@ class _Guard:
             await self._page(scope, receive, send)
         else:
             assets = scope["path"].startswith("/assets/")
-            await self.app(scope, receive, _headed(send, _LOCKED, assets=assets))
+            policy = _REPORT if scope["path"].startswith("/reports/") else _LOCKED
+            await self.app(scope, receive, _headed(send, policy, assets=assets))
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)

@@ -15,6 +15,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from app.indexing import Run
 
 __all__ = [
     "Card",
@@ -29,6 +33,7 @@ __all__ = [
     "printable",
     "results",
     "run",
+    "run_card",
     "status",
     "text",
 ]
@@ -275,6 +280,50 @@ def _tile(card: Card, *, bare: bool = False) -> str:
 
 
 # ---- an indexing run
+
+
+def run_card(told: Run) -> str:
+    """An indexing run as it stands, told as a card."""
+    progress, summary = told.progress, told.summary
+    done = total = 0
+    if told.error is not None:
+        line = told.error
+    elif summary is not None:
+        pairs = [
+            (summary.added, "added"),
+            (summary.moved, "moved"),
+            (summary.duplicates, "duplicates"),
+            (summary.removed, "removed"),
+            (summary.unchanged, "unchanged"),
+            (summary.skipped + summary.skipped_before, "skipped"),
+        ]
+        line = f"{facts(pairs)}, in {duration(summary.seconds)}"
+        if summary.unavailable:
+            line += ". The folder is empty or not mounted, so nothing was removed"
+    elif progress is None:
+        line = "Getting ready"
+    elif progress.phase == "walking":
+        line = f"Looking through the folders: {count(progress.seen, 'file')} so far"
+    elif progress.phase == "finishing":
+        line = "Writing the last of it"
+    else:
+        done, total = progress.done, progress.total
+        line = f"{done:,} of {count(total)}"
+        if progress.rate:
+            line += f" · {progress.rate:,.0f} a second"
+        if progress.eta_seconds is not None:
+            line += f" · {duration(progress.eta_seconds)} left"
+        if progress.skipped:
+            line += f" · {progress.skipped:,} skipped"
+    return run(
+        folders=told.folders,
+        state=told.state,
+        line=line,
+        done=done,
+        total=total,
+        skipped=[(row.path, row.reason, row.message) for row in told.skipped],
+        skipped_total=told.skipped_total,
+    )
 
 
 def run(

@@ -1,9 +1,9 @@
 """The page: Gradio's blocks, events and queue around our own HTML, and the server that runs it.
 
 The only module that knows Gradio. The page is HTML components whose values render.py makes;
-clipkit.js sends three events ("ask", "index", "stop") and shows what comes back. No component that
-handles files is used, and api.py lets none of Gradio's file routes through: pictures go out by
-content hash from there.
+clipkit.js sends four events ("ask", "evaluate", "index", "stop") and shows what comes back. No
+component that handles files is used, and api.py lets none of Gradio's file routes through: pictures
+go out by content hash from there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import gradio as gr
 from app import render
 from app.api import STATIC, create_app
 from app.asking import PAGE, Ask
-from app.indexing import Run
+from app.evaluation import Evaluation
+from app.ui_evaluation import EvaluationPage
 from app.workspace import Workspace, folder_key
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.errors import ClipkitError, InputError
@@ -56,13 +57,15 @@ BRAND = (
     '<img src="ui/clipkit.svg" alt="">clipkit</button>'
 )
 TOOLS = (
-    '<div class="tools"><button type="button" class="plain" data-do="add">Add pictures</button>'
+    '<div class="tools"><button type="button" class="plain" data-do="evaluate" '
+    'title="Sort pictures into words, see reports">Sort</button>'
+    '<button type="button" class="plain" data-do="add">Add pictures</button>'
     '<button type="button" class="icon" data-do="theme" title="Light or dark" '
     'aria-label="Light or dark"><i class="i-theme"></i></button></div>'
 )
 EMPTY = 'data-view="empty"'  # how render.empty marks itself
 # Gradio lets Python listen to the events whose names stand in quotes here.
-ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'index' 'stop'"
+ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop'"
 
 
 class Page:
@@ -129,7 +132,7 @@ class Page:
         )
 
     def run(self) -> str:
-        return "" if self.workspace.run is None else _run(self.workspace.run)
+        return "" if self.workspace.run is None else render.run_card(self.workspace.run)
 
     def index(self, data: Mapping[str, Any]) -> str:
         """Begin to index the folder that was typed; the sentence why not, else empty."""
@@ -177,53 +180,12 @@ def _key(ask: Ask) -> str:
     return hashlib.blake2b(repr(parts).encode(errors="replace"), digest_size=8).hexdigest()
 
 
-def _run(run: Run) -> str:
-    progress, summary = run.progress, run.summary
-    done = total = 0
-    if run.error is not None:
-        line = run.error
-    elif summary is not None:
-        pairs = [
-            (summary.added, "added"),
-            (summary.moved, "moved"),
-            (summary.duplicates, "duplicates"),
-            (summary.removed, "removed"),
-            (summary.unchanged, "unchanged"),
-            (summary.skipped + summary.skipped_before, "skipped"),
-        ]
-        line = f"{render.facts(pairs)}, in {render.duration(summary.seconds)}"
-        if summary.unavailable:
-            line += ". The folder is empty or not mounted, so nothing was removed"
-    elif progress is None:
-        line = "Getting ready"
-    elif progress.phase == "walking":
-        line = f"Looking through the folders: {render.count(progress.seen, 'file')} so far"
-    elif progress.phase == "finishing":
-        line = "Writing the last of it"
-    else:
-        done, total = progress.done, progress.total
-        line = f"{done:,} of {render.count(total)}"
-        if progress.rate:
-            line += f" · {progress.rate:,.0f} a second"
-        if progress.eta_seconds is not None:
-            line += f" · {render.duration(progress.eta_seconds)} left"
-        if progress.skipped:
-            line += f" · {progress.skipped:,} skipped"
-    return render.run(
-        folders=run.folders,
-        state=run.state,
-        line=line,
-        done=done,
-        total=total,
-        skipped=[(row.path, row.reason, row.message) for row in run.skipped],
-        skipped_total=run.skipped_total,
-    )
-
-
-def build(workspace: Workspace, *, examples: Sequence[str] = EXAMPLES) -> gr.Blocks:
+def build(
+    workspace: Workspace, evaluation: Evaluation, *, examples: Sequence[str] = EXAMPLES
+) -> gr.Blocks:
     """The page and its events, not yet served. Sets Gradio's environment: it has no other way."""
     os.environ.update(SETTINGS)
-    page = Page(workspace, examples)
+    page, evaluations = Page(workspace, examples), EvaluationPage(evaluation)
     form = STATIC["page.html"][0].decode()
     form = form.replace("<!--ADD-->", render.add_form(may_index=workspace.may_index))
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
@@ -251,6 +213,9 @@ def build(workspace: Workspace, *, examples: Sequence[str] = EXAMPLES) -> gr.Blo
         def on_ask(event: gr.EventData) -> tuple[str, str]:
             return page.answer(_data(event)), page.parts()[0]
 
+        def on_evaluate(event: gr.EventData) -> tuple[str, str]:
+            return evaluations.answer(_data(event)), page.parts()[0]
+
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
             start = page.parts()[3]
@@ -269,6 +234,7 @@ def build(workspace: Workspace, *, examples: Sequence[str] = EXAMPLES) -> gr.Blo
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         blocks.load(on_load, None, everything, **quiet)
         ask.ask(on_ask, None, [results, status], trigger_mode="always_last", **quiet)
+        ask.evaluate(on_evaluate, None, [results, status], trigger_mode="always_last", **quiet)
         ask.index(on_index, None, [refusal, run, results, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
         timer.tick(on_tick, [results], everything, **quiet)
@@ -290,9 +256,10 @@ def make_app(
     """Page and API as one ASGI app."""
     style = f'<link rel="stylesheet" href="ui/clipkit.css?v={_version("clipkit.css")}">'
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+    evaluation = Evaluation(workspace)
     return gr.mount_gradio_app(
-        create_app(workspace, host=host),
-        build(workspace, examples=examples),
+        create_app(workspace, evaluation=evaluation, host=host),
+        build(workspace, evaluation, examples=examples),
         path="/",
         # Plain Font objects: a font given as a string is fetched from Gradio's own set.
         theme=gr.themes.Base(

@@ -34,6 +34,19 @@
     $("#ask").classList.toggle("filtered", NARROW.some((name) => asked[name]));
   };
 
+  // The evaluation page stands in the results' place, and has an address like a question.
+  const evaluate = ({ words = "", choice = "" } = {}, { remember = true } = {}) => {
+    ticket += 1;
+    document.body.dataset.busy = "yes";
+    if (remember) history.pushState({ evaluate: { words, choice } }, "", "#evaluate");
+    trigger("evaluate", { words, choice, ticket: String(ticket) });
+  };
+
+  const back = (state) => {
+    if (state?.evaluate || location.hash === "#evaluate") evaluate(state?.evaluate, { remember: false });
+    else send(state || from_address(), { remember: false });
+  };
+
   const send = (question, { remember = true } = {}) => {
     asked = { ...empty(), ...question };
     ticket += 1;
@@ -72,7 +85,7 @@
     if (arriving) {
       // Only now: the start page is on its way until it is here, and would replace an answer.
       arriving = false;
-      if (location.hash.length > 1) return send(from_address(), { remember: false });
+      if (location.hash.length > 1) return back(history.state);
     }
     if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
     ages();
@@ -304,6 +317,7 @@
     stop: () => trigger("stop", {}),
     dismiss: (button) => (button.closest(".run").hidden = true),
     home: () => send({}),
+    evaluate: () => evaluate(),
     theme: () => {
       const now = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
       localStorage.setItem("clipkit-theme", now);
@@ -324,6 +338,8 @@
       notice("");
       const words = sent.elements.words.value.trim();
       send({ words, picture: asked.picture, similar: asked.similar, ...filters() });
+    } else if (sent.dataset.do === "sort") {
+      evaluate({ words: sent.elements.words.value, choice: sent.elements.choice.value });
     } else if (sent.dataset.do === "index") {
       for (const refused of $$("#refusal .run")) refused.hidden = false; // the same may be said again
       trigger("index", { folder: sent.elements.folder.value });
@@ -365,7 +381,7 @@
       new MutationObserver(answered).observe($("#results"), { childList: true, subtree: true });
       new MutationObserver(narrow).observe($("#filters"), { childList: true, subtree: true });
       new MutationObserver(ages).observe($("#status"), { childList: true, subtree: true });
-      addEventListener("popstate", (event) => send(event.state || from_address(), { remember: false }));
+      addEventListener("popstate", (event) => back(event.state));
       answered();
     },
   };
