@@ -189,7 +189,7 @@ def test_only_what_began_is_resumed(options: dict[str, Any], tmp_path: Path) -> 
     path = done.folder / "config.json"
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "data": {"pictures": 3, "fingerprint": "x"}}))
-    with pytest.raises(InputError, match=r"began with training data .*'x'.*start a new run"):
+    with pytest.raises(InputError, match=r"began with data .*'x'.*start a new run"):
         resume(done.folder)
 
 

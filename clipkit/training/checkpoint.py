@@ -63,12 +63,14 @@ class RunFolder:
         self.states = self.path / "checkpoints"
         self.checkpoint = self.path / "checkpoint"
 
-    def create(self, facts: Mapping[str, Any]) -> None:
+    def check_new(self) -> None:
         """InputError if there is a run already: nothing is written over."""
         if self.config.exists():
             raise InputError(
                 f"{self.path} holds a run already; resume it, or give this one another name"
             )
+
+    def create(self, facts: Mapping[str, Any]) -> None:
         self.states.mkdir(parents=True, exist_ok=True)
         write_json(self.config, facts)
 

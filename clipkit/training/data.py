@@ -42,7 +42,7 @@ class CaptionedPictures:
     folder: Path
     image_ids: tuple[str, ...]  # distinct
     paths: tuple[str, ...]  # relative to `folder`
-    texts: tuple[str, ...]  # distinct
+    texts: tuple[str, ...]  # distinct, short ones first
     owned: tuple[Ints, ...]  # of each picture: its captions' numbers in `texts`
     meanings: Ints  # (texts,): equal for captions that differ in case, spaces or a full stop
     without_captions: int  # pictures left out
@@ -73,24 +73,23 @@ class CaptionedPictures:
                     f"{Path(folder) / paths[image_id]} is not there, but {split}/metadata.jsonl "
                     "names it; restore it or make the dataset again"
                 )
-        numbers: dict[str, int] = {}
+        # By length: captions that are encoded together then need little padding.
+        texts = sorted({text: None for i in chosen for text in captions[i]}, key=len)
+        numbers = {text: number for number, text in enumerate(texts)}
         owned = tuple(
-            np.array(
-                [numbers.setdefault(text, len(numbers)) for text in dict.fromkeys(captions[i])],
-                np.int64,
-            )
+            np.array([numbers[text] for text in dict.fromkeys(captions[i])], np.int64)
             for i in chosen
         )
         meanings: dict[str, int] = {}
         meant = [
             meanings.setdefault(" ".join(text.lower().split()).rstrip(" .!"), len(meanings))
-            for text in numbers
+            for text in texts
         ]
         return cls(
             Path(folder),
             tuple(chosen),
             tuple(paths[i] for i in chosen),
-            tuple(numbers),
+            tuple(texts),
             owned,
             np.array(meant, np.int64),
             without,

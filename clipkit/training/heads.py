@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +133,27 @@ class FrozenTowers:
         return [p for head in (self._image, self._text) if head for p in head.parameters()]
 
     def features(
-        self, inputs: Inputs, folder: Path, on_chunk: Callable[[str, int], None]
+        self, inputs: Inputs, folder: Path, on_chunk: Callable[[str, int, int], None]
     ) -> HeadInputs:
         """What the frozen towers make of a split, computed once: kept in `folder` by the encoder's
         and the data's identity, so that features of other weights or pictures are never taken."""
         encoder = self._towers.encoder
         dtype = str(self._towers.compute).removeprefix("torch.")
         name = f"{encoder.encoder_id}-{dtype}-{inputs.data.fingerprint()}"
-        pictures, texts = (
-            self._kept(
-                folder / f"{name}-{what}.npy", chunks(), encode, head, partial(on_chunk, what)
-            )
-            for what, chunks, encode, head in (
-                ("pictures", inputs.pictures, self._towers.raw_images, self._image),
-                ("texts", inputs.captions, self._towers.raw_texts, self._text),
-            )
+        data = inputs.data
+        pictures = self._kept(
+            folder / f"{name}-pictures.npy",
+            inputs.pictures(),
+            self._towers.raw_images,
+            self._image,
+            lambda done: on_chunk("pictures", done, len(data)),
+        )
+        texts = self._kept(
+            folder / f"{name}-texts.npy",
+            inputs.captions(),
+            self._towers.raw_texts,
+            self._text,
+            lambda done: on_chunk("texts", done, len(data.texts)),
         )
         return HeadInputs(inputs.data, pictures, texts)
 

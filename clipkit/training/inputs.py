@@ -29,7 +29,7 @@ __all__ = ["Batch", "Inputs", "PictureInputs", "even_share", "random_view"]
 
 _VIEW = 2  # what a random stream is for; `data` has 0 and 1
 _AHEAD = 1024  # pictures decoded before they are needed, at most
-_EVAL_CHUNK = 64
+_TEXTS = 64  # captions a chunk, all of about one length
 _RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
 
 Job = TypeVar("Job")
@@ -94,13 +94,14 @@ class PictureInputs:
     def pictures(self) -> Iterator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
         views = self._ahead(self._served, share)
-        for start in range(0, len(share), _EVAL_CHUNK):
-            yield torch.stack([next(views) for _ in share[start : start + _EVAL_CHUNK]])
+        chunk = self._encoder.preferred_batch
+        for start in range(0, len(share), chunk):
+            yield torch.stack([next(views) for _ in share[start : start + chunk]])
 
     def captions(self) -> Iterator[torch.Tensor]:
         share = self.data.texts[even_share(len(self.data.texts))]
-        for start in range(0, len(share), 4 * _EVAL_CHUNK):
-            yield self._towers.tokenize(share[start : start + 4 * _EVAL_CHUNK])
+        for start in range(0, len(share), _TEXTS):
+            yield self._towers.tokenize(share[start : start + _TEXTS])
 
     def _own(self, plan: Plan) -> slice:
         return own_slice(len(plan.pictures))

@@ -39,7 +39,7 @@ __all__ = ["fit"]
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 2**26  # of scores at a time, in the loss
+_BLOCK_BYTES = 2**23  # of scores at a time, in the loss: a dozen arrays of this size exist
 _NAMED = 8  # pictures that an error names
 
 

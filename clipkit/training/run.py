@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipkit import checkpoint, towers
+from clipkit import towers
 from clipkit.errors import InputError
 from clipkit.records import METADATA
 from clipkit.training import distributed
-from clipkit.training.adapters import merge_adapters
-from clipkit.training.checkpoint import RunFolder, write_json
+from clipkit.training.checkpoint import RunFolder
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import CaptionedPictures, fitted_batch
-from clipkit.training.evaluation import Scores, evaluate
+from clipkit.training.finish import RunSummary, finish
 from clipkit.training.heads import FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
-from clipkit.training.interpolate import ALPHAS, Mixture, choose_alpha
-from clipkit.training.job import Job, Outcome, Progress
+from clipkit.training.job import Job, Progress
 from clipkit.training.loop import fit
 from clipkit.training.model import Towers, TrainableTowers, loss_of
 from clipkit.training.parameters import choose_parameters
@@ -42,27 +39,6 @@ _MOST_BATCH = {"heads": 1024}  # other recipes: 256
 _CHUNK = {"cpu": 32, "mps": 64, "cuda": 256}
 _PACKAGES = ("clipkit", "torch", "open_clip_torch", "timm", "transformers", "numpy")
 _FEATURES = ".features"  # beside the runs: frozen features, by encoder and data
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """What a run came to. Recalls are fractions by name, of the validation split, if there is one."""
-
-    folder: Path
-    checkpoint: Path | None  # an OpenCLIP folder; None if the run was stopped and can be resumed
-    encoder_id: str | None
-    parent_id: str
-    recipe: str
-    steps: int
-    best_step: int
-    stopped: bool
-    before: Mapping[str, float] | None
-    after: Mapping[str, float] | None
-    alpha: float  # weight of the tuned against the start; 1 if they were not mixed
-    trained_parameters: int
-    total_parameters: int
-    seconds: float
-    words: tuple[str, ...]  # what a person should know, warnings included
 
 
 def train(
@@ -110,7 +86,7 @@ def _run(
     command: str = "",
     facts: Mapping[str, Any] | None = None,
 ) -> RunSummary:
-    tell = on_progress or (lambda _: None)
+    tell = on_progress if on_progress and distributed.rank() == 0 else _quiet
     encoder = towers.load(config.start, device=str(device), precision="float32")
     loss = loss_of(encoder, config.loss)
     config.loss_options(loss)
@@ -118,12 +94,14 @@ def _run(
     model = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
     if config.activation_checkpointing:
         encoder.model.set_grad_checkpointing(True)  # type: ignore[operator]
-    data = CaptionedPictures.read(Path(config.data), "train")
+    data, held_out = _read(config)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)
-    now = _facts(config, command, encoder, data, batch=batch, loss=loss)
+    now = _facts(config, command, encoder, data, held_out, batch=batch, loss=loss)
     if facts is None:
+        folder.check_new()
+        distributed.collect(None)  # none creates it before all have looked
         if distributed.rank() == 0:
             folder.create(now)
     else:
@@ -133,7 +111,7 @@ def _run(
     if config.recipe == "heads":
         trainee = FrozenTowers(model, dropout=config.feature_dropout)
     trained = choose_parameters(trainee, config)
-    inputs, validation = _inputs(config, model, trainee, data, tell)
+    inputs, validation = _inputs(config, model, trainee, data, held_out, tell)
     job = Job(
         config=config,
         loss=loss,
@@ -150,7 +128,20 @@ def _run(
     )
     log.info("training %d of %d parameters", trained.count, trained.total)
     outcome = fit(job, folder.load() if facts is not None else None)
-    return _finish(job, model, outcome, now)
+    return finish(job, model, outcome, now)
+
+
+def _quiet(_: Progress) -> None:
+    """Nobody listens, or another process tells it."""
+
+
+def _read(config: TrainConfig) -> tuple[CaptionedPictures, CaptionedPictures | None]:
+    """The training split, and the validation split if there is one."""
+    folder = Path(config.data)
+    data = CaptionedPictures.read(folder, "train")
+    if not (folder / "validation" / METADATA).is_file():
+        return data, None
+    return data, CaptionedPictures.read(folder, "validation", most=config.eval_pictures)
 
 
 def _inputs(
@@ -158,6 +149,7 @@ def _inputs(
     model: TrainableTowers,
     trainee: Towers,
     data: CaptionedPictures,
+    held_out: CaptionedPictures | None,
     tell: Callable[[Progress], None],
 ) -> tuple[Inputs, Inputs | None]:
     """The training split, augmented, and the validation split if there is one."""
@@ -170,121 +162,17 @@ def _inputs(
         workers=config.workers,
     )
     validation: Inputs | None = None
-    if (Path(config.data) / "validation" / METADATA).is_file():
-        held_out = CaptionedPictures.read(
-            Path(config.data), "validation", most=config.eval_pictures
-        )
+    if held_out is not None:
         validation = PictureInputs(held_out, model, workers=config.workers)
     if isinstance(trainee, FrozenTowers):
         cache = Path(config.out) / _FEATURES
 
-        def told(what: str, done: int) -> None:
-            tell(Progress("features", done, 0, words=what))
+        def told(what: str, done: int, total: int) -> None:
+            tell(Progress("features", done, total, words=what))
 
         inputs = trainee.features(inputs, cache, told)
         validation = trainee.features(validation, cache, told) if validation else None
     return inputs, validation
-
-
-def _finish(
-    job: Job, model: TrainableTowers, outcome: Outcome, facts: Mapping[str, Any]
-) -> RunSummary:
-    """From the best weights to a checkpoint: merge, mix with the start, export, write down."""
-    config, run = job.config, job.folder
-    before = outcome.start_scores.recall if outcome.start_scores else None
-    words = [*_words(job, model, outcome), *outcome.warnings]
-    after = outcome.best_scores.recall if outcome.best_scores else None
-    encoder_id, mixture = None, Mixture(1.0, {})
-    if not outcome.stopped:
-        with torch.no_grad():
-            for name, parameter in job.trained.named.items():
-                parameter.copy_(outcome.best[name])
-        job.towers.mode(False)
-        merge_adapters(model.model)
-        if config.interpolate and job.validation is not None and outcome.best_step > 0:
-            mixture = _mix(job, model, outcome)
-            after = mixture.scores[mixture.alpha].recall
-            words.append(
-                f"the weights are {mixture.alpha:.0%} tuned, {1 - mixture.alpha:.0%} start"
-            )
-        job.on_progress(Progress("saving", outcome.step, job.steps))
-        if distributed.rank() == 0:
-            provenance = {
-                "parent": {"spec": config.start, "encoder_id": model.encoder.encoder_id},
-                "recipe": config.recipe,
-                "data": facts["data"],
-                "metrics": {"validation_before": before, "validation": after},
-                "alpha": mixture.alpha,
-                "steps": outcome.step,
-                "best_step": outcome.best_step,
-                "seconds": round(outcome.seconds, 1),
-                "versions": facts["versions"],
-                "command": facts["command"],
-            }
-            model.encoder.save(run.checkpoint, provenance=provenance)
-        distributed.collect(None)  # none goes on before it is written
-        encoder_id = checkpoint.identify(str(run.checkpoint))
-    summary = RunSummary(
-        folder=run.path,
-        checkpoint=None if outcome.stopped else run.checkpoint,
-        encoder_id=encoder_id,
-        parent_id=model.encoder.encoder_id,
-        recipe=config.recipe,
-        steps=outcome.step,
-        best_step=outcome.best_step,
-        stopped=outcome.stopped,
-        before=before,
-        after=after,
-        alpha=mixture.alpha,
-        trained_parameters=job.trained.count,
-        total_parameters=job.trained.total,
-        seconds=outcome.seconds,
-        words=tuple(words),
-    )
-    if distributed.rank() == 0 and not outcome.stopped:
-        content = {item.name: getattr(summary, item.name) for item in fields(summary)}
-        content |= {"mixture": {str(a): s.recall for a, s in mixture.scores.items()}}
-        write_json(run.path / "summary.json", json.loads(json.dumps(content, default=str)))
-    return summary
-
-
-def _mix(job: Job, model: TrainableTowers, outcome: Outcome) -> Mixture:
-    """Mix with the start as the validation split says."""
-    assert job.validation is not None and outcome.start_scores is not None
-    first = towers.load(job.config.start, device="cpu", precision="float32").model.state_dict()
-    last = model.model.state_dict()
-    tuned = {
-        name: value.clone()
-        for name, value in last.items()
-        if value.is_floating_point() and not torch.equal(value.cpu(), first[name])
-    }
-    validation = job.validation
-
-    def scores() -> Scores:
-        job.on_progress(Progress("mixing", 0, len(ALPHAS)))
-        return evaluate(job.towers, validation)
-
-    return choose_alpha(model.model, first, tuned, scores, at_start=outcome.start_scores)
-
-
-def _words(job: Job, model: TrainableTowers, outcome: Outcome) -> list[str]:
-    share = job.trained.count / job.trained.total
-    words = [
-        f"{job.trained.count:,} of {job.trained.total:,} parameters ({share:.1%}) were trained"
-    ]
-    if job.config.recipe != "heads" and model.frozen_norms:
-        words.append(f"{model.frozen_norms} batch norms kept their statistics")
-    if left_out := job.inputs.data.without_captions:
-        words.append(f"{left_out} training pictures have no caption and were left out")
-    if job.validation is None:
-        words.append(
-            "there is no validation split: nothing was compared, the last weights are kept"
-        )
-    elif outcome.best_step == 0 and not outcome.stopped:
-        words.append("no step was better than the start on the validation split: it is unchanged")
-    if outcome.ended_early:
-        words.append(f"stopped early after step {outcome.step} of {job.steps}")
-    return words
 
 
 def _precision(device: torch.device, asked: str) -> str:
@@ -301,6 +189,7 @@ def _facts(
     command: str,
     encoder: towers.DualEncoder,
     data: CaptionedPictures,
+    held_out: CaptionedPictures | None,
     *,
     batch: int,
     loss: str,
@@ -311,7 +200,12 @@ def _facts(
         "batch": batch,
         "loss": loss,
         "encoder_id": encoder.encoder_id,
-        "data": {"pictures": len(data), "fingerprint": data.fingerprint()},
+        "data": {
+            "pictures": len(data),
+            "fingerprint": data.fingerprint(),
+            "validation_pictures": len(held_out) if held_out else 0,
+            "validation_fingerprint": held_out.fingerprint() if held_out else None,
+        },
         "processes": distributed.world_size(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "command": command,
@@ -330,7 +224,7 @@ def _check_unchanged(then: Mapping[str, Any], now: Mapping[str, Any], folder: Ru
     """A resumed run must go on with what it began with."""
     for key, words in (
         ("encoder_id", "model"),
-        ("data", "training data"),
+        ("data", "data"),
         ("batch", "batch"),
         ("processes", "number of processes"),
     ):
