@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.terminal import duration, printable, progress_shown
 from clipkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -159,16 +160,10 @@ def build(
     opened = open_sources(sources, kind=kind, options=options)
     for source in opened:
         print(_told(source))
-    words = {"reading": "reading", "comparing": "comparing", "writing": "writing"}
-    with _stopping(f"stopped; {out} was not touched"), _bar() as show:
+    with _stopping(f"stopped; {out} was not touched"), progress_shown() as show:
 
         def on_progress(progress: Progress) -> None:
-            show(
-                words[progress.phase],
-                progress.done,
-                progress.total,
-                f"{progress.rejected:,} rejected",
-            )
+            show(progress.phase, progress.done, _known(progress.total, progress.done))
 
         built = build_dataset(
             opened,
@@ -216,12 +211,12 @@ def check(
     if not 0 <= radius <= MAX_RADIUS:
         raise InputError(f"--radius is {radius}; it must be 0 to {MAX_RADIUS} bits of 256")
     source = open_source(dataset, kind=kind, options=Options(pictures=pictures))
-    with _stopping("stopped"), _bar() as show:
+    with _stopping("stopped"), progress_shown() as show:
         leaks = find_leaks(
             source,
             radius=radius,
             workers=workers,
-            on_progress=lambda done, total: show("reading", done, total, ""),
+            on_progress=lambda done, total: show("reading", done, _known(total, done)),
         )
     _print_leaks(leaks, shown or sys.maxsize)
     if leaks.found or (strict and leaks.shared_captions):
@@ -252,19 +247,19 @@ def stats(
         out = out / "stats.png"
     options = Options(image_column, tuple(caption_column or ()), pictures)
     source = open_source(dataset, kind=kind, options=options)
-    with _stopping("stopped"), _bar() as show:
+    with _stopping("stopped"), progress_shown() as show:
         found = collect(
             source,
             workers=workers,
-            on_progress=lambda done, total: show("reading", done, total, ""),
+            on_progress=lambda done, total: show("reading", done, _known(total, done)),
         )
     for line in lines(found):
-        print(_printable(line))
+        print(printable(line))
     if out is not None:
         from data_prep.stats_picture import draw
 
         draw(found, out, title=Path(dataset).name or dataset)
-        print(f"drawn      {_printable(str(out))}")
+        print(f"drawn      {printable(str(out))}")
 
 
 # ---- what the commands share
@@ -280,49 +275,13 @@ def _stopping(message: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int | None, str], None]]:
-    """Progress with time left: a bar on a terminal, a line every ten seconds elsewhere."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[more]}"),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bars:
-        task, phase = None, ""
-        last_line = time.monotonic()
-
-        def show(what: str, done: int, total: int | None, more: str) -> None:
-            nonlocal task, phase, last_line
-            if task is None or what != phase:  # another pace, another time left
-                if task is not None:
-                    bars.remove_task(task)
-                task, phase = bars.add_task(what, total=total, more=""), what
-            bars.update(task, completed=done, total=total, more=more)
-            if not console.is_terminal and time.monotonic() - last_line > 10:
-                last_line = time.monotonic()
-                of = f" of {total:,}" if total else ""
-                print(f"{what}: {done:,}{of}{', ' + more if more else ''}", file=sys.stderr)
-
-        yield show
+def _known(total: int | None, done: int) -> int:
+    """A stream tells no total: then what is done."""
+    return done if total is None else total
 
 
 def _told(source: Source) -> str:
-    return f"{source.kind:<10} {_printable(source.path)}: {_printable(source.says)}"
+    return f"{source.kind:<10} {printable(source.path)}: {printable(source.says)}"
 
 
 def _print_built(built: Built, seconds: float) -> None:
@@ -337,10 +296,10 @@ def _print_built(built: Built, seconds: float) -> None:
         print(f"rejected   {sum(reasons.values()):,} {what}s: {told}")
     if built.rejected:
         print(
-            f"           each with its reason in {_printable(str(built.folder / 'rejected.jsonl'))}"
+            f"           each with its reason in {printable(str(built.folder / 'rejected.jsonl'))}"
         )
-    print(f"took       {seconds:.1f} s")
-    print(f"data set   {_printable(str(built.folder))}")
+    print(f"took       {duration(seconds)}")
+    print(f"data set   {printable(str(built.folder))}")
 
 
 def _print_leaks(leaks: Leaks, most: int) -> None:
@@ -348,7 +307,7 @@ def _print_leaks(leaks: Leaks, most: int) -> None:
 
     print("pictures   " + ", ".join(f"{split} {n:,}" for split, n in leaks.pictures.items()))
     for name, why in leaks.unreadable[:most]:
-        print(f"unreadable {_printable(name)}: {_printable(why)}")
+        print(f"unreadable {printable(name)}: {printable(why)}")
     if len(leaks.unreadable) > most:
         print(f"           and {len(leaks.unreadable) - most:,} more unreadable")
     for title, found in (("leaks", leaks.found), ("captions", leaks.shared_captions)):
@@ -357,14 +316,8 @@ def _print_leaks(leaks: Leaks, most: int) -> None:
         print(f"{title:<10} {told or 'none across splits'}")
         for leak in found[:most]:
             names = " | ".join(
-                f"{s}: {_printable(p)}" for s, p in zip(leak.splits, leak.pictures, strict=True)
+                f"{s}: {printable(p)}" for s, p in zip(leak.splits, leak.pictures, strict=True)
             )
-            print(f"  {leak.kind:<13} {names}  ({_printable(leak.detail)})")
+            print(f"  {leak.kind:<13} {names}  ({printable(leak.detail)})")
         if len(found) > most:
             print(f"  and {len(found) - most:,} more; --show 0 lists all")
-
-
-def _printable(text: str) -> str:
-    """What drives a terminal is not printed."""
-    shown = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() else "?" for c in shown)

@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.embed.progress import Rate
 from clipkit.errors import DatasetError
 from clipkit.images import Limits
 from clipkit.records import SPLITS
@@ -51,8 +50,6 @@ class Progress:
     done: int  # rows read, or pictures written
     total: int | None
     rejected: int
-    rate: float  # per second
-    eta_seconds: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +173,6 @@ class _Build:
         self._official: list[str | None] = []
         self._met: dict[str, int | Fault | None] = {}  # path -> what came of it; None: under way
         self._repeats: Counter[int] = Counter()  # hash of a caption -> pictures that have it
-        self._phase, self._rate = "", Rate()
 
     # ---- the first pass
 
@@ -393,15 +389,8 @@ class _Build:
     def _tell(
         self, phase: Literal["reading", "comparing", "writing"], done: int, total: int | None
     ) -> None:
-        if phase != self._phase:
-            self._phase, self._rate = phase, Rate()
-        self._rate.add(1)
-        rate = self._rate.per_second()
         rejected = sum(sum(reasons.values()) for reasons in self.rejected.values())
-        left = (total - done) / rate if total is not None and rate else None
-        self.on_progress(
-            Progress(phase, done, total, rejected, rate, max(0.0, left) if left else left)
-        )
+        self.on_progress(Progress(phase, done, total, rejected))
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

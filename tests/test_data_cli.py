@@ -1,0 +1,163 @@
+"""`clipkit data` as a new user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from data_samples import save, save_all
+from PIL import Image
+from typer.testing import CliRunner
+
+from app.data_cli import data
+from clipkit.errors import InputError
+from clipkit.records import read_dataset
+
+ROOT = Path(__file__).parent.parent
+
+
+def clipkit(*arguments: object) -> tuple[int, str]:
+    """(exit code, what was said). Errors of the person's come as exceptions, as `main` catches them."""
+    done = CliRunner().invoke(data, [str(a) for a in arguments], catch_exceptions=False)
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """A CSV with odd column names, three broken rows, duplicated pictures."""
+    folder = tmp_path / "from marketing"
+    save_all(folder / "images", *(f"{n}.png" for n in range(20)))
+    (folder / "images" / "copy.png").write_bytes((folder / "images" / "3.png").read_bytes())
+    rows = [f'{n};images/{n}.png;"Ein Ding Nummer {n} &amp; mehr"' for n in range(20)]
+    rows += [
+        "20;images/copy.png;Noch eines",
+        "21;images/3.png",
+        '22;images/4.png;"offen',
+        "23;weg.png;x",
+    ]
+    path = folder / "captions.csv"
+    path.write_text(
+        "\n".join(["Nr;Bilddatei;Bildbeschreibung", *rows]) + "\n", encoding="utf-8-sig"
+    )
+    return path
+
+
+def test_from_an_odd_table_to_a_data_set(captions: Path, tmp_path: Path) -> None:
+    code, said = clipkit("build", captions, "--out", tmp_path / "dataset")
+    assert code == 0
+    flat = " ".join(said.split())
+    assert (
+        "semicolon-separated, utf-8-sig: pictures from 'Bilddatei', captions from 'Bildbes" in flat
+    )
+    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 mended" in flat
+    assert "rejected 3 rows: wrong-field-count 1, unclosed-quote 1, missing 1" in flat
+    assert "rejected 1 pictures: duplicate 1" in flat
+    assert len(list(read_dataset(tmp_path / "dataset"))) == 20
+    assert "--out" in json.loads((tmp_path / "dataset" / "dataset.json").read_text())[
+        "command"
+    ] or (sys.argv[0].endswith(("pytest", "__main__.py")))
+
+
+def test_check_lists_leaks_and_exits_1(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 0)
+    save(tmp_path / "b.jpg", 0, quality=60)
+    save(tmp_path / "c.png", 2)
+    path = tmp_path / "t.csv"
+    path.write_text("image,caption,split\na.png,A dog,train\nb.jpg,A pet,test\nc.png,a dog,test\n")
+    code, said = clipkit("check", path)
+    assert code == 1
+    assert "1 look-alike in train and test" in said and "train: a.png | test: b.jpg" in said
+    assert "1 same-caption in train and test" in said
+    clipkit("build", path, "--out", tmp_path / "out", "--near", "drop")
+    assert clipkit("check", tmp_path / "out", "--strict") == (
+        0,
+        "pictures   test 2\nleaks      none across splits\ncaptions   none across splits\n",
+    )  # of look-alikes, the one that is tested on stays
+    path.write_text("image,caption,split\na.png,A dog,train\nc.png,a dog,test\n")
+    assert clipkit("check", path)[0] == 0  # "A dog" may be said of two pictures,
+    assert clipkit("check", path, "--strict")[0] == 1  # but not to the strict
+
+
+def test_stats_in_words_and_as_a_picture(captions: Path, tmp_path: Path) -> None:
+    code, said = clipkit("stats", captions, "--out", tmp_path / "stats")
+    assert code == 0
+    assert "frequent   ding 20, nummer 20, mehr 20" in said
+    assert "sizes      median 96 x 64; shorter side 64 to 64 pixels" in said
+    with Image.open(tmp_path / "stats" / "stats.png") as drawn:
+        assert drawn.width > 1000 and len(drawn.convert("RGB").getcolors(1 << 24) or ()) > 1000
+    with pytest.raises(InputError, match=r"cannot write the picture .*name a \.png"):
+        clipkit("stats", captions, "--out", tmp_path / "x.docx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["build", "nowhere.csv", "--out", "x"], r"nowhere\.csv does not exist"),
+        (
+            ["build", "{csv}", "--out", "x", "--image-column", "File"],
+            r"no column 'File'; it has 'Nr'",
+        ),
+        (["build", "{csv}", "--out", "x", "--allow", "all"], "cannot allow 'all'"),
+        (["build", "{csv}", "--out", "x", "--radius", "99"], "radius is 99; it must be 0 to 15"),
+        (["build", "{csv}", "--out", "x", "--test", "1.5"], r"test fraction is 1\.5"),
+        (["check", "{csv}"], "has no pictures in splits"),
+        (["check", "{csv}", "--radius", "16"], "--radius is 16; it must be 0 to 15"),
+        (["stats", "{csv}", "--kind", "cvs"], "unknown kind 'cvs'"),
+    ],
+)
+def test_mistakes_are_one_sentence(captions: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        clipkit(*(a.format(csv=captions) for a in arguments))
+
+
+@pytest.mark.parametrize("command", ["build", "check", "stats"])
+def test_help_has_examples(command: str) -> None:
+    code, said = clipkit(command, "--help")
+    assert code == 0 and f"clipkit data {command} " in " ".join(said.split())
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    heavy = "torch datasets matplotlib scipy imagehash ftfy faiss".split()
+    code = (
+        "import app.data_cli, data_prep.sources, data_prep.build, data_prep.stats, sys;"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_ctrl_c_leaves_nothing(captions: Path, tmp_path: Path) -> None:
+    """A real interrupt in the middle of reading: exit 130, a sentence, no files."""
+    import signal
+
+    code = (
+        "import signal, sys, data_prep.build_pictures as b\n"
+        "slow = b.perceptual_hash\n"
+        "def hashed(rgb):\n"
+        "    import time; print('reading', flush=True); time.sleep(0.2); return slow(rgb)\n"
+        "b.perceptual_hash = hashed\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from app.data_cli import data; data()"
+    )
+    arguments = ["build", str(captions), "--out", str(tmp_path / "out"), "--workers", "1"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while "reading" not in process.stdout.readline():
+            pass
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait(30) == 130
+    assert "stopped; " in said and "was not touched" in said and "Traceback" not in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["from marketing"]
