@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app import train_cli
+from app.data_cli import data
 from app.eval_cli import evaluate
 from app.places import index_folder
 from app.terminal import duration, printable, size, stop_on_signal
@@ -40,6 +42,8 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+cli.add_typer(data)
+cli.command(epilog=train_cli.EPILOG, context_settings=train_cli.ANY_OPTION)(train_cli.train)
 cli.add_typer(evaluate)
 
 IndexOption = Annotated[

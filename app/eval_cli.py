@@ -221,8 +221,8 @@ def probe(
 
 @evaluate.command(
     epilog="Examples:  clipkit eval robustness --data ./folder-per-class   ·   clipkit eval "
-    "robustness --data dataset --corruptions motion_blur,jpeg_compression --severities 1,3,5   ·   clipkit eval "
-    "robustness --data ./domain-folders --by-domain"
+    "robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5   ·   clipkit "
+    "eval robustness --data ./domain-folders --by-domain"
 )
 def robustness(
     data: DataOption,

@@ -13,14 +13,16 @@ __all__ = ["duration", "printable", "progress_shown", "size", "stop_on_signal"]
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
+def stop_on_signal(
+    words: str = "stopping after this batch; once more to stop at once",
+) -> Iterator[threading.Event]:
     """Ctrl-C or a polite kill ends the run after the current batch; a second one ends it at once."""
     stop = threading.Event()
 
     def handle(number: int, _frame: object) -> None:
         stop.set()
         signal.signal(number, signal.default_int_handler)
-        print("\nstopping after this batch; once more to stop at once", file=sys.stderr)
+        print(f"\n{words}", file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

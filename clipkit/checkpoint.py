@@ -45,6 +45,7 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 PROVENANCE_FILE = "clipkit.json"
 TEXT_CONFIG_FILE = "config.json"
+RUN_RESULT = "checkpoint"  # where a training run keeps it
 # What decides how a text becomes tokens: the first of these that exists is hashed.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -123,10 +124,16 @@ def builtin_folder() -> Path:
 
 
 def find_folder(spec: str) -> Path | None:
-    """The folder that a spec names, or None where the spec names a model of a hub."""
+    """The folder that a spec names, or None where the spec names a model of a hub.
+
+    A training run's folder stands for the checkpoint that it ended with.
+    """
     if spec == "builtin":
         return builtin_folder()
     folder = Path(spec.removeprefix("local-dir:")).expanduser()
+    result = folder / RUN_RESULT
+    if (result / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
+        return result
     return folder if folder.is_dir() else None
 
 

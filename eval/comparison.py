@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from clipkit.metrics import Interval, Paired
 from eval.report import (
     EvalReport,
+    cell_text,
     direction,
     interval_text,
     is_share,
@@ -100,6 +101,8 @@ class Comparison:
     created_at: str = ""  # UTC, ISO
     command: str = ""
     encoder_ids: tuple[str, ...] = ()  # as `names`
+    # Curves and tables that belong to the whole, such as a training run's: see page.py for the keys.
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the comparison into `folder`, which is made; one that is there is replaced."""
@@ -128,6 +131,7 @@ class Comparison:
                 "words": self.words,
                 "warnings": self.warnings,
                 "sections": sections,
+                "details": self.details,
                 "created_at": self.created_at,
                 "command": self.command,
             }
@@ -143,6 +147,9 @@ class Comparison:
             parts += [markdown_table(*self._table(section)), markdown(section.note)]
             cells = [[str(cell) for cell in row] for row in section.made["rows"]]
             parts.append(markdown_table(section.made["columns"], cells))
+        for table in self.details.get("tables", ()):
+            cells = [[cell_text(cell) for cell in row] for row in table["rows"]]
+            parts += [f"## {markdown(table['title'])}", markdown_table(table["columns"], cells)]
         if self.command:
             parts.append(f"Command: {markdown(self.command)}")
         return "\n\n".join(parts) + "\n"

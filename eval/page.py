@@ -108,7 +108,12 @@ def render_comparison(comparison: Comparison) -> str:
         for section in comparison.sections
     ]
     return _render(
-        "comparison.html", title=comparison.title, comparison=comparison, sections=sections
+        "comparison.html",
+        title=comparison.title,
+        comparison=comparison,
+        sections=sections,
+        plots=figures(comparison.details),
+        tables=_tables(comparison.details),
     )
 
 
