@@ -18,7 +18,7 @@ from clipkit.training.large_batch import (
     freeze_batch_norms,
     refuse_batch_norms,
 )
-from clipkit.training.model import TrainableTowers, loss_of
+from clipkit.training.model import TrainableTowers, checkpoint_activations, loss_of
 
 Checkpoint = Callable[..., Path]
 PAIRS = 5
@@ -141,6 +141,14 @@ def test_dropout_draws_the_same_masks_twice(tiny_checkpoint: Checkpoint) -> None
         assert_same(cached(model, 2), expected)
         assert torch.equal(torch.get_rng_state(), drawn)  # the second pass's draws do not count
         assert cached(model, 2)[0] != expected[0]  # dropout does act
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "timm-hf"])
+def test_activations_computed_again_are_the_same(tiny_checkpoint: Checkpoint, kind: str) -> None:
+    model = tiny(tiny_checkpoint(kind))
+    expected = plain(model)
+    assert checkpoint_activations(model.model) >= 4  # blocks of both towers
+    assert_same(cached(model, 2), expected)
 
 
 def test_the_order_in_chunks_does_not_matter(tiny_checkpoint: Checkpoint) -> None:

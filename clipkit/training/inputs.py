@@ -29,7 +29,6 @@ __all__ = ["Batch", "Inputs", "PictureInputs", "even_share", "random_view"]
 
 _VIEW = 2  # what a random stream is for; `data` has 0 and 1
 _AHEAD = 1024  # pictures decoded before they are needed, at most
-_TEXTS = 64  # captions a chunk, all of about one length
 _RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
 
 Job = TypeVar("Job")
@@ -100,8 +99,9 @@ class PictureInputs:
 
     def captions(self) -> Iterator[torch.Tensor]:
         share = self.data.texts[even_share(len(self.data.texts))]
-        for start in range(0, len(share), _TEXTS):
-            yield self._towers.tokenize(share[start : start + _TEXTS])
+        chunk = 4 * self._encoder.preferred_batch  # all of about one length
+        for start in range(0, len(share), chunk):
+            yield self._towers.tokenize(share[start : start + chunk])
 
     def _own(self, plan: Plan) -> slice:
         return own_slice(len(plan.pictures))

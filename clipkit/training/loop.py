@@ -124,6 +124,7 @@ class _Run:
         self.best, self.best_step = best, state.best_step
         self.start_scores = Scores(**state.start_scores) if state.start_scores else None
         self.best_scores = Scores(**state.best_scores) if state.best_scores else None
+        self.last_scores = self.best_scores
         set_random_state(state.random[distributed.rank()])
         if distributed.rank() == 0:
             self.job.folder.forget_after(state.step)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
 
 from clipkit.losses import LOSSES
 from clipkit.towers import DualEncoder
 from clipkit.training.large_batch import freeze_batch_norms
 
-__all__ = ["Towers", "TrainableTowers", "loss_of"]
+__all__ = ["Towers", "TrainableTowers", "checkpoint_activations", "loss_of"]
+
+_BLOCK = re.compile(r"(?:resblocks|blocks|layers?|stages)\.?\d+$")
 
 # What SigLIP starts from (arXiv 2303.15343, section 3.2), for a model that was made without a bias.
 _SIGLIP_BIAS = -10.0
@@ -39,6 +44,23 @@ def loss_of(encoder: DualEncoder, asked: str) -> str:
     if asked in LOSSES:
         return asked
     return "siglip" if getattr(encoder.model, "logit_bias", None) is not None else "infonce"
+
+
+def checkpoint_activations(model: torch.nn.Module) -> int:
+    """Let every block keep its input only, and compute the rest again on the way back (Chen et al.
+    2016, arXiv 1604.06174); how many blocks. Less memory for a third more time, the same numbers.
+
+    Not by the libraries' own switches: Hugging Face's acts in training mode only.
+    """
+    found = ""
+    count = 0
+    for name, module in model.named_modules():
+        inside = found and name.startswith(f"{found}.")
+        if _BLOCK.search(name) and not inside:
+            found = name
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            count += 1
+    return count
 
 
 class TrainableTowers:

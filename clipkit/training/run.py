@@ -26,7 +26,7 @@ from clipkit.training.heads import FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.job import Job, Progress
 from clipkit.training.loop import fit
-from clipkit.training.model import Towers, TrainableTowers, loss_of
+from clipkit.training.model import Towers, TrainableTowers, checkpoint_activations, loss_of
 from clipkit.training.parameters import choose_parameters
 from clipkit.training.randomness import own_generators
 
@@ -93,7 +93,7 @@ def _run(
     dtype = _DTYPES[_precision(device, config.precision)]
     model = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
     if config.activation_checkpointing:
-        encoder.model.set_grad_checkpointing(True)  # type: ignore[operator]
+        checkpoint_activations(encoder.model)
     data, held_out = _read(config)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
