@@ -81,9 +81,10 @@ class EvalReport:
 
     @property
     def title(self) -> str:
-        """ "Retrieval on flickr8k, split dev"."""
+        """ "Retrieval on flickr8k/captions.jsonl, split dev": of a long path, its end."""
         split = f", split {self.split}" if self.split else ""
-        return f"{TASKS.get(self.task, self.task)} on {self.dataset}{split}"
+        name = "/".join(re.split(r"[/\\]", self.dataset)[-2:])
+        return f"{TASKS.get(self.task, self.task)} on {name}{split}"
 
     # ---- kept
 
