@@ -275,6 +275,10 @@ def _stopping(message: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def _known(total: int | None, done: int) -> int:
     """A stream tells no total: then what is done."""
     return done if total is None else total
@@ -290,10 +294,10 @@ def _print_built(built: Built, seconds: float) -> None:
     mended = f", {built.mended:,} mended" if built.mended else ""
     print(f"captions   {built.captions:,}{mended}")
     if built.groups:
-        print(f"look-alike {built.groups:,} groups")
+        print(f"look-alike {_count(built.groups, 'group')}")
     for what, reasons in built.rejected.items():
         told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-        print(f"rejected   {sum(reasons.values()):,} {what}s: {told}")
+        print(f"rejected   {_count(sum(reasons.values()), what)}: {told}")
     if built.rejected:
         print(
             f"           each with its reason in {printable(str(built.folder / 'rejected.jsonl'))}"

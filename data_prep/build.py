@@ -224,8 +224,10 @@ class _Build:
                 self._official.append(None)
                 self._looks += loaded.look
                 row |= {"file": loaded.file, "width": loaded.width, "height": loaded.height}
-            elif isinstance(loaded, Loaded):
+            elif isinstance(loaded, Loaded) and isinstance(found, int):
                 detail = f"the same file as {loaded.image_id}, which has its captions now"
+                if pair.split and (known := self._official[found]) not in (None, pair.split):
+                    detail += f"; said to be of {known} and of {pair.split}: the latter of them"
                 self._reject("picture", source, pair.row, "duplicate", detail, pair.name)
             if path is not None:
                 self._met[path] = found

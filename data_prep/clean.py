@@ -102,6 +102,8 @@ def _ftfy_config() -> ftfy.TextFixerConfig:
 
 def mend(caption: str) -> str:
     """The caption as it was meant: one line, entities and wrong decodings undone."""
+    if caption.isascii() and caption.isprintable() and not ("&" in caption or "<" in caption):
+        return " ".join(caption.split())  # most captions: nothing below would change them
     import ftfy
 
     # JSON can escape half a surrogate pair, which no tokenizer takes
@@ -134,7 +136,7 @@ def caption_fault(caption: str, rules: Rules) -> str | None:
         return "file-name"
     if "mojibake" not in rules.allow and _garbled(caption):
         return "mojibake"
-    letters = [c for c in caption if unicodedata.category(c)[0] in "LM"]
+    letters = [c for c in caption if c.isalpha() or unicodedata.category(c)[0] == "M"]
     visible = sum(not c.isspace() for c in caption)
     if "no-letters" not in rules.allow and len(letters) < _FEWEST_LETTERS * visible:
         return "no-letters"
@@ -147,6 +149,8 @@ def caption_fault(caption: str, rules: Rules) -> str | None:
 
 
 def _garbled(caption: str) -> bool:
+    if caption.isascii():
+        return False
     from ftfy.badness import is_bad
 
     return "\ufffd" in caption or is_bad(caption)

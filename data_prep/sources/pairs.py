@@ -95,6 +95,9 @@ class Pictures:
             raise DatasetError(f"--pictures {root} is no folder; name the one the pictures lie in")
         self._folders = [root] if root else []
         self._folders += [home, *(home / name for name in (*also, *USUAL_FOLDERS))]
+        self._told = (
+            f"{root} nor {home}" if root else f"{home} nor in a folder such as images/ there"
+        )
         self._last = self._folders[0]  # where the one before was: most often right again
 
     def find(self, name: str) -> Path | None:
@@ -130,10 +133,7 @@ class Pictures:
             )
         path = self.find(name)
         if path is None:
-            places = ", ".join(str(folder) for folder in self._folders[:2])
-            return Broken(
-                row, "missing", f"{name:.200} is not there (looked in {places} and below)"
-            )
+            return Broken(row, "missing", f"{name:.200} is not in {self._told}")
         return RawPair(path, name, row, captions, split, meta or {})
 
 
