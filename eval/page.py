@@ -206,6 +206,15 @@ def _tables(details: Mapping[str, Any]) -> list[dict[str, Any]]:
     return shown
 
 
+def _word_columns(table: Mapping[str, Any]) -> list[bool]:
+    """Which columns hold words rather than figures: those stand to the left."""
+    figure = re.compile(r"[+−-]?[\d.,]+( ?%)?( .*\d.*)?|[–-]?")
+    return [
+        any(isinstance(row[at], str) and not figure.fullmatch(row[at]) for row in table["rows"])
+        for at in range(len(table["columns"]))
+    ]
+
+
 def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     shown = []
     for group in groups:
@@ -280,5 +289,6 @@ def _environment() -> Environment:
         "interval": interval_text,
         "cell": cell_text,
         "is_share": is_share,
+        "word_columns": _word_columns,
     }
     return environment

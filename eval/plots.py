@@ -51,7 +51,7 @@ def curves(curve: Mapping[str, Any]) -> str:
         if series.get("low") and series.get("high"):
             low, high = _floats(series["low"]), _floats(series["high"])
             axes.fill_between(x, low, high, color=hue, alpha=0.16, linewidth=0)
-        marker = MARKERS[dash] if len(x) <= 30 else ""
+        marker = MARKERS[dash] if len(x) <= 12 else ""
         axes.plot(
             x, y, color=hue, linestyle=LINES[dash], marker=marker, markersize=4, linewidth=1.8
         )
@@ -74,7 +74,7 @@ def reliability(diagram: Mapping[str, Any]) -> str:
     _plain_axes(lower, "confidence", "n")
     upper.bar(left, _floats([b["accuracy"] for b in bins]), width, align="edge", color=_HUES[0],
               alpha=0.28, edgecolor=PAPER, linewidth=1)  # fmt: skip
-    upper.plot([0, 1], [0, 1], color=GRID, linestyle=LINES[1], linewidth=1.4)
+    upper.plot([0, 1], [0, 1], color=INK, linestyle=LINES[1], linewidth=1.2, alpha=0.6)
     upper.plot(_floats([b["confidence"] for b in bins]), _floats([b["accuracy"] for b in bins]),
                color=_HUES[0], marker="o", markersize=4, linewidth=1.8)  # fmt: skip
     upper.set(xlim=(0, 1), ylim=(0, 1.02))
@@ -129,11 +129,13 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
                 tone = "fill-1" if row == column else "fill-2"
                 parts.append(
                     f'<rect class="{tone}" x="{x:g}" y="{y:g}" width="{cell - 1}" '
-                    f'height="{cell - 1}" fill-opacity="{max(share, 0.05):.2f}">'
+                    f'height="{cell - 1}" fill-opacity="{0.05 + 0.6 * share:.2f}">'
                     f"<title>{_escaped(told)}</title></rect>"
                 )
             if number and cell >= 26:
-                parts.append(_text(x + cell / 2, y + cell / 2 + 3.5, f"{number}", "middle"))
+                parts.append(
+                    _text(x + cell / 2, y + cell / 2 + 3.5, f"{number}", "middle", ink="strong")
+                )
         x = edge + (row + 0.5) * cell + 3
         turned = f' transform="rotate(-50 {x:g} {top - 5:g})"'
         parts.append(_text(x, top - 5, _short(name), "start", turned))
@@ -144,9 +146,9 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     return f'<svg viewBox="{box}" role="img" aria-label="{label}">{frame}{"".join(parts)}</svg>'
 
 
-def _text(x: float, y: float, text: str, anchor: str, more: str = "") -> str:
+def _text(x: float, y: float, text: str, anchor: str, more: str = "", *, ink: str = "ink") -> str:
     return (
-        f'<text class="fill-ink" x="{x:g}" y="{y:g}" font-size="11" text-anchor="{anchor}"{more}>'
+        f'<text class="fill-{ink}" x="{x:g}" y="{y:g}" font-size="11" text-anchor="{anchor}"{more}>'
         f"{_escaped(text)}</text>"
     )
 
