@@ -62,6 +62,8 @@ def aside(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
         folder.mkdir()
         yield folder
+    except OSError as error:  # a full disk, a folder that was taken away
+        raise InputError(f"cannot build {out}: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         Path(f"{folder}.lock").unlink(missing_ok=True)

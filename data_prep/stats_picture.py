@@ -155,7 +155,8 @@ def _sizes(axes: Axes, stats: Stats) -> None:
     sizes, counts = np.unique(stats.sizes, axis=0, return_counts=True)
     area = 12 + 500 * counts / counts.sum()
     axes.scatter(sizes[:, 0], sizes[:, 1], s=area, color=_BLUE, alpha=0.45, linewidths=0)
-    limits = (0.8 * sizes.min(), 1.25 * sizes.max())
+    room = 1.25 if sizes.max() > 2 * sizes.min() else 2.0  # of one size: still some ticks about it
+    limits = (sizes.min() / room, sizes.max() * room)
     axes.plot(limits, limits, color="#d5d9e2", lw=1, zorder=0)
     axes.set(xscale="log", yscale="log", xlim=limits, ylim=limits, xlabel="width", ylabel="height")
     ticks = [t for t in 2.0 ** np.arange(4, 16) if limits[0] <= t <= limits[1]]

@@ -359,6 +359,16 @@ def test_an_interrupted_build_leaves_what_was(messy: Path, tmp_path: Path, phase
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_full_disk_is_a_sentence(messy: Path, tmp_path: Path) -> None:
+    def full(progress: Progress) -> None:
+        if progress.phase == "writing":
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot build .*out: .*No space left on device"):
+        run(tmp_path / "out", messy, on_progress=full)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in"]
+
+
 def test_leftovers_of_a_killed_build_go_and_a_living_one_is_respected(
     messy: Path, tmp_path: Path
 ) -> None:

@@ -188,6 +188,16 @@ def test_an_imagefolder_with_any_text_column(tmp_path: Path) -> None:
     assert [r.row for r in rows] == ["train, line 1", "train, line 2", "test, line 2"]
 
 
+def test_an_imagefolder_whose_meta_is_anothers(tmp_path: Path) -> None:
+    """Columns called image_id and meta, in which no JSON object of clipkit's stands."""
+    save(tmp_path / "train" / "a.jpg", 0)
+    for meta in ("[1]", "{broken", 7, None):
+        line = {"file_name": "a.jpg", "text": "A dog", "image_id": "1", "meta": meta}
+        jsonl(tmp_path / "train" / "metadata.jsonl", line)
+        (row,) = rows_of(tmp_path)
+        assert isinstance(row, RawPair) and row.meta == {"image_id": "1", "meta": meta}
+
+
 def _tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:

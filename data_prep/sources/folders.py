@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES
@@ -108,10 +109,20 @@ def _named(pair: RawPair | Broken, folder: str) -> RawPair | Broken:
     row = f"{folder}, {pair.row}"
     if isinstance(pair, Broken):
         return Broken(row, pair.reason, pair.detail)
-    meta = dict(pair.meta)
-    if "image_id" in meta and isinstance(meta.get("meta"), str):  # written by data_prep.build
-        meta = {k: v for k, v in meta.items() if k in LISTS} | json.loads(meta["meta"])
+    meta = _unpacked(pair.meta) if "image_id" in pair.meta else pair.meta
     return RawPair(pair.picture, pair.name, row, pair.captions, pair.split, meta)
+
+
+def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of a data set that data_prep.build wrote: what went into it; any other is left as it is."""
+    try:
+        inner = json.loads(meta.get("meta", ""))
+    except (TypeError, ValueError):
+        return meta
+    if not isinstance(inner, dict):
+        return meta
+    lists = {name: [text for text in meta.get(name, ()) if text] for name in LISTS}
+    return {name: texts for name, texts in lists.items() if texts} | inner
 
 
 def _count(file: Path) -> int:
