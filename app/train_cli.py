@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,9 +34,11 @@ ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def train(
-    context: typer.Context,
-    data: Annotated[
-        str | None, typer.Argument(metavar="DATASET", help="As `clipkit data build` writes it.")
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="DATASET", show_default=False, help="As `clipkit data build` writes it."
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -79,11 +82,11 @@ def train(
     from clipkit.training import resume as resume_run
     from clipkit.training import train as train_run
 
-    given = _flags(context.args)
+    given = _flags(arguments or [], TrainConfig)
     if options:
         print("\n".join(_listed(TrainConfig, recipe or "heads")))
         return
-    told = {"data": data, "recipe": recipe, "start": model}
+    told = {"recipe": recipe, "start": model}
     given |= {key: value for key, value in told.items() if value is not None}
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
         with _progress() as show:
@@ -106,23 +109,32 @@ def train(
             _report(summary, generic, stop)
 
 
-def _flags(arguments: list[str]) -> dict[str, Any]:
-    """["--batch", "64", "--no-flip"] -> {"batch": 64, "flip": False}: any key of TrainConfig."""
+def _flags(arguments: list[str], config: type[TrainConfig]) -> dict[str, Any]:
+    """["photos", "--batch", "64", "--no-flip"] -> {"data": "photos", "batch": 64, "flip": False}"""
+    switches = {item.name for item in fields(config) if item.type == "bool"}
     given: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            raise InputError(f"{flag!r} is not understood; options look like --batch 64")
-        key, equals, value = flag[2:].partition("=")
-        if not equals and rest and not rest[0].startswith("--"):
-            equals, value = "=", rest.pop(0)
+            if "data" in given:
+                raise InputError(
+                    f"{flag!r} is not understood beside dataset {given['data']!r}; "
+                    "options look like --batch 64"
+                )
+            given["data"] = flag
+            continue
+        key, equals, _ = flag[2:].replace("-", "_").partition("=")
         if equals:
-            given[key.replace("-", "_")] = _value(value)
-        elif key.startswith("no-"):
-            given[key[3:].replace("-", "_")] = False
+            given[key] = _value(flag.partition("=")[2])
+        elif key in switches:
+            given[key] = True
+        elif key.removeprefix("no_") in switches:
+            given[key.removeprefix("no_")] = False
+        elif rest:
+            given[key] = _value(rest.pop(0))
         else:
-            given[key.replace("-", "_")] = True
+            raise InputError(f"{flag} needs a value, such as {flag} 1")
     return given
 
 
@@ -136,8 +148,6 @@ def _value(text: str) -> Any:
 
 
 def _listed(config: type[TrainConfig], recipe: str) -> Iterator[str]:
-    from dataclasses import fields
-
     from clipkit.training import RECIPES
 
     if recipe not in RECIPES:

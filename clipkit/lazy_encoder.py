@@ -55,6 +55,8 @@ class LazyEncoder:
     @property
     def precision(self) -> str:
         """What the towers compute in on the chosen device, said without loading them."""
+        if self._options["precision"] != "auto":
+            return str(self._options["precision"])
         from clipkit import towers
 
         device = towers.choose_device(self._options["device"])
