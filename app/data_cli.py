@@ -294,7 +294,8 @@ def _print_built(built: Built, seconds: float) -> None:
     mended = f", {built.mended:,} mended" if built.mended else ""
     print(f"captions   {built.captions:,}{mended}")
     if built.groups:
-        print(f"look-alike {_count(built.groups, 'group')}")
+        parted = f", {built.parted:,} parted by official splits: see clipkit data check"
+        print(f"look-alike {_count(built.groups, 'group')}{parted if built.parted else ''}")
     for what, reasons in built.rejected.items():
         told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         print(f"rejected   {_count(sum(reasons.values()), what)}: {told}")

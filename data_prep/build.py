@@ -3,9 +3,10 @@
     sources ── load (threads): decode, hash, link ──▶ spool + pool of pictures     (aside)
     spool ── merge a picture's rows ── look-alikes ── splits ──▶ train/ validation/ test/   (renamed)
 
-What stays in memory is a few hundred bytes a picture: identity, perceptual hash, where its rows lie;
-never pictures nor captions. All is written into a hidden folder beside the goal, which is renamed when
-its last file, dataset.json, is there. Interrupted, it is removed; killed, the next run removes it.
+What stays in memory is about 1 kB a picture: identity, perceptual hash, where its rows lie, hashes of
+its captions; never pictures nor captions themselves. All is written into a hidden folder beside the
+goal, which is renamed when its last file, dataset.json, is there. Interrupted, it is removed; killed,
+the next run removes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,15 @@ from clipkit.images import Limits
 from clipkit.records import SPLITS
 from data_prep.build_files import FolderWriter, Record, ShardWriter, Writer
 from data_prep.build_pictures import Fault, Loaded, Loader, in_order
-from data_prep.build_place import MANIFEST, aside, check_out, swap, write_manifest
+from data_prep.build_place import (
+    MANIFEST,
+    Built,
+    Progress,
+    aside,
+    check_out,
+    swap,
+    write_manifest,
+)
 from data_prep.clean import Rules, caption_fault, mend, same_caption
 from data_prep.sources import Broken, RawPair, Source
 from data_prep.sources.pairs import LISTS
@@ -42,28 +51,6 @@ REJECTED = "rejected.jsonl"
 _SPOOL, _MERGED = "spool.jsonl", "merged.jsonl"
 # Of a picture's official splits the last counts: what is tested on must not be trained on.
 _RANK = {split: rank for rank, split in enumerate((None, *SPLITS))}
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    phase: Literal["reading", "comparing", "writing"]
-    done: int  # rows read, or pictures written
-    total: int | None
-    rejected: int
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """What a build came to. `rejected`: {"row" | "picture" | "caption": {reason: count}}."""
-
-    folder: Path
-    rows: int
-    pictures: Mapping[str, int]  # by split
-    captions: int
-    mended: int  # captions
-    groups: int  # of look-alikes, two pictures or more
-    rejected: Mapping[str, Mapping[str, int]]
-    fingerprint: str
 
 
 def build(
@@ -116,32 +103,16 @@ def build(
             run.counts["captions"],
             run.counts["mended"],
             run.counts["groups"],
+            run.counts["parted"],
             {what: dict(reasons.most_common()) for what, reasons in run.rejected.items()},
             f"{run.fingerprint:032x}",
         )
-        write_manifest(
-            folder / MANIFEST,
-            {
-                "fingerprint": built.fingerprint,
-                "command": command,
-                "sources": [{"kind": s.kind, "path": s.path, "says": s.says} for s in sources],
-                "options": {
-                    "rules": asdict(rules) | {"allow": sorted(rules.allow)},
-                    "fractions": asdict(fractions),
-                    "seed": seed,
-                    "resize": resize,
-                    "shards": shards,
-                },
-                "counts": {
-                    "rows": built.rows,
-                    "pictures": built.pictures,
-                    "captions": built.captions,
-                    "mended_captions": built.mended,
-                    "groups_of_look_alikes": built.groups,
-                    "rejected": built.rejected,
-                },
-            },
-        )
+        options = {
+            "rules": asdict(rules) | {"allow": sorted(rules.allow)},
+            "fractions": asdict(fractions),
+            **{"seed": seed, "resize": resize, "shards": shards},
+        }
+        write_manifest(folder / MANIFEST, built, sources, options=options, command=command)
         swap(folder, out)
     return built
 
@@ -317,7 +288,13 @@ class _Build:
         splits: list[str | None] = list(
             assign(ids, self._official, groups, fractions=fractions, seed=seed)
         )
-        if self.rules.near == "drop":
+        ranks = np.array([_RANK[split] for split in splits], np.int64)
+        first, last = np.full(count, len(_RANK)), np.zeros(count, np.int64)
+        np.minimum.at(first, groups, ranks)
+        np.maximum.at(last, groups, ranks)
+        if self.rules.near != "drop":
+            self.counts["parted"] = int((first < last).sum())
+        else:
             for number in np.flatnonzero(~self._kept(groups)):
                 splits[number] = None
         return splits

@@ -1,4 +1,4 @@
-"""Where a data set is built and how it takes its place: aside, whole, or not at all."""
+"""What a build tells, and how its data set takes its place: aside first, then whole, or not at all."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,9 +18,32 @@ from clipkit import __version__
 from clipkit.errors import InputError
 from data_prep.sources import Source
 
-__all__ = ["MANIFEST", "aside", "check_out", "swap", "write_manifest"]
+__all__ = ["MANIFEST", "Built", "Progress", "aside", "check_out", "swap", "write_manifest"]
 
 MANIFEST = "dataset.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    phase: Literal["reading", "comparing", "writing"]
+    done: int  # rows read, or pictures written
+    total: int | None
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build came to. `rejected`: {"row" | "picture" | "caption": {reason: count}}."""
+
+    folder: Path
+    rows: int
+    pictures: Mapping[str, int]  # by split
+    captions: int
+    mended: int  # captions
+    groups: int  # of look-alikes, two pictures or more
+    parted: int  # of these, those that official splits tear apart
+    rejected: Mapping[str, Mapping[str, int]]
+    fingerprint: str
 
 
 def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
@@ -80,7 +104,14 @@ def swap(folder: Path, out: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_manifest(path: Path, told: Mapping[str, Any]) -> None:
+def write_manifest(
+    path: Path,
+    built: Built,
+    sources: Sequence[Source],
+    *,
+    options: Mapping[str, Any],
+    command: str,
+) -> None:
     """What the data set came from and with what, on the disk before it is called one."""
     import imagehash
     import PIL
@@ -88,7 +119,19 @@ def write_manifest(path: Path, told: Mapping[str, Any]) -> None:
     manifest = {
         "format": "clipkit data set, 1",
         "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **told,
+        "fingerprint": built.fingerprint,
+        "command": command,
+        "sources": [{"kind": s.kind, "path": s.path, "says": s.says} for s in sources],
+        "options": options,
+        "counts": {
+            "rows": built.rows,
+            "pictures": built.pictures,
+            "captions": built.captions,
+            "mended_captions": built.mended,
+            "groups_of_look_alikes": built.groups,
+            "parted_by_official_splits": built.parted,
+            "rejected": built.rejected,
+        },
         "versions": {
             "clipkit": __version__,
             "imagehash": imagehash.__version__,

@@ -209,7 +209,7 @@ def _look_alikes(folder: Path) -> Path:
 def test_look_alikes_stay_in_one_split(tmp_path: Path) -> None:
     path = _look_alikes(tmp_path / "in")
     built = run(tmp_path / "out", path, fractions=HALVES)
-    assert built.groups == 10 and sum(built.pictures.values()) == 20
+    assert built.groups == 10 and built.parted == 0 and sum(built.pictures.values()) == 20
     splits: dict[str, set[str | None]] = {}
     for record in read_dataset(tmp_path / "out"):
         splits.setdefault(record.captions[0][-1], set()).add(record.split)
@@ -241,6 +241,17 @@ def test_a_file_in_two_official_splits_is_tested_on(tmp_path: Path) -> None:
         (("One", "Two"), "test"),
         (("Three",), "train"),
     }
+
+
+def test_official_splits_that_part_look_alikes_are_told(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", 0)
+    save(tmp_path / "a.jpg", 0, quality=70)
+    rows = [("a.png", "One", "test"), ("a.jpg", "Two", "train")]
+    path = table(tmp_path / "t.csv", *rows, header="image,caption,split")
+    built = run(tmp_path / "out", path)
+    assert (built.groups, built.parted) == (1, 1) and built.pictures == {"train": 1, "test": 1}
+    dropped = run(tmp_path / "dropped", path, rules=Rules(near="drop"))
+    assert dropped.parted == 0 and dropped.pictures == {"test": 1}
 
 
 def test_captions_on_many_pictures(tmp_path: Path) -> None:
