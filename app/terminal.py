@@ -34,8 +34,8 @@ def stop_on_signal(
 
 @contextmanager
 def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
-    """show(what, done, total): a bar for each kind of work, with rate and time left; where there is
-    no terminal, a line every ten seconds."""
+    """show(what, done, total): a bar for each kind of work, with its time left (total 0: unknown);
+    where there is no terminal, a line every ten seconds."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -62,11 +62,12 @@ def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
         def show(what: str, done: int, total: int) -> None:
             nonlocal last_line
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+                tasks[what] = bars.add_task(what, total=total or None)
+            bars.update(tasks[what], completed=done, total=total or None)
             if not console.is_terminal and time.monotonic() - last_line > 10:
                 last_line = time.monotonic()
-                print(f"{what}: {done:,} of {total:,}", file=sys.stderr)
+                of = f" of {total:,}" if total else ""
+                print(f"{what}: {done:,}{of}", file=sys.stderr)
 
         yield show
 
