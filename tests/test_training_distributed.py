@@ -166,6 +166,7 @@ def test_a_whole_run_of_two_processes_equals_one(
         "start": str(tiny_checkpoint("vit")),
     }
     torch.multiprocessing.spawn(trained_by_one_of_two, (str(tmp_path), options), nprocs=2)
+    trained(options, "one")
     one, two = (RunFolder(tmp_path / "runs" / name).load() for name in ("one", "two"))
     assert one is not None and two is not None and one[0].step == two[0].step == 2
     start = load_file(Path(options["start"]) / "open_clip_model.safetensors")
