@@ -23,7 +23,7 @@ Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 MAX_ITERATIONS = 1000
-_COARSE = (-2, 0, 2, 4, 6)  # powers of ten of C; unit rows want a large one
+_COARSE = (-2, 0, 2, 4)  # powers of ten of C, which unit rows want large
 _FINER = (1.0, 0.5)
 
 
