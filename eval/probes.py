@@ -304,10 +304,8 @@ def _few_shots(job: _Job, shots: Sequence[int], found: _Found) -> None:
             "same name is over the test pictures.",
         }
     )
-    said = (
-        f"With {rows[0][0]} training pictures per class the linear probe names {rows[0][1]} rightly"
-    )
-    found.words.append(said + (f", with {rows[-1][0]} {rows[-1][1]}." if len(rows) > 1 else "."))
+    said = f"From {rows[0][0]} per class the linear probe learns to name {rows[0][1]} rightly"
+    found.words.append(said + (f", from {rows[-1][0]} {rows[-1][1]}." if len(rows) > 1 else "."))
 
 
 def _curve(title: str, x_label: str, series: Mapping[str, Any]) -> dict[str, Any]:
