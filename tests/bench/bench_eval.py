@@ -8,8 +8,8 @@ zero-shot classification of `--pictures` pictures into `--classes` of ImageNet's
 first `--templates` templates, and retrieval among `--retrieval` pictures with five captions each.
 
     CLIP Benchmark   its own `evaluate` at its own batch size, in float32, and with autocast (its
-                     default, "amp") where the processor computes in bfloat16: elsewhere that is
-                     many times slower; pictures by OpenCLIP's transform in a DataLoader
+                     default, "amp") where the processor computes in bfloat16 or with --amp:
+                     elsewhere bfloat16 is emulated; pictures by OpenCLIP's transform
     clipkit          `evaluate_zero_shot` and `evaluate_retrieval`, in the precision that it chooses and
                      in float32: cold, then once more with the features kept by the first run
 
