@@ -38,6 +38,7 @@ def run(command: list[str], home: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "HOME": str(home),
         "XDG_DATA_HOME": str(home / "data"),
+        "XDG_CACHE_HOME": str(home / "cache"),
         "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("CLIPKIT_INDEX", None)
