@@ -29,7 +29,8 @@ OWNERS = {
 NO_TORCH = tuple(
     f"clipkit/{module}"
     for module in (
-        "errors records images catalog index query metrics checkpoint text_tower embed search lazy_encoder"
+        "errors records images catalog index query metrics checkpoint text_tower embed search "
+        "lazy_encoder"
     ).split()
 )
 SOURCES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))

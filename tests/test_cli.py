@@ -126,7 +126,7 @@ def test_ctrl_c_ends_soundly_and_the_next_run_goes_on(model: Path, tmp_path: Pat
     photos = tmp_path / "photos"
     photos.mkdir()
     for i in range(400):
-        Image.effect_noise((900, 700), 10 + i % 90).convert("RGB").save(photos / f"{i}.jpg")
+        Image.effect_noise((600, 450), 10 + i % 90).convert("RGB").save(photos / f"{i}.jpg")
     arguments = ["index", photos, "--index", tmp_path / "i", "--model", model, "--batch-size", 8]
     run = subprocess.Popen(
         [sys.executable, "-m", "app.cli", *map(str, arguments)],

@@ -97,7 +97,14 @@ def test_zero_shot_probe_and_robustness(
     assert code == 0, err
     assert "knn@1/acc@1" in out and "100.0 %" in out, "a picture's nearest neighbour is itself"
     code, out, err = run(
-        "robustness", "--data", classed, *model, "--corruptions", "jpeg_compression", "--severities", "1"
+        "robustness",
+        "--data",
+        classed,
+        *model,
+        "--corruptions",
+        "jpeg_compression",
+        "--severities",
+        "1",
     )
     assert code == 0, err
     assert "jpeg" in out
