@@ -172,12 +172,19 @@ class DualEncoder:
 
     @torch.inference_mode()
     def _encode_text_batch(self, texts: Sequence[str]) -> torch.Tensor:
-        with self._tokenizer_lock:
-            tokens: torch.Tensor = self._tokenizer(list(texts))  # int64 (N, context_length)
-        return self._text_features(tokens.to(self.device))
+        return self.text_features(self.tokenize(texts).to(self.device))
 
-    def _text_features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """OpenCLIP's encode_text, without the work on padding where it cannot change the result."""
+    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
+        """int64 (N, context length). Any thread may call it."""
+        with self._tokenizer_lock:
+            tokens: torch.Tensor = self._tokenizer(list(texts))
+        return tokens
+
+    def text_features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 (N, L) -> (N, D), not normalised, with gradients where they are wanted.
+
+        OpenCLIP's encode_text, without the work on padding where it cannot change the result.
+        """
         text = getattr(self.model, "text", self.model)
         if (pad := getattr(getattr(text, "config", None), "pad_token_id", None)) is not None:
             # A Hugging Face tower masks padding: columns that hold nothing else can go.

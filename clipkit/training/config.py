@@ -138,7 +138,8 @@ class TrainConfig:
     activation_checkpointing: bool = _option("less memory, a third more time", False)
     workers: int = _option("decode threads (0: one a core)", 0, low=0)
     seed: int = _option("of orders, crops, captions, adapters", 0, low=0)
-    tensorboard: bool = _option("write TensorBoard events, if it is installed", True)
+    tensorboard: bool = _option("write TensorBoard events", True)
+    trackers: str = _option("report to these, too: wandb, mlflow, ... (by accelerate)", "")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainConfig)

@@ -91,7 +91,7 @@ class _Run:
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
         self.ema = Ema(job.trained.named, job.config.ema)
-        self.tracker = Tracker(job.folder, tensorboard=job.config.tensorboard)
+        self.tracker = Tracker(job.folder, job.config)
         kind = LOSSES[job.loss]
         scale, bias = job.towers.logit_scale, job.towers.logit_bias
         self.scalars = [scale, bias] if kind.has_bias and bias is not None else [scale]

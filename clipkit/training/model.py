@@ -118,13 +118,11 @@ class TrainableTowers:
     def raw_texts(self, inputs: torch.Tensor) -> torch.Tensor:
         """As `texts`, before it is normalised."""
         with self._autocast():
-            return self.encoder._text_features(inputs.to(self.device, non_blocking=True))
+            return self.encoder.text_features(inputs.to(self.device, non_blocking=True))
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """int64 (N, context length), as the encoder's own; any thread may call it."""
-        with self.encoder._tokenizer_lock:
-            tokens: torch.Tensor = self.encoder._tokenizer(list(texts))
-        return tokens
+        return self.encoder.tokenize(texts)
 
     def _unit(self, features: torch.Tensor) -> torch.Tensor:
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
