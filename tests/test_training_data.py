@@ -15,8 +15,9 @@ from PIL import Image
 
 from clipkit import towers
 from clipkit.errors import DatasetError
+from clipkit.training import inputs as inputs_module
 from clipkit.training.data import CaptionedPictures, fitted_batch
-from clipkit.training.inputs import PictureInputs, random_view
+from clipkit.training.inputs import Batch, PictureInputs, SpilledPictures, random_view
 from clipkit.training.model import TrainableTowers
 
 Picture = Callable[..., Image.Image]
@@ -169,6 +170,24 @@ def test_a_stream_taken_up_again_gives_the_same_pixels(
     assert whole[0].shape == (3, 3, 32, 32) and whole[0].dtype == torch.uint8
     assert all(torch.equal(a, b) for a, b in zip(whole[1:], rest, strict=True))
     assert not torch.equal(torch.cat(whole).sort(0).values, torch.cat(other).sort(0).values)
+
+
+def test_a_batch_beyond_memory_lies_in_a_file_and_is_the_same(
+    ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TrainableTowers(towers.load(str(tiny_checkpoint()), device="cpu"), loss="infonce")
+    plans = ten.plans(epoch=0, batch=5, seed=0)
+
+    def batches() -> list[Batch]:
+        return list(PictureInputs(ten, model, crop=0.5, flip=True, seed=4).stream(plans))
+
+    whole = batches()
+    monkeypatch.setattr(inputs_module, "_IN_MEMORY", 1)
+    spilled = batches()
+    rows = torch.tensor([4, 0, 2])
+    for a, b in zip(whole, spilled, strict=True):
+        assert isinstance(b.images, SpilledPictures) and len(b.images) == 5
+        assert torch.equal(a.images[rows], b.images[rows])
 
 
 def test_what_is_served_is_what_the_encoder_makes_of_it(

@@ -6,7 +6,10 @@ nor on where a run was taken up again.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +28,11 @@ from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.distributed import own_slice, rank, world_size
 from clipkit.training.model import TrainableTowers
 
-__all__ = ["Batch", "Inputs", "PictureInputs", "even_share", "random_view"]
+__all__ = ["Batch", "Inputs", "PictureInputs", "SpilledPictures", "even_share", "random_view"]
 
 _VIEW = 2  # what a random stream is for; `data` has 0 and 1
-_AHEAD = 1024  # pictures decoded before they are needed, at most
+_AHEAD = 256  # pictures decoded before they are needed, at most
+_IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 _RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
 
 Job = TypeVar("Job")
@@ -40,9 +44,36 @@ class Batch:
     """This process's share of a plan, ready for the towers."""
 
     plan: Plan
-    images: torch.Tensor
+    images: torch.Tensor | SpilledPictures
     texts: torch.Tensor
     text_order: torch.Tensor | None  # texts by length: chunks are cut to their longest
+
+
+class SpilledPictures:
+    """uint8 (N, 3, H, W) in a file without a name: a batch of 16,384 is 2.5 GB, of which a step needs
+    a chunk at a time. Rows are read as they are asked for; the file goes with the object."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, views: Iterable[torch.Tensor]) -> None:
+        self._file = tempfile.TemporaryFile(prefix="clipkit-batch-")  # noqa: SIM115
+        self._shape: tuple[int, ...] = ()
+        self._count = 0
+        for view in views:
+            self._shape = tuple(view.shape)
+            self._file.write(view.contiguous().numpy().data)
+            self._count += 1
+        self._size = int(np.prod(self._shape))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        pixels = torch.empty((len(rows), *self._shape), dtype=torch.uint8)
+        for at, row in enumerate(rows.tolist()):
+            self._file.seek(row * self._size)
+            self._file.readinto(pixels[at].numpy().data)
+        return pixels
 
 
 class Inputs(Protocol):
@@ -86,7 +117,7 @@ class PictureInputs:
         with closing(self._ahead(lambda job: self._view(*job), jobs)) as views:
             for plan in plans:
                 words = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
-                pixels = torch.stack([next(views) for _ in words])
+                pixels = self._gathered(views, len(words))
                 order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
                 yield Batch(plan, pixels, self._towers.tokenize(words), order)
 
@@ -102,6 +133,19 @@ class PictureInputs:
         chunk = 4 * self._encoder.preferred_batch  # all of about one length
         for start in range(0, len(share), chunk):
             yield self._towers.tokenize(share[start : start + chunk])
+
+    def _gathered(
+        self, views: Iterator[torch.Tensor], count: int
+    ) -> torch.Tensor | SpilledPictures:
+        """The next `count` views."""
+        own = itertools.islice(views, count)
+        shape = (count, 3, *self._encoder.config.image_size)
+        if math.prod(shape) > _IN_MEMORY:
+            return SpilledPictures(own)
+        pixels = torch.empty(shape, dtype=torch.uint8)
+        for row, view in zip(pixels, own, strict=True):
+            row.copy_(view)
+        return pixels
 
     def _own(self, plan: Plan) -> slice:
         return own_slice(len(plan.pictures))

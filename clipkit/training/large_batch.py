@@ -24,9 +24,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from clipkit.errors import InputError
 from clipkit.training.randomness import random_state, set_random_state
 
-__all__ = ["ChunkedTower", "Gather", "backward", "freeze_batch_norms", "refuse_batch_norms"]
+__all__ = ["ChunkedTower", "Gather", "Rows", "backward", "freeze_batch_norms", "refuse_batch_norms"]
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Rows(Protocol):
+    """A batch's inputs, a tensor or what gives rows of one."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: torch.Tensor, /) -> torch.Tensor: ...
 
 
 class Gather(Protocol):
@@ -47,7 +56,7 @@ class ChunkedTower:
     def __init__(
         self,
         encode: Encode,
-        inputs: torch.Tensor,
+        inputs: Rows,
         *,
         chunk: int,
         trained: bool = True,
