@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import tempfile
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,6 +58,7 @@ class SpilledPictures:
 
     def __init__(self, views: Iterable[torch.Tensor]) -> None:
         self._file = tempfile.TemporaryFile(prefix="clipkit-batch-")  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
         self._shape: tuple[int, ...] = ()
         self._count = 0
         for view in views:
