@@ -18,6 +18,7 @@ from typing import Any
 
 from clipkit import images
 from clipkit.errors import ClipkitError, DatasetError, ImageError, InputError
+from clipkit.hub import asking_the_hub
 from clipkit.records import Texts
 from eval.shards import read_shards
 from eval.source import Label, Source, choose_split, read_fields
@@ -78,7 +79,10 @@ def open_dataset(name: str, split: str | None) -> Source:
 def _reaching(asked: str) -> Iterator[None]:
     """Whatever the hub's clients raise, in one sentence with what to do instead."""
     try:
-        yield
+        import datasets  # noqa: F401  so that it hears of a hub that is not there
+
+        with asking_the_hub():
+            yield
     except ClipkitError:
         raise
     except Exception as error:

@@ -16,6 +16,7 @@ import torch
 
 from clipkit import checkpoint
 from clipkit.errors import InputError, ModelError
+from clipkit.hub import asking_the_hub
 from clipkit.towers.encoder import DTYPES, DualEncoder, Precision, write_settings
 
 
@@ -31,7 +32,7 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(chosen_device, precision)
     folder = checkpoint.find_folder(spec)
-    with _quiet_open_clip():
+    with _quiet_open_clip(), _asking_if_need_be(folder):
         if folder is None and spec.startswith("hf-hub:"):
             folder = _snapshot(spec)
         if folder is not None:
@@ -59,6 +60,10 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
         device=chosen_device,
         precision=chosen_precision,
     )
+
+
+def _asking_if_need_be(folder: Path | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if folder is not None else asking_the_hub()
 
 
 def choose_device(device: str = "auto") -> torch.device:

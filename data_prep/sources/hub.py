@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import DatasetError
+from clipkit.hub import asking_the_hub
 from data_prep.sources.columns import choose
 from data_prep.sources.objects import object_pairs
 from data_prep.sources.pairs import Broken, Options, RawPair, Source, split_name
@@ -61,7 +62,8 @@ def _from_hub(name: str) -> Any:
     parts = name.removeprefix(_PREFIX).split("/")
     repository, config = "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
     try:
-        return datasets.load_dataset(repository, config, streaming=True)
+        with asking_the_hub():
+            return datasets.load_dataset(repository, config, streaming=True)
     except Exception as error:  # the library lets every layer's own errors through
         raise DatasetError(
             f"data set {name} cannot be opened from the hub ({_first_line(error)}); check its name "

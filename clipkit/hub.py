@@ -1,0 +1,52 @@
+"""The Hugging Face hub, asked only where it can be found."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+__all__ = ["asking_the_hub"]
+
+_PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+
+
+@contextmanager
+def asking_the_hub() -> Iterator[None]:
+    """Within, the hub's clients warn of nothing, and work offline if its host has no address.
+
+    Offline they answer from their cache or fail at once; else they would retry for half a minute a
+    file, each time with a line of their own. What fails is the caller's to say.
+    """
+    from huggingface_hub import constants
+
+    logger = logging.getLogger("huggingface_hub")
+    level, offline = logger.level, constants.HF_HUB_OFFLINE
+    datasets = sys.modules.get("datasets")
+    logger.setLevel(logging.ERROR)
+    if not offline and not _has_address(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = True
+        if datasets is not None:
+            datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        constants.HF_HUB_OFFLINE = offline
+        if datasets is not None:
+            datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _has_address(endpoint: str) -> bool:
+    """Whether the host is known here; behind a proxy only the proxy knows."""
+    if any(os.environ.get(name) for name in _PROXIES):
+        return True
+    place = urlsplit(endpoint)
+    try:
+        return bool(socket.getaddrinfo(place.hostname, place.port or 443))
+    except OSError:
+        return False
