@@ -448,6 +448,9 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
     with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
         page = visit(address)
         assert page.inner_text("#results h1") == "Nothing indexed yet"
+        page.click("[data-do=add]")  # the same in a dialog, which must not open unseen
+        page.wait_for_selector("#adder form.add input")
+        page.click("#adder [data-do=close-adder]")
         for folder, said in (("photos", "not a full path"), ("/no/such", "there is no folder")):
             page.fill("#results form.add input", folder)
             page.click("#results form.add button")
