@@ -227,7 +227,8 @@ def status(
     place = index_folder(index)
     with Catalog.open(place) as catalog:
         encoders = catalog.encoders()
-        stats = catalog.stats(encoders[-1].encoder_id if encoders else "")
+        newest = catalog.newest_encoder()
+        stats = catalog.stats(newest.encoder_id if newest else "")
         rows = catalog.skipped() if skipped else []
         print(f"index      {printable(str(place))}")
         print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {size(stats.bytes)}")
@@ -250,9 +251,8 @@ def _absolute(folder: Path) -> str:
 
 
 def _model_of(catalog: Catalog) -> str | None:
-    """The model that this index was made with last."""
-    encoders = catalog.encoders()
-    return encoders[-1].spec if encoders else None
+    newest = catalog.newest_encoder()
+    return newest.spec if newest else None
 
 
 def _read_picture(file: Path) -> Image.Image:

@@ -197,10 +197,9 @@ def library(place: Path) -> tuple[str, str, Any, Any]:
     from clipkit.catalog import Catalog
 
     with Catalog.open(place.expanduser()) as catalog:
-        encoders = catalog.encoders()
-        if not encoders:
+        last = catalog.newest_encoder()
+        if last is None:
             raise InputError(f"index {place} holds no vectors yet; fill it: clipkit index FOLDER")
-        last = encoders[-1]
         stored = catalog.vectors(last.encoder_id)
         return last.spec, last.encoder_id, stored.nums, stored.vectors
 

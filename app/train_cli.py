@@ -102,7 +102,8 @@ def train(
                     else TrainConfig.from_mapping(given)
                 )
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
-        _told(summary)
+        if _is_first_process():
+            _told(summary)
         if summary.stopped:
             raise typer.Exit(130)
         if not no_report and _is_first_process():

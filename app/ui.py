@@ -338,8 +338,8 @@ def _model_of(index_folder: Path) -> str | None:
     if not (index_folder / "catalog.sqlite").exists():
         return None
     with Catalog.open(index_folder) as catalog:
-        encoders = catalog.encoders()
-    return encoders[-1].spec if encoders else None
+        newest = catalog.newest_encoder()
+    return newest.spec if newest else None
 
 
 def _is_this_machine(host: str) -> bool:

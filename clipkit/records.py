@@ -25,7 +25,15 @@ from typing import Any, BinaryIO
 
 from clipkit.errors import DatasetError
 
-__all__ = ["SPLITS", "CaptionPair", "FolderCaptions", "ImageRecord", "Texts", "read_dataset"]
+__all__ = [
+    "SPLITS",
+    "CaptionPair",
+    "FolderCaptions",
+    "ImageRecord",
+    "Texts",
+    "parse_object",
+    "read_dataset",
+]
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +92,7 @@ def _records(folder: Path, splits: list[str]) -> Iterator[ImageRecord]:
             with path.open("rb") as file:
                 for number, line in _lines(file):
                     try:
-                        yield _record(_parse(line), split)
+                        yield _record(parse_object(line), split)
                     except ValueError as error:
                         raise DatasetError(f"{path}, line {number}: {error}") from None
         except OSError as error:
@@ -147,7 +155,7 @@ def _folder_texts(path: Path) -> dict[str, Texts]:
             with path.open("rb") as file:
                 for number, line in _lines(file):
                     try:
-                        fields = _parse(line)
+                        fields = parse_object(line)
                         found[_same_form(_file_name(fields))] = _texts(fields)
                     except ValueError as error:
                         problems.append(f"line {number}: {error}")
@@ -172,7 +180,7 @@ def _json_sidecar(path: Path) -> Texts:
     try:
         if len(data) > MAX_SIDECAR:
             raise ValueError(f"it is larger than {MAX_SIDECAR // 1024} kB")
-        return _texts(_parse(data)) if data else Texts()
+        return _texts(parse_object(data)) if data else Texts()
     except ValueError as error:
         log.warning("%s left out: %s", path, error)
         return Texts()
@@ -211,8 +219,8 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             return
 
 
-def _parse(data: bytes) -> dict[str, Any]:
-    """One JSON object; ValueError says what is wrong."""
+def parse_object(data: bytes) -> dict[str, Any]:
+    """One JSON object of at most MAX_LINE bytes, UTF-8; ValueError says what is wrong."""
     if len(data) > MAX_LINE:
         raise ValueError(f"the line is longer than {MAX_LINE // 2**20} MB")
     try:

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import metrics
-from clipkit.errors import ImageError, InputError
+from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from eval.data import Labelled
-from eval.features import fingerprint, thumbnail_uri
+from eval.features import fingerprint, thumbnail_if_there
 
 __all__ = [
     "check_labels",
@@ -197,18 +197,11 @@ def mistakes(
             "expected": data.classes[labels[row]],
             "got": data.classes[predicted[row]],
             "score": float(confidence[row]),
-            "thumbnail": _thumbnail(data, int(kept[row])),
+            "thumbnail": thumbnail_if_there(data.pictures, int(kept[row])),
         }
         for row in worst
     ]
     return [{"title": "Surest mistakes", "items": items}] if items else []
-
-
-def _thumbnail(data: Labelled, row: int) -> str | None:
-    try:
-        return thumbnail_uri(data.pictures, row)
-    except ImageError:  # read when it was encoded, gone now
-        return None
 
 
 # ---- several labels per picture

@@ -130,7 +130,7 @@ def compare(
 def shower(data: Captioned | Labelled) -> Show:
     """Shows single pictures of a data set: row -> name, what is expected, thumbnail."""
     from eval.data import Captioned
-    from eval.features import thumbnail_uri
+    from eval.features import thumbnail_if_there
 
     def show(row: int) -> Mapping[str, Any]:
         if isinstance(data, Captioned):
@@ -141,7 +141,7 @@ def shower(data: Captioned | Labelled) -> Show:
         else:
             held = np.zeros(0) if data.targets is None else np.flatnonzero(data.targets[row])
             expected = ", ".join(data.classes[int(i)] for i in held)
-        thumbnail = thumbnail_uri(data.pictures, row)
+        thumbnail = thumbnail_if_there(data.pictures, row)
         return {"name": data.pictures.name(row), "expected": expected, "thumbnail": thumbnail}
 
     return show

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from clipkit.errors import ImageError
-from eval.features import thumbnail_uri
+from eval.features import thumbnail_if_there
 from eval.source import Pictures
 
 __all__ = ["exhibit"]
@@ -15,11 +14,13 @@ def exhibit(
     pictures: Pictures | None, row: int, *, expected: str, got: str, score: float | None = None
 ) -> dict[str, Any]:
     """A picture, and what is said of it, as an item of a report's details["mistakes"]."""
-    thumbnail = ""
-    if pictures is not None:
-        try:
-            thumbnail = thumbnail_uri(pictures, row)
-        except ImageError:  # it went since it was encoded: the page says "no picture"
-            thumbnail = ""
+    # The page says "no picture" where there is none.
+    thumbnail = None if pictures is None else thumbnail_if_there(pictures, row)
     name = f"picture {row}" if pictures is None else pictures.name(row)
-    return {"name": name, "expected": expected, "got": got, "score": score, "thumbnail": thumbnail}
+    return {
+        "name": name,
+        "expected": expected,
+        "got": got,
+        "score": score,
+        "thumbnail": thumbnail or "",
+    }

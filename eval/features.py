@@ -44,6 +44,7 @@ __all__ = [
     "logit_scale",
     "picture_features",
     "text_features",
+    "thumbnail_if_there",
     "thumbnail_uri",
 ]
 
@@ -175,6 +176,14 @@ def thumbnail_uri(pictures: Pictures, row: int, *, side: int = 160) -> str:
     picture = images.decode(pictures.read(row), target=side)
     small = images.thumbnail(picture.rgb, side=side)
     return "data:image/jpeg;base64," + base64.b64encode(small).decode("ascii")
+
+
+def thumbnail_if_there(pictures: Pictures, row: int) -> str | None:
+    """`thumbnail_uri`; None for a picture that was read when it was encoded and is gone now."""
+    try:
+        return thumbnail_uri(pictures, row)
+    except ImageError:
+        return None
 
 
 def fingerprint(base: str, parts: Iterable[str | bytes]) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from clipkit.embed.walk import Problem, walk
 from clipkit.errors import DatasetError, InputError
-from clipkit.records import FolderCaptions, Texts
-from eval.source import SPLIT_NAMES, Files, Label, Source, choose_split, parse_object, read_fields
+from clipkit.records import FolderCaptions, Texts, parse_object
+from eval.source import SPLIT_NAMES, Files, Label, Source, choose_split, read_fields
 
 __all__ = ["captioned_folder", "class_folders", "read_lines", "split_folder"]
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import InputError
-from clipkit.index import KINDS, VectorIndex
+from clipkit.index import KINDS, VectorIndex, typical_queries
 from eval.features import OnProgress, Stopped, fingerprint
 from eval.index_outcomes import (
     UNNOTICED_MS,
@@ -45,22 +45,13 @@ _WARM_UP = 10  # queries asked before timing
 def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Floats:
     """Queries float32 (count, D), unit rows, such as users will have, made of vectors (N, D).
 
-    As the index makes them when it measures its own recall: the first half lies near a picture each;
-    the second half as far from every picture as words do, under a random mixture of other pictures.
+    As the index makes them when it measures its own recall: half near a picture each, half as far
+    from every picture as words are (`clipkit.index.typical_queries`).
     """
     random = np.random.default_rng(seed)
-    size, dim = vectors.shape
-    own = vectors[random.integers(0, size, count)].astype(np.float32)
-    pool = vectors[np.sort(random.choice(size, min(4096, size), replace=False))].astype(np.float32)
-    half = count // 2
-    near = own[:half] + random.normal(0, 0.3 / dim**0.5, (half, dim)).astype(np.float32)
-    centre = pool.mean(axis=0)
-    weights = random.normal(0, 32**-0.5, (count - half, 32)).astype(np.float32)
-    others = pool[random.integers(0, len(pool), (count - half, 32))] - centre
-    wordlike = own[half:] - centre + 2 * np.einsum("qj,qjd->qd", weights, others)
-    queries = np.concatenate([near, wordlike])
-    unit: Floats = queries / np.maximum(np.linalg.norm(queries, axis=1, keepdims=True), 1e-9)
-    return unit.astype(np.float32, copy=False)
+    own = vectors[random.integers(0, len(vectors), count)].astype(np.float32)
+    drawn = random.choice(len(vectors), min(4096, len(vectors)), replace=False)
+    return typical_queries(own, vectors[np.sort(drawn)].astype(np.float32), random)
 
 
 def evaluate_index(

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import metrics
-from clipkit.errors import ImageError, InputError
+from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from eval.data import Captioned
 from eval.directions import Asked, Way, ask_captions, ask_tags, percent, ranked
@@ -30,7 +30,7 @@ from eval.features import (
     fingerprint,
     picture_features,
     text_features,
-    thumbnail_uri,
+    thumbnail_if_there,
 )
 from eval.report import EvalReport
 
@@ -267,7 +267,7 @@ def _mistakes(
                     "expected": f"“{asked.texts[text]}”, at place {rank[query]:,.10g}",
                     "got": got,
                     "score": float(scores[first]),
-                    "thumbnail": _thumbnail(data, picture),
+                    "thumbnail": thumbnail_if_there(data.pictures, picture),
                 }
             )
         if items:
@@ -279,10 +279,3 @@ def _a_text(asked: Asked, picture: int) -> int | None:
     """The first text that is true of a picture."""
     at = np.flatnonzero(asked.pairs[:, 1] == picture)
     return int(asked.pairs[at[0], 0]) if len(at) else None
-
-
-def _thumbnail(data: Captioned, row: int) -> str | None:
-    try:
-        return thumbnail_uri(data.pictures, row)
-    except ImageError:  # read when it was encoded, gone now
-        return None

@@ -20,8 +20,8 @@ import numpy as np
 
 from clipkit import images
 from clipkit.errors import DatasetError, ImageError
-from clipkit.records import Texts
-from eval.source import Label, Source, parse_object, read_class_names, read_fields
+from clipkit.records import Texts, parse_object
+from eval.source import Label, Source, read_class_names, read_fields
 
 __all__ = ["TarPictures", "read_shards"]
 

@@ -6,7 +6,6 @@ it into what an evaluator takes. Pictures stay where they are and are read one a
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ __all__ = [
     "Source",
     "Subset",
     "choose_split",
-    "parse_object",
     "read_class_names",
     "read_fields",
 ]
@@ -123,21 +121,6 @@ def read_fields(fields: Mapping[str, Any]) -> tuple[Texts, Label | None]:
         for tag in (text.split(",") if isinstance(fields[key], str) else [text])
     ]
     return Texts(_stripped(captions), tuple(dict.fromkeys(_stripped(tags)))), _label(fields)
-
-
-def parse_object(line: bytes) -> dict[str, Any]:
-    """One JSON object; ValueError says what is wrong."""
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"expected a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:

@@ -272,6 +272,11 @@ class Catalog:
         with self._store.connection() as db:
             return [EncoderRow(*row) for row in db.execute(sql)]
 
+    def newest_encoder(self) -> EncoderRow | None:
+        """The encoder that was registered last: the index's own model. None in an empty index."""
+        encoders = self.encoders()
+        return encoders[-1] if encoders else None
+
     def vectors(self, encoder_id: str, *, after_seq: int = 0) -> StoredVectors:
         """The encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.
 

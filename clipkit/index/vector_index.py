@@ -29,6 +29,7 @@ from clipkit.index.kinds import (
     serialized,
     threads,
 )
+from clipkit.index.queries import typical_queries
 
 __all__ = ["KINDS", "Manifest", "Measured", "VectorIndex", "read_manifest"]
 
@@ -341,27 +342,10 @@ def _fill_store(ids: Ids, vectors: npt.NDArray[Any]) -> Store:
 
 
 def _sample_queries(store: Store, seed: int) -> Floats:
-    """Queries float32 (Q, D) such as users will have, made of the vectors themselves.
-
-    The first half lies near a picture each. The second half is made like words: a picture's direction
-    from the centre, under twice as much of a random mixture of other pictures, so that its ten best
-    are far away and close together. Approximate kinds lose most there: one-bit codes with 16-fold
-    refinement had recall 0.99-1.00 on the first, 0.97-0.98 on the second half of synthetic sets.
-    """
+    """Queries float32 (Q, D) made of the store's own vectors: see `typical_queries`."""
     random = np.random.default_rng(seed)
     own = store.decode(random.integers(0, len(store.ids), _SAMPLE))
-    pool = store.drawn(4096, seed)
-    centre = pool.mean(axis=0)
-    half = _SAMPLE // 2
-    noise = random.standard_normal((half, store.dim), dtype=np.float32)
-    near = own[:half] + noise * np.float32(0.3 / store.dim**0.5)
-    weights = random.standard_normal((half, 32), dtype=np.float32) / np.float32(32**0.5)
-    others = pool[random.integers(0, len(pool), (half, 32))] - centre
-    far = own[half:] - centre + 2 * np.einsum("qj,qjd->qd", weights, others)
-    queries = np.concatenate([near, far])
-    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
-    result: Floats = queries / np.maximum(lengths, np.float32(1e-9))
-    return result
+    return typical_queries(own, store.drawn(4096, seed), random)
 
 
 def _recall(found: list[Hits], truth: list[Hits]) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipkit.errors import DatasetError
+from clipkit.records import parse_object
 from data_prep.sources.columns import Columns, choose
 from data_prep.sources.pairs import (
     Broken,
@@ -216,10 +217,9 @@ def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | None]]:
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        return parse_object(line)
+    except ValueError:
         return None
-    return fields if isinstance(fields, dict) else None
 
 
 def _load(path: Path) -> Any:

@@ -7,7 +7,6 @@ anywhere, and a shard larger than memory costs one picture's room at a time.
 from __future__ import annotations
 
 import glob
-import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES, Limits
-from clipkit.records import SPLITS
+from clipkit.records import SPLITS, parse_object
 from data_prep.sources.pairs import (
     Broken,
     Options,
@@ -99,10 +98,8 @@ def _pair(
     fields: dict[str, Any] = {}
     if body := parts.get("json"):
         try:
-            fields = json.loads(body)
-            if not isinstance(fields, dict):
-                raise ValueError(f"expected an object, got {type(fields).__name__}")
-        except (ValueError, RecursionError) as error:
+            fields = parse_object(body)
+        except ValueError as error:
             return Broken(row, "not-json", f"its .json: {error}")
     captions: tuple[str, ...] = ()
     for name in options.caption_columns or ("captions", "caption"):
