@@ -140,6 +140,7 @@ class _Job:
 
 @contextmanager
 def measuring(model: str, shared: Encoding) -> Iterator[_Job]:
+    """The frame of a measurement: encoder, cache, progress, and Ctrl-C that keeps what was encoded."""
     from clipkit.lazy_encoder import LazyEncoder
     from eval.features import FeatureCache
 
@@ -152,6 +153,7 @@ def measuring(model: str, shared: Encoding) -> Iterator[_Job]:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
+    """A stop that was asked for is a sentence and exit code 130."""
     from eval.features import Stopped
 
     try:
@@ -218,6 +220,7 @@ def captioned_or_labelled(data: str, split: str | None, limit: int | None) -> An
 
 
 def to_learn_from(data: str, split: str | None) -> Labelled:
+    """The training split, or all of data that has no splits."""
     from eval.data import open_labelled
 
     try:
@@ -230,12 +233,14 @@ def to_learn_from(data: str, split: str | None) -> Labelled:
 
 
 def prompts_for(given: str | None, data: str) -> Any:
+    """The templates that were asked for, else those that go with the data's name."""
     from eval.prompts import default_templates, load_templates
 
     return load_templates(given) if given else default_templates(data)
 
 
 def one_of(option: str, value: str, known: Sequence[str]) -> None:
+    """InputError, naming what is known, for any other value."""
     if value not in known:
         raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
 

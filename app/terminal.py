@@ -79,6 +79,7 @@ def printable(text: str) -> str:
 
 
 def size(count: float) -> str:
+    """Bytes as people read them: 1234567 -> "1 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
@@ -87,6 +88,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Seconds as people read them: 75 -> "1 min 15 s"."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

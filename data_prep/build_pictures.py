@@ -54,12 +54,16 @@ def in_order(
 
 @dataclass(frozen=True, slots=True)
 class Fault:
+    """Why a picture was rejected: a short word to count by, and a sentence."""
+
     reason: str
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """A picture that decodes, in the pool of a build."""
+
     image_id: str  # of the source's bytes, also where the file is encoded anew
     look: bytes  # perceptual hash
     width: int  # of the file in the pool

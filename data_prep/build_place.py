@@ -25,6 +25,8 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
+    """Where a build is."""
+
     phase: Literal["reading", "comparing", "writing"]
     done: int  # rows read, or pictures written
     total: int | None
@@ -47,6 +49,7 @@ class Built:
 
 
 def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
+    """InputError if the data set cannot lie there: inside a source, or over something else."""
     if not sources:
         raise InputError("nothing to build from; name at least one source")
     for source in sources:

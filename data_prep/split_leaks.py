@@ -26,6 +26,8 @@ _Look = tuple[str, bytes]  # image_id, perceptual hash
 
 @dataclass(frozen=True, slots=True)
 class Leak:
+    """Something that stands in two splits."""
+
     kind: str  # "same-file", "look-alike", "same-caption"
     splits: tuple[str, str]
     pictures: tuple[str, str]  # of a caption on many pictures, the first in each split

@@ -45,6 +45,7 @@ _SHOWN_MISTAKES = 24
 
 
 def percent(share: float) -> str:
+    """0.4534 -> 45.3 %, as text."""
     return f"{100 * share:.1f} %"
 
 

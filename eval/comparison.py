@@ -178,6 +178,7 @@ def change_text(metric: str, difference: float) -> str:
 
 
 def p_text(p_value: float) -> str:
+    """0.0123 -> p = 0.012, as text; what is below 0.001 is told as that."""
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
 
 

@@ -238,4 +238,5 @@ class PicturePass:
 
 
 def content_hash(data: bytes) -> bytes:
+    """16 bytes: of a picture, `images.image_id` in binary."""
     return hashlib.blake2b(data, digest_size=16).digest()

@@ -12,30 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.cli import main
 from eval.report import EvalReport
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("eval", ...): exit code, stdout, stderr of `clipkit eval ...` in this process."""
-    monkeypatch.setenv("CLIPKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("CLIPKIT_REPORTS", str(tmp_path / "reports"))
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["clipkit", "eval", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -85,18 +64,19 @@ def test_the_real_command_measures_keeps_and_repeats(
 
 
 def test_zero_shot_probe_and_robustness(
-    run: Run, classed: Path, tiny_checkpoint: Callable[..., Path]
+    clipkit: Run, classed: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     model = ("--model", tiny_checkpoint())
-    code, out, err = run("zeroshot", "--data", classed, *model, "--templates", "simple")
+    code, out, err = clipkit("eval", "zeroshot", "--data", classed, *model, "--templates", "simple")
     assert code == 0, err
     assert "acc@1" in out and "9 pictures" in out
-    code, out, err = run(
-        "probe", "--train", classed, "--data", classed, *model, "--kinds", "knn", "-k", "1"
+    code, out, err = clipkit(
+        "eval", "probe", "--train", classed, "--data", classed, *model, "--kinds", "knn", "-k", "1"
     )
     assert code == 0, err
     assert "knn@1/acc@1" in out and "100.0 %" in out, "a picture's nearest neighbour is itself"
-    code, out, err = run(
+    code, out, err = clipkit(
+        "eval",
         "robustness",
         "--data",
         classed,
@@ -111,25 +91,37 @@ def test_zero_shot_probe_and_robustness(
 
 
 def test_space_drift_and_comparison(
-    run: Run, tmp_path: Path, captioned: Path, tiny_checkpoint: Callable[..., Path]
+    clipkit: Run, tmp_path: Path, captioned: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     first, second = tiny_checkpoint(), tiny_checkpoint(seed=1)
-    code, out, err = run("space", "--data", captioned, "--model", first)
+    code, out, err = clipkit("eval", "space", "--data", captioned, "--model", first)
     assert code == 0, err
     assert "effective_rank" in out
-    code, out, err = run("drift", "--data", captioned, "--model", first, "--against", second)
+    code, out, err = clipkit(
+        "eval", "drift", "--data", captioned, "--model", first, "--against", second
+    )
     assert code == 0, err
-    code, out, err = run(
-        "compare", first, second, "--data", captioned, "-k", "1", "--out", tmp_path / "compared"
+    code, out, err = clipkit(
+        "eval",
+        "compare",
+        first,
+        second,
+        "--data",
+        captioned,
+        "-k",
+        "1",
+        "--out",
+        tmp_path / "compared",
     )
     assert code == 0, err
     assert "R@1" in out and (tmp_path / "compared" / "report.html").is_file()
 
 
 def test_json_is_json_alone(
-    run: Run, captioned: Path, tiny_checkpoint: Callable[..., Path]
+    clipkit: Run, captioned: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    code, out, err = run(
+    code, out, err = clipkit(
+        "eval",
         "retrieval",
         "--data",
         captioned,
@@ -169,7 +161,7 @@ def test_json_is_json_alone(
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(
-    run: Run,
+    clipkit: Run,
     tmp_path: Path,
     captioned: Path,
     classed: Path,
@@ -178,7 +170,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
 ) -> None:
     (tmp_path / "two.txt").write_text("cake\ncar\n")
     places = {"CAPTIONED": captioned, "CLASSED": classed, "TWO": tmp_path / "two.txt"}
-    code, out, err = run(*(places.get(argument, argument) for argument in arguments))
+    code, out, err = clipkit("eval", *(places.get(argument, argument) for argument in arguments))
     assert code == 2, err
     assert sentence in err
     assert err.count("\n") == 1 and "Traceback" not in err

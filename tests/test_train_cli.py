@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from app.cli import main
-
 Run = Callable[..., tuple[int, str, str]]
 WORDS = ("cake", "car", "dog", "cat", "house", "boat")
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("train", ...): exit code, stdout, stderr of `clipkit train ...` in this process."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["clipkit", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture
@@ -48,12 +27,12 @@ def captions(tmp_path: Path, noise_picture: Callable[..., Image.Image]) -> Path:
 
 
 def test_from_captions_to_a_search_with_the_trained_towers(
-    run: Run, tmp_path: Path, captions: Path, tiny_checkpoint: Callable[..., Path]
+    clipkit: Run, tmp_path: Path, captions: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     dataset, runs = tmp_path / "dataset", tmp_path / "runs"
-    code, out, err = run("data", "build", captions, "--out", dataset, "--validation", 0.2)
+    code, out, err = clipkit("data", "build", captions, "--out", dataset, "--validation", 0.2)
     assert code == 0, err
-    code, out, err = run(
+    code, out, err = clipkit(
         "train", dataset, "--model", tiny_checkpoint(), "--recipe", "full", "--epochs", 2,
         "--batch", 8, "--learning-rate", 1e-3, "--out", runs, "--name", "mine", "--no-tensorboard",
         "--generic", captions.parent / "dataset",
@@ -64,22 +43,24 @@ def test_from_captions_to_a_search_with_the_trained_towers(
     assert made >= {"config.json", "metrics.jsonl", "checkpoint", "report.html", "summary.json"}
     page = (runs / "mine" / "report.html").read_text(encoding="utf-8")
     assert "before" in page and "Loss" in page and "--learning-rate 0.001" in page
-    code, out, err = run("index", tmp_path, "--index", tmp_path / "index", "--model", runs / "mine")
+    code, out, err = clipkit(
+        "index", tmp_path, "--index", tmp_path / "index", "--model", runs / "mine"
+    )
     assert code == 0, err
-    code, out, err = run("search", "a", "cake", "--index", tmp_path / "index", "--json")
+    code, out, err = clipkit("search", "a", "cake", "--index", tmp_path / "index", "--json")
     assert code == 0, err
     assert json.loads(out)
-    code, out, err = run("train", "--resume", runs / "mine", "--epochs", 3)
+    code, out, err = clipkit("train", "--resume", runs / "mine", "--epochs", 3)
     assert code == 2 and "give no others" in err
 
 
 def test_a_file_of_options_is_read_and_flags_win(
-    run: Run, tmp_path: Path, captions: Path, tiny_checkpoint: Callable[..., Path]
+    clipkit: Run, tmp_path: Path, captions: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    assert run("data", "build", captions, "--out", tmp_path / "dataset")[0] == 0
+    assert clipkit("data", "build", captions, "--out", tmp_path / "dataset")[0] == 0
     file = tmp_path / "run.toml"
     file.write_text('recipe = "heads"\nepochs = 9\nbatch = 8\ntensorboard = false\n')
-    code, _, err = run(
+    code, _, err = clipkit(
         "train", tmp_path / "dataset", "--config", file, "--model", tiny_checkpoint(),
         "--out", tmp_path / "runs", "--name", "a", "--max-steps", 1, "--epochs", 1, "--no-report",
     )  # fmt: skip
@@ -106,15 +87,15 @@ def test_a_file_of_options_is_read_and_flags_win(
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_input_is_a_sentence_and_exit_code_2(
-    run: Run, arguments: tuple[str, ...], sentence: str
+    clipkit: Run, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    code, out, err = run("train", *arguments)
+    code, out, err = clipkit("train", *arguments)
     assert code == 2, err
     assert sentence in err
     assert err.count("\n") == 1 and not out
 
 
-def test_every_option_is_listed(run: Run) -> None:
-    code, out, _ = run("train", "--options", "--recipe", "lora")
+def test_every_option_is_listed(clipkit: Run) -> None:
+    code, out, _ = clipkit("train", "--options", "--recipe", "lora")
     assert code == 0
     assert "--hard-negatives" in out and "--lora-rank" in out

@@ -78,6 +78,7 @@ def add_adapters(
 
 
 def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """What `add_adapters` made trainable, in the order of the modules."""
     return [p for m in model.modules() if isinstance(m, LowRank) for p in m.parameters()]
 
 

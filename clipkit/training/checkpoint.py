@@ -136,6 +136,7 @@ class RunFolder:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write aside, flush, rename: the file is whole or not there."""
     aside = path.with_suffix(".partial")
     aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     _settle(aside, path)

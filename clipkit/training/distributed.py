@@ -39,10 +39,12 @@ _BUCKET = 2**24  # gradient values summed in one call
 
 
 def world_size() -> int:
+    """How many processes train together; 1 outside of `joined`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Which of them this is, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -21,6 +21,8 @@ _CLOSE = 0.002  # within this of the best is as good: the least changed model wi
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
+    """What was chosen: `alpha` is the weight of the tuned, in 0..1."""
+
     alpha: float
     scores: Mapping[float, Scores]  # of every alpha that was tried, the start's under 0
 

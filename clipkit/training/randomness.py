@@ -29,6 +29,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `random_state` gave."""
     torch.set_rng_state(state["cpu"])
     for device in ("cuda", "mps"):
         if device in state:

@@ -35,6 +35,8 @@ _SPLIT = "split subset partition set fold datasplit".split()
 
 @dataclass(frozen=True, slots=True)
 class Columns:
+    """Which columns of a table, or keys of objects, mean what."""
+
     image: str
     captions: tuple[str, ...]
     tags: str | None = None

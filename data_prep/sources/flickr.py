@@ -25,6 +25,7 @@ _LISTS = {
 
 
 def open_flickr(path: Path, options: Options) -> Source:
+    """Flickr8k or 30k by its token file, or a folder that holds one. DatasetError if there is none."""
     if path.is_dir():
         found = token_files(path)
         if not found:
