@@ -9,6 +9,8 @@
     GET  /ui/{name}          the page's own style, script and mark
     GET  /reports/{name}     a saved report's page, by the name of its folder
     GET  /sortings/{key}.csv the pictures as they were sorted into words
+    POST /corrections        {"picture": id, "query": words, "right": true, false or null to unmark}
+    GET  /corrections.jsonl  all that was said of results, for `clipkit data build`
 
 No path from a request reaches the file system. Errors are JSON: {"error": one sentence}. The only
 module that knows FastAPI; the page itself is Gradio's, mounted by ui.py.
@@ -19,9 +21,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
+import json
 import re
 import socket
 from collections.abc import Iterable
+from dataclasses import asdict
 from importlib import resources
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -35,6 +39,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.asking import QUERY_MEGABYTES, UnknownPictureError
+from app.corrections import MARK_BYTES, Mark
 from app.evaluation import Evaluation, UnknownReportError
 from app.workspace import PictureGoneError, Workspace
 from clipkit import __version__
@@ -62,7 +67,7 @@ _GRADIO = re.compile(
 )
 _OWN = re.compile(
     r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+"
-    r"|reports/[\w.-]+|sortings/[0-9a-f]{16}\.csv)"
+    r"|reports/[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?)"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 
@@ -140,16 +145,9 @@ def create_app(
 
     @app.post("/queries")
     async def ask_with(request: Request) -> dict[str, str]:
-        limit = QUERY_MEGABYTES * 1_000_000
-        data = bytearray()
-        async for chunk in request.stream():  # counted as it comes: a Content-Length may lie
-            data += chunk
-            if len(data) > limit:
-                raise HTTPException(
-                    413,
-                    f"the picture is larger than {QUERY_MEGABYTES} MB, the limit here; resize it",
-                )
-        return {"id": await run_in_threadpool(workspace.dropped.add, bytes(data))}
+        said = f"the picture is larger than {QUERY_MEGABYTES} MB, the limit here; resize it"
+        data = await _body(request, QUERY_MEGABYTES * 1_000_000, said)
+        return {"id": await run_in_threadpool(workspace.dropped.add, data)}
 
     @app.get("/queries/{image_id}")
     def query_picture(image_id: ImageId) -> Response:
@@ -175,11 +173,37 @@ def create_app(
         }
         return StreamingResponse(evaluation.table(key), media_type="text/csv", headers=headers)
 
+    @app.post("/corrections")
+    async def mark(request: Request) -> dict[str, object]:
+        said = f"a mark has at most {MARK_BYTES // 1000} kB; shorten the query"
+        told = Mark.from_json(await _body(request, MARK_BYTES, said))
+        total = await run_in_threadpool(workspace.mark, told)
+        return {**asdict(told), "corrections": total}
+
+    @app.get("/corrections.jsonl")
+    def corrections() -> Response:
+        headers = {
+            "Content-Disposition": 'attachment; filename="clipkit-corrections.jsonl"',
+            "Cache-Control": "no-store",
+        }
+        lines = (json.dumps(row) + "\n" for row in workspace.exported())
+        return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)
+
     @app.get("/favicon.ico")
     def icon() -> Response:
         return static("clipkit.svg")
 
     return app
+
+
+async def _body(request: Request, limit: int, too_large: str) -> bytes:
+    """What was sent, up to `limit` bytes, counted as it comes: a Content-Length may lie."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise HTTPException(413, too_large)
+    return bytes(data)
 
 
 def _picture(data: bytes, mime: str = "image/jpeg") -> Response:

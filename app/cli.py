@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app import train_cli
+from app import corrections_cli, train_cli
 from app.data_cli import data
 from app.eval_cli import evaluate
 from app.places import index_folder
@@ -45,6 +45,7 @@ cli = typer.Typer(
 cli.add_typer(data)
 cli.command(epilog=train_cli.EPILOG, context_settings=train_cli.ANY_OPTION)(train_cli.train)
 cli.add_typer(evaluate)
+cli.command(epilog=corrections_cli.EPILOG)(corrections_cli.corrections)
 
 IndexOption = Annotated[
     Path | None,

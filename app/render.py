@@ -63,6 +63,7 @@ class Card:
     score: float | None = None
     strength: str | None = None
     drawn: bool = False  # rather a drawing than a photo: stands on white
+    marks: str = ""  # safe HTML: the buttons of render_marks.py
 
 
 def printable(value: str) -> str:
@@ -145,8 +146,10 @@ def filters(folders: Sequence[tuple[str, str, int]]) -> str:
 # ---- before the first search
 
 
-def home(*, pictures: int, chips: Sequence[str], newest: Sequence[Card]) -> str:
-    """What invites to search."""
+def home(
+    *, pictures: int, chips: Sequence[str], newest: Sequence[Card], corrections: str = ""
+) -> str:
+    """What invites to search. `corrections` is safe HTML."""
     buttons = "".join(
         f'<button type="button" class="chip" data-do="words" data-words="{text(chip)}">'
         f"{text(chip)}</button>"
@@ -157,6 +160,7 @@ def home(*, pictures: int, chips: Sequence[str], newest: Sequence[Card]) -> str:
         f'<div class="home" data-view="home"><div class="chips">{buttons}</div>'
         '<p class="hint">Or ask with a picture: drop, paste or choose one to find its like among '
         f"{count(pictures)}.</p>"
+        + (f'<p class="hint">{corrections}</p>' if corrections else "")
         + (f'<h2>Newest pictures</h2><ol class="grid">{tiles}</ol>' if tiles else "")
         + "</div>"
     )
@@ -205,12 +209,15 @@ def results(
     total: int,
     seconds: float,
     page: int,
+    query: str = "",
+    corrections: str = "",
 ) -> str:
     """The gallery.
 
-    `question` is safe HTML. `key`, hex digits, is the question's own: Gradio changes what stands on
-    the page node by node, so a longer list for one question only grows, while the element's name
-    makes another question replace all. `ticket` is the page's mark, by which it knows its answer.
+    `question` and `corrections` are safe HTML. `query` is sent with a mark of right or wrong. `key`,
+    hex digits, is the question's own: Gradio changes what stands on the page node by node, so a longer
+    list for one question only grows, while the element's name makes another question replace all.
+    `ticket` is the page's number, by which it knows its answer.
     """
     bands = [card.strength for card in cards]
     first_weak = len(bands)
@@ -235,9 +242,9 @@ def results(
             f"Show {more:,} more</button></div>"
         )
     return (
-        f'<found-{key} class="results" data-view="results" data-ticket="{text(ticket)}">'
-        f'<div class="summary"><h2>{question}</h2><p>{len(cards):,} of {count(total)}, '
-        f"{_took(seconds)}</p></div>{body}</found-{key}>"
+        f'<found-{key} class="results" data-view="results" data-ticket="{text(ticket)}" '
+        f'data-query="{text(query)}"><div class="summary"><h2>{question}</h2><p>{len(cards):,} of '
+        f"{count(total)}, {_took(seconds)}{corrections}</p></div>{body}</found-{key}>"
     )
 
 
@@ -275,7 +282,7 @@ def _tile(card: Card, *, bare: bool = False) -> str:
         f'<li class="{classes}" data-id="{identity}" data-score="{score}" data-band="{band}" '
         f'style="--ratio:{ratio:.3f}"><button type="button" class="open" data-do="open" '
         f'aria-label="{label}"><img src="thumbnails/{identity}" alt="{alt}" loading="lazy" '
-        f'decoding="async"></button>{under}</li>'
+        f'decoding="async"></button>{card.marks}{under}</li>'
     )
 
 

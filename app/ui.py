@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from app import render
+from app import render, render_marks
 from app.api import STATIC, create_app
 from app.asking import PAGE, Ask
+from app.corrections import as_query
 from app.evaluation import Evaluation
 from app.ui_evaluation import EvaluationPage
 from app.workspace import Workspace, folder_key
@@ -102,14 +103,20 @@ class Page:
             return render.empty(may_index=self.workspace.may_index, indexing=now.indexing)
         rows = self.workspace.newest(NEWEST)
         newest = [_card(row, rank=rank) for rank, row in enumerate(rows, 1)]
-        return render.home(pictures=now.pictures, chips=self.examples, newest=newest)
+        return render.home(
+            pictures=now.pictures,
+            chips=self.examples,
+            newest=newest,
+            corrections=render_marks.summary(now.corrections) if now.corrections else "",
+        )
 
     def answer(self, data: Mapping[str, Any]) -> str:
         """The results of one search, or the sentence that says why there are none."""
         ticket = str(data.get("ticket", ""))
         try:
             ask = Ask.from_page(data)
-            if ask.is_empty or not self.workspace.status().pictures:
+            now = self.workspace.status()
+            if ask.is_empty or not now.pictures:
                 return self.start()
             found = self.workspace.search(ask)
         except ClipkitError as error:
@@ -118,7 +125,13 @@ class Page:
             log.exception("a search failed")
             return render.failure(FAULT, ticket=ticket)
         cards = [
-            _card(row, rank=hit.rank, score=hit.score, strength=hit.strength)
+            _card(
+                row,
+                rank=hit.rank,
+                score=hit.score,
+                strength=hit.strength,
+                marks=render_marks.buttons(hit.rank, found.said, found.marks.get(hit.image_id)),
+            )
             for hit, row in zip(found.hits, found.rows, strict=True)
         ]
         return render.results(
@@ -129,6 +142,8 @@ class Page:
             total=found.total,
             seconds=found.seconds,
             page=PAGE,
+            query=as_query(found.said) if found.said else "",
+            corrections=render_marks.summary(now.corrections),
         )
 
     def run(self) -> str:
@@ -147,7 +162,12 @@ class Page:
 
 
 def _card(
-    row: PictureRow, *, rank: int, score: float | None = None, strength: str | None = None
+    row: PictureRow,
+    *,
+    rank: int,
+    score: float | None = None,
+    strength: str | None = None,
+    marks: str = "",
 ) -> render.Card:
     return render.Card(
         rank=rank,
@@ -159,6 +179,7 @@ def _card(
         score=score,
         strength=strength,
         drawn=row.format in ("PNG", "GIF"),
+        marks=marks,
     )
 
 

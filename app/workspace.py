@@ -8,25 +8,29 @@ types to have it indexed.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
 from app.asking import Ask, DroppedPictures, UnknownPictureError
+from app.corrections import Corrections, Mark, export, said
 from app.indexing import Indexer, Run
 from app.render import printable
 from clipkit.catalog import Catalog, Filters, PictureRow
-from clipkit.errors import ImageError, InputError
+from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
 from clipkit.search import Searcher, SearchHit
 
 __all__ = ["Found", "PictureGoneError", "Status", "Workspace", "folder_key"]
+
+log = logging.getLogger(__name__)
 
 FOLDERS_SHOWN = 500  # choices of the folder filter
 THUMBNAIL_SIDE = 320
@@ -45,6 +49,8 @@ class Found:
     rows: tuple[PictureRow, ...]
     total: int  # pictures that pass the filters
     seconds: float
+    said: str | None = None  # the words that a mark of a hit speaks of; None: nothing to mark
+    marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +63,7 @@ class Status:
     pictures: int
     newest: str | None  # when a picture was last added; UTC, ISO
     indexing: bool
+    corrections: int
 
 
 class Workspace:
@@ -75,6 +82,7 @@ class Workspace:
         self.may_index = may_index
         self.limits = limits or Limits()
         self.dropped = DroppedPictures(limits=self.limits)
+        self.corrections = Corrections(folder)
         self._indexer = Indexer(folder, model, limits=self.limits)
         self._lock = threading.Lock()
         self._opened: tuple[Catalog, Searcher] | None = None
@@ -101,6 +109,7 @@ class Workspace:
     def status(self) -> Status:
         opened = self._open()
         stats = opened[0].stats() if opened else None
+        corrections = self._readable()
         return Status(
             spec=self.model.spec,
             encoder_id=self.model.known_id,
@@ -108,6 +117,7 @@ class Workspace:
             pictures=stats.pictures if stats else 0,
             newest=stats.newest if stats else None,
             indexing=self.indexing,
+            corrections=corrections.total() if corrections else 0,
         )
 
     # ---- searching
@@ -120,11 +130,15 @@ class Workspace:
             return Found((), (), 0, 0.0)
         catalog, searcher = opened
         filters = self._filters(ask)
+        words = None
         if ask.similar:
             result = searcher.similar(ask.similar, k=ask.k, filters=filters)
         else:
             picture = self.dropped[ask.picture] if ask.picture else None
-            result = searcher.search(parse(ask.words), k=ask.k, image=picture, filters=filters)
+            query = parse(ask.words)
+            result = searcher.search(query, k=ask.k, image=picture, filters=filters)
+            words = None if picture else said(query)
+        kept = self._readable() if words else None
         # A picture may leave the catalog between the two looks: it is left out then.
         found = [(hit, row) for hit in result.hits if (row := catalog.row(hit.image_id))]
         return Found(
@@ -132,7 +146,18 @@ class Workspace:
             rows=tuple(row for _, row in found),
             total=result.total,
             seconds=time.perf_counter() - begun,
+            said=words if kept else None,
+            marks=kept.of(words) if kept and words else {},
         )
+
+    def _readable(self) -> Corrections | None:
+        """The corrections; None if their file cannot be read: a search can do without."""
+        try:
+            self.corrections.total()
+        except ClipkitError as error:
+            log.warning("%s", error)
+            return None
+        return self.corrections
 
     def newest(self, number: int) -> tuple[PictureRow, ...]:
         """Pictures to show before anything is asked: the latest by date. Needs no model."""
@@ -210,6 +235,20 @@ class Workspace:
                 return data
         name = printable(PurePath(row.path).name)
         raise PictureGoneError(f"the file {name} is gone or has changed; index its folder again")
+
+    # ---- right or wrong
+
+    def mark(self, mark: Mark) -> int:
+        """Keep what somebody said of a hit; how many corrections there are then. UnknownPictureError,
+        and what Corrections.put raises."""
+        self._known(mark.picture)
+        self.corrections.put(mark)
+        return self.corrections.total()
+
+    def exported(self) -> Iterator[dict[str, Any]]:
+        """The corrections as rows for `clipkit data build`."""
+        opened = self._open()
+        return export(self.corrections.all(), opened[0]) if opened else iter(())
 
     # ---- indexing
 

@@ -98,6 +98,9 @@
     box.hidden = !sentence;
   };
 
+  const unanswered = (error) =>
+    error instanceof TypeError ? "The clipkit server does not answer; is it still running?" : error.message;
+
   const ask_with = async (file) => {
     notice("");
     document.body.dataset.busy = "yes";
@@ -112,7 +115,7 @@
       send({ picture: told.id, ...filters() });
     } catch (error) {
       delete document.body.dataset.busy;
-      notice(error instanceof TypeError ? "The clipkit server does not answer; is it still running?" : error.message);
+      notice(unanswered(error));
     }
   };
 
@@ -199,6 +202,7 @@
     full.src = `pictures/${id}`;
     $("h2", box).textContent = picture.alt;
     $("dl", box).replaceChildren();
+    judge(card);
     $("[data-do=previous]", box).disabled = position === 0;
     $("[data-do=next]", box).disabled = position === all.length - 1;
     if (!box.open) {
@@ -234,6 +238,66 @@
     shown = -1;
     $(".stage img", viewer()).removeAttribute("src");
     opener?.focus({ preventScroll: false });
+  };
+
+  // ------------------------------------------------------------------ right or wrong
+  const pressed = (button) => button.getAttribute("aria-pressed") === "true";
+  const press = (button, on) => button.setAttribute("aria-pressed", String(on));
+  const marks_of = (card) => $$("[data-do=mark]", card);
+  let marking = Promise.resolve(); // marks go out one after the other, in the order of the clicks
+
+  // The viewer's two buttons say what the card's do.
+  const judge = (card) => {
+    const theirs = marks_of(card);
+    $("#viewer .judge").hidden = !theirs.length;
+    for (const [at, button] of $$("#viewer [data-do=mark-here]").entries()) {
+      press(button, theirs.length && pressed(theirs[at]));
+    }
+  };
+
+  const show_mark = (card, right) => {
+    for (const button of marks_of(card)) press(button, right !== null && right === (button.dataset.right === "yes"));
+    if (viewer().open && viewer().dataset.id === card.dataset.id) judge(card);
+  };
+
+  const tell_total = (total) => {
+    for (const said of $$(".corrections")) {
+      said.hidden = !total;
+      $(".total", said).textContent = `${total.toLocaleString("en")} correction${total === 1 ? "" : "s"}`;
+    }
+  };
+
+  const keep_mark = async (mark) => {
+    const answer = await fetch("corrections", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(mark),
+    });
+    const told = await answer.json();
+    if (!answer.ok) throw new Error(told.error);
+    tell_total(told.corrections);
+  };
+
+  // Shown at once; taken back if the server did not keep it.
+  const mark = (button) => {
+    const card = button.closest(".hit");
+    const was = marks_of(card).find(pressed);
+    const before = was ? was.dataset.right === "yes" : null;
+    const right = button === was ? null : button.dataset.right === "yes";
+    const { query } = button.closest("[data-query]").dataset;
+    show_mark(card, right);
+    marking = marking
+      .then(() => keep_mark({ picture: card.dataset.id, query, right }))
+      .then(() => notice(""))
+      .catch((error) => {
+        show_mark(card, before);
+        notice(unanswered(error));
+      });
+  };
+
+  const mark_here = (button) => {
+    const card = cards()[shown];
+    if (card) mark(marks_of(card).find((theirs) => theirs.dataset.right === button.dataset.right));
   };
 
   // ------------------------------------------------------------------ keyboard
@@ -301,6 +365,8 @@
   const does = {
     open: (button) => view(cards().indexOf(button.closest(".hit"))),
     similar: (button) => similar_to(button.closest(".hit").dataset.id),
+    mark,
+    "mark-here": mark_here,
     "similar-here": () => similar_to(viewer().dataset.id),
     previous: () => view(shown - 1),
     next: () => view(shown + 1),
