@@ -123,8 +123,9 @@ class Corrections:
     def _forget(self) -> None:
         self._read = 0  # bytes of the file that are in _marks
         self._inode = 0
-        # same_caption(query) -> image_id -> the mark; by query, since that is what a page asks for
-        self._marks: dict[str, dict[str, Correction]] = {}
+        # Both by same_caption(query): in the order of the file, and what a page of results asks for.
+        self._marks: dict[tuple[str, str], Correction] = {}  # by (query, image_id)
+        self._right: dict[str, dict[str, bool]] = {}  # by query, then image_id
 
     # Each of these may raise ClipkitError if the file cannot be read or written.
 
@@ -132,21 +133,19 @@ class Corrections:
         """How many marks count."""
         with self._mutex:
             self._follow()
-            return sum(map(len, self._marks.values()))
+            return len(self._marks)
 
     def of(self, query: str) -> Mapping[str, bool]:
         """Right or wrong by image_id, for the pictures that were marked for this query."""
         with self._mutex:
             self._follow()
-            found = self._marks.get(same_caption(query), {})
-            return {image_id: mark.right for image_id, mark in found.items()}
+            return dict(self._right.get(same_caption(query), {}))
 
     def all(self) -> list[Correction]:
         """Every mark that counts, the oldest first."""
         with self._mutex:
             self._follow()
-            marks = [mark for found in self._marks.values() for mark in found.values()]
-        return sorted(marks, key=lambda mark: (mark.at, mark.query, mark.image_id))
+            return list(self._marks.values())
 
     def put(self, mark: Mark) -> None:
         """Keep a mark in place of an earlier one, or take that back; on disk when this returns.
@@ -236,10 +235,12 @@ class Corrections:
         except (ValueError, KeyError) as error:
             log.warning("%s: a line left out: %s", self.path, error)
             return
-        found = self._marks.setdefault(same_caption(query), {})
-        found.pop(image_id, None)
+        key = same_caption(query)
+        self._marks.pop((key, image_id), None)
+        self._right.setdefault(key, {}).pop(image_id, None)
         if right is not None:
-            found[image_id] = Correction(image_id, query, right, at)
+            self._marks[key, image_id] = Correction(image_id, query, right, at)
+            self._right[key][image_id] = right
 
     def _unusable(self, error: OSError) -> ClipkitError:
         return ClipkitError(
