@@ -1,0 +1,107 @@
+"""Batch norms at rest, folded into the convolutions before them: the same numbers, sooner.
+
+A batch norm with fixed statistics multiplies each channel and adds to it. A convolution can do both
+by itself, with its kernel multiplied and a bias added, which saves passes over the largest tensors
+there are. The usual folding (torch's `fuse_conv_bn_eval`) writes new weights; here the weights stay
+what the checkpoint holds and the product is formed in every pass, a small matter, so that training
+changes the convolution and the norm as it would without folding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["fold_batch_norms"]
+
+
+def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
+    """Fold every batch norm whose input comes straight from a convolution; how many there were.
+
+    run: passes something small through `model`. It is watched to see what follows what, and repeated
+    to see that nothing changed: if something else reads a convolution's output, nothing is folded.
+    A norm in training mode, or without running statistics, is not folded while it is so.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return 0
+    with torch.no_grad():
+        plain, pairs = _watched(model, norms, run)
+        for conv, norm in pairs:
+            conv.forward = partial(_convolve, conv, norm, conv.forward)  # type: ignore[method-assign]
+            norm.forward = partial(_activate, norm, norm.forward)  # type: ignore[method-assign]
+        error = (run() - plain).float().norm() / plain.float().norm()
+    if error < 1e-3 or (plain.dtype.itemsize < 4 and error < 0.05):
+        return len(pairs)
+    for module in chain.from_iterable(pairs):
+        del module.forward
+    return 0
+
+
+def _watched(
+    model: torch.nn.Module, norms: list[_BatchNorm], run: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, list[tuple[torch.nn.Conv2d, _BatchNorm]]]:
+    """What `run` gives, and each convolution with the one norm that its output went to."""
+    made: list[tuple[torch.nn.Conv2d, torch.Tensor]] = []  # the outputs stay alive: `is` is certain
+    taken: list[tuple[_BatchNorm, torch.Tensor]] = []
+    hooks = [
+        conv.register_forward_hook(lambda m, _, out: made.append((m, out)))
+        for conv in model.modules()
+        if type(conv) is torch.nn.Conv2d  # a subclass may do more than convolve
+    ]
+    hooks += [
+        norm.register_forward_pre_hook(lambda m, x: taken.append((m, x[0]))) for norm in norms
+    ]
+    try:
+        result = run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    used = Counter(id(module) for module, _ in (*made, *taken))
+    pairs = []
+    for conv, out in made:
+        takers = [norm for norm, given in taken if given is out]
+        if len(takers) == 1 and used[id(conv)] == used[id(takers[0])] == 1:
+            pairs.append((conv, takers[0]))
+    return result, pairs
+
+
+def _at_rest(norm: _BatchNorm) -> bool:
+    return not norm.training and norm.running_mean is not None
+
+
+def _convolve(
+    conv: torch.nn.Conv2d, norm: _BatchNorm, plain: Callable[..., torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
+    if not _at_rest(norm):
+        return plain(x)
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    # In float32 whatever the weights' precision: small variances would lose their digits.
+    gain = torch.rsqrt(variance.float() + norm.eps)
+    if norm.weight is not None:
+        gain = gain * norm.weight.float()
+    shift = -mean.float() * gain
+    if conv.bias is not None:
+        shift = shift + conv.bias.float() * gain
+    if norm.bias is not None:
+        shift = shift + norm.bias.float()
+    weight = (conv.weight * gain[:, None, None, None]).to(conv.weight.dtype)
+    folded: torch.Tensor = conv._conv_forward(x, weight, shift.to(conv.weight.dtype))
+    return folded
+
+
+def _activate(norm: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """What of a norm is left: timm's BatchNormAct2d also drops and activates."""
+    if not _at_rest(norm):
+        return plain(x)
+    for name in ("drop", "act"):
+        if (part := getattr(norm, name, None)) is not None:
+            x = part(x)
+    return x
