@@ -178,14 +178,15 @@ class Run:
 # --------------------------------------------------------------------------- telling
 
 
-def measure(folder: Path, data: Path) -> Any:
+def measure(folder: Path, data: Path, *, limit: int | None) -> Any:
     """clipkit's own evaluation on the development split, in float32."""
     from clipkit.lazy_encoder import LazyEncoder
     from eval.data import open_captioned
     from eval.retrieval import evaluate_retrieval
 
     encoder = LazyEncoder(str(folder), device="cpu", precision="float32")
-    return evaluate_retrieval(encoder, open_captioned(str(data / "flickr8k" / "dev.jsonl")))
+    file = str(data / "flickr8k" / "dev.jsonl")
+    return evaluate_retrieval(encoder, open_captioned(file, limit=limit))
 
 
 def table(timings: Mapping[str, Timing], reports: Mapping[str, Any], batch: int) -> Iterator[str]:
@@ -254,7 +255,10 @@ def bench_all(args: argparse.Namespace, out: Path) -> str:
             steps=dict(args.steps).get(run.trainer, 0),
             threads=args.threads,
         )
-    reports = {name: measure(folder, args.data) for name, folder in checkpoints.items()}
+    reports = {
+        name: measure(folder, args.data, limit=args.dev_pictures or None)
+        for name, folder in checkpoints.items()
+    }
     title = (
         f"Recipe {args.recipe}, {len(pictures)} training pictures, {args.minutes:g} minutes, "
         f"{args.threads} threads; in percent, 95 % intervals over the {reports['start'].n['pictures']} "
@@ -295,6 +299,7 @@ def main() -> None:
     add("--steps", type=setting, action="append", default=[], metavar="TRAINER=N")
     add("--pilot-steps", type=int, default=5)
     add("--pictures", type=int, default=0, help="only so many to train on (0: all)")
+    add("--dev-pictures", type=int, default=0, help="only so many to measure on (0: all)")
     add("--threads", type=int, default=cores)
     add("--workers", type=int, default=2, help="decoders: clipkit's threads, others' processes")
     add("--seed", type=int, default=0)
