@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -342,6 +344,30 @@ def test_features_are_computed_once_for_an_encoder_and_its_data(options: dict[st
     start = Path(options["start"])
     moved = altered(start, options["out"] / "moved", lambda t: t["visual.conv1.weight"].mul_(2))
     assert again(name="c", start=moved) > 0
+
+
+def test_a_run_stopped_while_features_are_computed_goes_on_from_them(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first chunk, then the second chunk cut off as by a kill: the resumed run
+    computes the rest only, and ends with the unbroken run's weights."""
+    monkeypatch.setattr(towers.DualEncoder, "preferred_batch", 4)
+    options = {**options, "recipe": "heads"}
+    unbroken = run({**options, "name": "unbroken"})
+    shutil.rmtree(options["out"] / ".features")
+    stop = threading.Event()
+    stop.set()
+    stopped = train(TrainConfig.from_mapping({**options, "name": "broken"}), stop=stop)
+    assert stopped.stopped and stopped.checkpoint is None and stopped.steps == 0
+    (partial,) = (options["out"] / ".features").glob("*.partial")
+    whole = partial.read_bytes()
+    partial.write_bytes(whole + whole[: len(whole) // 2])
+    told: list[Progress] = []
+    resumed = resume(stopped.folder, on_progress=told.append)
+    assert len(np.load(io.BytesIO(whole))) == 4
+    assert [p.done for p in told if p.phase == "features"][:3] == [8, 12, 14]
+    assert resumed.encoder_id == unbroken.encoder_id
+    assert not list((options["out"] / ".features").glob("*.partial"))
 
 
 def test_the_mean_of_the_weights_is_what_comes_out(options: dict[str, Any], tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ import torch
 from clipkit import checkpoint, towers
 from clipkit.training import distributed
 from clipkit.training.adapters import merge_adapters
-from clipkit.training.checkpoint import write_json
+from clipkit.training.checkpoint import RunFolder, write_json
+from clipkit.training.config import TrainConfig
 from clipkit.training.evaluation import Scores, evaluate
 from clipkit.training.interpolate import ALPHAS, Mixture, choose_alpha
 from clipkit.training.job import Job, Outcome, Progress
 from clipkit.training.model import TrainableTowers
+from clipkit.training.parameters import Trained
 
-__all__ = ["RunSummary", "finish"]
+__all__ = ["RunSummary", "finish", "stopped_before_training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,29 @@ class RunSummary:
     total_parameters: int
     seconds: float
     words: tuple[str, ...]  # what a person should know, warnings included
+
+
+def stopped_before_training(
+    run: RunFolder, config: TrainConfig, model: TrainableTowers, trained: Trained
+) -> RunSummary:
+    """Nothing was trained yet, and `resume` begins where the run was."""
+    return RunSummary(
+        folder=run.path,
+        checkpoint=None,
+        encoder_id=None,
+        parent_id=model.encoder.encoder_id,
+        recipe=config.recipe,
+        steps=0,
+        best_step=0,
+        stopped=True,
+        before=None,
+        after=None,
+        alpha=1.0,
+        trained_parameters=trained.count,
+        total_parameters=trained.total,
+        seconds=0.0,
+        words=("the features that were computed are kept",),
+    )
 
 
 def finish(

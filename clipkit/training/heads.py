@@ -6,12 +6,14 @@ from its current values: the exported checkpoint is the same architecture and ne
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,13 +21,17 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import ModelError
 from clipkit.training.data import CaptionedPictures, Plan
-from clipkit.training.distributed import collect, gather_uneven, own_slice, rank
+from clipkit.training.distributed import collect, gather_uneven, own_slice, rank, world_size
 from clipkit.training.inputs import Batch, Inputs, even_share
 from clipkit.training.model import TrainableTowers
 
-__all__ = ["FrozenTowers", "Head", "HeadInputs", "find_heads"]
+__all__ = ["FeaturesStopped", "FrozenTowers", "Head", "HeadInputs", "find_heads"]
 
 _EVAL_CHUNK = 8192  # features are small
+
+
+class FeaturesStopped(Exception):
+    """The user stopped the run while features were computed; those that were are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,55 +139,104 @@ class FrozenTowers:
         return [p for head in (self._image, self._text) if head for p in head.parameters()]
 
     def features(
-        self, inputs: Inputs, folder: Path, on_chunk: Callable[[str, int, int], None]
+        self,
+        inputs: Inputs,
+        folder: Path,
+        on_chunk: Callable[[str, int, int], None],
+        stop: threading.Event,
     ) -> HeadInputs:
         """What the frozen towers make of a split, computed once: kept in `folder` by the encoder's
-        and the data's identity, so that features of other weights or pictures are never taken."""
+        and the data's identity, so that features of other weights or pictures are never taken.
+
+        Every chunk is written as it is made: a run that was stopped or killed goes on from there.
+        """
         encoder = self._towers.encoder
         dtype = str(self._towers.compute).removeprefix("torch.")
         name = f"{encoder.encoder_id}-{dtype}-{inputs.data.fingerprint()}"
         data = inputs.data
         pictures = self._kept(
             folder / f"{name}-pictures.npy",
-            inputs.pictures(),
+            inputs.pictures,
             self._towers.raw_images,
             self._image,
             lambda done: on_chunk("pictures", done, len(data)),
+            stop,
         )
         texts = self._kept(
             folder / f"{name}-texts.npy",
-            inputs.captions(),
+            inputs.captions,
             self._towers.raw_texts,
             self._text,
             lambda done: on_chunk("texts", done, len(data.texts)),
+            stop,
         )
         return HeadInputs(inputs.data, pictures, texts)
 
     def _kept(
         self,
         file: Path,
-        chunks: Iterator[torch.Tensor],
+        chunks: Callable[[int], Generator[torch.Tensor]],
         encode: Callable[[torch.Tensor], torch.Tensor],
         head: Head | None,
         on_done: Callable[[int], None],
+        stop: threading.Event,
     ) -> torch.Tensor:
         if all(collect(file.is_file())):
             return torch.from_numpy(np.load(file))
-        parts: list[torch.Tensor] = []
-        done = 0
-        with torch.no_grad(), head.removed() if head else nullcontext():
-            for chunk in chunks:
-                parts.append(encode(chunk).float().cpu())
-                done += len(chunk)
-                on_done(done)
-        features = gather_uneven(torch.cat(parts))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        share = f"{rank() + 1}of{world_size()}"
+        parts = _Parts(file.with_suffix(f".{share}.partial"))
+        with (
+            torch.no_grad(),
+            head.removed() if head else nullcontext(),
+            closing(chunks(parts.rows)) as remaining,
+            parts.open() as handle,
+        ):
+            for chunk in remaining:
+                parts.add(encode(chunk).float().cpu(), handle)
+                on_done(parts.rows)
+                if stop.is_set() and world_size() == 1:  # others would wait for this one below
+                    raise FeaturesStopped
+        features = gather_uneven(torch.cat(parts.made))
         if rank() == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_suffix(f".{os.getpid()}.partial")
-            with aside.open("wb") as handle:
-                np.save(handle, features.numpy())
+            with aside.open("wb") as whole:
+                np.save(whole, features.numpy())
             aside.replace(file)
+        parts.path.unlink()
         return features
+
+
+class _Parts:
+    """Chunks of features in a file, one array behind the other, as far as an earlier run came."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.made: list[torch.Tensor] = []
+        self._whole = 0  # bytes of chunks that are whole
+        # EOFError is the file's end, ValueError a chunk that a kill cut off.
+        missing_or_over = (FileNotFoundError, EOFError, ValueError)
+        with contextlib.suppress(*missing_or_over), path.open("rb") as handle:
+            while True:
+                self.made.append(torch.from_numpy(np.load(handle, allow_pickle=False)))
+                self._whole = handle.tell()
+
+    @property
+    def rows(self) -> int:
+        return sum(len(part) for part in self.made)
+
+    def open(self) -> IO[bytes]:
+        """To add to what is whole."""
+        self.path.touch()
+        handle = self.path.open("r+b")
+        handle.seek(self._whole)
+        handle.truncate()
+        return handle
+
+    def add(self, features: torch.Tensor, handle: IO[bytes]) -> None:
+        np.save(handle, features.numpy())
+        handle.flush()
+        self.made.append(features)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -198,13 +253,12 @@ class HeadInputs:
             images = self.image_features[torch.from_numpy(plan.pictures[own])]
             yield Batch(plan, images, self.text_features[torch.from_numpy(plan.texts[own])], None)
 
-    def pictures(self) -> Iterator[torch.Tensor]:
-        return _shares(self.image_features)
+    def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
+        return _shares(self.image_features, first)
 
-    def captions(self) -> Iterator[torch.Tensor]:
-        return _shares(self.text_features)
+    def captions(self, first: int = 0) -> Generator[torch.Tensor]:
+        return _shares(self.text_features, first)
 
 
-def _shares(features: torch.Tensor) -> Iterator[torch.Tensor]:
-    share = features[even_share(len(features))]
-    return iter(torch.split(share, _EVAL_CHUNK))
+def _shares(features: torch.Tensor, first: int) -> Generator[torch.Tensor]:
+    yield from torch.split(features[even_share(len(features))][first:], _EVAL_CHUNK)

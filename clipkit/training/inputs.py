@@ -88,11 +88,11 @@ class Inputs(Protocol):
     def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
         """This process's share of each plan's batch, augmented."""
 
-    def pictures(self) -> Iterator[torch.Tensor]:
-        """This process's share of all pictures, as they are served, in chunks."""
+    def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
+        """This process's share of all pictures from its `first`, as they are served, in chunks."""
 
-    def captions(self) -> Iterator[torch.Tensor]:
-        """This process's share of all distinct captions, in chunks."""
+    def captions(self, first: int = 0) -> Generator[torch.Tensor]:
+        """This process's share of all distinct captions from its `first`, in chunks."""
 
 
 class PictureInputs:
@@ -123,15 +123,15 @@ class PictureInputs:
                 order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
                 yield Batch(plan, pixels, self._towers.tokenize(words), order)
 
-    def pictures(self) -> Iterator[torch.Tensor]:
-        share = range(len(self.data))[even_share(len(self.data))]
-        views = self._ahead(self._served, share)
+    def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
+        share = range(len(self.data))[even_share(len(self.data))][first:]
         chunk = self._encoder.preferred_batch
-        for start in range(0, len(share), chunk):
-            yield torch.stack([next(views) for _ in share[start : start + chunk]])
+        with closing(self._ahead(self._served, share)) as views:
+            for start in range(0, len(share), chunk):
+                yield torch.stack([next(views) for _ in share[start : start + chunk]])
 
-    def captions(self) -> Iterator[torch.Tensor]:
-        share = self.data.texts[even_share(len(self.data.texts))]
+    def captions(self, first: int = 0) -> Generator[torch.Tensor]:
+        share = self.data.texts[even_share(len(self.data.texts))][first:]
         chunk = 4 * self._encoder.preferred_batch  # all of about one length
         for start in range(0, len(share), chunk):
             yield self._towers.tokenize(share[start : start + chunk])

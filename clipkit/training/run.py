@@ -21,8 +21,8 @@ from clipkit.training import distributed
 from clipkit.training.checkpoint import RunFolder
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import CaptionedPictures, fitted_batch
-from clipkit.training.finish import RunSummary, finish
-from clipkit.training.heads import FrozenTowers
+from clipkit.training.finish import RunSummary, finish, stopped_before_training
+from clipkit.training.heads import FeaturesStopped, FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.job import Job, Progress
 from clipkit.training.loop import fit
@@ -111,7 +111,11 @@ def _run(
     if config.recipe == "heads":
         trainee = FrozenTowers(model, dropout=config.feature_dropout)
     trained = choose_parameters(trainee, config)
-    inputs, validation = _inputs(config, model, trainee, data, held_out, tell)
+    asked = stop or threading.Event()
+    try:
+        inputs, validation = _inputs(config, model, trainee, data, held_out, tell, asked)
+    except FeaturesStopped:
+        return stopped_before_training(folder, config, model, trained)
     job = Job(
         config=config,
         loss=loss,
@@ -124,7 +128,7 @@ def _run(
         validation=validation,
         folder=folder,
         on_progress=tell,
-        stop=stop or threading.Event(),
+        stop=asked,
     )
     log.info("training %d of %d parameters", trained.count, trained.total)
     outcome = fit(job, folder.load() if facts is not None else None)
@@ -151,6 +155,7 @@ def _inputs(
     data: CaptionedPictures,
     held_out: CaptionedPictures | None,
     tell: Callable[[Progress], None],
+    stop: threading.Event,
 ) -> tuple[Inputs, Inputs | None]:
     """The training split, augmented, and the validation split if there is one."""
     inputs: Inputs = PictureInputs(
@@ -170,8 +175,8 @@ def _inputs(
         def told(what: str, done: int, total: int) -> None:
             tell(Progress("features", done, total, words=what))
 
-        inputs = trainee.features(inputs, cache, told)
-        validation = trainee.features(validation, cache, told) if validation else None
+        inputs = trainee.features(inputs, cache, told, stop)
+        validation = trainee.features(validation, cache, told, stop) if validation else None
     return inputs, validation
 
 
