@@ -68,7 +68,7 @@ NOTES = {
         "computes the frozen layers again"
     ),
     "open_clip_train": (
-        "one learning rate for all; the text tower is trained whole (--lock-text-unlocked-layers "
+        "one learning rate for all; recipe full trains all of the text tower (--lock-text-unlocked-layers "
         "fails for BERT: KeyError 'layer_attr'); no frozen batch norms "
         "(--lock-image-freeze-bn-stats replaces "
         "timm's norm-and-activation layers by norms alone, which breaks the tower), so batch "
