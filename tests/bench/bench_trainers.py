@@ -68,10 +68,10 @@ NOTES = {
         "computes the frozen layers again"
     ),
     "open_clip_train": (
-        "one learning rate for all; recipe full trains all of the text tower (--lock-text-unlocked-layers "
-        "fails for BERT: KeyError 'layer_attr'); no frozen batch norms "
-        "(--lock-image-freeze-bn-stats replaces "
-        "timm's norm-and-activation layers by norms alone, which breaks the tower), so batch "
+        "one learning rate for all; recipe full trains all of the text tower "
+        "(--lock-text-unlocked-layers fails for BERT: KeyError 'layer_attr'); no frozen batch norms "
+        "(--lock-image-freeze-bn-stats replaces timm's norm-and-activation layers by norms alone, "
+        "which breaks the tower), so batch "
         "statistics are used, in locked stages too; the text tower's dropout acts; no flips; crops "
         "are shaped around the square, not the picture; a batch may hold a picture twice; captions "
         f"are padded to {WORDS} tokens; each step computes the frozen layers again"
