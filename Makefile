@@ -1,6 +1,7 @@
 # make demo                   set up, index the sample gallery, open the app
 # make demo PHOTOS=/folder    the same with your own pictures
 # make test                   set up, lint, types, tests
+# make builtin DATA=DIR       make the built-in model anew in BUILD (see clipkit/builtin/MODEL_CARD.md)
 
 # The newest Python >= 3.11 that is here; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
@@ -9,7 +10,11 @@ PORT ?= 7860
 BIN := .venv/bin
 INDEX := $(if $(PHOTOS),.demo/photos,.demo/gallery)
 
-.PHONY: demo test check clean
+BUILD ?= build/builtin
+# The commit that has the first built-in model, which is mixed in.
+FIRST := 6220dc6
+
+.PHONY: demo test check builtin clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.app
@@ -23,6 +28,17 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+builtin: .venv/.app
+	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[builtin-recipe]'
+	$(BIN)/python -m clipkit.builtin.recipe start --data $(DATA) --gallery data_prep/gallery/pictures --out $(BUILD)/start
+	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/start/art.jsonl --out $(BUILD)/dataset \
+		--validation 0 --test 0 --max-repeats 0 --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m app.cli train $(BUILD)/dataset \
+		--config clipkit/builtin/tune.toml --model $(BUILD)/start --out $(BUILD)/runs --name tuned --no-report
+	mkdir -p $(BUILD)/first && git archive $(FIRST) clipkit/builtin | tar x -C $(BUILD)/first --strip-components 2
+	$(BIN)/python -m clipkit.builtin.recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/first --share 0.5 --out $(BUILD)/model
+	$(BIN)/python -m clipkit.builtin.measure --data $(DATA) --model $(BUILD)/model --write
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 from PIL import Image
 
 from clipkit import checkpoint, images, towers
-from clipkit.builtin import measure, sources
+from clipkit.builtin import measure, recipe, sources
 
 FOLDER = checkpoint.builtin_folder()
 GALLERY = Path(__file__).parent.parent / "data_prep" / "gallery" / "pictures"
@@ -50,6 +52,7 @@ def test_fits_into_a_repository_and_holds_no_pickle() -> None:
         ".md",
         ".py",
         ".safetensors",
+        ".toml",
         ".txt",
     }
 
@@ -90,6 +93,42 @@ def test_captions_lose_what_no_person_would_type() -> None:
     example = sources.art_example(Path("a.png"), row)
     assert example.phrases == ("Blue Man", "It's a \"blue man")
     assert example.keywords == ("people", "ice cream")
+
+
+def test_norms_that_only_add_leave_the_tower_what_it_is() -> None:
+    """The form in which two models are averaged: gains in the convolutions, no statistics."""
+    torch.manual_seed(0)
+    trunk = timm.create_model("efficientnet_lite0", num_classes=0).eval()
+    for norm in trunk.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for values in (norm.running_var, norm.weight):
+                values.data.uniform_(0.5, 2.0)
+            for values in (norm.running_mean, norm.bias):
+                values.data.normal_()
+    picture = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = trunk(picture)
+        named = {f"visual.trunk.{name}": t.clone() for name, t in trunk.state_dict().items()}
+        after = recipe.adding_norms(named)
+        assert (after["visual.trunk.bn1.weight"] == 1).all()
+        assert (after["visual.trunk.blocks.2.1.bn2.running_mean"] == 0).all()
+        trunk.load_state_dict({n.removeprefix("visual.trunk."): t for n, t in after.items()})
+        assert (trunk(picture) - before).norm() / before.norm() < 1e-4
+
+
+def test_a_drawing_s_captions_are_its_titles_and_prompts_around_its_keywords(
+    tmp_path: Path,
+) -> None:
+    art = [
+        sources.Example(tmp_path / "a.png", ("A red fox",), ("fox", "animal"), art=True),
+        sources.Example(tmp_path / "b.png", (), (), art=True),
+    ]
+    recipe.write_captions(art, tmp_path / "art.jsonl")
+    (row,) = [json.loads(line) for line in (tmp_path / "art.jsonl").read_text().splitlines()]
+    assert row["image"] == str(tmp_path / "a.png")
+    title, fox, animal, listed = row["captions"]
+    assert (title, listed) == ("A red fox", "fox, animal")
+    assert "fox" in fox and "animal" in animal
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What the built-in model learns from and is measured on: captions, and views of pictures.
+"""What the built-in model learns from and is measured on: captions and pictures.
 
 Two data sets in one folder, in a common shape: `flickr8k/` (photos, `train.jsonl` and `dev.jsonl`
 with `{"image", "captions"}`) and `openclipart/` (drawings, `captions.jsonl` with titles and
@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 SIZE = 224  # pixels, the side of a view
 
@@ -176,19 +175,3 @@ def open_rgb(path: Path) -> Image.Image:
 def squash(image: Image.Image) -> Image.Image:
     """The picture as the model will be served it."""
     return image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-
-
-def random_view(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """A crop of half to all of the picture, perhaps mirrored; a drawing perhaps on a white square."""
-    if image.size != (SIZE, SIZE) and rng.random() < 0.5:
-        side = int(max(image.size) * (1 + 0.2 * rng.random()))
-        square = Image.new("RGB", (side, side), "white")
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    area, ratio = rng.uniform(0.5, 1.0), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    width, height = min(1.0, np.sqrt(area * ratio)), min(1.0, np.sqrt(area / ratio))
-    left, top = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
-    w, h = image.size
-    box = (left * w, top * h, (left + width) * w, (top + height) * h)
-    image = image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
-    return ImageOps.mirror(image) if rng.random() < 0.5 else image
