@@ -83,15 +83,16 @@ def _convolve(
         return plain(x)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
-    # In float32 whatever the weights' precision: small variances would lose their digits.
-    gain = torch.rsqrt(variance.float() + norm.eps)
+    # In float32 if the weights are in half: small variances would lose their digits.
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    gain = torch.rsqrt(variance.to(wide) + norm.eps)
     if norm.weight is not None:
-        gain = gain * norm.weight.float()
-    shift = -mean.float() * gain
+        gain = gain * norm.weight.to(wide)
+    shift = -mean.to(wide) * gain
     if conv.bias is not None:
-        shift = shift + conv.bias.float() * gain
+        shift = shift + conv.bias.to(wide) * gain
     if norm.bias is not None:
-        shift = shift + norm.bias.float()
+        shift = shift + norm.bias.to(wide)
     weight = (conv.weight * gain[:, None, None, None]).to(conv.weight.dtype)
     folded: torch.Tensor = conv._conv_forward(x, weight, shift.to(conv.weight.dtype))
     return folded
