@@ -29,19 +29,18 @@ import filelock
 
 from app.render import printable
 from clipkit.catalog import Catalog, PictureRow
+from clipkit.durable import sync_folder
 from clipkit.errors import CatalogBusy, ClipkitError, InputError
 from clipkit.query import Query, Term, format, parse
 from clipkit.records import parse_object
-from data_prep.clean import same_caption
+from data_prep.clean import Rules, same_caption
 
 __all__ = ["MARK_BYTES", "Correction", "Corrections", "Mark", "as_query", "export", "said"]
 
 log = logging.getLogger(__name__)
 
 FILE, LOCK = "corrections.jsonl", "corrections.lock"
-MOST_LETTERS = (
-    1000  # of a query that is marked; the longest caption that `clipkit data build` takes
-)
+MOST_LETTERS = Rules().max_chars  # of a query that is marked: `clipkit data build` takes no longer
 MOST_BYTES = 64_000_000  # of the file: some 400,000 marks
 MARK_BYTES = 64_000  # of a mark as it is sent
 LOCK_SECONDS = 10.0  # another process holds the lock for a few milliseconds
@@ -198,7 +197,7 @@ class Corrections:
                 file.truncate(size)
                 raise
         if not size:
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
 
     def _follow(self) -> None:
         """Take in the lines that were added since; all of them if the file is another one now."""
@@ -281,13 +280,3 @@ def _place(row: PictureRow) -> str | None:
         except OSError:
             continue
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file is there after a power cut only once its folder is on the disk."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

