@@ -70,9 +70,9 @@ def test_sees_a_picture_whole(encoder: towers.DualEncoder) -> None:
     """It was trained on squashed pictures: what lies at the ends of a panorama is not cut off."""
     panorama = Image.new("RGB", (400, 100), "white")
     panorama.paste("red", (0, 0, 100, 100))
-    seen = encoder.preprocess(panorama).numpy()  # (3, 224, 224)
-    assert seen.shape == (3, 224, 224)
-    assert tuple(seen[:, 112, 5]) == (255, 0, 0)
+    seen = encoder.preprocess(panorama).numpy()  # (3, 256, 256)
+    assert seen.shape == (3, 256, 256)
+    assert tuple(seen[:, 128, 5]) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("query", QUERIES)

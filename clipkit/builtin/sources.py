@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-SIZE = 224  # pixels, the side of a view
+SIZE = 224  # pixels, the side of a view in training
 
 
 @dataclass(frozen=True, slots=True)
