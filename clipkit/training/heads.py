@@ -157,7 +157,7 @@ class FrozenTowers:
         pictures = self._kept(
             folder / f"{name}-pictures.npy",
             inputs.pictures,
-            self._towers.raw_images,
+            lambda chunk: encoder.spread(self._towers.raw_images, chunk),
             self._image,
             lambda done: on_chunk("pictures", done, len(data)),
             stop,

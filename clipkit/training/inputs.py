@@ -132,7 +132,7 @@ class PictureInputs:
 
     def captions(self, first: int = 0) -> Generator[torch.Tensor]:
         share = self.data.texts[even_share(len(self.data.texts))][first:]
-        chunk = 4 * self._encoder.preferred_batch  # all of about one length
+        chunk = min(4 * self._encoder.preferred_batch, 1024)  # all of about one length
         for start in range(0, len(share), chunk):
             yield self._towers.tokenize(share[start : start + chunk])
 
