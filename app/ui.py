@@ -225,11 +225,14 @@ def build(
         timer = gr.Timer(TICK_SECONDS, active=False)
 
         def look() -> gr.Timer:
-            """The timer: it runs while something changes by itself."""
+            """The timer: it runs while something changes by itself. Ask before the page is drawn: a
+            run that ends in between is drawn as ended by one more tick, not as running for good.
+            """
             return gr.Timer(active=workspace.indexing or workspace.model.state == "loading")
 
         def on_load() -> tuple[Any, ...]:
-            return *page.parts(), look()
+            timer = look()
+            return *page.parts(), timer
 
         def on_ask(event: gr.EventData) -> tuple[str, str]:
             return page.answer(_data(event)), page.parts()[0]
@@ -239,8 +242,8 @@ def build(
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
-            start = page.parts()[3]
-            return refused, page.run(), start if EMPTY in start else gr.skip(), look()
+            timer, start = look(), page.parts()[3]
+            return refused, page.run(), start if EMPTY in start else gr.skip(), timer
 
         def on_stop() -> str:
             workspace.stop()
@@ -248,8 +251,8 @@ def build(
 
         def on_tick(shown: str) -> tuple[Any, ...]:
             """`shown` is what stands in the results' place: only the empty state changes by itself."""
-            *parts, start = page.parts()
-            return *parts, start if EMPTY in shown else gr.skip(), look()
+            timer, (*parts, start) = look(), page.parts()
+            return *parts, start if EMPTY in shown else gr.skip(), timer
 
         everything = [status, filters, run, results, timer]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

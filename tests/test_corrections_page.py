@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import Open, ask, browser, context, pytestmark, served, settled, visit  # noqa: F401
 from colours import ColourModel, paint
-from test_ui import Open, ask, browser, context, pytestmark, served, settled, visit  # noqa: F401
 
 from app.workspace import Workspace
 from clipkit.catalog import Catalog

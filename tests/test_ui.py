@@ -1,142 +1,33 @@
 """The page in a real Chromium, over a real catalog and a model that knows colours."""
 
+# ruff: noqa: F811
 from __future__ import annotations
 
-import asyncio
 import base64
 import os
-import re
-import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from chromium import (  # noqa: F401
+    Open,
+    Watched,
+    ask,
+    browser,
+    context,
+    pytestmark,
+    served,
+    settled,
+    visit,
+)
 from colours import ColourModel, paint
 
 from app.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
-from clipkit.errors import InputError
 
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine"),
-]
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 EVIL = "<img src=x onerror=alert(1)>.png"
-
-
-# ---- a server, a browser, a page
-
-
-@contextmanager
-def served(workspace: Workspace) -> Iterator[str]:
-    """The address of a server in a thread."""
-    import uvicorn
-
-    from app.ui import make_app
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    servers: list[uvicorn.Server] = []
-
-    async def run() -> None:
-        app = make_app(workspace, examples=("red", "blue"))
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1, ws="none")
-        servers.append(uvicorn.Server(config))
-        await servers[0].serve(sockets=[listener])
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    while not (servers and servers[0].started):
-        assert thread.is_alive()
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    servers[0].should_exit = True
-    thread.join()
-    listener.close()
-    workspace.close()
-
-
-@dataclass
-class Watched:
-    """A page that remembers whom it asked and what went wrong."""
-
-    page: Any
-    requests: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.page.set_default_timeout(60_000)  # for a machine that is busy with other things
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("console", self._console)
-        self.page.on("dialog", self._dialog)
-
-    def _console(self, message: Any) -> None:
-        # A refused request is logged by Chromium itself; that it is refused is what some tests want.
-        if message.type == "error" and "Failed to load resource" not in message.text:
-            self.faults.append(message.text)
-
-    def _dialog(self, dialog: Any) -> None:
-        self.faults.append(f"dialog: {dialog.message}")
-        dialog.dismiss()
-
-
-Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield running
-        running.close()
-
-
-@pytest.fixture(scope="module")
-def context(browser: Any) -> Iterator[Any]:
-    """One for most pages: Gradio's scripts are then compiled once."""
-    shared = browser.new_context(viewport={"width": 1280, "height": 860})
-    yield shared
-    shared.close()
-
-
-@pytest.fixture
-def visit(browser: Any, context: Any) -> Iterator[Open]:
-    """visit(address, **context options): a page with its first answer. Every page must stay without
-    fault and ask nobody but its own server."""
-    opened: list[tuple[str, Watched]] = []
-
-    def go(address: str, **options: Any) -> Any:
-        own = browser.new_context(**options) if options else context
-        watched = Watched(own.new_page())
-        opened.append((address, watched))
-        watched.page.goto(address)
-        watched.page.wait_for_selector("#results [data-view]")
-        return watched.page
-
-    yield go
-    for address, watched in opened:
-        watched.page.close()
-        if watched.page.context is not context:
-            watched.page.context.close()
-        assert not watched.faults
-        own = (address.partition("#")[0].rstrip("/") + "/", "data:", "blob:")
-        assert not [url for url in watched.requests if not url.startswith(own)]
 
 
 @pytest.fixture(scope="module")
@@ -162,22 +53,6 @@ def site(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
     with served(Workspace(index, model)) as address:  # type: ignore[arg-type]
         yield address
-
-
-def ask(page: Any, words: str) -> None:
-    page.fill("input[name=words]", words)
-    page.press("input[name=words]", "Enter")
-    page.wait_for_function(
-        "w => document.querySelector('.summary h2, .failure')?.textContent.includes(w)"
-        " && !document.body.dataset.busy",
-        arg=words,
-    )
-
-
-def settled(page: Any) -> None:
-    page.wait_for_function(
-        "document.body.dataset.view === 'results' && !document.body.dataset.busy"
-    )
 
 
 def names(page: Any) -> list[str]:
@@ -422,79 +297,6 @@ def test_filters_alone_list_what_passes(site: str, visit: Open) -> None:
     settled(page)
     assert "24 of 30 pictures" in page.inner_text(".summary p")
     assert page.locator(".band").count() == 0  # nothing was compared
-
-
-# ---- indexing from the page
-
-
-class SlowModel(ColourModel):
-    """Takes `pause` seconds for each two pictures."""
-
-    preferred_batch = 2
-    pause = 0.25
-
-    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
-        time.sleep(self.pause)
-        return super().encode_images(images)
-
-
-def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
-    """600 pictures would take 75 s: time to look, to search and to stop. The second run is quick."""
-    photos = tmp_path / "photos"
-    for number in range(600):
-        paint(photos / f"blue {number:03}.png", "blue", number=number)
-    (photos / "broken <b>.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
-    model = SlowModel()
-    with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
-        page = visit(address)
-        assert page.inner_text("#results h1") == "Nothing indexed yet"
-        page.click("[data-do=add]")  # the same in a dialog, which must not open unseen
-        page.wait_for_selector("#adder form.add input")
-        page.click("#adder [data-do=close-adder]")
-        for folder, said in (("photos", "not a full path"), ("/no/such", "there is no folder")):
-            page.fill("#results form.add input", folder)
-            page.click("#results form.add button")
-            page.wait_for_selector(f"#refusal .run.failed >> text={said}")
-        page.fill("#results form.add input", str(photos))
-        page.click("#results form.add button")
-        page.wait_for_selector("#run .run.running progress[max]")
-        assert re.search(r"\d+ of 60[01] pictures", page.inner_text("#run"))
-        # The first are found while the rest is on its way.
-        page.wait_for_selector(".home .chips")
-        ask(page, "blue")
-        assert page.locator(".hit").count() > 0
-        assert page.locator("#run .run.running").count() == 1
-        # One run at a time, and it can be stopped and gone on with.
-        page.click("#tools [data-do=add]")
-        page.fill("#adder input", str(photos))
-        page.click("#adder form button")
-        page.wait_for_selector("#refusal .run.failed >> text=goes on already")
-        page.wait_for_selector("#run [data-do=stop]")
-        page.click("#run [data-do=stop]")
-        page.wait_for_selector("#run .run.stopped")
-        model.pause = 0
-        page.click("#tools [data-do=add]")
-        page.fill("#adder input", str(photos))
-        page.click("#adder form button")
-        page.wait_for_selector("#run .run.done")
-        assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#run p"))
-        page.click("#run summary")
-        assert "broken <b>.jpg" in page.inner_text("#run details")
-        assert "600 pictures" in page.inner_text("#status")
-        ask(page, "blue blue")
-        assert "of 600 pictures" in page.inner_text(".summary p")
-        page.click("#run [data-do=dismiss]")
-        assert page.locator("#run .run").is_hidden()
-
-
-def test_a_page_open_to_the_network_does_not_index(tmp_path: Path, visit: Open) -> None:
-    workspace = Workspace(tmp_path / "index", ColourModel(), may_index=False)  # type: ignore[arg-type]
-    with served(workspace) as address:
-        page = visit(address)
-        assert page.locator("form.add").count() == 0
-        assert "clipkit index FOLDER" in page.inner_text("#results")
-        with pytest.raises(InputError, match="may not index"):  # nor when asked by other means
-            workspace.index([str(tmp_path)])
 
 
 # ---- harm, looks, reach

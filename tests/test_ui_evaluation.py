@@ -361,7 +361,7 @@ def test_sorting_in_a_real_browser(
 ) -> None:
     """One page start: sort, look, download, go back, open a report; no fault, no request elsewhere."""
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    from test_ui import ARGUMENTS, Watched, served
+    from chromium import ARGUMENTS, Watched, served
 
     put_report(tmp_path / "reports", "mine", title="My report")
     (tmp_path / "reports" / "mine" / "report.html").write_text(
