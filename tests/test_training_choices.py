@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 from clipkit.training.data import CaptionedPictures
-from clipkit.training.evaluation import Scores, evaluate
-from clipkit.training.interpolate import choose_alpha, mix
+from clipkit.training.evaluation import Scores, contrast, evaluate, exceeds
+from clipkit.training.interpolate import ALPHAS, choose_alpha, mix
 from clipkit.training.negatives import mine
 
 
@@ -36,6 +36,7 @@ class Fixed:
 
     def __init__(self, data: CaptionedPictures, images: torch.Tensor, texts: torch.Tensor) -> None:
         self.data, self._images, self._texts = data, images, texts
+        self.logit_scale = torch.zeros(())
 
     def pictures(self) -> Iterator[torch.Tensor]:
         return iter(torch.split(self._images, 2))
@@ -101,6 +102,41 @@ def test_a_model_of_nan_is_an_error() -> None:
         scores_of(broken, EYE.repeat_interleave(2, 0), TWO_EACH)
 
 
+def test_the_loss_of_a_picture_both_ways_derived_by_hand() -> None:
+    """Pictures (1,0) and (0,1), captions (1,0) and (0.6,0.8) of the first, (0,1) of the second; the
+    scale ln 2 makes 2**cosine of each exponential.
+
+    The first: captions 2/(2+1) and 2**0.6/(2**0.6 + 2**0.8); picture (2 + 2**0.6)/(2 + 2**0.6 + 1).
+    The second: caption 2/(2+1); picture 2/(2 + 1 + 2**0.8).
+    """
+    texts = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
+    owner = np.array([0, 0, 1])
+    six, eight = 2**0.6, 2**0.8
+    told = -(np.log(2 / 3) + np.log(six / (six + eight))) / 2, -np.log(2 / 3)
+    shown = -np.log((2 + six) / (3 + six)), -np.log(2 / (3 + eight))
+    found = contrast(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
+    assert found == pytest.approx([(told[0] + shown[0]) / 2, (told[1] + shown[1]) / 2], rel=1e-6)
+
+
+def test_the_loss_does_not_depend_on_how_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    pictures, texts = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 25))
+    owner = np.repeat(np.arange(10), [1, 4] * 5)
+    whole = contrast(pictures, texts, owner, scale=3.0)
+    monkeypatch.setattr("clipkit.training.evaluation._BLOCK", 4)
+    assert contrast(pictures, texts, owner, scale=3.0) == pytest.approx(whole, rel=1e-5)
+
+
+def test_what_recall_cannot_tell_apart_the_loss_decides() -> None:
+    worse, better = [2.0] * 4, [1.0] * 4
+    two, one = scored([1.0, 1.0, 0.0, 0.0], worse), scored([1.0, 0.0, 0.0, 0.0], better)
+    none = scored([0.0, 0.0, 0.0, 0.0], better)
+    assert one.beats(two) and not two.beats(one)  # by 0.25, standard error 0.25
+    assert two.beats(none) and not none.beats(two)  # by 0.5, standard error 0.29
+    assert not one.beats(one)
+    assert exceeds([1.0], [0.5]) and not exceeds([1.0], [1.0])
+
+
 def test_a_caption_on_two_pictures_counts_for_both() -> None:
     captions = [["same", "one"], ["same", "two"]]
     texts = F.normalize(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), dim=1)
@@ -123,35 +159,60 @@ START = {"tuned": torch.tensor([0.0]), "kept": torch.tensor([7.0])}
 TUNED = {"tuned": torch.tensor([4.0])}
 
 
-def recalls(value: float) -> Scores:
-    return Scores({"text_to_image/R@1": value}, {}, 1, 1)
+def scored(hits: list[float], losses: list[float]) -> Scores:
+    return Scores({"text_to_image/R@1": float(np.mean(hits))}, {}, len(hits), 1, hits, losses)
 
 
-def chosen(by_weight: dict[float, float], start: float) -> tuple[float, float]:
+ALMOST = [1.0, 1.0, 0.0, 1.0]  # one of four pictures is not found
+START_SCORES = scored(ALMOST, [1.0, 1.0, 1.0, 1.0])
+
+
+def chosen(by_alpha: dict[float, Scores], start: Scores = START_SCORES) -> float:
+    """The alpha that is chosen where all others but these are clearly worse than the start."""
     model = Weighted()
-    mixture = choose_alpha(
-        model,
-        START,
-        TUNED,
-        lambda: recalls(by_weight[model.tuned.item()]),
-        at_start=recalls(start),
-    )
+
+    def evaluate() -> Scores:
+        alpha = round(model.tuned.item() / 4, 6)
+        return by_alpha.get(alpha, scored([0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]))
+
+    mixture = choose_alpha(model, START, TUNED, evaluate, at_start=start)
     assert model.kept.item() == 7.0
-    assert list(mixture.scores) == [0.0, 0.25, 0.5, 0.75, 1.0]
-    return mixture.alpha, model.tuned.item()
+    assert model.tuned.item() == pytest.approx(4 * mixture.alpha)
+    assert list(mixture.scores) == [0.0, *ALPHAS]
+    return mixture.alpha
 
 
-def test_the_mixture_that_validates_best_is_taken() -> None:
-    assert chosen({1.0: 0.3, 2.0: 0.5, 3.0: 0.4, 4.0: 0.2}, 0.1) == (0.5, 2.0)
+def test_where_recall_tells_them_apart_it_decides_whatever_the_loss() -> None:
+    """0.25 finds two pictures more of four than the start: 0.5, standard error 0.29."""
+    start = scored([1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0])
+    assert chosen({0.25: scored([1.0, 1.0, 1.0, 0.0], [3.0, 3.0, 3.0, 3.0])}, start) == 0.25
+
+
+def test_where_recall_is_at_its_ceiling_the_loss_decides() -> None:
+    """Fails for a choice by recall alone: with nothing gained it keeps the start."""
+    assert chosen({0.1: scored(ALMOST, [0.5, 0.5, 0.6, 0.5])}) == 0.1
+
+
+def test_one_lucky_picture_does_not_outweigh_a_worse_loss() -> None:
+    """All tuned finds the fourth picture too: 0.25, standard error 0.25. Fails for the highest
+    recall: the tuned weights, whose loss has doubled."""
+    tuned = scored([1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0])
+    assert chosen({0.25: scored(ALMOST, [0.9, 0.9, 0.8, 0.9]), 1.0: tuned}) == 0.25
 
 
 def test_of_equals_the_nearest_to_the_start_is_taken() -> None:
-    assert chosen({1.0: 0.3, 2.0: 0.4995, 3.0: 0.5, 4.0: 0.501}, 0.1) == (0.5, 2.0)
+    """0.5 has the lowest loss, 0.25 one that differs by 0.01, standard error 0.014; 0.1 by 0.3."""
+    by_alpha = {
+        0.1: scored(ALMOST, [0.8, 0.8, 0.8, 0.8]),
+        0.25: scored(ALMOST, [0.55, 0.49, 0.5, 0.5]),
+        0.5: scored(ALMOST, [0.5, 0.5, 0.5, 0.5]),
+    }
+    assert chosen(by_alpha) == 0.25
 
 
 def test_the_start_is_taken_only_if_nothing_is_better() -> None:
-    assert chosen({1.0: 0.3, 2.0: 0.3, 3.0: 0.3, 4.0: 0.3}, 0.3) == (0.0, 0.0)
-    assert chosen({1.0: 0.3, 2.0: 0.3, 3.0: 0.3, 4.0: 0.301}, 0.2999) == (0.25, 1.0)
+    assert chosen(dict.fromkeys(ALPHAS, START_SCORES)) == 0.0
+    assert chosen({1.0: scored(ALMOST, [0.9, 0.9, 0.9, 0.9])}) == 1.0
 
 
 def test_both_ends_are_exact() -> None:

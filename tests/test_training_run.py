@@ -304,7 +304,7 @@ def test_a_run_that_gets_no_better_leaves_the_start(options: dict[str, Any]) -> 
     assert summary.best_step == 0 and summary.steps == 2
     assert summary.encoder_id == summary.parent_id and summary.before == summary.after
     assert "stopped early after step 2 of 10" in summary.words
-    assert any("no step was better than the start" in words for words in summary.words)
+    assert any("nothing was better than the start" in words for words in summary.words)
 
 
 def test_what_is_written_and_told(options: dict[str, Any]) -> None:

@@ -47,7 +47,6 @@ class State:
     random: list[dict[str, torch.Tensor]]  # of each process
     alike: torch.Tensor | None  # the hard negatives in use
     best_step: int = 0
-    best_score: float = -1.0
     waited: int = 0  # evaluations since the best
     start_scores: dict[str, Any] = field(default_factory=dict)
     best_scores: dict[str, Any] = field(default_factory=dict)

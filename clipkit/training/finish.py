@@ -34,7 +34,7 @@ class RunSummary:
     parent_id: str
     recipe: str
     steps: int
-    best_step: int
+    best_step: int  # 0: the start
     stopped: bool
     before: Mapping[str, float] | None
     after: Mapping[str, float] | None
@@ -76,18 +76,21 @@ def finish(
     before = outcome.start_scores.recall if outcome.start_scores else None
     words = [*_words(job, model, outcome), *outcome.warnings]
     after = outcome.best_scores.recall if outcome.best_scores else None
-    encoder_id, mixture = None, Mixture(1.0, {})
+    encoder_id, mixture, best_step = None, Mixture(1.0, {}), outcome.best_step
     if not outcome.stopped:
         with torch.no_grad():
             for name, parameter in job.trained.named.items():
                 parameter.copy_(outcome.best[name])
         job.towers.mode(False)
         merge_adapters(model.model)
-        if config.interpolate and job.validation is not None and outcome.best_step > 0:
+        if job.validation is not None:
             mixture = _mix(job, model, outcome)
+            best_step = best_step if mixture.alpha > 0 else 0
             after = mixture.scores[mixture.alpha].recall
             words.append(
                 f"the weights are {mixture.alpha:.0%} tuned, {1 - mixture.alpha:.0%} start"
+                if mixture.alpha > 0
+                else "nothing was better than the start on the validation split: it is unchanged"
             )
         job.on_progress(Progress("saving", outcome.step, job.steps))
         if distributed.rank() == 0:
@@ -98,7 +101,7 @@ def finish(
                 "metrics": {"validation_before": before, "validation": after},
                 "alpha": mixture.alpha,
                 "steps": outcome.step,
-                "best_step": outcome.best_step,
+                "best_step": best_step,
                 "seconds": round(outcome.seconds, 1),
                 "versions": facts["versions"],
                 "command": facts["command"],
@@ -113,7 +116,7 @@ def finish(
         parent_id=model.encoder.encoder_id,
         recipe=config.recipe,
         steps=outcome.step,
-        best_step=outcome.best_step,
+        best_step=best_step,
         stopped=outcome.stopped,
         before=before,
         after=after,
@@ -131,7 +134,7 @@ def finish(
 
 
 def _mix(job: Job, model: TrainableTowers, outcome: Outcome) -> Mixture:
-    """Mix with the start as the validation split says."""
+    """Mix with the start as the validation split says, or take one of the two."""
     assert job.validation is not None and outcome.start_scores is not None
     first = towers.load(job.config.start, device="cpu", precision="float32").model.state_dict()
     last = model.model.state_dict()
@@ -141,12 +144,14 @@ def _mix(job: Job, model: TrainableTowers, outcome: Outcome) -> Mixture:
         if value.is_floating_point() and not torch.equal(value.cpu(), first[name])
     }
     validation = job.validation
+    alphas = ALPHAS if job.config.interpolate else (1.0,)
 
     def scores() -> Scores:
-        job.on_progress(Progress("mixing", 0, len(ALPHAS)))
+        job.on_progress(Progress("mixing", 0, len(alphas)))
         return evaluate(job.towers, validation)
 
-    return choose_alpha(model.model, first, tuned, scores, at_start=outcome.start_scores)
+    at_start = outcome.start_scores
+    return choose_alpha(model.model, first, tuned, scores, at_start=at_start, alphas=alphas)
 
 
 def _words(job: Job, model: TrainableTowers, outcome: Outcome) -> list[str]:
@@ -162,8 +167,6 @@ def _words(job: Job, model: TrainableTowers, outcome: Outcome) -> list[str]:
         words.append(
             "there is no validation split: nothing was compared, the last weights are kept"
         )
-    elif outcome.best_step == 0 and not outcome.stopped:
-        words.append("no step was better than the start on the validation split: it is unchanged")
     if outcome.ended_early:
         words.append(f"stopped early after step {outcome.step} of {job.steps}")
     return words

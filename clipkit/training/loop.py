@@ -110,7 +110,6 @@ class _Run:
         torch.manual_seed(self.job.config.seed + 7919 * distributed.rank())
         if self.job.validation is not None:
             self.evaluate()
-            self.start_scores = self.last_scores
 
     def restore(self, state: State, best: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
@@ -231,18 +230,22 @@ class _Run:
             self.save()
 
     def evaluate(self) -> None:
-        """Recall and the space's shape with the mean of the weights; the best is kept."""
+        """Recall, loss and the space's shape with the mean of the weights. The best of the tuned is
+        kept; whether any share of it is better than the start is asked at the end."""
         assert self.job.validation is not None
         self.say("evaluating")
         with self.ema.applied():
             scores = evaluate(self.job.towers, self.job.validation)
             self.last_scores = scores
-            if self.best_scores is None or scores.mean_recall > self.best_scores.mean_recall:
+            if self.step == 0:
+                self.start_scores = scores
+            elif self.best_scores is None or scores.beats(self.best_scores):
                 self.best_scores, self.best_step, self.waited = scores, self.step, 0
                 self.best = {n: p.detach().cpu().clone() for n, p in self.job.trained.named.items()}
             else:
                 self.waited += 1
-        self.tracker.write(self.step, {**scores.recall, **scores.space})
+        measured = {**scores.recall, "validation_loss": scores.loss, **scores.space}
+        self.tracker.write(self.step, measured)
         if (words := scores.worry(self.start_scores)) and not self.warnings:
             self.warnings.append(f"at step {self.step} {words}")
             log.warning(self.warnings[0])
@@ -329,6 +332,7 @@ class _Run:
     ) -> None:
         done = self.step - self.first_step
         passed = time.monotonic() - self.started
+        known = (self.start_scores, self.best_scores)
         left = passed / done * (self.job.steps - self.step) if done else None
         self.job.on_progress(
             Progress(
@@ -337,7 +341,7 @@ class _Run:
                 self.job.steps,
                 loss=loss,
                 mean_recall=self.last_scores.mean_recall if self.last_scores else None,
-                best_recall=self.best_scores.mean_recall if self.best_scores else None,
+                best_recall=max((s.mean_recall for s in known if s), default=None),
                 pictures_per_second=done * self.job.batch / passed if done else None,
                 eta_seconds=left,
                 words=words,
