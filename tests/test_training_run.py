@@ -299,11 +299,12 @@ def test_it_learns(tmp_path: Path, small: Path) -> None:
 
 
 def test_a_run_that_gets_no_better_leaves_the_start(options: dict[str, Any]) -> None:
-    """A rate of nearly nothing: ranks stay, the first evaluation is the best, patience ends it."""
+    """A rate of nearly nothing: the first evaluation is the best of the tuned, the next is no better,
+    patience ends it; and no share of the tuned is better than the start."""
     summary = run(options, learning_rate=1e-12, patience=1, epochs=5)
-    assert summary.best_step == 0 and summary.steps == 2
+    assert summary.best_step == 0 and summary.steps == 4
     assert summary.encoder_id == summary.parent_id and summary.before == summary.after
-    assert "stopped early after step 2 of 10" in summary.words
+    assert "stopped early after step 4 of 10" in summary.words
     assert any("nothing was better than the start" in words for words in summary.words)
 
 

@@ -87,9 +87,8 @@ class DualEncoder:
     @property
     def preferred_batch(self) -> int:
         """Pictures a batch: enough to fill the device, small enough to report progress on."""
-        if self.device.type != "cpu":
-            return 256
-        return 2 * PART * torch.get_num_threads()
+        most = 256
+        return most if self.device.type != "cpu" else min(2 * PART * torch.get_num_threads(), most)
 
     @property
     def logit_scale(self) -> float:
@@ -158,7 +157,10 @@ class DualEncoder:
     ) -> torch.Tensor:
         """`work` of a batch whose rows it treats apart, without gradients: on a CPU in parts, one
         for each core at a time."""
-        return self._cores.map(work, batch) if self.device.type == "cpu" else work(batch)
+        if self.device.type == "cpu":
+            return self._cores.map(work, batch)
+        with torch.no_grad():
+            return work(batch)
 
     def _stack(self, images: Iterable[Image.Image | torch.Tensor]) -> torch.Tensor:
         rows = [i if isinstance(i, torch.Tensor) else self.preprocess(i) for i in images]
