@@ -37,18 +37,17 @@ class Cores:
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(
-            torch.get_num_threads(), thread_name_prefix="core", initializer=_compute_alone
-        )
+        count = torch.get_num_threads()
+        return ThreadPoolExecutor(count, "core", initializer=_compute_alone, initargs=(count,))
 
 
-def _compute_alone() -> None:
-    """One thread for what this thread computes, whatever others use.
+def _compute_alone(common: int) -> None:
+    """One thread for what this thread computes, `common` for others.
 
     torch keeps a number for each thread, taken at its first operation from one for all, and sets
     both together: so this thread takes its own first, and another sets the common one back.
     """
-    common = torch.get_num_threads()
+    torch.get_num_threads()
     torch.set_num_threads(1)
     restore = threading.Thread(target=torch.set_num_threads, args=(common,))
     restore.start()

@@ -75,8 +75,8 @@ class Scores:
 
 
 def evaluate(towers: Towers, inputs: Inputs) -> Scores:
-    """Recall@1, 5 and 10 both ways, and the space's shape. All processes share the work and get
-    the same result. InputError if an embedding is not finite."""
+    """Recall@1, 5 and 10 both ways, the loss, and the space's shape. All processes share the work
+    and get the same result. InputError if an embedding is not finite."""
     pictures, texts = embed(towers, inputs)
     data = inputs.data
     every = texts[data.captions]
