@@ -155,8 +155,8 @@ class DualEncoder:
     def spread(
         self, work: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor
     ) -> torch.Tensor:
-        """`work` of a batch whose rows it treats apart, without gradients: on a CPU in parts, one
-        for each core at a time."""
+        """`work` of (N, ...), whose rows it treats apart, without gradients: on a CPU in parts, one
+        for each core at a time. What `work` raises is raised here."""
         if self.device.type == "cpu":
             return self._cores.map(work, batch)
         with torch.no_grad():

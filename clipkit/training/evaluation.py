@@ -111,7 +111,9 @@ def exceeds(these: Sequence[float], those: Sequence[float]) -> bool:
 def contrast(
     pictures: Float32, texts: Float32, owner: npt.NDArray[np.int64], *, scale: float
 ) -> Float32:
-    """The contrastive loss of each picture among all: unit rows (N, D), (M, D), owner (M,) -> (N,).
+    """The contrastive loss, in nats, of each picture among all: unit rows (N, D) and (M, D), the
+    picture of each caption int64 (M,) -> float32 (N,). Every picture needs a caption. InfoNCE (van den
+    Oord et al. 2018, arXiv 1807.03748) over the whole split instead of a batch.
 
     Half of it is the cross-entropy of the picture given its captions, their mean; half, that
     of any of its captions given the picture. Like recall it compares with all pictures, but it moves
