@@ -189,3 +189,45 @@ def clipkit(
         return code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def noise_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `training_runs.write_noise`."""
+    from training_runs import write_noise
+
+    folder = tmp_path_factory.mktemp("dataset")
+    write_noise(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_towers(
+    tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Callable[..., Path]
+) -> Path:
+    """See `training_runs.write_small`."""
+    from training_runs import write_small
+
+    folder = tmp_path_factory.mktemp("small")
+    write_small(tiny_checkpoint("timm-hf"), tiny_checkpoint("vit"), folder)
+    return folder
+
+
+@pytest.fixture
+def options(noise_dataset: Path, tmp_path: Path, small_towers: Path) -> dict[str, Any]:
+    """Of a short training run: 3 epochs of 2 batches of 6, in chunks of 4."""
+    return {
+        "data": noise_dataset,
+        "out": tmp_path / "runs",
+        "name": "run",
+        "start": str(small_towers),
+        "recipe": "full",
+        "epochs": 3,
+        "batch": 6,
+        "chunk": 4,
+        "learning_rate": 1e-3,
+        "device": "cpu",
+        "workers": 2,
+        "patience": 0,
+        "tensorboard": False,
+    }

@@ -49,7 +49,11 @@ def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
         ({"flip": 1}, "flip is 1, int; it must be true or false"),
         ({"warmup": 1.0}, "warmup is 1.0; it must be at least 0 and below 1"),
         ({"warmup": float("nan")}, "warmup is nan"),
-        ({"learning_rate": 0}, "learning_rate is 0.0; it must be above 0 and at most 1"),
+        ({"learning_rate": -1}, "learning_rate is -1.0; it must be at least 0 and at most 1"),
+        (
+            {"recipe": "lora", "learning_rate": 0},
+            "learning_rate is 0; recipe lora cannot fit it; it must be above 0, such as 0.0003",
+        ),
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"loss": "siglip", "hardness": 0.5}, "loss siglip has no such option.*use loss infonce"),
         ({"data": 3}, "data is 3, int; it must be a text"),

@@ -28,7 +28,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "heads": {
         "epochs": 20,
-        "learning_rate": 1e-3,
+        "learning_rate": 0.0,  # fitted: see `heads.FrozenTowers.fitted_rate`
         "weight_decay": 0.1,
         "layer_decay": 1.0,
         "feature_dropout": 0.2,
@@ -98,7 +98,9 @@ class TrainConfig:
     max_steps: int = _option("stop after so many steps (0: no such limit)", 0, low=0)
     batch: int = _option("pairs compared with each other (0: fitted to the data)", 0, low=0)
     chunk: int = _option("pairs in memory at a time (0: fitted to the device)", 0, low=0)
-    learning_rate: float = _option("the highest, reached after warm-up", above=0, high=1)
+    learning_rate: float = _option(
+        "the highest, reached after warm-up (0: fitted, in recipe heads)", low=0, high=1
+    )
     image_rate: float = _option("times learning_rate, for the image tower", 1.0, low=0)
     text_rate: float = _option("times learning_rate, for the text tower", 1.0, low=0)
     head_rate: float = _option("times learning_rate, for the two projections", 1.0, low=0)
@@ -147,6 +149,11 @@ class TrainConfig:
             value = getattr(self, item.name)
             _check_type(item.name, value, hints[item.name])
             _check_limits(item.name, value, item.metadata["limits"])
+        if not self.learning_rate and self.recipe != "heads":
+            raise InputError(
+                f"learning_rate is 0; recipe {self.recipe} cannot fit it; it must be above 0, "
+                f"such as {RECIPES[self.recipe]['learning_rate']:g}"
+            )
         if self.loss != "auto":
             self.loss_options(self.loss)
 

@@ -28,6 +28,8 @@ from clipkit.training.model import TrainableTowers
 __all__ = ["FeaturesStopped", "FrozenTowers", "Head", "HeadInputs", "find_heads"]
 
 _EVAL_CHUNK = 8192  # features are small
+_LOOKED_AT = 1000  # pictures, to see whether the start knows the data
+_RATE, _NEW_RATE = 1e-4, 1e-3  # see `fitted_rate`
 
 
 class FeaturesStopped(Exception):
@@ -137,6 +139,21 @@ class FrozenTowers:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for head in (self._image, self._text) if head for p in head.parameters()]
+
+    def fitted_rate(self, inputs: HeadInputs) -> float:
+        """The learning rate that suits the start: a high one if it is no better at the data than
+        chance, since its projections are new or the domain is; else one that keeps what it knows.
+
+        It knows nothing if, on average, more than a quarter of the other captions are nearer to
+        a picture than its own; by chance it is half of them.
+        """
+        pictures = inputs.image_features[:_LOOKED_AT]
+        own = [int(texts[0]) for texts in inputs.data.owned[:_LOOKED_AT]]
+        self.mode(False)
+        with torch.no_grad():
+            scores = self.images(pictures) @ self.texts(inputs.text_features[own]).T
+        nearer = (scores > scores.diagonal()[:, None]).float().mean().item()
+        return _NEW_RATE if nearer > 0.25 else _RATE
 
     def features(
         self,

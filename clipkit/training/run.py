@@ -22,7 +22,7 @@ from clipkit.training.checkpoint import RunFolder
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import CaptionedPictures, fitted_batch
 from clipkit.training.finish import RunSummary, finish, stopped_before_training
-from clipkit.training.heads import FeaturesStopped, FrozenTowers
+from clipkit.training.heads import FeaturesStopped, FrozenTowers, HeadInputs
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.job import Job, Progress
 from clipkit.training.loop import fit
@@ -116,6 +116,9 @@ def _run(
         inputs, validation = _inputs(config, model, trainee, data, held_out, tell, asked)
     except FeaturesStopped:
         return stopped_before_training(folder, config, model, trained)
+    if not config.learning_rate:
+        assert isinstance(trainee, FrozenTowers) and isinstance(inputs, HeadInputs)
+        config = replace(config, learning_rate=trainee.fitted_rate(inputs))
     job = Job(
         config=config,
         loss=loss,
@@ -130,7 +133,12 @@ def _run(
         on_progress=tell,
         stop=asked,
     )
-    log.info("training %d of %d parameters", trained.count, trained.total)
+    log.info(
+        "training %d of %d parameters at rate %g",
+        trained.count,
+        trained.total,
+        config.learning_rate,
+    )
     outcome = fit(job, folder.load() if facts is not None else None)
     return finish(job, model, outcome, now)
 

@@ -1,0 +1,102 @@
+"""Recipe heads: features that are computed once, and a rate that suits the start."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training_runs import altered, metrics, run, write_colours
+
+from clipkit import towers
+from clipkit.errors import InputError
+from clipkit.training import Progress, RunSummary, TrainConfig, resume, train
+
+
+def test_features_are_computed_once_for_an_encoder_and_its_data(options: dict[str, Any]) -> None:
+    """Fails for a cache that is keyed by a path: other weights under the same name reuse it."""
+    phases: list[str] = []
+
+    def again(**changes: Any) -> int:
+        phases.clear()
+        config = TrainConfig.from_mapping({**options, "recipe": "heads", "max_steps": 1, **changes})
+        train(config, on_progress=lambda p: phases.append(p.phase))
+        return phases.count("features")
+
+    assert again(name="a") > 0
+    assert again(name="b") == 0
+    start = Path(options["start"])
+    moved = altered(start, options["out"] / "moved", lambda t: t["visual.conv1.weight"].mul_(2))
+    assert again(name="c", start=moved) > 0
+
+
+def test_a_run_stopped_while_features_are_computed_goes_on_from_them(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C after the first chunk, then the second chunk cut off as by a kill: the resumed run
+    computes the rest only, and ends with the unbroken run's weights."""
+    monkeypatch.setattr(towers.DualEncoder, "preferred_batch", 4)
+    options = {**options, "recipe": "heads"}
+    unbroken = run({**options, "name": "unbroken"})
+    shutil.rmtree(options["out"] / ".features")
+    stop = threading.Event()
+    stop.set()
+    stopped = train(TrainConfig.from_mapping({**options, "name": "broken"}), stop=stop)
+    assert stopped.stopped and stopped.checkpoint is None and stopped.steps == 0
+    (partial,) = (options["out"] / ".features").glob("*.partial")
+    whole = partial.read_bytes()
+    partial.write_bytes(whole + whole[: len(whole) // 2])
+    told: list[Progress] = []
+    resumed = resume(stopped.folder, on_progress=told.append)
+    assert len(np.load(io.BytesIO(whole))) == 4
+    assert [p.done for p in told if p.phase == "features"][:3] == [8, 12, 14]
+    assert resumed.encoder_id == unbroken.encoder_id
+    assert not list((options["out"] / ".features").glob("*.partial"))
+
+
+def test_a_loss_that_is_not_a_number_names_the_step_and_the_pictures(
+    options: dict[str, Any],
+) -> None:
+    """One picture's features are made NaN: the run stops in the step that meets it and names it.
+    Fails for a trainer that goes on: every weight would be NaN one step later."""
+    options |= {"recipe": "heads", "batch": 14}
+    run(options, name="first", max_steps=1)
+    (cached,) = [
+        path
+        for path in (options["out"] / ".features").glob("*-pictures.npy")
+        if len(np.load(path)) == 14
+    ]
+    features = np.load(cached)
+    features[5] = np.nan
+    np.save(cached, features)
+    with pytest.raises(
+        InputError, match=r"the loss at step 1 is not finite; pictures: train/5\.png; "
+    ):
+        run(options, name="second")
+
+
+def test_the_rate_suits_what_the_start_knows(options: dict[str, Any]) -> None:
+    """Random heads learn at the high rate; those that tell the captions apart, at a tenth of it,
+    which spares what they know; a rate that is given is kept.
+
+    Fails for one rate for all: a good start is spoilt by the high one, new heads learn nothing
+    at the low one.
+    """
+    data = write_colours(options["out"].parent / "colours")
+    options |= {"data": data, "recipe": "heads", "epochs": 1, "batch": 12}
+    fitted = {**options, "learning_rate": 0.0}
+
+    def highest(summary: RunSummary) -> float:
+        rate = max(line["learning_rate"] for line in metrics(summary.folder) if "loss" in line)
+        assert f"at learning rate {rate:g}" in summary.words[0]
+        return rate
+
+    assert highest(run(fitted, name="new")) == pytest.approx(1e-3)
+    assert highest(run(options, name="given", learning_rate=0.01)) == pytest.approx(0.01)
+    taught = run(options, name="taught", recipe="full", learning_rate=3e-3, epochs=40)
+    start = str(taught.checkpoint)
+    assert highest(run(fitted, name="known", start=start)) == pytest.approx(1e-4)
