@@ -51,7 +51,10 @@ class Fractions:
     def __post_init__(self) -> None:
         for name in ("validation", "test"):
             if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"the {name} fraction is {getattr(self, name)}; it must be 0 to 1")
+                raise InputError(
+                    f"the {name} fraction is {getattr(self, name)}; "
+                    "it must be at least 0 and below 1"
+                )
         if self.validation + self.test >= 1:
             raise InputError(
                 f"{self.validation:g} to validate and {self.test:g} to test leave nothing to train"

@@ -4,7 +4,7 @@
     compare_reports([[report, ...] per model])        compares reports that are there, saved ones too
 
 Two models are tested against each other only where their reports have the data's fingerprint in
-common; p-values are corrected after Holm (1979) for all tests of one data set and task.
+common; p-values are corrected together for all tests of one data set and task.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from clipkit.errors import InputError
-from clipkit.metrics import paired_test
+from clipkit.metrics import corrected_p, paired_test
 from eval.comparison import Comparison, Pair, Row, Section, change_text, p_text
 from eval.report import EvalReport, direction, setting_text, value_text
 
@@ -158,18 +158,10 @@ def _section(
 ) -> Section:
     there = [(at, report) for at, report in enumerate(reports) if report is not None]
     metrics = {name: None for _, report in there for name in report.metrics}
-    tests = [
-        (metric, a, b, paired_test(first.samples[metric], second.samples[metric], seed=seed))
-        for metric in metrics
-        for (a, first), (b, second) in combinations(there, 2)
-        if _comparable(first, second, metric)
-    ]
-    corrected = holm([paired.p_value for *_, paired in tests])
-    pairs: dict[str, list[Pair]] = {metric: [] for metric in metrics}
-    for (metric, a, b, paired), p_value in zip(tests, corrected, strict=True):
-        pairs[metric].append(Pair(a, b, paired, p_value))
+    pairs = _tests(there, seed)
     rows = []
-    for metric, tested in pairs.items():
+    for metric in metrics:
+        tested = pairs.get(metric, [])
         intervals = tuple(r.metrics.get(metric) if r is not None else None for r in reports)
         best = _best(metric, tested, {at for at, i in enumerate(intervals) if i is not None})
         rows.append(Row(metric, intervals, tuple(tested), best))
@@ -197,15 +189,27 @@ def _comparable(first: EvalReport, second: EvalReport, metric: str) -> bool:
     return bool(np.isfinite(a).all() and np.isfinite(b).all() and len(a))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number, in the same order (Holm 1979): the least is multiplied by
-    m, the next by m - 1, ...; none may come out below one before it, nor above 1."""
-    corrected = [0.0] * len(p_values)
-    least = 0.0
-    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = max(least, min(1.0, p_values[at] * (len(p_values) - rank)))
-        corrected[at] = least
-    return corrected
+def _tests(there: Sequence[tuple[int, EvalReport]], seed: int) -> Mapping[str, list[Pair]]:
+    """Every pair of models in every metric that both measured on the same units.
+
+    A pair's metrics are corrected together (see `corrected_p`), and for the number of such families:
+    pairs, and where metrics are of pictures and of classes, kinds of units (Bonferroni).
+    """
+    families = []
+    for (a, first), (b, second) in combinations(there, 2):
+        units: dict[int, list[str]] = {}
+        for metric in first.metrics:
+            if _comparable(first, second, metric):
+                units.setdefault(len(first.samples[metric]), []).append(metric)
+        families += [(a, first, b, second, metrics) for metrics in units.values()]
+    pairs: dict[str, list[Pair]] = {}
+    for a, first, b, second, metrics in families:
+        changes = [second.samples[metric] - first.samples[metric] for metric in metrics]
+        for metric, p_value in zip(metrics, corrected_p(changes, seed=seed), strict=True):
+            paired = paired_test(first.samples[metric], second.samples[metric], seed=seed)
+            found = Pair(a, b, paired, min(1.0, float(p_value) * len(families)))
+            pairs.setdefault(metric, []).append(found)
+    return pairs
 
 
 def _best(metric: str, pairs: Sequence[Pair], models: set[int]) -> int | None:
@@ -324,7 +328,7 @@ def _title(names: Sequence[str]) -> str:
 
 
 def _summary(section: Section, names: Sequence[str]) -> str:
-    """The section's first tested figure in a sentence for each model after the first."""
+    """For each model after the first: the section's first tested figure, and what else moved."""
     row = next(row for row in section.rows if row.pairs)
     said = []
     for at in range(1, len(names)):
@@ -339,5 +343,8 @@ def _summary(section: Section, names: Sequence[str]) -> str:
             )
         else:
             verdict = f"not shown to differ from {names[0]} ({moved}, {p_text(pair.p_value)})"
+        for way, told in zip(("better", "worse"), section.moved(at), strict=True):
+            if others := [words for words in told if not words.startswith(f"{row.metric} ")]:
+                verdict += f", {way} in {', '.join(others)}"
         said.append(f"{names[at]} is {verdict}")
     return f"{section.title}, {row.metric}: {'; '.join(said) or 'not tested'}."

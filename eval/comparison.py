@@ -26,7 +26,7 @@ from eval.report import (
 
 __all__ = ["Comparison", "Pair", "Row", "Section", "change_text", "p_text"]
 
-FORMAT = "clipkit-comparison/1"
+FORMAT = "clipkit-comparison/2"
 ALPHA = 0.05
 
 
@@ -81,6 +81,19 @@ class Section:
     def tested(self) -> int:
         """How many tests were made."""
         return sum(len(row.pairs) for row in self.rows)
+
+    def moved(self, model: int) -> tuple[list[str], list[str]]:
+        """What got better and what got worse than in the first model by more than chance, each as
+        "metric +1.2"."""
+        better: list[str] = []
+        worse: list[str] = []
+        for row in self.rows:
+            pair = row.against_first(model)
+            if pair is not None and pair.significant and row.direction:
+                rose = pair.paired.difference * row.direction > 0
+                told = f"{row.metric} {change_text(row.metric, pair.paired.difference)}"
+                (better if rose else worse).append(told)
+        return better, worse
 
     @property
     def note(self) -> str:
@@ -216,7 +229,7 @@ def _row_told(row: Row) -> Mapping[str, Any]:
                 "high": pair.paired.high,
                 "n": pair.paired.n,
                 "p_value": pair.paired.p_value,
-                "p_value_holm": pair.p_value,
+                "p_value_corrected": pair.p_value,
             }
             for pair in row.pairs
         ],

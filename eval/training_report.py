@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["training_report"]
 
 NAMES = ("before", "after")
+_FEW = 100  # pictures
 _SMOOTHED = 200  # points of a curve that a reader can tell apart
 
 
@@ -66,6 +67,11 @@ def training_report(
             "there is no test split: the figures are of the validation split, which also chose the "
             "best step and the mixture, so they flatter a little"
         )
+    if len(own.pictures) < _FEW:
+        warnings.append(
+            f"{len(own.pictures)} held-out pictures show great changes only; for more, build the "
+            "dataset with a larger share, such as `clipkit data build --test 0.3`"
+        )
     result = replace(
         result,
         words=(*words, *(f"{said[:1].upper()}{said[1:]}." for said in summary["words"])),
@@ -84,18 +90,22 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _verdict(section: Section, where: str) -> str:
-    """Which figures rose and fell by more than chance."""
-    moved: dict[str, list[str]] = {"better": [], "worse": []}
-    for row in section.rows:
-        pair = row.against_first(1)
-        if pair is not None and pair.significant and row.direction:
-            rose = pair.paired.difference * row.direction > 0
-            told = f"{row.metric} {change_text(row.metric, pair.paired.difference)}"
-            moved["better" if rose else "worse"].append(told)
-    parts = [f"{len(told)} figures got {way} ({told[0]})" for way, told in moved.items() if told]
-    if not parts:
-        return f"{where}: no figure changed by more than chance."
-    return f"{where}: {' and '.join(parts)}, by more than chance."
+    """Which figures rose and fell by more than chance; if none did, how far one may have."""
+    ways = zip(("better", "worse"), section.moved(1), strict=True)
+    parts = [f"{len(told)} figures got {way} ({', '.join(told)})" for way, told in ways if told]
+    if parts:
+        return f"{where}: {' and '.join(parts)}, by more than chance."
+    row = next((row for row in section.rows if row.pairs), None)
+    if row is None:
+        return f"{where}: nothing was tested."
+    paired = row.pairs[0].paired
+    change, low, high = (
+        change_text(row.metric, x) for x in (paired.difference, paired.low, paired.high)
+    )
+    return (
+        f"{where}: no figure changed by more than chance; "
+        f"{row.metric} by {change} ({low} to {high}, {paired.n} pictures)."
+    )
 
 
 def _curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

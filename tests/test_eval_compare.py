@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from colours import ColourModel, paint
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
-from eval.compare import compare, compare_reports, holm
+from eval.compare import compare, compare_reports
 from eval.comparison import Comparison
 from eval.data import Captioned, Labelled
 from eval.features import FeatureCache
@@ -60,21 +58,6 @@ def rows(comparison: Comparison) -> dict[str, Any]:
 # ---- tests and marks
 
 
-def test_holm_by_hand() -> None:
-    """Sorted 0.01, 0.03, 0.04 times 3, 2, 1: 0.03, 0.06, and 0.04 may not fall below 0.06."""
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([]) == []
-
-
-@given(st.lists(st.floats(0, 1), max_size=20))
-def test_holm_lies_between_uncorrected_and_bonferroni_and_keeps_the_order(p: list[float]) -> None:
-    corrected = holm(p)
-    assert all(a <= b <= min(1, a * len(p)) + 1e-12 for a, b in zip(p, corrected, strict=True))
-    pairs = sorted(zip(p, corrected, strict=True))
-    assert [b for _, b in pairs] == sorted(corrected)
-
-
 def test_a_real_difference_is_found_and_marked() -> None:
     """0.7 hits wherever 0.5 does, and some 40 pictures more: no sign pattern comes near."""
     made = compare_reports([[report({"t/R@1": hits(0.5)})], [report({"t/R@1": hits(0.7)}, "b")]])
@@ -85,6 +68,20 @@ def test_a_real_difference_is_found_and_marked() -> None:
     assert made.words == (
         f"Retrieval on photos, t/R@1: b is better than a (+{100 * gain:.1f}, p < 0.001).",
     )
+
+
+def test_what_else_moved_is_told_with_its_direction() -> None:
+    """R@1 is noise; R@10 rises, and the mean rank falls, which is better: neither may be missed."""
+    ranks = np.random.default_rng(0).integers(5, 50, N).astype(float)
+    first = report({"R@1": hits(0.5, 1), "R@10": hits(0.5), "mean_rank": ranks})
+    second = report({"R@1": hits(0.5, 2), "R@10": hits(0.7), "mean_rank": ranks - 2}, "b")
+    made = compare_reports([[first], [second]])
+    gain = 100 * (hits(0.7).mean() - hits(0.5).mean())
+    assert "b is not shown to differ from a" in made.words[0]
+    assert made.words[0].endswith(f", better in R@10 +{gain:.1f}, mean_rank −2.")
+    assert made.sections[0].moved(1) == ([f"R@10 +{gain:.1f}", "mean_rank −2"], [])
+    other = compare_reports([[second], [first]], names=("a", "b"))
+    assert other.words[0].endswith(f", worse in R@10 −{gain:.1f}, mean_rank +2.")
 
 
 def test_a_difference_by_chance_is_not_marked() -> None:
@@ -232,7 +229,7 @@ def test_a_comparison_is_three_files(tmp_path: Path) -> None:
     assert 'class="best"' in page and "p &lt; 0.001" in page
     told = json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     (row,) = told["sections"][0]["rows"]
-    assert row["best"] == 1 and row["tests"][0]["p_value_holm"] < 0.001
+    assert row["best"] == 1 and row["tests"][0]["p_value_corrected"] < 0.001
     with pytest.raises(InputError, match="not a report of one evaluation"):
         EvalReport.load(tmp_path)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.errors import InputError
-from clipkit.metrics import mean_interval, paired_test, statistic_interval
+from clipkit.metrics import corrected_p, mean_interval, paired_test, statistic_interval
 
 Float64 = npt.NDArray[np.float64]
 
@@ -204,3 +204,41 @@ def test_captions_of_a_picture_flip_together() -> None:
     groups = np.repeat(np.arange(4), 5)
     found = paired_test(np.zeros(20), np.ones(20), groups=groups)
     assert (found.p_value, found.n) == (0.125, 4)
+
+
+# ---- many figures at once
+
+
+def test_corrected_p_values_by_hand() -> None:
+    """Changes a = 1, 1, 1 and b = 1, 1, -1: in units of their norm, sums of 3 and of 1.
+
+    Of 8 sign patterns, four make a or b as far from 0 as 3: p = 1/2 for a. b comes second, and each
+    pattern makes it at least as far as 1: p = 1. A figure that did not change has p = 1.
+    """
+    found = corrected_p([[1, 1, -1], [1, 1, 1], [0, 0, 0]])
+    assert found.tolist() == [1.0, 0.5, 1.0]
+    assert corrected_p(np.zeros((2, 5))).tolist() == [1.0, 1.0]
+    with pytest.raises(InputError, match=r"changes have shape \(3,\)"):
+        corrected_p([1, 2, 3])
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_figures_that_are_the_same_count_once(n: int) -> None:
+    """Fails for corrections that look at the number of tests only: Holm's would say three times as
+    much of three copies, in other units."""
+    change = np.random.default_rng(0).normal(0.6, 1, n)
+    alone = paired_test(np.zeros(n), change).p_value
+    assert corrected_p([change, 100 * change, -change]) == pytest.approx([alone] * 3)
+
+
+def test_five_families_in_a_hundred_are_called_changed_by_chance() -> None:
+    """Eight figures that go together (0.8): of true nulls, 5 % have any p of 0.05 or less. With one
+    that did change, the others still do."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(0, 1, (2000, 1, 40)), rng.normal(0, 1, (2000, 8, 40))
+    changes = 0.8**0.5 * shared + 0.2**0.5 * own
+    p = np.array([corrected_p(rows, resamples=300, seed=i) for i, rows in enumerate(changes)])
+    assert 0.03 <= (p.min(axis=1) <= 0.05).mean() <= 0.07  # 2,000 rounds know it to 0.5 points
+    changes[:, 0] += 2
+    p = np.array([corrected_p(rows, resamples=300, seed=i) for i, rows in enumerate(changes)])
+    assert (p[:, 0] <= 0.05).all() and 0.02 <= (p[:, 1:].min(axis=1) <= 0.05).mean() <= 0.07

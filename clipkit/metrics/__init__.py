@@ -20,6 +20,7 @@ from clipkit.metrics.classification import (
 from clipkit.metrics.intervals import (
     Interval,
     Paired,
+    corrected_p,
     mean_interval,
     paired_test,
     statistic_interval,
@@ -49,6 +50,7 @@ __all__ = [
     "alignment",
     "average_precision",
     "confusion",
+    "corrected_p",
     "covariance_spectrum",
     "effective_rank",
     "energy_distance",
