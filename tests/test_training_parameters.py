@@ -17,6 +17,7 @@ from clipkit.training.adapters import adapter_parameters, add_adapters, merge_ad
 from clipkit.training.config import TrainConfig
 from clipkit.training.ema import Ema
 from clipkit.training.heads import find_heads
+from clipkit.training.leash import Leash
 from clipkit.training.model import TrainableTowers
 from clipkit.training.parameters import choose_parameters, decays, make_optimizer, rate_factor
 
@@ -297,3 +298,38 @@ def test_no_mean_is_the_weights_themselves() -> None:
     with ema.applied():
         assert parameter.tolist() == [1.0, 1.0]
     assert ema.state() == {}
+
+
+# ---- the leash
+
+
+def test_a_leash_by_hand() -> None:
+    """Gradients that never change sign move AdamW by its rate, 0.01, a step. Of size 2 at the start
+    and a drift of 5 %, a matrix may go 0.1 far, so each step takes back a tenth of the way: it rests
+    where (d + 0.01) * 0.9 = d, at 0.09. Without a leash, and for a vector, 100 steps are 1.
+
+    Fails for decay towards zero: the matrix would end far from its start.
+    """
+    for drift, expected in ((0.05, 0.09), (0.0, 1.0)):
+        matrix = torch.nn.Parameter(torch.full((3, 3), 2.0))
+        vector = torch.nn.Parameter(torch.full((3,), 2.0))
+        names = {"params": [matrix, vector], "names": ["w", "b"]}
+        optimizer = torch.optim.AdamW([names], lr=0.01, weight_decay=0.0)
+        leash = Leash(optimizer, drift)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (matrix.sum() + vector.sum()).backward()
+            optimizer.step()
+            leash.pull()
+        torch.testing.assert_close(2 - matrix, torch.full((3, 3), expected), rtol=0, atol=2e-5)
+        torch.testing.assert_close(2 - vector, torch.full((3,), 1.0), rtol=0, atol=1e-4)
+
+
+def test_a_leash_lets_go_of_what_begins_at_zero() -> None:
+    matrix = torch.nn.Parameter(torch.zeros(2, 2))
+    optimizer = torch.optim.AdamW([{"params": [matrix], "names": ["up"]}], lr=0.01)
+    leash = Leash(optimizer, 0.05)
+    with torch.no_grad():
+        matrix += 1
+    leash.pull()
+    assert torch.equal(matrix.detach(), torch.ones(2, 2))

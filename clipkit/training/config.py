@@ -28,9 +28,10 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "heads": {
         "epochs": 20,
-        "learning_rate": 0.0,  # fitted: see `heads.FrozenTowers.fitted_rate`
+        "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "layer_decay": 1.0,
+        "drift": -1.0,
         "feature_dropout": 0.2,
         "ema": 0.0,
     },
@@ -98,14 +99,18 @@ class TrainConfig:
     max_steps: int = _option("stop after so many steps (0: no such limit)", 0, low=0)
     batch: int = _option("pairs compared with each other (0: fitted to the data)", 0, low=0)
     chunk: int = _option("pairs in memory at a time (0: fitted to the device)", 0, low=0)
-    learning_rate: float = _option(
-        "the highest, reached after warm-up (0: fitted, in recipe heads)", low=0, high=1
-    )
+    learning_rate: float = _option("the highest, reached after warm-up", above=0, high=1)
     image_rate: float = _option("times learning_rate, for the image tower", 1.0, low=0)
     text_rate: float = _option("times learning_rate, for the text tower", 1.0, low=0)
     head_rate: float = _option("times learning_rate, for the two projections", 1.0, low=0)
     layer_decay: float = _option("each layer learns so much of the one above", above=0, high=1)
     weight_decay: float = _option("AdamW's, on matrices only", low=0)
+    drift: float = _option(
+        "furthest that matrices move, as a share of their size at the start "
+        "(0: any; -1: fitted to the data, in recipe heads)",
+        0.0,
+        low=-1,
+    )
     beta2: float = _option("AdamW's memory of squared gradients", 0.98, above=0, below=1)
     warmup: float = _option("share of the run over which the rate rises", 0.1, low=0, below=1)
     clip_norm: float = _option("longest gradient (0: any)", 1.0, low=0)
@@ -149,10 +154,14 @@ class TrainConfig:
             value = getattr(self, item.name)
             _check_type(item.name, value, hints[item.name])
             _check_limits(item.name, value, item.metadata["limits"])
-        if not self.learning_rate and self.recipe != "heads":
+        if self.drift and self.recipe == "lora":
             raise InputError(
-                f"learning_rate is 0; recipe {self.recipe} cannot fit it; it must be above 0, "
-                f"such as {RECIPES[self.recipe]['learning_rate']:g}"
+                f"drift is {self.drift:g}, but adapters have no size at the start; leave it at 0, "
+                "or use a lower lora_rank or learning_rate"
+            )
+        if self.drift < 0 and self.recipe != "heads":
+            raise InputError(
+                f"drift is {self.drift:g}; recipe {self.recipe} cannot fit it; it must be 0 or more"
             )
         if self.loss != "auto":
             self.loss_options(self.loss)

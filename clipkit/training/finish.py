@@ -157,9 +157,10 @@ def _mix(job: Job, model: TrainableTowers, outcome: Outcome) -> Mixture:
 def _words(job: Job, model: TrainableTowers, outcome: Outcome) -> list[str]:
     share = job.trained.count / job.trained.total
     words = [
-        f"{job.trained.count:,} of {job.trained.total:,} parameters ({share:.1%}) were trained, "
-        f"at learning rate {job.config.learning_rate:g}"
+        f"{job.trained.count:,} of {job.trained.total:,} parameters ({share:.1%}) were trained"
     ]
+    if job.config.drift:
+        words.append(f"matrices were kept within {job.config.drift:.1%} of their size at the start")
     if job.config.recipe != "heads" and model.frozen_norms:
         words.append(f"{model.frozen_norms} batch norms kept their statistics")
     if left_out := job.inputs.data.without_captions:

@@ -7,6 +7,7 @@ from its current values: the exported checkpoint is the same architecture and ne
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -29,7 +30,7 @@ __all__ = ["FeaturesStopped", "FrozenTowers", "Head", "HeadInputs", "find_heads"
 
 _EVAL_CHUNK = 8192  # features are small
 _LOOKED_AT = 1000  # pictures, to see whether the start knows the data
-_RATE, _NEW_RATE = 1e-4, 1e-3  # see `fitted_rate`
+_DRIFT = 0.06  # for a thousand pictures
 
 
 class FeaturesStopped(Exception):
@@ -140,9 +141,10 @@ class FrozenTowers:
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for head in (self._image, self._text) if head for p in head.parameters()]
 
-    def fitted_rate(self, inputs: HeadInputs) -> float:
-        """The learning rate that suits the start: a high one if it is no better at the data than
-        chance, since its projections are new or the domain is; else one that keeps what it knows.
+    def fitted_drift(self, inputs: HeadInputs) -> float:
+        """How far the heads may move (see `leash.Leash`): the further, the more pictures there are.
+        Any distance, 0, if the start is no better at the data than chance, since its heads are new or
+        the domain is: there is nothing to keep.
 
         It knows nothing if, on average, more than a quarter of the other captions are nearer to
         a picture than its own; by chance it is half of them.
@@ -153,7 +155,7 @@ class FrozenTowers:
         with torch.no_grad():
             scores = self.images(pictures) @ self.texts(inputs.text_features[own]).T
         nearer = (scores > scores.diagonal()[:, None]).float().mean().item()
-        return _NEW_RATE if nearer > 0.25 else _RATE
+        return 0.0 if nearer > 0.25 else _DRIFT * math.sqrt(len(inputs.data) / 1000)
 
     def features(
         self,

@@ -2,7 +2,7 @@
 
     evaluate the start
     for each epoch: plan its batches (with hard negatives, if asked)
-        for each batch: embed, loss, gradients, clip, step, clamp, mean of weights, a line of metrics
+        for each batch: embed, loss, gradients, clip, step, leash, clamp, mean of weights, metrics
             now and then: evaluate, keep the best, save a state, stop early
 
 Everything that is random comes from the seed, the epoch and the saved random state, so a run that
@@ -30,6 +30,7 @@ from clipkit.training.evaluation import Scores, embed, evaluate
 from clipkit.training.inputs import Batch
 from clipkit.training.job import Job, Outcome, Progress
 from clipkit.training.large_batch import ChunkedTower, backward, refuse_batch_norms
+from clipkit.training.leash import Leash
 from clipkit.training.negatives import mine
 from clipkit.training.parameters import make_optimizer, rate_factor
 from clipkit.training.randomness import random_state, set_random_state
@@ -90,6 +91,7 @@ class _Run:
         job = self.job
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
+        self.leash = Leash(self.optimizer, job.config.drift)  # now: the weights are the start's
         self.ema = Ema(job.trained.named, job.config.ema)
         self.tracker = Tracker(job.folder, job.config)
         kind = LOSSES[job.loss]
@@ -133,7 +135,7 @@ class _Run:
     # ---- one step
 
     def train_step(self, batch: Batch) -> None:
-        """Embed, loss, gradients, clip, step, clamp."""
+        """Embed, loss, gradients, clip, step, leash, clamp."""
         job, config = self.job, self.job.config
         began = time.monotonic()
         factor = rate_factor(self.step, job.steps, config.warmup)
@@ -175,6 +177,7 @@ class _Run:
             )
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.leash.pull()
         if self.clamps:
             with torch.no_grad():
                 job.towers.logit_scale.clamp_(0.0, self.highest)

@@ -116,9 +116,9 @@ def _run(
         inputs, validation = _inputs(config, model, trainee, data, held_out, tell, asked)
     except FeaturesStopped:
         return stopped_before_training(folder, config, model, trained)
-    if not config.learning_rate:
+    if config.drift < 0:
         assert isinstance(trainee, FrozenTowers) and isinstance(inputs, HeadInputs)
-        config = replace(config, learning_rate=trainee.fitted_rate(inputs))
+        config = replace(config, drift=trainee.fitted_drift(inputs))
     job = Job(
         config=config,
         loss=loss,
@@ -133,12 +133,7 @@ def _run(
         on_progress=tell,
         stop=asked,
     )
-    log.info(
-        "training %d of %d parameters at rate %g",
-        trained.count,
-        trained.total,
-        config.learning_rate,
-    )
+    log.info("training %d of %d parameters", trained.count, trained.total)
     outcome = fit(job, folder.load() if facts is not None else None)
     return finish(job, model, outcome, now)
 

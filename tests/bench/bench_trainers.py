@@ -59,7 +59,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "train_image_layers": 3,
         "train_text_layers": 4,
     },
-    "heads": {"learning_rate": 1e-3},  # the start's heads are new
+    "heads": {},
 }
 NOTES = {
     "sentence-transformers": (
