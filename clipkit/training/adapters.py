@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from clipkit.errors import ModelError
 
-__all__ = ["adapter_parameters", "add_adapters", "merge_adapters"]
+__all__ = ["adapter_parameters", "adapter_sizes", "add_adapters", "merge_adapters"]
 
 
 class LowRank(torch.nn.Module):
@@ -38,6 +38,9 @@ class LowRank(torch.nn.Module):
         self.down = torch.nn.Parameter(down.to(weight))
         self.up = torch.nn.Parameter(torch.zeros(parts, out, rank).to(weight))
         self.scaling = alpha / rank
+        # Of B, where B A is as large as W: each of its entries sums `rank` products of random sign.
+        typical = self.scaling * (rank / width) ** 0.5
+        self.size = weight.detach().square().mean().sqrt().item() / typical
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         update = self.scaling * (self.up @ self.down)  # (parts, out, width)
@@ -80,6 +83,12 @@ def add_adapters(
 def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """What `add_adapters` made trainable, in the order of the modules."""
     return [p for m in model.modules() if isinstance(m, LowRank) for p in m.parameters()]
+
+
+def adapter_sizes(model: torch.nn.Module) -> dict[int, float]:
+    """By the id of each B, which begins at zero: its root mean square where the update is as large as
+    the weight."""
+    return {id(m.up): m.size for m in model.modules() if isinstance(m, LowRank)}
 
 
 def merge_adapters(model: torch.nn.Module) -> None:

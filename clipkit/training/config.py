@@ -31,7 +31,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
         "learning_rate": 1e-3,
         "weight_decay": 0.1,
         "layer_decay": 1.0,
-        "drift": -1.0,
         "feature_dropout": 0.2,
         "ema": 0.0,
     },
@@ -107,8 +106,8 @@ class TrainConfig:
     weight_decay: float = _option("AdamW's, on matrices only", low=0)
     drift: float = _option(
         "furthest that matrices move, as a share of their size at the start "
-        "(0: any; -1: fitted to the data, in recipe heads)",
-        0.0,
+        "(0: any; -1: fitted to the data)",
+        -1.0,
         low=-1,
     )
     beta2: float = _option("AdamW's memory of squared gradients", 0.98, above=0, below=1)
@@ -154,15 +153,6 @@ class TrainConfig:
             value = getattr(self, item.name)
             _check_type(item.name, value, hints[item.name])
             _check_limits(item.name, value, item.metadata["limits"])
-        if self.drift and self.recipe == "lora":
-            raise InputError(
-                f"drift is {self.drift:g}, but adapters have no size at the start; leave it at 0, "
-                "or use a lower lora_rank or learning_rate"
-            )
-        if self.drift < 0 and self.recipe != "heads":
-            raise InputError(
-                f"drift is {self.drift:g}; recipe {self.recipe} cannot fit it; it must be 0 or more"
-            )
         if self.loss != "auto":
             self.loss_options(self.loss)
 

@@ -7,7 +7,6 @@ from its current values: the exported checkpoint is the same architecture and ne
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -29,8 +28,6 @@ from clipkit.training.model import TrainableTowers
 __all__ = ["FeaturesStopped", "FrozenTowers", "Head", "HeadInputs", "find_heads"]
 
 _EVAL_CHUNK = 8192  # features are small
-_LOOKED_AT = 1000  # pictures, to see whether the start knows the data
-_DRIFT = 0.06  # for a thousand pictures
 
 
 class FeaturesStopped(Exception):
@@ -140,22 +137,6 @@ class FrozenTowers:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for head in (self._image, self._text) if head for p in head.parameters()]
-
-    def fitted_drift(self, inputs: HeadInputs) -> float:
-        """How far the heads may move (see `leash.Leash`): the further, the more pictures there are.
-        Any distance, 0, if the start is no better at the data than chance, since its heads are new or
-        the domain is: there is nothing to keep.
-
-        It knows nothing if, on average, more than a quarter of the other captions are nearer to
-        a picture than its own; by chance it is half of them.
-        """
-        pictures = inputs.image_features[:_LOOKED_AT]
-        own = [int(texts[0]) for texts in inputs.data.owned[:_LOOKED_AT]]
-        self.mode(False)
-        with torch.no_grad():
-            scores = self.images(pictures) @ self.texts(inputs.text_features[own]).T
-        nearer = (scores > scores.diagonal()[:, None]).float().mean().item()
-        return 0.0 if nearer > 0.25 else _DRIFT * math.sqrt(len(inputs.data) / 1000)
 
     def features(
         self,

@@ -23,6 +23,7 @@ import torch
 from clipkit.errors import InputError
 from clipkit.losses import LOSSES
 from clipkit.training import distributed
+from clipkit.training.adapters import adapter_sizes
 from clipkit.training.checkpoint import State
 from clipkit.training.data import Plan
 from clipkit.training.ema import Ema
@@ -91,7 +92,8 @@ class _Run:
         job = self.job
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
-        self.leash = Leash(self.optimizer, job.config.drift)  # now: the weights are the start's
+        # Now, while the weights are the start's.
+        self.leash = Leash(self.optimizer, job.config.drift, adapter_sizes(job.towers.model))
         self.ema = Ema(job.trained.named, job.config.ema)
         self.tracker = Tracker(job.folder, job.config)
         kind = LOSSES[job.loss]

@@ -22,9 +22,10 @@ from clipkit.training.checkpoint import RunFolder
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import CaptionedPictures, fitted_batch
 from clipkit.training.finish import RunSummary, finish, stopped_before_training
-from clipkit.training.heads import FeaturesStopped, FrozenTowers, HeadInputs
+from clipkit.training.heads import FeaturesStopped, FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.job import Job, Progress
+from clipkit.training.leash import fitted_drift
 from clipkit.training.loop import fit
 from clipkit.training.model import Towers, TrainableTowers, checkpoint_activations, loss_of
 from clipkit.training.parameters import choose_parameters
@@ -116,14 +117,15 @@ def _run(
         inputs, validation = _inputs(config, model, trainee, data, held_out, tell, asked)
     except FeaturesStopped:
         return stopped_before_training(folder, config, model, trained)
+    chunk = config.chunk or (batch if config.recipe == "heads" else _CHUNK[device.type])
     if config.drift < 0:
-        assert isinstance(trainee, FrozenTowers) and isinstance(inputs, HeadInputs)
-        config = replace(config, drift=trainee.fitted_drift(inputs))
+        plan = data.plans(epoch=0, batch=batch, seed=config.seed)[0]
+        config = replace(config, drift=fitted_drift(trainee, inputs, plan, chunk=chunk))
     job = Job(
         config=config,
         loss=loss,
         batch=batch,
-        chunk=config.chunk or (batch if config.recipe == "heads" else _CHUNK[device.type]),
+        chunk=chunk,
         half=dtype == torch.float16,
         towers=trainee,
         trained=trained,
