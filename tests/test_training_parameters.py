@@ -13,7 +13,7 @@ import torch
 
 from clipkit import towers
 from clipkit.errors import ModelError
-from clipkit.training.adapters import adapter_parameters, add_adapters, merge_adapters
+from clipkit.training.adapters import LowRank, adapter_parameters, add_adapters, merge_adapters
 from clipkit.training.config import TrainConfig
 from clipkit.training.ema import Ema
 from clipkit.training.heads import find_heads
@@ -325,11 +325,25 @@ def test_a_leash_by_hand() -> None:
         torch.testing.assert_close(2 - vector, torch.full((3,), 1.0), rtol=0, atol=1e-4)
 
 
-def test_a_leash_lets_go_of_what_begins_at_zero() -> None:
-    matrix = torch.nn.Parameter(torch.zeros(2, 2))
-    optimizer = torch.optim.AdamW([{"params": [matrix], "names": ["up"]}], lr=0.01)
-    leash = Leash(optimizer, 0.05)
+def test_a_leash_lets_go_of_what_begins_at_zero_unless_it_has_a_size() -> None:
+    """Of size 2, 5 % are 0.1: of rate 0.01, a tenth of the way back."""
+    for size, expected in ((None, 1.0), (2.0, 0.9)):
+        matrix = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = torch.optim.AdamW([{"params": [matrix], "names": ["up"]}], lr=0.01)
+        leash = Leash(optimizer, 0.05, {} if size is None else {id(matrix): size})
+        with torch.no_grad():
+            matrix += 1
+        leash.pull()
+        torch.testing.assert_close(matrix.detach(), torch.full((2, 2), expected))
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_adapters_size_makes_its_update_as_large_as_the_weight(parts: int) -> None:
+    """B drawn at random with the size that is told, A as it is made: within a few percent."""
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.3 * torch.randn(parts * 200, 300, generator=generator)
+    adapter = LowRank(weight, rank=16, alpha=8, parts=parts, generator=generator)
     with torch.no_grad():
-        matrix += 1
-    leash.pull()
-    assert torch.equal(matrix.detach(), torch.ones(2, 2))
+        adapter.up.copy_(adapter.size * torch.randn(adapter.up.shape, generator=generator))
+    update = adapter(weight) - weight
+    assert update.square().mean().sqrt().item() == pytest.approx(0.3, rel=0.1)
