@@ -50,6 +50,7 @@ def test_a_file_and_flags_over_it(tmp_path: Path) -> None:
         ({"warmup": 1.0}, "warmup is 1.0; it must be at least 0 and below 1"),
         ({"warmup": float("nan")}, "warmup is nan"),
         ({"learning_rate": 0}, "learning_rate is 0.0; it must be above 0 and at most 1"),
+        ({"drift": -0.5}, "drift is -0.5; it must be 0 or more, or -1 to be fitted"),
         ({"drift": -2}, "drift is -2.0; it must be at least -1"),
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
         ({"loss": "siglip", "hardness": 0.5}, "loss siglip has no such option.*use loss infonce"),

@@ -146,7 +146,7 @@ def corrected_p(changes: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 
     Step-down maxT (Westfall & Young 1993, Resampling-Based Multiple Testing, algorithm 4.1): a
     unit's sign flips in all figures at once, so those that move together, as MRR and recall do, are
     not paid for as if they were independent, which Holm's correction of `paired_test` would do.
-    Sign patterns as in `paired_test`.
+    Sign patterns as in `paired_test`. InputError unless all changes are finite, in two dimensions.
     """
     change = np.asarray(changes, np.float64)
     if change.ndim != 2 or not np.isfinite(change).all():

@@ -153,6 +153,8 @@ class TrainConfig:
             value = getattr(self, item.name)
             _check_type(item.name, value, hints[item.name])
             _check_limits(item.name, value, item.metadata["limits"])
+        if -1 < self.drift < 0:
+            raise InputError(f"drift is {self.drift:g}; it must be 0 or more, or -1 to be fitted")
         if self.loss != "auto":
             self.loss_options(self.loss)
 

@@ -50,6 +50,7 @@ class Leash:
 
     @torch.no_grad()
     def pull(self) -> None:
+        """After a step, at the rates it was made with."""
         for group in self._optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 if name in self._starts:
@@ -58,12 +59,13 @@ class Leash:
 
 
 def fitted_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> float:
-    """How far weights may move: the further, the more pictures there are. Any distance, 0, if the
-    start is no better at the data than chance, since its heads are new or the domain is: there is
-    nothing to keep.
+    """The `drift` of a leash, a share: the larger, the more pictures there are. Any distance, 0, if
+    the start is no better at the data than chance, since its heads are new or the domain is: there
+    is nothing to keep.
 
     It knows nothing if, on average, more than a quarter of the other captions of `plan` are nearer to
-    a picture than its own; by chance it is half of them. All processes get the same.
+    a picture than its own; by chance it is half of them. At most `chunk` pairs are in memory at a time.
+    All processes get the same.
     """
     some = min(len(plan.pictures), _LOOKED_AT) // world_size() * world_size()
     plan = replace(plan, pictures=plan.pictures[:some], texts=plan.texts[:some])
