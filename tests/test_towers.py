@@ -40,14 +40,20 @@ def open_clip_reference(folder: Path) -> tuple[torch.nn.Module, object, object]:
     return model, transform, open_clip.get_tokenizer(name)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_equal_open_clips(kind: str, tiny_checkpoint: Checkpoint) -> None:
-    """The shortened context of a causal tower, and dropped padding, leave every embedding as it is."""
+def test_texts_equal_open_clips(
+    kind: str, precision: towers.Precision, tiny_checkpoint: Checkpoint
+) -> None:
+    """The shortened context of a causal tower, and dropped padding, leave every embedding as it is.
+
+    On a CPU the text tower computes in float32 whatever the image tower's precision.
+    """
     folder = tiny_checkpoint(kind)
     model, _, tokenizer = open_clip_reference(folder)
     with torch.no_grad():
         expected = model.encode_text(tokenizer(TEXTS), normalize=True).numpy()
-    actual = towers.load(str(folder)).encode_texts(TEXTS)
+    actual = towers.load(str(folder), device="cpu", precision=precision).encode_texts(TEXTS)
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
@@ -100,9 +106,9 @@ def test_save_and_load_keep_the_identity(
     kind: str, tiny_checkpoint: Checkpoint, noise_picture: Picture, tmp_path: Path
 ) -> None:
     """Activation, statistics, interpolation, context length and tokenizer survive; OpenCLIP agrees."""
-    first = towers.load(str(tiny_checkpoint(kind)))
+    first = towers.load(str(tiny_checkpoint(kind)), precision="float32")
     first.save(tmp_path / "saved", provenance={"parent": first.encoder_id})
-    again = towers.load(str(tmp_path / "saved"))
+    again = towers.load(str(tmp_path / "saved"), precision="float32")
     assert again.config == first.config
     assert again.encoder_id == first.encoder_id == checkpoint.identify(str(tmp_path / "saved"))
     picture = noise_picture(70, 50)
@@ -116,6 +122,25 @@ def test_save_and_load_keep_the_identity(
     assert list(model.visual.preprocess_cfg["mean"]) == list(first.config.mean)
     note = json.loads((tmp_path / "saved" / "clipkit.json").read_text())
     assert note == {"encoder_id": first.encoder_id, "parent": first.encoder_id}
+
+
+def test_rounded_weights_are_not_saved(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Saved in bfloat16 and widened again, the weights would be another encoder's."""
+    rounded = towers.load(str(tiny_checkpoint("vit")), precision="bfloat16")
+    with pytest.raises(InputError, match="rounded to bfloat16; load it with precision='float32'"):
+        rounded.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_precision_auto_can_be_set_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    for forced in ("float32", "bfloat16"):
+        monkeypatch.setenv("CLIPKIT_PRECISION", forced)
+        assert towers.choose_precision(cpu) == forced
+        assert towers.choose_precision(cpu, "float16") == "float16"
+    monkeypatch.setenv("CLIPKIT_PRECISION", "int4")
+    with pytest.raises(InputError, match="precision 'int4' is unknown"):
+        towers.choose_precision(cpu)
 
 
 def test_activation_is_part_of_the_identity(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -272,7 +297,8 @@ def test_damaged_folders(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
         towers.load(str(tmp_path / "cut"))
 
 
-def test_settings_that_do_not_exist() -> None:
+def test_settings_that_do_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CLIPKIT_PRECISION", raising=False)
     with pytest.raises(InputError, match="precision 'int4' is unknown; use one of auto, float32"):
         towers.choose_precision(torch.device("cpu"), "int4")
     with pytest.raises(InputError, match="device 'toaster' is not usable here"):

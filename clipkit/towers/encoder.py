@@ -28,8 +28,6 @@ from clipkit.errors import InputError
 from clipkit.towers.cores import PART, Cores
 from clipkit.towers.folding import fold_batch_norms
 
-__all__ = ["DTYPES", "DualEncoder", "Precision", "write_settings"]
-
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,7 +52,14 @@ class DualEncoder:
         self.config = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
         self.device = device
         self.precision = precision
-        self.model = model.eval().requires_grad_(False).to(device, DTYPES[precision])
+        self.model = model.eval().requires_grad_(False).to(device)
+        if device.type == "cpu":
+            # The text tower stays float32: with bfloat16 weights the built-in one took 4.0 instead of
+            # 6.8 ms a query, but 0.9 % of first hits and 0.5 % of the ten best changed (Flickr8k).
+            self.model.float()
+            self.model.visual.to(DTYPES[precision])
+        else:
+            self.model.to(DTYPES[precision])
         # Convolutions run 1.5 to 3 times faster with the channels last; transformers do not mind.
         self.model = self.model.to(memory_format=torch.channels_last)
         fold_batch_norms(self.model, self._try_image_tower)
@@ -228,8 +233,15 @@ class DualEncoder:
         """Write an OpenCLIP checkpoint folder (see `clipkit.checkpoint`), weights in float32.
 
         OpenCLIP opens it as `local-dir:FOLDER`, `load` by its path; both give these embeddings.
+        Raises InputError where the weights were rounded to half precision when they were loaded.
         """
         from safetensors.torch import save_file
+
+        if self.precision != "float32":
+            raise InputError(
+                f"cannot save {self.spec}: its weights were rounded to {self.precision}; "
+                "load it with precision='float32'"
+            )
 
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {

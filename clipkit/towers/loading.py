@@ -24,7 +24,8 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     """Load the towers that `spec` names (see the module's docstring).
 
     device: "auto" (a CUDA GPU, else Apple's MPS, else the CPU) or any torch device.
-    precision: "auto" (bfloat16 where the device computes in it, else float32) or a dtype's name.
+    precision: "auto" (bfloat16 where the device computes in it, else float32) or a dtype's name, of the
+    image tower and, except on a CPU, of the text tower. CLIPKIT_PRECISION overrides "auto".
     Raises ModelError, in one sentence, for a spec that is unknown or cannot be fetched.
     """
     import open_clip
@@ -84,7 +85,12 @@ def choose_device(device: str = "auto") -> torch.device:
 
 
 def choose_precision(device: torch.device, precision: str = "auto") -> Precision:
-    """The dtype of the weights; "auto" takes bfloat16 only where the hardware multiplies in it."""
+    """Return the dtype of the weights; "auto" is bfloat16 only where the hardware multiplies in it.
+
+    The environment variable CLIPKIT_PRECISION overrides "auto". Raises InputError for other names.
+    """
+    if precision == "auto":
+        precision = os.environ.get("CLIPKIT_PRECISION") or "auto"
     if precision in DTYPES:
         return precision  # type: ignore[return-value]
     if precision != "auto":
