@@ -7,7 +7,7 @@ Kept in the index's folder as corrections.jsonl, a line for each mark as it is m
 `right` null takes the mark back. For one picture and one query the last line counts. The file is apart
 from the catalog, whose one writer may hold it for as long as an indexing run lasts; a picture is named
 by its content, so that marks outlive moved files and an index that is made anew in its folder. What
-`export` hands out is the format that data_prep.sources reads as "corrections".
+`export` hands out is the format that clipkit.sources reads as "corrections".
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ from typing import Any, Self
 
 import filelock
 
-from app.render import printable
+from app.web.render import printable
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.durable import sync_folder
 from clipkit.errors import CatalogBusy, ClipkitError, InputError
 from clipkit.query import Query, Term, format, parse
 from clipkit.records import parse_object
 from data_prep.clean import Rules, same_caption
-
-__all__ = ["MARK_BYTES", "Correction", "Corrections", "Mark", "as_query", "export", "said"]
 
 log = logging.getLogger(__name__)
 

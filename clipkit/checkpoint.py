@@ -24,23 +24,6 @@ import numpy.typing as npt
 
 from clipkit.errors import ModelError
 
-__all__ = [
-    "CONFIG_FILE",
-    "PROVENANCE_FILE",
-    "TEXT_CONFIG_FILE",
-    "TOKENIZER_FILES",
-    "WEIGHTS_FILE",
-    "TowerConfig",
-    "builtin_folder",
-    "combine_identity",
-    "find_folder",
-    "identify",
-    "read_config",
-    "read_weights",
-    "tokenizer_digest",
-    "weights_digest",
-]
-
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 PROVENANCE_FILE = "clipkit.json"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["sync_folder"]
-
 
 def sync_folder(folder: Path) -> None:
     """Make a folder's entries durable: a file that is new or renamed in it is there after a power cut

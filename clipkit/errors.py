@@ -16,18 +16,6 @@ A message is one sentence that says what, the value, the limit and the remedy:
 
 from __future__ import annotations
 
-__all__ = [
-    "CatalogBusy",
-    "ClipkitError",
-    "DatasetError",
-    "EncoderMismatch",
-    "ImageError",
-    "IndexDamaged",
-    "InputError",
-    "ModelError",
-    "QueryError",
-]
-
 
 class ClipkitError(Exception):
     """The root of clipkit's errors."""

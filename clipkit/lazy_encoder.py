@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from clipkit import checkpoint
 from clipkit.errors import ClipkitError
-from clipkit.text_tower import TextTower, open_text_tower
+from clipkit.text_towers.bert import TextTower, open_text_tower
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from clipkit.towers import DualEncoder
-
-__all__ = ["LazyEncoder"]
 
 log = logging.getLogger(__name__)
 

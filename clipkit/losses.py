@@ -20,8 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from clipkit.errors import InputError
 
-__all__ = ["LOSSES", "Duplicates", "Loss", "info_nce", "matches", "siglip"]
-
 Duplicates = Literal["mask", "positive"]
 
 

@@ -27,8 +27,6 @@ from types import MappingProxyType
 
 from clipkit.errors import QueryError
 
-__all__ = ["KEYS", "Example", "Filter", "Query", "Term", "format", "parse"]
-
 KEYS = MappingProxyType(
     {
         "after": "taken on or after a date: after:2023, after:2023-05, after:2023-05-01",

@@ -25,16 +25,6 @@ from typing import Any, BinaryIO
 
 from clipkit.errors import DatasetError
 
-__all__ = [
-    "SPLITS",
-    "CaptionPair",
-    "FolderCaptions",
-    "ImageRecord",
-    "Texts",
-    "parse_object",
-    "read_dataset",
-]
-
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")

@@ -29,23 +29,13 @@ from numpy.typing import NDArray
 from clipkit.errors import DatasetError
 from clipkit.images import Limits
 from clipkit.records import SPLITS
-from data_prep.build_files import FolderWriter, Record, ShardWriter, Writer
-from data_prep.build_pictures import Fault, Loaded, Loader, in_order
-from data_prep.build_place import (
-    MANIFEST,
-    Built,
-    Progress,
-    aside,
-    check_out,
-    swap,
-    write_manifest,
-)
+from clipkit.sources import Broken, RawPair, Source
+from clipkit.sources.rows import LISTS
 from data_prep.clean import Rules, caption_fault, mend, same_caption
-from data_prep.sources import Broken, RawPair, Source
-from data_prep.sources.pairs import LISTS
+from data_prep.load import Fault, Loaded, Loader, in_order
 from data_prep.split import HASH_BYTES, Fractions, assign, groups_of, near_pairs
-
-__all__ = ["MANIFEST", "REJECTED", "Built", "Progress", "build"]
+from data_prep.staging import MANIFEST, Built, Progress, aside, check_out, swap, write_manifest
+from data_prep.writers import FolderWriter, Record, ShardWriter, Writer
 
 REJECTED = "rejected.jsonl"
 _SPOOL, _MERGED = "spool.jsonl", "merged.jsonl"

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import ftfy
     from PIL import Image
 
-__all__ = ["ALLOWABLE", "Rules", "caption_fault", "mend", "picture_fault", "same_caption"]
-
 # Reasons without a number to set: these are switched off by name.
 ALLOWABLE = ("blank", "url", "file-name", "placeholder", "no-letters", "mojibake", "marked-wrong")
 

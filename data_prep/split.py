@@ -26,16 +26,6 @@ from clipkit.records import SPLITS
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "HASH_BYTES",
-    "MAX_RADIUS",
-    "Fractions",
-    "assign",
-    "groups_of",
-    "near_pairs",
-    "perceptual_hash",
-]
-
 HASH_BYTES = 32
 MAX_RADIUS = 15  # bits; what near_pairs finds exactly
 _BLOCK = 1 << 22  # pairs compared at once

@@ -18,10 +18,8 @@ from PIL import Image
 from clipkit.errors import DatasetError, ImageError
 from clipkit.images import decode, image_id, read_bytes
 from clipkit.records import SPLITS
-from data_prep.build_pictures import in_order
-from data_prep.sources import Broken, RawPair, Source
-
-__all__ = ["SHEET", "TILE", "Stats", "collect", "lines"]
+from clipkit.sources import Broken, RawPair, Source
+from data_prep.load import in_order
 
 SHEET = (14, 5)  # pictures across and down the contact sheet
 TILE = 144  # pixels

@@ -20,20 +20,6 @@ from clipkit.metrics import Interval
 from eval.data import Labelled
 from eval.features import fingerprint, thumbnail_if_there
 
-__all__ = [
-    "check_labels",
-    "class_table",
-    "confused_table",
-    "confusion_detail",
-    "data_fingerprint",
-    "emptied_classes",
-    "label_metrics",
-    "mistakes",
-    "multi_label_metrics",
-    "percent",
-    "stratified_halves",
-]
-
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

@@ -19,15 +19,13 @@ import numpy as np
 
 from clipkit.errors import InputError
 from clipkit.metrics import corrected_p, paired_test
-from eval.comparison import Comparison, Pair, Row, Section, change_text, p_text
-from eval.report import EvalReport, direction, setting_text, value_text
+from eval.reports.comparison import Comparison, Pair, Row, Section, change_text, p_text
+from eval.reports.report import EvalReport, direction, setting_text, value_text
 
 if TYPE_CHECKING:
     from eval.data import Captioned, Labelled
     from eval.features import Encoder, FeatureCache
     from eval.prompts import Templates
-
-__all__ = ["compare", "compare_reports", "shower"]
 
 CHANGED = 12  # pictures shown of each kind
 # settings that must be equal for two models' figures to mean the same

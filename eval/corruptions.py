@@ -26,8 +26,6 @@ from PIL import Image, ImageFilter
 from clipkit.errors import InputError
 from eval.features import Transform
 
-__all__ = ["CORRUPTIONS", "SIDE", "corruption"]
-
 Unit = npt.NDArray[np.float64]  # (H, W, 3) in 0..1
 SIDE = 224  # pixels
 _VERSION = 1  # raise it when a corruption's result changes: features are cached by it

@@ -31,8 +31,6 @@ from clipkit.records import Texts
 from eval.folders import captioned_folder, class_folders, read_lines, split_folder
 from eval.source import Label, Pictures, Source, Subset
 
-__all__ = ["Captioned", "Labelled", "Pictures", "open_captioned", "open_labelled"]
-
 Int64 = npt.NDArray[np.int64]
 
 

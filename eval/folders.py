@@ -9,8 +9,6 @@ from clipkit.errors import DatasetError, InputError
 from clipkit.records import FolderCaptions, Texts, parse_object
 from eval.source import SPLIT_NAMES, Files, Label, Source, choose_split, read_fields
 
-__all__ = ["captioned_folder", "class_folders", "read_lines", "split_folder"]
-
 METADATA = "metadata.jsonl"
 
 

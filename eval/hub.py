@@ -23,8 +23,6 @@ from clipkit.records import Texts
 from eval.shards import read_shards
 from eval.source import Label, Source, choose_split, read_fields
 
-__all__ = ["BENCHMARKS", "open_benchmark", "open_dataset"]
-
 log = logging.getLogger(__name__)
 
 # github.com/LAION-AI/CLIP_benchmark, benchmark/webdatasets.txt

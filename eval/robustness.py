@@ -33,10 +33,8 @@ from eval.features import (
     text_features,
 )
 from eval.prompts import Templates, load_templates
-from eval.report import EvalReport
+from eval.reports.report import EvalReport
 from eval.zero_shot import class_vectors, cosines
-
-__all__ = ["evaluate_robustness"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

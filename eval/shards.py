@@ -23,8 +23,6 @@ from clipkit.errors import DatasetError, ImageError
 from clipkit.records import Texts, parse_object
 from eval.source import Label, Source, read_class_names, read_fields
 
-__all__ = ["TarPictures", "read_shards"]
-
 CLASS_NAMES = "classnames.txt"
 MAX_SIDECAR = 2**20  # bytes
 _TEXTS = {"txt", "json", "cls", "npy"}

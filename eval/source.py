@@ -16,17 +16,6 @@ from clipkit import images
 from clipkit.errors import DatasetError, InputError
 from clipkit.records import Texts
 
-__all__ = [
-    "Files",
-    "Label",
-    "Pictures",
-    "Source",
-    "Subset",
-    "choose_split",
-    "read_class_names",
-    "read_fields",
-]
-
 # A class by its number or its name; a tuple where a picture may have several.
 Label = int | str | tuple[int | str, ...]
 

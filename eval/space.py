@@ -24,7 +24,6 @@ from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
 from eval.data import Captioned, Labelled
-from eval.exhibits import exhibit
 from eval.features import (
     Encoder,
     FeatureCache,
@@ -33,11 +32,10 @@ from eval.features import (
     picture_features,
     text_features,
 )
-from eval.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
-from eval.report import EvalReport
+from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
+from eval.reports.exhibits import exhibit
+from eval.reports.report import EvalReport
 from eval.source import Pictures
-
-__all__ = ["evaluate_space", "space_of_vectors"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

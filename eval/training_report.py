@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from clipkit.errors import InputError
 from eval.compare import compare
-from eval.comparison import Comparison, Section, change_text
+from eval.reports.comparison import Comparison, Section, change_text
 
 if TYPE_CHECKING:
     from eval.data import Captioned, Labelled
     from eval.features import Encoder, FeatureCache
-
-__all__ = ["training_report"]
 
 NAMES = ("before", "after")
 _FEW = 100  # pictures

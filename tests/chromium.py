@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from app.workspace import Workspace
+from app.web.workspace import Workspace
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 CHROMIUM = next(
@@ -38,7 +38,7 @@ def served(workspace: Workspace) -> Iterator[str]:
     """The address of a server in a thread."""
     import uvicorn
 
-    from app.ui import make_app
+    from app.web.page import make_app
 
     listener = socket.create_server(("127.0.0.1", 0))
     servers: list[uvicorn.Server] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep.sources import Broken, Options, RawPair, open_source
+from clipkit.sources import Broken, Options, RawPair, open_source
 
 
 def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:

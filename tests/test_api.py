@@ -14,9 +14,9 @@ from colours import ColourModel, paint
 from PIL import Image
 from starlette.testclient import TestClient
 
-from app.api import create_app
-from app.asking import DroppedPictures, UnknownPictureError
-from app.workspace import Workspace
+from app.web.api import create_app
+from app.web.requests import DroppedPictures, UnknownPictureError
+from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 from clipkit.errors import CatalogBusy, ClipkitError, IndexDamaged, InputError, QueryError
@@ -205,7 +205,7 @@ def test_an_upload_is_cut_off_at_the_limit(
     """The limit counts what comes, not what the Content-Length says."""
     paint(photos / "a.png", "red")
     client = serve()
-    monkeypatch.setattr("app.api.QUERY_MEGABYTES", 1)
+    monkeypatch.setattr("app.web.api.QUERY_MEGABYTES", 1)
     taken = 0
 
     def endless() -> Iterator[bytes]:
@@ -232,7 +232,7 @@ def test_dropped_pictures_are_forgotten_oldest_first(monkeypatch: pytest.MonkeyP
         Image.new("L", (8, 8), shade).save(out, "BMP")  # 1,142 bytes: two fit into 2.5 kB
         return out.getvalue()
 
-    monkeypatch.setattr("app.asking.HELD_MEGABYTES", 0.0025)
+    monkeypatch.setattr("app.web.requests.HELD_MEGABYTES", 0.0025)
     dropped = DroppedPictures(limits=Limits())
     first, second, third = (dropped.add(picture(shade)) for shade in (1, 2, 3))
     with pytest.raises(UnknownPictureError, match="drop it again"):

@@ -14,7 +14,7 @@ import pytest
 from colours import ColourModel, paint
 from starlette.testclient import TestClient
 
-from app.workspace import Workspace
+from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 
@@ -24,7 +24,7 @@ HOST = "http://127.0.0.1:7860"
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Path]]:
     """The whole app, Gradio's routes included, and the folder of its photos."""
-    from app.ui import make_app
+    from app.web.page import make_app
 
     folder = tmp_path_factory.mktemp("page")
     secret = paint(folder / "photos" / "secret.png", "red")

@@ -20,16 +20,16 @@ ROOMS = {
 OWNERS = {
     "faiss": "clipkit/index",
     "sqlite3": "clipkit/catalog",
-    "open_clip": ("clipkit/towers", "clipkit/builtin/recipe.py"),
-    "timm": ("clipkit/towers", "clipkit/builtin/recipe.py"),
-    "transformers": ("clipkit/towers", "clipkit/builtin/recipe.py"),
-    "gradio": ("app/ui.py", "app/ui_evaluation.py"),
-    "fastapi": ("app/api.py", "app/ui.py"),  # the page is mounted on the API
+    "open_clip": ("clipkit/towers", "data_prep/builtin_model/recipe.py"),
+    "timm": ("clipkit/towers", "data_prep/builtin_model/recipe.py"),
+    "transformers": ("clipkit/towers", "data_prep/builtin_model/recipe.py"),
+    "gradio": ("app/web/page.py", "app/web/sort_page.py"),
+    "fastapi": ("app/web/api.py", "app/web/page.py"),  # the page is mounted on the API
 }
 NO_TORCH = tuple(
     f"clipkit/{module}"
     for module in (
-        "errors records images catalog index query metrics checkpoint text_tower embed search "
+        "errors records images catalog index query metrics checkpoint text_towers embed search "
         "lazy_encoder"
     ).split()
 )

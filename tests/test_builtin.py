@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from clipkit import checkpoint, images, towers
-from clipkit.builtin import measure, recipe, sources
+from data_prep.builtin_model import measure, recipe, sources
 
 FOLDER = checkpoint.builtin_folder()
 GALLERY = Path(__file__).parent.parent / "data_prep" / "gallery" / "pictures"

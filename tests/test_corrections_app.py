@@ -14,12 +14,12 @@ import pytest
 from colours import ColourModel, paint
 from starlette.testclient import TestClient
 
-from app import render_marks
-from app.api import create_app
-from app.asking import Ask, UnknownPictureError
 from app.corrections import Mark
-from app.ui import Page
-from app.workspace import Workspace
+from app.web import render
+from app.web.api import create_app
+from app.web.page import Page
+from app.web.requests import Ask, UnknownPictureError
+from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 from clipkit.errors import ClipkitError
@@ -192,9 +192,9 @@ def test_the_start_page_offers_the_export_once_there_is_something(
 
 @pytest.mark.parametrize("evil", ["<img src=x onerror=alert(1)>", '"><script>alert(1)</script>'])
 def test_a_query_cannot_become_an_element(evil: str) -> None:
-    html = render_marks.buttons(1, evil, None)
+    html = render.buttons(1, evil, None)
     assert re.findall(r"<\w+", html) == ["<button", "<i"] * 2
-    assert "hidden" in render_marks.summary(0) and "1,234 corrections" in render_marks.summary(1234)
+    assert "hidden" in render.summary(0) and "1,234 corrections" in render.summary(1234)
 
 
 # ---- HTTP
@@ -340,7 +340,7 @@ def test_a_name_that_is_not_utf8_survives_the_way(
         pytest.skip("this file system refuses names that are not UTF-8")
     reindex(index, photos)
     workspace.mark(Mark(name_of(odd), "red", True))
-    from data_prep.sources import RawPair, open_source
+    from clipkit.sources import RawPair, open_source
 
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in workspace.exported()))

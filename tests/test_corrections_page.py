@@ -11,7 +11,7 @@ import pytest
 from chromium import Open, ask, browser, context, pytestmark, served, settled, visit  # noqa: F401
 from colours import ColourModel, paint
 
-from app.workspace import Workspace
+from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 

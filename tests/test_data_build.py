@@ -19,9 +19,9 @@ from PIL import Image
 from clipkit.errors import DatasetError, InputError
 from clipkit.images import image_id
 from clipkit.records import read_dataset
+from clipkit.sources import Broken, Options, RawPair, Source, open_source
 from data_prep.build import Built, Progress, build
 from data_prep.clean import Rules
-from data_prep.sources import Broken, Options, RawPair, Source, open_source
 from data_prep.split import Fractions
 
 HALVES = Fractions(0.25, 0.25)

@@ -14,7 +14,7 @@ from data_samples import save, save_all
 from PIL import Image
 from typer.testing import CliRunner
 
-from app.data_cli import data
+from app.cli.data import data
 from clipkit.errors import InputError
 from clipkit.records import read_dataset
 
@@ -126,7 +126,7 @@ def test_help_has_examples(command: str) -> None:
 def test_the_command_line_loads_nothing_heavy() -> None:
     heavy = "torch datasets matplotlib scipy imagehash ftfy faiss".split()
     code = (
-        "import app.data_cli, data_prep.sources, data_prep.build, data_prep.stats, sys;"
+        "import app.cli.data, clipkit.sources, data_prep.build, data_prep.stats, sys;"
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -138,13 +138,13 @@ def test_ctrl_c_leaves_nothing(captions: Path, tmp_path: Path) -> None:
     import signal
 
     code = (
-        "import signal, sys, data_prep.build_pictures as b\n"
+        "import signal, sys, data_prep.load as b\n"
         "slow = b.perceptual_hash\n"
         "def hashed(rgb):\n"
         "    import time; print('reading', flush=True); time.sleep(0.2); return slow(rgb)\n"
         "b.perceptual_hash = hashed\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from app.data_cli import data; data()"
+        "from app.cli.data import data; data()"
     )
     arguments = ["build", str(captions), "--out", str(tmp_path / "out"), "--workers", "1"]
     with subprocess.Popen(

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
 from clipkit.errors import DatasetError, InputError
-from data_prep.sources import open_source
+from clipkit.sources import open_source
+from data_prep.leaks import find_leaks
 from data_prep.split import Fractions, assign, groups_of, near_pairs, perceptual_hash
-from data_prep.split_leaks import find_leaks
 
 IDS = [f"{n:032x}" for n in range(2000)]
 ALONE = np.arange(2000)

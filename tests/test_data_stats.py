@@ -11,9 +11,9 @@ from data_samples import save_all
 from PIL import Image
 
 from clipkit.errors import DatasetError
-from data_prep.sources import Broken, Source, open_source
+from clipkit.sources import Broken, Source, open_source
 from data_prep.stats import Stats, collect, lines
-from data_prep.stats_picture import draw
+from data_prep.stats_plot import draw
 
 
 def test_counts(tmp_path: Path) -> None:

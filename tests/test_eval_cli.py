@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.report import EvalReport
+from eval.reports.report import EvalReport
 
 Run = Callable[..., tuple[int, str, str]]
 

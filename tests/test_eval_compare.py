@@ -15,11 +15,11 @@ from colours import ColourModel, paint
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
 from eval.compare import compare, compare_reports
-from eval.comparison import Comparison
 from eval.data import Captioned, Labelled
 from eval.features import FeatureCache
 from eval.prompts import Templates
-from eval.report import EvalReport
+from eval.reports.comparison import Comparison
+from eval.reports.report import EvalReport
 from eval.source import Files
 
 N = 200

@@ -24,7 +24,7 @@ from eval.drift import (
     linear_cka,
 )
 from eval.features import Stopped
-from eval.two_samples import compare_batches
+from eval.two_sample_test import compare_batches
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

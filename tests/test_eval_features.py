@@ -23,7 +23,6 @@ from PIL import Image
 from clipkit import images, towers
 from clipkit.errors import ImageError, InputError, ModelError
 from clipkit.lazy_encoder import LazyEncoder
-from eval.feature_cache import FeatureCache
 from eval.features import (
     Encoder,
     Stopped,
@@ -34,6 +33,7 @@ from eval.features import (
     text_features,
     thumbnail_uri,
 )
+from eval.features.cache import FeatureCache
 
 ROOT = Path(__file__).parent.parent
 

@@ -18,9 +18,8 @@ from clipkit.errors import InputError
 from clipkit.index import KINDS, Kind, VectorIndex, vector_index
 from clipkit.index.kinds import Ids, Store
 from eval.features import Stopped
-from eval.index_outcomes import Outcome, recommend, scatter
-from eval.index_quality import evaluate_index, made_queries
-from eval.report import EvalReport
+from eval.index_quality import Outcome, evaluate_index, made_queries, recommend, scatter
+from eval.reports.report import EvalReport
 
 Floats = npt.NDArray[np.float32]
 N, DIM = 3000, 32

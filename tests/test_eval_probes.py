@@ -11,8 +11,14 @@ from numbered import Numbered, Told, collapsed, labelled, oracle
 
 from clipkit.errors import InputError
 from eval.features import Stopped
-from eval.linear import few_shot_rows, fit_linear, linear_scores
-from eval.probes import TEMPERATURE, evaluate_probe, knn_scores
+from eval.probes import (
+    TEMPERATURE,
+    evaluate_probe,
+    few_shot_rows,
+    fit_linear,
+    knn_scores,
+    linear_scores,
+)
 
 
 def blobs(
@@ -219,7 +225,7 @@ def test_nan_is_an_error() -> None:
 
 
 def test_a_probe_that_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.linear.MAX_ITERATIONS", 1)
+    monkeypatch.setattr("eval.probes.MAX_ITERATIONS", 1)
     vectors, labels = blobs(60, 3, spread=1.0)
     train, test = numbered(labels[:40], 3), numbered(labels[40:], 3, start=40)
     report = evaluate_probe(seeing(vectors), train, test, kinds=("linear",))

@@ -19,8 +19,15 @@ from hypothesis import strategies as st
 
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
-from eval.page import MOST_CLASSES, label, render_report
-from eval.report import EvalReport, cell_text, direction, interval_text, is_share, value_text
+from eval.reports.html import MOST_CLASSES, label, render_report
+from eval.reports.report import (
+    EvalReport,
+    cell_text,
+    direction,
+    interval_text,
+    is_share,
+    value_text,
+)
 
 DOT = "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
 EVIL = "<script>alert(1)</script>"

@@ -18,7 +18,7 @@ from numbered import Numbered, Told
 from clipkit.errors import InputError
 from eval.data import Captioned
 from eval.features import FeatureCache, Stopped
-from eval.report import EvalReport
+from eval.reports.report import EvalReport
 from eval.retrieval import evaluate_retrieval
 
 Vectors = npt.NDArray[np.floating[Any]]

@@ -1,4 +1,4 @@
-"""eval.space and eval.neighbours: spaces whose figures are known by hand, and what is said of them."""
+"""eval.space: spaces whose figures are known by hand, and what is said of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clipkit import metrics
 from clipkit.errors import InputError
 from eval.data import open_captioned, open_labelled
 from eval.features import FeatureCache, Stopped
-from eval.neighbours import nearest_known, neighbours
+from eval.features.neighbours import nearest_known, neighbours
 from eval.space import evaluate_space, space_of_vectors
 
 Float32 = npt.NDArray[np.float32]

@@ -15,11 +15,10 @@ from numbered import Numbered, Told, collapsed, labelled, number_in, one_hot, or
 
 from clipkit.errors import InputError
 from clipkit.metrics import expected_calibration_error, softmax
-from eval.calibration import calibration
 from eval.classification import stratified_halves
 from eval.features import FeatureCache, Stopped
 from eval.prompts import Templates
-from eval.zero_shot import class_vectors, classify, cosines, evaluate_zero_shot
+from eval.zero_shot import calibration, class_vectors, classify, cosines, evaluate_zero_shot
 
 PLAIN = Templates("plain", ("a photo of {}",))
 TEN = list(range(10)) * 12  # labels of 120 pictures in ten classes

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import render
-from app.asking import Ask
-from app.render import Card
+from app.web import render
+from app.web.render import Card
+from app.web.requests import Ask
 from clipkit.errors import InputError
 
 EVIL = [

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
-from clipkit.training.data import CaptionedPictures
-from clipkit.training.evaluation import Scores, contrast, evaluate, exceeds
-from clipkit.training.interpolate import ALPHAS, choose_alpha, mix
-from clipkit.training.negatives import mine
+from clipkit.training.data import CaptionedPictures, mine
+from clipkit.training.validation import Scores, contrast, evaluate, exceeds
+from clipkit.training.weights import ALPHAS, choose_alpha, mix
 
 
 def captioned(captions: list[list[str]]) -> CaptionedPictures:
@@ -123,7 +122,7 @@ def test_the_loss_does_not_depend_on_how_it_is_blocked(monkeypatch: pytest.Monke
     pictures, texts = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 25))
     owner = np.repeat(np.arange(10), [1, 4] * 5)
     whole = contrast(pictures, texts, owner, scale=3.0)
-    monkeypatch.setattr("clipkit.training.evaluation._BLOCK", 4)
+    monkeypatch.setattr("clipkit.training.validation._BLOCK", 4)
     assert contrast(pictures, texts, owner, scale=3.0) == pytest.approx(whole, rel=1e-5)
 
 

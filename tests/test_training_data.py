@@ -18,7 +18,7 @@ from clipkit.errors import DatasetError
 from clipkit.training import inputs as inputs_module
 from clipkit.training.data import CaptionedPictures, fitted_batch
 from clipkit.training.inputs import Batch, PictureInputs, SpilledPictures, random_view
-from clipkit.training.model import TrainableTowers
+from clipkit.training.towers import TrainableTowers
 
 Picture = Callable[..., Image.Image]
 

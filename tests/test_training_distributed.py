@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from clipkit.errors import InputError
 from clipkit.losses import siglip
 from clipkit.training import distributed
-from clipkit.training.checkpoint import RunFolder
 from clipkit.training.config import TrainConfig
-from clipkit.training.large_batch import ChunkedTower, backward
+from clipkit.training.gradient_cache import ChunkedTower, backward
+from clipkit.training.run_folder import RunFolder
 
 PAIRS = 8
 

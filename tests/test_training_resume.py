@@ -14,7 +14,7 @@ from training_runs import metrics, run
 
 from clipkit.errors import InputError
 from clipkit.training import Progress, RunSummary, TrainConfig, resume, train
-from clipkit.training.checkpoint import RunFolder
+from clipkit.training.run_folder import RunFolder
 
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from training_runs import altered, metrics, run, weights, without_validation, wr
 from clipkit import checkpoint, towers
 from clipkit.errors import DatasetError, InputError
 from clipkit.training import Progress, TrainConfig, train
-from clipkit.training.checkpoint import RunFolder
+from clipkit.training.run_folder import RunFolder
 
 Checkpoint = Callable[..., Path]
 

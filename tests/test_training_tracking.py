@@ -9,8 +9,7 @@ import pytest
 
 from clipkit.errors import InputError
 from clipkit.training import TrainConfig
-from clipkit.training.checkpoint import RunFolder
-from clipkit.training.tracking import Tracker
+from clipkit.training.run_folder import RunFolder, Tracker
 
 
 def made(tmp_path: Path, trackers: str = "", *, tensorboard: bool = False) -> Tracker:

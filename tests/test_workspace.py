@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from colours import ColourModel, paint
 
-from app.asking import Ask, UnknownPictureError
-from app.workspace import Workspace, folder_key
+from app.web.page import _listen
+from app.web.requests import Ask, UnknownPictureError
+from app.web.workspace import Workspace, folder_key
 from clipkit import lazy_encoder
 from clipkit.catalog import Catalog
 from clipkit.errors import CatalogBusy, InputError, ModelError
@@ -210,7 +211,7 @@ def test_a_large_library_does_not_list_itself(
     workspace.index([str(photos)])
     finished(workspace)
     assert len(workspace.newest(2)) == 2
-    monkeypatch.setattr("app.workspace.NEWEST_UP_TO", 2)
+    monkeypatch.setattr("app.web.workspace.NEWEST_UP_TO", 2)
     assert workspace.newest(2) == ()
 
 
@@ -218,12 +219,18 @@ def test_a_large_library_does_not_list_itself(
 
 
 def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
-    from app.ui import serve
+    from app.web.page import serve
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"port {port}: .+; choose another with --port"):
             serve(tmp_path / "index", model="no/such/folder", port=port)
+
+
+def test_a_browser_that_is_early_waits_and_is_not_refused() -> None:
+    """Fails for a socket that is bound but does not listen: the connection is refused."""
+    with _listen("127.0.0.1", 0) as listener:
+        socket.create_connection(listener.getsockname(), timeout=5).close()
 
 
 def test_the_server_starts_answers_and_ends(

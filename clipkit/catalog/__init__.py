@@ -17,7 +17,7 @@ phrases and counts, vectors.py the blobs, rows.py the types. Nothing else knows 
 """
 
 from clipkit.catalog.catalog import Catalog
-from clipkit.catalog.finding import Filters
+from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     CatalogStats,
     EncoderRow,

@@ -13,9 +13,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.catalog import finding
+from clipkit.catalog import queries
 from clipkit.catalog import vectors as stored
-from clipkit.catalog.finding import Filters
+from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     AnyPath,
     CatalogStats,
@@ -33,8 +33,6 @@ from clipkit.catalog.rows import (
     tag_keys,
 )
 from clipkit.catalog.store import Connection, Store, Thumbnails
-
-__all__ = ["Catalog"]
 
 
 class Catalog:
@@ -113,7 +111,7 @@ class Catalog:
         """Every remembered file below `root`, by path; with `encoder_id`, a file whose picture has
         no vector of that encoder is "pending" instead of "ok"."""
         with self._store.connection() as db:
-            return finding.known_files(db, _root(root), encoder_id)
+            return queries.known_files(db, _root(root), encoder_id)
 
     def places_below(self, folder: AnyPath) -> int:
         """How many places lie below `folder`: what an unmounted disk would seem to take away."""
@@ -261,7 +259,7 @@ class Catalog:
 
     def _settle(self, db: Connection) -> None:
         if self._touched:
-            finding.settle(db, self._touched, new=self._new)
+            queries.settle(db, self._touched, new=self._new)
             self._touched.clear()
 
     # ---- reading: vectors
@@ -297,7 +295,7 @@ class Catalog:
         """The nums of the live pictures that have a vector of this encoder, sorted."""
         sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({stored.DEAD})"
         with self._reading() as db:
-            return finding.joined_nums(db, sql, (stored.encoder(db, encoder_id)[0],))
+            return queries.joined_nums(db, sql, (stored.encoder(db, encoder_id)[0],))
 
     def snapshot(self, encoder_id: str) -> SnapshotPointer | None:
         sql = "SELECT name, last_seq FROM snapshots WHERE encoder_id = ?"
@@ -316,7 +314,7 @@ class Catalog:
     def rows(self, nums: Iterable[int]) -> dict[int, PictureRow]:
         """What is known of these pictures, by num; dead and unknown ones are left out."""
         with self._reading() as db:
-            return finding.picture_rows(db, nums)
+            return queries.picture_rows(db, nums)
 
     def row(self, image_id: str) -> PictureRow | None:
         """The live picture with this content, or None."""
@@ -327,12 +325,12 @@ class Catalog:
         """The nums of the live pictures that pass, sorted, with or without vectors. InputError: a
         date that is none, an unknown orientation."""
         with self._reading() as db:
-            return finding.matching(db, filters)
+            return queries.matching(db, filters)
 
     def newest(self, limit: int, *, among: Int64 | None = None) -> list[int]:
         """The nums of the last dated live pictures (of `among`), the newest first, undated last."""
         with self._reading() as db:
-            return finding.newest(db, limit, among)
+            return queries.newest(db, limit, among)
 
     def phrase(self, text: str, *, limit: int | None = None) -> list[int]:
         """The nums of the live pictures with this phrase in file name, caption or tag, best first.
@@ -341,7 +339,7 @@ class Catalog:
         and diacritics; scripts written without spaces match by their whole runs only.
         """
         with self._reading() as db:
-            return finding.phrase(db, text, limit)
+            return queries.phrase(db, text, limit)
 
     def thumbnail(self, image_id: str) -> bytes | None:
         return self._made.get(image_id) or self._thumbnails.get(image_id)
@@ -355,11 +353,11 @@ class Catalog:
     def roots(self) -> tuple[str, ...]:
         """The remembered folders, by name."""
         with self._store.connection() as db:
-            return finding.roots(db)
+            return queries.roots(db)
 
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
         with self._reading() as db:
-            return finding.stats(db, encoder_id)
+            return queries.stats(db, encoder_id)
 
     def skipped(self) -> list[SkippedRow]:
         """The files that could not be indexed, by path."""
@@ -370,12 +368,12 @@ class Catalog:
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
         """Folders by the number of places below them, most first: roots and all that they hold."""
         with self._reading() as db:
-            return finding.folders(db, limit)
+            return queries.folders(db, limit)
 
     def date_range(self) -> tuple[str, str] | None:
         """The dates (as in `Filters`) of the oldest and newest live picture; None without any."""
         with self._reading() as db:
-            return finding.date_range(db)
+            return queries.date_range(db)
 
 
 def _root(folder: AnyPath) -> tuple[bytes, bytes]:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Progress", "Rate", "Summary"]
-
 
 @dataclass(frozen=True, slots=True)
 class Progress:

@@ -28,8 +28,6 @@ from clipkit.search import refresh_snapshot
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["ImageEncoder", "index_folders"]
-
 log = logging.getLogger(__name__)
 
 COMMIT_SECONDS = 2.0

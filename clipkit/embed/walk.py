@@ -14,8 +14,6 @@ from clipkit.images import SUFFIXES
 # Files that may hold captions and tags of the pictures beside them: see `clipkit.records`.
 TEXT_SUFFIXES = frozenset({".txt", ".json", ".jsonl"})
 
-__all__ = ["FoundFile", "Problem", "distinct_roots", "walk"]
-
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:

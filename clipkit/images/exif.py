@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
-__all__ = ["Entry", "Facts", "Tiff", "read_facts"]
-
 _MAKE, _MODEL, _ORIENTATION, _DATE_TIME = 271, 272, 274, 306
 _EXIF, _GPS, _INTEROP = 34665, 34853, 40965
 _DATE_TIME_ORIGINAL = 36867

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from clipkit.errors import ImageError
 from clipkit.images.exif import Tiff
 
-__all__ = ["check_pixels", "ends_early", "refuse", "sniff", "sniff_unsupported"]
-
 _BMP_HEADERS = {12, 40, 52, 56, 64, 108, 124}
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"}
 _AVIF_BRANDS = {b"avif", b"avis"}

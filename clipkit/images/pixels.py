@@ -9,8 +9,6 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageFile
 
-__all__ = ["upright_rgb"]
-
 _WHITE = (255, 255, 255)
 _TRANSPOSE = {  # EXIF orientation -> what makes it upright (Exif 2.32, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,

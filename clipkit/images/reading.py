@@ -41,17 +41,6 @@ from clipkit.images.exif import read_facts
 from clipkit.images.headers import check_pixels, ends_early, refuse, sniff, sniff_unsupported
 from clipkit.images.pixels import upright_rgb
 
-__all__ = [
-    "SUFFIXES",
-    "Limits",
-    "Picture",
-    "decode",
-    "encode_for_web",
-    "image_id",
-    "read_bytes",
-    "thumbnail",
-]
-
 # What indexing walks; the format itself is always told by the content.
 SUFFIXES: frozenset[str] = frozenset(
     ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split()

@@ -15,7 +15,7 @@ numpy.load), `candidates.faiss` where the kind has a structure, and `manifest.js
 """
 
 from clipkit.index.kinds import KINDS, Kind
-from clipkit.index.queries import typical_queries
+from clipkit.index.synthetic_queries import typical_queries
 from clipkit.index.vector_index import Manifest, Measured, VectorIndex, read_manifest
 
 __all__ = [

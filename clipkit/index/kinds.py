@@ -24,22 +24,6 @@ import faiss as _faiss
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "CHUNK",
-    "KINDS",
-    "VERSION",
-    "Floats",
-    "Hits",
-    "Ids",
-    "Kind",
-    "Mask",
-    "Store",
-    "revive",
-    "selecting",
-    "serialized",
-    "threads",
-]
-
 faiss: Any = _faiss  # its stubs lack keywords that its Python wrappers take
 
 Ids = npt.NDArray[np.int64]

@@ -24,8 +24,6 @@ import numpy.typing as npt
 from clipkit.durable import sync_folder
 from clipkit.errors import IndexDamaged, InputError
 
-__all__ = ["MANIFEST", "REMEDY", "Bytes", "CheckedFile", "open_checked", "read_facts", "write"]
-
 MANIFEST = "manifest.json"
 
 Bytes = bytes | npt.NDArray[Any]  # an array, contiguous, stands for its bytes

@@ -29,9 +29,7 @@ from clipkit.index.kinds import (
     serialized,
     threads,
 )
-from clipkit.index.queries import typical_queries
-
-__all__ = ["KINDS", "Manifest", "Measured", "VectorIndex", "read_manifest"]
+from clipkit.index.synthetic_queries import typical_queries
 
 _log = logging.getLogger(__name__)
 

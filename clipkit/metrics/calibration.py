@@ -13,15 +13,6 @@ import numpy.typing as npt
 
 from clipkit.metrics.classification import check_labelled, predictions
 
-__all__ = [
-    "ReliabilityBin",
-    "expected_calibration_error",
-    "fit_temperature",
-    "negative_log_likelihood",
-    "reliability",
-    "softmax",
-]
-
 Float64 = npt.NDArray[np.float64]
 _LIMIT = math.log(1e4)  # of |log temperature|
 

@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from clipkit.errors import InputError
 
-__all__ = ["average_precision", "confusion", "per_class_recall", "predictions", "topk_hits"]
-
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]

@@ -18,15 +18,6 @@ import numpy.typing as npt
 
 from clipkit.errors import InputError
 
-__all__ = [
-    "Interval",
-    "Paired",
-    "corrected_p",
-    "mean_interval",
-    "paired_test",
-    "statistic_interval",
-]
-
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 _UNITS = 5000

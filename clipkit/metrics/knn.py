@@ -7,8 +7,6 @@ import numpy.typing as npt
 
 from clipkit.errors import InputError
 
-__all__ = ["knn_predict"]
-
 
 def knn_predict(
     neighbour_labels: npt.ArrayLike,

@@ -20,8 +20,6 @@ import numpy.typing as npt
 
 from clipkit.errors import InputError
 
-__all__ = ["Ranking", "rank_captions", "rank_pairs"]
-
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]

@@ -14,21 +14,6 @@ import numpy.typing as npt
 
 from clipkit.errors import InputError
 
-__all__ = [
-    "alignment",
-    "covariance_spectrum",
-    "effective_rank",
-    "energy_distance",
-    "hubness",
-    "mean_shift",
-    "mmd2",
-    "modality_gap",
-    "neighbour_overlap",
-    "permutation_p",
-    "uniformity",
-    "variance",
-]
-
 Float64 = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.floating]
 _CHUNK = 8192

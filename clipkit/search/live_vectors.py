@@ -24,8 +24,6 @@ from clipkit.catalog import Catalog, SnapshotPointer
 from clipkit.errors import ClipkitError, IndexDamaged
 from clipkit.index import Manifest, VectorIndex, read_manifest
 
-__all__ = ["LiveVectors", "follow", "refresh_snapshot"]
-
 log = logging.getLogger(__name__)
 
 SAMPLE = 2_000  # pictures that tell how high a query scores by chance

@@ -22,8 +22,6 @@ from clipkit import images
 from clipkit.errors import EncoderMismatch, ImageError, ModelError, QueryError
 from clipkit.query import Query
 
-__all__ = ["EXCLUDED", "Encoder", "QueryEncoder", "Searched"]
-
 EXCLUDED = 0.5  # how hard `-word` pushes, against 1 for a word
 CACHED_TEXTS = 512
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FAIR_Z", "FEWEST_FOR_Z", "RRF_K", "STRONG_Z", "reciprocal_rank_fusion", "strengths"]
-
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
 # Strength is a z-score: by how many standard deviations a cosine is above the mean of the same
 # query's cosines to a random sample of the library.

@@ -30,8 +30,6 @@ from clipkit.search.live_vectors import LiveVectors, follow
 from clipkit.search.query_encoder import Encoder, QueryEncoder, Searched
 from clipkit.search.ranking import reciprocal_rank_fusion, strengths
 
-__all__ = ["SearchHit", "SearchResult", "Searcher"]
-
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)

@@ -14,8 +14,6 @@ from functools import cached_property
 
 import torch
 
-__all__ = ["PART", "Cores"]
-
 PART = 8  # pictures: enough for matrix products, few enough for a core's cache
 
 

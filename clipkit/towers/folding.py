@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["fold_batch_norms"]
-
 
 def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
     """Fold every batch norm whose input comes straight from a convolution; how many there were.

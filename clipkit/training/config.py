@@ -18,8 +18,6 @@ from typing import Any, Literal, get_args, get_type_hints
 from clipkit.errors import InputError
 from clipkit.losses import LOSSES, Duplicates
 
-__all__ = ["RECIPES", "Recipe", "TrainConfig"]
-
 Recipe = Literal["heads", "lit", "lora", "full"]
 LossName = Literal["auto", "infonce", "siglip"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]

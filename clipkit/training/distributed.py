@@ -12,7 +12,7 @@ Nothing here needs a second machine: one process is a world of one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,19 +21,32 @@ import torch.distributed as dist
 
 from clipkit.errors import InputError
 
-__all__ = [
-    "any_true",
-    "collect",
-    "first",
-    "gather",
-    "gather_uneven",
-    "joined",
-    "own_device",
-    "own_slice",
-    "rank",
-    "sum_gradients",
-    "world_size",
-]
+
+@contextmanager
+def own_generators(device: torch.device) -> Iterator[None]:
+    """Within, the default generators may be seeded and drawn from; afterwards they are as before."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The CPU's state, and the device's where it has its own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    for device in ("cuda", "mps"):
+        if device in state:
+            getattr(torch, device).set_rng_state(state[device])
+
 
 _BUCKET = 2**24  # gradient values summed in one call
 

@@ -27,9 +27,7 @@ from clipkit import images
 from clipkit.errors import DatasetError, ImageError
 from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.distributed import own_slice, rank, world_size
-from clipkit.training.model import TrainableTowers
-
-__all__ = ["Batch", "Inputs", "PictureInputs", "SpilledPictures", "even_share", "random_view"]
+from clipkit.training.towers import TrainableTowers
 
 _VIEW = 2  # what a random stream is for; `data` has 0 and 1
 _AHEAD = 256  # pictures decoded before they are needed, at most

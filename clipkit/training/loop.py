@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -23,21 +25,74 @@ import torch
 from clipkit.errors import InputError
 from clipkit.losses import LOSSES
 from clipkit.training import distributed
-from clipkit.training.adapters import adapter_sizes
-from clipkit.training.checkpoint import State
-from clipkit.training.data import Plan
-from clipkit.training.ema import Ema
-from clipkit.training.evaluation import Scores, embed, evaluate
-from clipkit.training.inputs import Batch
-from clipkit.training.job import Job, Outcome, Progress
-from clipkit.training.large_batch import ChunkedTower, backward, refuse_batch_norms
-from clipkit.training.leash import Leash
-from clipkit.training.negatives import mine
-from clipkit.training.parameters import make_optimizer, rate_factor
-from clipkit.training.randomness import random_state, set_random_state
-from clipkit.training.tracking import Tracker
+from clipkit.training.config import TrainConfig
+from clipkit.training.data import Plan, mine
+from clipkit.training.distributed import random_state, set_random_state
+from clipkit.training.gradient_cache import ChunkedTower, backward, refuse_batch_norms
+from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.recipes import Trained, adapter_sizes, make_optimizer, rate_factor
+from clipkit.training.run_folder import RunFolder, State, Tracker
+from clipkit.training.towers import Towers
+from clipkit.training.validation import Scores, embed, evaluate
+from clipkit.training.weights import Ema, Leash
 
-__all__ = ["fit"]
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a run tells while it goes on."""
+
+    phase: Literal["features", "training", "evaluating", "mixing", "saving"]
+    done: int
+    total: int  # 0: unknown
+    loss: float | None = None
+    mean_recall: float | None = None  # of the last evaluation
+    best_recall: float | None = None
+    pictures_per_second: float | None = None
+    eta_seconds: float | None = None
+    words: str = ""  # a warning, said once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What `fit` needs, with everything "auto" decided."""
+
+    config: TrainConfig
+    loss: str
+    batch: int
+    chunk: int
+    half: bool  # float16: the loss is scaled so that small gradients do not vanish
+    towers: Towers
+    trained: Trained
+    inputs: Inputs
+    validation: Inputs | None
+    folder: RunFolder
+    on_progress: Callable[[Progress], None]
+    stop: threading.Event
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.inputs.data) // self.batch
+
+    @property
+    def steps(self) -> int:
+        most = self.config.epochs * self.steps_per_epoch
+        return min(most, self.config.max_steps) if self.config.max_steps else most
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """Where training ended. The parameters hold the last step's weights; `best` the best ones'."""
+
+    step: int
+    stopped: bool  # asked to; a state to go on from is saved
+    ended_early: bool  # validation got no better
+    best: Mapping[str, torch.Tensor]
+    best_step: int
+    start_scores: Scores | None
+    best_scores: Scores | None
+    seconds: float
+    warnings: tuple[str, ...]
+
 
 log = logging.getLogger(__name__)
 

@@ -45,7 +45,7 @@ from clipkit.lazy_encoder import LazyEncoder
 from eval.data import Captioned, Labelled, open_captioned
 from eval.features import FeatureCache
 from eval.prompts import Templates, load_classes, load_templates
-from eval.report import EvalReport
+from eval.reports.report import EvalReport
 from eval.retrieval import evaluate_retrieval
 from eval.source import Files
 from eval.zero_shot import evaluate_zero_shot

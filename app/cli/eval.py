@@ -1,0 +1,385 @@
+"""`clipkit eval ...`: numbers to trust, each with its n and an interval, as a table and as a report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.cli.eval_options import (
+    Common,
+    CutsOption,
+    DataOption,
+    Encoding,
+    OneModel,
+    TemplatesOption,
+    captioned_or_labelled,
+    command_line,
+    finish,
+    fractions,
+    library,
+    measuring,
+    numbers,
+    one_of,
+    prompts_for,
+    report_folder,
+    say,
+    stoppable,
+    to_learn_from,
+    with_options,
+)
+from app.cli.terminal import progress_shown, stop_on_signal
+from app.paths import index_folder
+from clipkit.errors import InputError
+
+evaluate = typer.Typer(
+    name="eval",
+    help="Measure models and indexes: every figure with its n and a 95 % interval.",
+    epilog="Start with:  clipkit eval retrieval --data dataset   ·   clipkit eval compare builtin "
+    "runs/mine --data dataset",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval retrieval --data dataset   ·   clipkit eval retrieval --data "
+    "hf:nlphuji/flickr30k --model ViT-B-32/laion2b_s34b_b79k   ·   clipkit eval retrieval --data "
+    "~/Pictures --queries tags -k 5,20"
+)
+@with_options(OneModel)
+def retrieval(
+    data: DataOption,
+    k: CutsOption = "1,5,10",
+    queries: Annotated[
+        str, typer.Option(help="captions, both ways; or tags, each a query for all that bear it.")
+    ] = "captions",
+    *,
+    shared: OneModel,
+) -> None:
+    """Find pictures by their captions, captions by their pictures: recall@K, ranks, MRR, mAP, nDCG."""
+    from eval.data import open_captioned
+    from eval.retrieval import evaluate_retrieval
+
+    one_of("--queries", queries, ("captions", "tags"))
+    cuts = numbers("-k", k)
+    captioned = open_captioned(data, split=shared.split, limit=shared.limit)
+    with measuring(shared.model, shared) as job:
+        report = evaluate_retrieval(
+            job.encoder,
+            captioned,
+            ks=cuts,
+            queries=queries,  # type: ignore[arg-type]
+            seed=shared.seed,
+            **job.options,
+        )
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval zeroshot --data ./folder-per-class   ·   clipkit eval zeroshot "
+    "--data cifar10 --model ViT-B-32/openai   ·   clipkit eval zeroshot --data shards/ --classes "
+    "classes.txt --templates mine.txt"
+)
+@with_options(OneModel)
+def zeroshot(
+    data: DataOption,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A benchmark's class names, or a file with a name a line, in the labels' order.",
+        ),
+    ] = None,
+    templates: TemplatesOption = None,
+    k: CutsOption = "1,5",
+    *,
+    shared: OneModel,
+) -> None:
+    """Classify pictures by the names of their classes: accuracy, recall per class, calibration, mAP."""
+    from eval.data import open_labelled
+    from eval.prompts import load_classes
+    from eval.zero_shot import evaluate_zero_shot
+
+    cuts = numbers("-k", k)
+    prompts = prompts_for(templates, data)
+    names = None if classes is None else load_classes(classes)
+    labelled = open_labelled(data, split=shared.split, classes=names, limit=shared.limit)
+    with measuring(shared.model, shared) as job:
+        report = evaluate_zero_shot(
+            job.encoder, labelled, templates=prompts, ks=cuts, seed=shared.seed, **job.options
+        )
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval probe --train cars/train --data cars/test   ·   clipkit eval "
+    "probe --train dataset --data dataset --kinds knn -k 1,20   ·   clipkit eval probe --train "
+    "train/ --data test/ --shots 1,2,4,8,16"
+)
+@with_options(OneModel)
+def probe(
+    data: DataOption,
+    train: Annotated[
+        str,
+        typer.Option(metavar="DATA", help="What the probes learn from.", show_default=False),
+    ],
+    train_split: Annotated[
+        str | None, typer.Option(help="Of --train. Default: train, or all where there are none.")
+    ] = None,
+    kinds: Annotated[str, typer.Option(help="knn, linear")] = "knn,linear",
+    k: Annotated[str, typer.Option("-k", metavar="K,K,...", help="Neighbours.")] = "1,5,10,20",
+    shots: Annotated[
+        str, typer.Option(metavar="N,N,...", help="Few-shot: so many pictures a class.")
+    ] = "",
+    *,
+    shared: OneModel,
+) -> None:
+    """How much the frozen image tower knows: k nearest neighbours, and a linear classifier on top."""
+    from eval.data import open_labelled
+    from eval.probes import evaluate_probe
+
+    chosen = tuple(part.strip() for part in kinds.split(",") if part.strip())
+    for kind in chosen:
+        one_of("--kinds", kind, ("knn", "linear"))
+    neighbours, few = numbers("-k", k), numbers("--shots", shots) if shots else ()
+    learning = to_learn_from(train, train_split)
+    testing = open_labelled(data, split=shared.split, limit=shared.limit)
+    with measuring(shared.model, shared) as job:
+        report = evaluate_probe(
+            job.encoder,
+            learning,
+            testing,
+            kinds=chosen,
+            knn_ks=neighbours,
+            shots=few,
+            seed=shared.seed,
+            **job.options,
+        )
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval robustness --data ./folder-per-class   ·   clipkit eval "
+    "robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5   ·   clipkit "
+    "eval robustness --data ./domain-folders --by-domain"
+)
+@with_options(OneModel)
+def robustness(
+    data: DataOption,
+    corruptions: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Which corruptions. Default: all of them.")
+    ] = "",
+    severities: Annotated[str, typer.Option(metavar="N,N,...", help="1 to 5.")] = "1,3,5",
+    templates: TemplatesOption = None,
+    by_domain: Annotated[
+        bool, typer.Option("--by-domain", help="Class folders lie below domain folders.")
+    ] = False,
+    *,
+    shared: OneModel,
+) -> None:
+    """What noise, blur, weather and compression cost: accuracy, or recall where there are captions."""
+    from eval.corruptions import CORRUPTIONS
+    from eval.data import open_labelled
+    from eval.robustness import evaluate_robustness
+
+    names = tuple(part.strip() for part in corruptions.split(",") if part.strip())
+    for name in names:
+        one_of("--corruptions", name, tuple(CORRUPTIONS))
+    levels = numbers("--severities", severities)
+    opened: Any = (
+        open_labelled(data, split=shared.split, limit=shared.limit, by_domain=True)
+        if by_domain
+        else captioned_or_labelled(data, shared.split, shared.limit)
+    )
+    with measuring(shared.model, shared) as job:
+        report = evaluate_robustness(
+            job.encoder,
+            opened,
+            corruptions=names or tuple(CORRUPTIONS),
+            severities=levels,
+            templates=prompts_for(templates, data),
+            seed=shared.seed,
+            **job.options,
+        )
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval space --data dataset   ·   clipkit eval space --index "
+    "~/my-index   ·   clipkit eval space --data dataset --model runs/mine"
+)
+@with_options(OneModel)
+def space(
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DATA", help="Pictures, as for retrieval.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option("--index", metavar="DIR", help="An index's own vectors.")
+    ] = None,
+    *,
+    shared: OneModel,
+) -> None:
+    """Health of the embedding space: spread, effective rank, alignment, modality gap, hubs."""
+    from eval.space import evaluate_space, space_of_vectors
+
+    if (data is None) == (index is None):
+        raise InputError("name what to look at: either --data DATA or --index DIR")
+    if index is not None:
+        spec, encoder_id, _, vectors = library(index)
+        report = space_of_vectors(
+            vectors, model=spec, encoder_id=encoder_id, dataset=str(index), seed=shared.seed
+        )
+    else:
+        opened = captioned_or_labelled(str(data), shared.split, shared.limit)
+        with measuring(shared.model, shared) as job:
+            report = evaluate_space(job.encoder, opened, seed=shared.seed, **job.options)
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval drift --data dataset --model builtin --against runs/mine   ·   "
+    "clipkit eval drift --data ./photos-2025 --against-data ./photos-2026"
+)
+@with_options(OneModel)
+def drift(
+    data: DataOption,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="Another model on the same pictures."),
+    ] = None,
+    against_data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Other pictures, the same model.")
+    ] = None,
+    *,
+    shared: OneModel,
+) -> None:
+    """What changed: between two models on the same pictures, or between two batches of pictures."""
+    from clipkit.lazy_encoder import LazyEncoder
+    from eval.drift import drift_between_batches, drift_between_encoders
+
+    if (against is None) == (against_data is None):
+        raise InputError("name what to compare with: either --against SPEC or --against-data DATA")
+    first = captioned_or_labelled(data, shared.split, shared.limit)
+    second = (
+        None
+        if against_data is None
+        else captioned_or_labelled(against_data, shared.split, shared.limit)
+    )
+    with measuring(shared.model, shared) as job:
+        if second is not None:
+            report = drift_between_batches(
+                job.encoder, first, second, seed=shared.seed, **job.options
+            )
+        else:
+            other = LazyEncoder(str(against), device=shared.device, precision=shared.precision)
+            report = drift_between_encoders(
+                job.encoder, other, first, seed=shared.seed, **job.options
+            )
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval index   ·   clipkit eval index --index ~/my-index --kinds "
+    "exact,rabitq --recall-goals 0.95,0.99"
+)
+@with_options(Common)
+def index(
+    index: Annotated[
+        Path | None,
+        typer.Option("--index", metavar="DIR", envvar="CLIPKIT_INDEX", help="The index's folder."),
+    ] = None,
+    kinds: Annotated[str, typer.Option(metavar="KIND,...", help="Default: all of them.")] = "",
+    recall_goals: Annotated[str, typer.Option(metavar="R,R,...")] = "0.9,0.95,0.99",
+    k: CutsOption = "1,10,100",
+    *,
+    shared: Common,
+) -> None:
+    """Recall, latency, memory, build and load time of every index kind on your own vectors."""
+    from clipkit.index import KINDS
+    from eval.index_quality import evaluate_index
+
+    names = tuple(part.strip() for part in kinds.split(",") if part.strip())
+    for name in names:
+        one_of("--kinds", name, tuple(KINDS))
+    goals = fractions("--recall-goals", recall_goals)
+    cuts = numbers("-k", k)
+    place = index_folder(index)
+    spec, encoder_id, ids, vectors = library(place)
+    with stoppable(), stop_on_signal() as stop, progress_shown() as show:
+        report = evaluate_index(
+            ids,
+            vectors,
+            kinds=names or tuple(KINDS),
+            recall_goals=goals,
+            ks=cuts,
+            model=spec,
+            encoder_id=encoder_id,
+            dataset=str(place),
+            seed=shared.seed,
+            on_progress=show,
+            stop=stop,
+        )
+    finish(report, shared)
+
+
+@evaluate.command(
+    epilog="Examples:  clipkit eval compare builtin runs/mine --data dataset   ·   clipkit eval "
+    "compare builtin ViT-B-32/openai --data cifar10 --data dataset   ·   clipkit eval compare "
+    "reports/a reports/b"
+)
+@with_options(Encoding)
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="SPEC...", help="Models, the first is the yardstick; or reports."),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="DATA", help="What to measure on; may be given again."),
+    ] = None,
+    templates: TemplatesOption = None,
+    k: CutsOption = "1,5,10",
+    *,
+    shared: Encoding,
+) -> None:
+    """Models side by side on the same pictures: what differs, and whether that is more than chance.
+
+    Retrieval where the data has captions, zero-shot where it has classes. What was encoded before
+    is not encoded again. Folders of saved reports are compared as they are.
+    """
+    from clipkit.lazy_encoder import LazyEncoder
+    from eval.compare import compare as compare_models
+    from eval.compare import compare_reports
+    from eval.prompts import load_templates
+    from eval.reports.report import EvalReport
+
+    if not data:
+        folders = [Path(model).expanduser() for model in models]
+        if not all((folder / "report.json").is_file() for folder in folders):
+            raise InputError("name what to measure on with --data DATA, or give saved reports")
+        reports = [[EvalReport.load(folder)] for folder in folders]
+        result = compare_reports(reports, command=command_line(), seed=shared.seed)
+    else:
+        if len(models) < 2:
+            raise InputError(f"{len(models)} model to compare; name at least two")
+        cuts = numbers("-k", k)
+        opened = [captioned_or_labelled(name, shared.split, shared.limit) for name in data]
+        with measuring(models[0], shared) as job:
+            others = [
+                LazyEncoder(m, device=shared.device, precision=shared.precision) for m in models[1:]
+            ]
+            result = compare_models(
+                [job.encoder, *others],
+                opened,
+                templates=load_templates(templates) if templates else None,
+                ks=cuts,
+                command=command_line(),
+                seed=shared.seed,
+                **job.options,
+            )
+    folder = report_folder(shared.out, "compare", *models)
+    result.save(folder)
+    say(result, folder, shared)

@@ -1,0 +1,324 @@
+"""The HTTP side of the app: pictures by content hash, dropped pictures, and the guard around it all.
+
+    GET  /health             what answers here
+    GET  /thumbnails/{id}    a small picture; id is the picture's content hash, 32 hex digits
+    GET  /pictures/{id}      the picture as every browser shows it, made anew: without metadata
+    GET  /details/{id}       what the catalog knows of it, as JSON
+    POST /queries            a picture to ask with, as the request's body -> {"id": ...}
+    GET  /queries/{id}       that picture, small
+    GET  /ui/{name}          the page's own style, script and mark
+    GET  /reports/{name}     a saved report's page, by the name of its folder
+    GET  /sortings/{key}.csv the pictures as they were sorted into words
+    POST /corrections        {"picture": id, "query": words, "right": true, false or null to unmark}
+    GET  /corrections.jsonl  all that was said of results, for `clipkit data build`
+
+No path from a request reaches the file system. Errors are JSON: {"error": one sentence}. The only
+module that knows FastAPI; the page itself is Gradio's, mounted by ui.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import ipaddress
+import json
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import resources
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI, HTTPException, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.corrections import MARK_BYTES, Mark
+from app.web.requests import QUERY_MEGABYTES, UnknownPictureError
+from app.web.sorting import Evaluation, UnknownReportError
+from app.web.workspace import PictureGoneError, Workspace
+from clipkit import __version__
+from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
+
+ImageId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
+FOREVER = "private, max-age=31536000, immutable"  # the address names the content: it cannot change
+STATIC = {
+    name: (resources.files("app.web").joinpath("static", name).read_bytes(), mime)
+    for name, mime in (
+        ("clipkit.css", "text/css; charset=utf-8"),
+        ("clipkit.js", "text/javascript; charset=utf-8"),
+        ("clipkit.svg", "image/svg+xml"),
+        ("page.html", "text/plain; charset=utf-8"),  # a part of the page, not one by itself
+    )
+}
+
+# What of Gradio the page needs. All else that Gradio serves (files, uploads, proxy, API pages, run
+# history, monitoring, ...) does not exist here: each of its file-reading holes was in those.
+_GRADIO = re.compile(
+    r"/(|config|theme\.css|manifest\.json|(assets|static/(js|fonts|img))/[\w.\-/]+|svelte/[\w.\-/]+"
+    r"|gradio_api/(queue/(join|data)|reset|cancel|startup-events|heartbeat/\w+))"
+)
+_OWN = re.compile(
+    r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+"
+    r"|reports/[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?)"
+)
+_INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
+
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "X-Frame-Options": "DENY",
+}
+_LOCKED = "default-src 'none'; frame-ancestors 'none'; sandbox"
+# A report is a file that anybody may have written: it may look as it likes, but runs and asks nothing.
+_REPORT = (
+    _LOCKED + "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+)
+# 'unsafe-eval': Gradio's HTML component makes its template with Function(). Inline styles are
+# Svelte's. Inline scripts run by their hash only: an event handler smuggled into the page does not.
+_PAGE = (
+    "default-src 'none'; script-src 'self' 'unsafe-eval' {hashes}; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
+    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
+def create_app(
+    workspace: Workspace, *, evaluation: Evaluation | None = None, host: str = "127.0.0.1"
+) -> FastAPI:
+    """The routes above, guarded. `host` is where the server listens.
+
+    Requests must name that, this machine or an address by number: pages elsewhere cannot reach in
+    under a name of their own (DNS rebinding).
+    """
+    app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
+    evaluation = evaluation or Evaluation(workspace)
+    app.add_middleware(_Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
+
+    @app.exception_handler(ClipkitError)
+    def told(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001
+        return JSONResponse({"error": str(error)}, _status(error))
+
+    @app.exception_handler(StarletteHTTPException)
+    def missing(request: Request, error: StarletteHTTPException) -> JSONResponse:  # noqa: ARG001
+        return JSONResponse({"error": str(error.detail)}, error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    def malformed(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
+        sentence = (
+            "no picture has this address; a picture is named by its content hash, 32 hex digits"
+        )
+        return JSONResponse({"error": sentence}, 404)
+
+    @app.get("/health")
+    def health() -> dict[str, object]:
+        status = workspace.status()
+        return {
+            "name": "clipkit",
+            "version": __version__,
+            "model": status.spec,
+            "encoder_id": status.encoder_id,
+            "pictures": status.pictures,
+            "indexing": status.indexing,
+        }
+
+    @app.get("/thumbnails/{image_id}")
+    def thumbnail(image_id: ImageId) -> Response:
+        return _picture(workspace.thumbnail(image_id))
+
+    @app.get("/pictures/{image_id}")
+    def picture(image_id: ImageId) -> Response:
+        return _picture(*workspace.picture(image_id))
+
+    @app.get("/details/{image_id}")
+    def details(image_id: ImageId) -> JSONResponse:
+        return JSONResponse(workspace.details(image_id), headers={"Cache-Control": "no-store"})
+
+    @app.post("/queries")
+    async def ask_with(request: Request) -> dict[str, str]:
+        said = f"the picture is larger than {QUERY_MEGABYTES} MB, the limit here; resize it"
+        data = await _body(request, QUERY_MEGABYTES * 1_000_000, said)
+        return {"id": await run_in_threadpool(workspace.dropped.add, data)}
+
+    @app.get("/queries/{image_id}")
+    def query_picture(image_id: ImageId) -> Response:
+        return _picture(workspace.dropped.sample(image_id))
+
+    @app.get("/ui/{name}")
+    def static(name: str) -> Response:
+        if name not in STATIC:
+            raise HTTPException(404, f"there is no {name!r} here")
+        data, mime = STATIC[name]
+        return Response(data, media_type=mime, headers={"Cache-Control": "no-cache"})
+
+    @app.get("/reports/{name}")
+    def report(name: str) -> Response:
+        page = evaluation.report_page(name)
+        return Response(page, media_type="text/html", headers={"Cache-Control": "no-store"})
+
+    @app.get("/sortings/{key}.csv")
+    def sorting(key: str) -> Response:
+        headers = {
+            "Content-Disposition": 'attachment; filename="clipkit-sorted.csv"',
+            "Cache-Control": "no-store",
+        }
+        return StreamingResponse(evaluation.table(key), media_type="text/csv", headers=headers)
+
+    @app.post("/corrections")
+    async def mark(request: Request) -> dict[str, object]:
+        said = f"a mark has at most {MARK_BYTES // 1000} kB; shorten the query"
+        told = Mark.from_json(await _body(request, MARK_BYTES, said))
+        total = await run_in_threadpool(workspace.mark, told)
+        return {**asdict(told), "corrections": total}
+
+    @app.get("/corrections.jsonl")
+    def corrections() -> Response:
+        headers = {
+            "Content-Disposition": 'attachment; filename="clipkit-corrections.jsonl"',
+            "Cache-Control": "no-store",
+        }
+        lines = (json.dumps(row) + "\n" for row in workspace.exported())
+        return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)
+
+    @app.get("/favicon.ico")
+    def icon() -> Response:
+        return static("clipkit.svg")
+
+    return app
+
+
+async def _body(request: Request, limit: int, too_large: str) -> bytes:
+    """What was sent, up to `limit` bytes, counted as it comes: a Content-Length may lie."""
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limit:
+            raise HTTPException(413, too_large)
+    return bytes(data)
+
+
+def _picture(data: bytes, mime: str = "image/jpeg") -> Response:
+    return Response(data, media_type=mime, headers={"Cache-Control": FOREVER})
+
+
+def _status(error: ClipkitError) -> int:
+    if isinstance(error, PictureGoneError):
+        return 410
+    if isinstance(error, UnknownPictureError | UnknownReportError):
+        return 404
+    if isinstance(error, ImageError):
+        return 422
+    if isinstance(error, CatalogBusy):
+        return 409
+    return 400 if isinstance(error, InputError) else 500
+
+
+class _Guard:
+    """Around everything, Gradio included: who may ask, for what, and the headers of the answer."""
+
+    def __init__(self, app: ASGIApp, *, names: Iterable[str]) -> None:
+        self.app = app
+        self.names = frozenset(names)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            # Lifespan passes. There are no websockets here.
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            status, sentence = refusal
+            await JSONResponse({"error": sentence}, status)(scope, receive, _headed(send, _LOCKED))
+        elif scope["path"] == "/":
+            await self._page(scope, receive, send)
+        else:
+            assets = scope["path"].startswith("/assets/")
+            policy = _REPORT if scope["path"].startswith("/reports/") else _LOCKED
+            await self.app(scope, receive, _headed(send, policy, assets=assets))
+
+    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        if not self._known(host):
+            return (
+                400,
+                f"this server does not go by the name {host!r}; open it as 127.0.0.1 or localhost",
+            )
+        if scope["method"] not in ("GET", "HEAD"):
+            origin = headers.get("origin")
+            elsewhere = headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+            if elsewhere or (origin is not None and urlsplit(origin).netloc != host):
+                return (
+                    403,
+                    "this came from another site's page; only clipkit's own page may ask for it",
+                )
+        path = scope["path"]
+        if ".." in path or not (_OWN.fullmatch(path) or _GRADIO.fullmatch(path)):
+            return 404, "there is nothing at this address"
+        return None
+
+    def _known(self, host: str) -> bool:
+        """Whether a Host header may name this server: rebinding needs a name, not a number."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if name in self.names:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Gradio's page, held until it is whole, to allow just the inline scripts that are in it."""
+        plain = [(key, value) for key, value in scope["headers"] if key != b"accept-encoding"]
+        start: Message = {}
+        body = bytearray()
+
+        async def hold(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.update(message)
+            elif message["type"] == "http.response.body":
+                body.extend(message.get("body", b""))
+                if not message.get("more_body", False):
+                    hashes = " ".join(
+                        f"'sha256-{_sha256(script)}'" for script in _INLINE.findall(bytes(body))
+                    )
+                    headed = _headed(send, _PAGE.format(hashes=hashes))
+                    await headed(start)
+                    await headed({"type": "http.response.body", "body": bytes(body)})
+
+        await self.app({**scope, "headers": plain}, receive, hold)
+
+
+def _sha256(data: bytes) -> str:
+    return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def _headed(send: Send, policy: str, *, assets: bool = False) -> Send:
+    """`send` with our headers. `assets`: the address carries a hash of the content."""
+
+    async def headed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            for name, value in _HEADERS.items():
+                headers[name] = value
+            headers["Content-Security-Policy"] = policy
+            if assets and message["status"] == 200:
+                headers["Cache-Control"] = FOREVER
+            # Gradio lets other local pages read its answers; nobody but its own page needs to.
+            del headers["Access-Control-Allow-Origin"]
+            del headers["Access-Control-Allow-Credentials"]
+        await send(message)
+
+    return headed

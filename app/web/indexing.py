@@ -1,0 +1,136 @@
+"""Indexing from the page: at most one run, in a thread, with what can be told of it at any moment."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from clipkit.catalog import Catalog, SkippedRow
+from clipkit.embed import Progress, Summary, index_folders
+from clipkit.errors import CatalogBusy, ClipkitError, InputError
+from clipkit.images import Limits
+from clipkit.lazy_encoder import LazyEncoder
+
+log = logging.getLogger(__name__)
+
+SKIPPED_SHOWN = 200  # of the list of skipped files
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run as it stands."""
+
+    folders: tuple[str, ...]
+    progress: Progress | None = None  # None: the model is not there yet
+    summary: Summary | None = None
+    error: str | None = None
+    stopping: bool = False
+    over: bool = False
+    skipped: tuple[SkippedRow, ...] = ()  # below these folders, the first SKIPPED_SHOWN
+    skipped_total: int = 0
+
+    @property
+    def state(self) -> str:
+        """One of "running", "stopping", "done", "stopped", "failed"."""
+        if not self.over:
+            return "stopping" if self.stopping else "running"
+        if self.error is not None:
+            return "failed"
+        return "stopped" if self.summary is not None and self.summary.stopped else "done"
+
+
+class Indexer:
+    """Runs index_folders for one index folder. Threads may share it."""
+
+    def __init__(self, folder: Path, model: LazyEncoder, *, limits: Limits) -> None:
+        self.folder = folder
+        self._model = model
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._run: Run | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def run(self) -> Run | None:
+        """The last run; None before the first."""
+        return self._run
+
+    @property
+    def busy(self) -> bool:
+        run = self._run
+        return run is not None and not run.over
+
+    def start(self, folders: Sequence[str]) -> None:
+        """Begin a run. InputError for a folder that is none, CatalogBusy while a run goes on."""
+        roots = [_folder(folder) for folder in folders]
+        with self._lock:
+            if self._run is not None and not self._run.over:
+                raise CatalogBusy("an indexing run goes on already; stop it or wait for its end")
+            self._run = Run(folders=tuple(map(str, roots)))
+            self._stop = threading.Event()
+            self._thread = threading.Thread(
+                target=self._work, args=(roots, self._stop), name="clipkit-index", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Ask the run to end after its batch; what it has done stays."""
+        with self._lock:
+            if self._run is not None and not self._run.over:
+                self._stop.set()
+                self._run = replace(self._run, stopping=True)
+
+    def close(self) -> None:
+        """Stop and wait."""
+        self.stop()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _tell(self, **changes: Any) -> None:
+        with self._lock:
+            assert self._run is not None
+            self._run = replace(self._run, **changes)
+
+    def _work(self, roots: Sequence[Path], stop: threading.Event) -> None:
+        told: dict[str, Any] = {}
+        try:
+            encoder_id = self._model.encoder_id
+            with Catalog.open(self.folder, write=True) as catalog:
+                told["summary"] = index_folders(
+                    catalog,
+                    roots,
+                    encoder_id=encoder_id,
+                    load_encoder=self._model.towers,
+                    limits=self._limits,
+                    on_progress=lambda progress: self._tell(progress=progress),
+                    stop=stop,
+                )
+                skipped = [row for row in catalog.skipped() if _below(row.path, roots)]
+            told |= {"skipped": tuple(skipped[:SKIPPED_SHOWN]), "skipped_total": len(skipped)}
+        except ClipkitError as error:
+            told["error"] = str(error)
+        except Exception:  # the thread's edge: the person is told, the terminal has the rest
+            log.exception("indexing failed")
+            told["error"] = "indexing failed in a way clipkit does not know; the terminal says more"
+        self._tell(over=True, **told)
+
+
+def _below(path: str, roots: Sequence[Path]) -> bool:
+    return any(Path(path).is_relative_to(root) for root in roots)
+
+
+def _folder(typed: str) -> Path:
+    text = typed.strip()
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        raise InputError(
+            f"{text!r} is not a full path; name the folder from the top, like /home/me/Pictures"
+        )
+    if not path.is_dir():
+        raise InputError(f"there is no folder {text}; check the spelling")
+    return path

@@ -1,0 +1,161 @@
+"""What stands in two splits at once: the same file, a look-alike, the same caption."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from clipkit.errors import DatasetError, ImageError
+from clipkit.images import Limits, decode, image_id, read_bytes
+from clipkit.records import SPLITS
+from clipkit.sources import Broken, RawPair, Source
+from data_prep.clean import same_caption
+from data_prep.load import in_order
+from data_prep.split import HASH_BYTES, MAX_RADIUS, near_pairs, perceptual_hash
+
+_Look = tuple[str, bytes]  # image_id, perceptual hash
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Something that stands in two splits."""
+
+    kind: str  # "same-file", "look-alike", "same-caption"
+    splits: tuple[str, str]
+    pictures: tuple[str, str]  # of a caption on many pictures, the first in each split
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaks:
+    """Pictures in two splits are leaks; equal captions are told beside them, for "A dog runs." may
+    honestly be said of two pictures."""
+
+    pictures: dict[str, int]  # by split
+    found: tuple[Leak, ...]
+    shared_captions: tuple[Leak, ...]
+    unreadable: tuple[tuple[str, str], ...]  # picture or row, why
+
+
+def find_leaks(
+    source: Source,
+    *,
+    radius: int = MAX_RADIUS,
+    workers: int | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> Leaks:
+    """Compares all pictures (read anew, whatever the metadata say) and captions of all splits.
+
+    A picture is named once for each other split it stands in, with the first one met there.
+    DatasetError if the source has no splits.
+    """
+    names: list[str] = []
+    splits: list[int] = []
+    ids: list[str] = []
+    looks = bytearray()
+    said: dict[str, dict[int, str]] = defaultdict(dict)  # caption -> split -> first picture
+    unreadable: list[tuple[str, str]] = []
+    for done, (pair, future) in enumerate(in_order(source.rows(), _start, workers), 1):
+        if isinstance(pair, Broken):
+            unreadable.append((pair.row, pair.detail))
+        elif pair.split is not None:
+            split = SPLITS.index(pair.split)
+            for caption in pair.captions:
+                said[same_caption(caption)].setdefault(split, pair.name)
+            look = future.result() if future else "not read"
+            if isinstance(look, str):
+                unreadable.append((pair.name, look))
+            else:
+                names.append(pair.name)
+                splits.append(split)
+                ids.append(look[0])
+                looks += look[1]
+        if on_progress:
+            on_progress(done, source.total)
+    if not splits:
+        raise DatasetError(f"{source.path} has no pictures in splits; build it, or give a data set")
+    hashes = np.frombuffer(bytes(looks), np.uint8).reshape(len(ids), HASH_BYTES)
+    return Leaks(
+        {split: splits.count(n) for n, split in enumerate(SPLITS) if n in splits},
+        (*_same_files(ids, splits, names), *_look_alikes(hashes, radius, ids, splits, names)),
+        tuple(_same_captions(said)),
+        tuple(unreadable),
+    )
+
+
+def _start(pool: ThreadPoolExecutor, pair: RawPair | Broken) -> Future[_Look | str] | None:
+    return None if isinstance(pair, Broken) else pool.submit(_look, pair.picture)
+
+
+def _look(picture: Path | bytes) -> _Look | str:
+    try:
+        data = read_bytes(picture) if isinstance(picture, Path) else picture
+        return image_id(data), perceptual_hash(decode(data, target=128, limits=Limits()).rgb)
+    except ImageError as error:
+        return str(error)
+
+
+def _same_files(ids: list[str], splits: list[int], names: list[str]) -> Iterator[Leak]:
+    first: dict[str, dict[int, str]] = defaultdict(dict)
+    for identity, split, name in zip(ids, splits, names, strict=True):
+        first[identity].setdefault(split, name)
+    for identity, places in first.items():
+        for one, two in combinations(sorted(places), 2):
+            yield _leak("same-file", one, two, places[one], places[two], identity)
+
+
+def _look_alikes(
+    hashes: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
+    radius: int,
+    ids: list[str],
+    splits: list[int],
+    names: list[str],
+) -> Iterator[Leak]:
+    for row, other in _crossing(hashes, radius, np.array(splits)):
+        if ids[row] != ids[other]:
+            one, two = sorted((row, other), key=lambda n: splits[n])
+            bits = int(np.bitwise_count(hashes[one] ^ hashes[two]).sum())
+            detail = f"{bits} of 256 bits of the perceptual hash differ"
+            yield _leak("look-alike", splits[one], splits[two], names[one], names[two], detail)
+
+
+def _crossing(
+    hashes: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
+    radius: int,
+    splits: np.ndarray[tuple[int], np.dtype[np.int64]],
+) -> Iterator[tuple[int, int]]:
+    """Near pairs across splits. Rows of one hash count as one in each split: near_pairs chains equal
+    rows, and a chain's links need not cross where its ends do."""
+    unique, back = np.unique(hashes, axis=0, return_inverse=True)
+    back = back.ravel()
+    members: dict[int, dict[int, int]] = defaultdict(dict)  # hash -> split -> first row
+    for row, (number, split) in enumerate(zip(back.tolist(), splits.tolist(), strict=True)):
+        members[number].setdefault(split, row)
+    for places in members.values():
+        yield from combinations(places.values(), 2)
+    for one, two in near_pairs(unique, radius).tolist():
+        for split, row in members[one].items():
+            for other, rival in members[two].items():
+                if split != other:
+                    yield row, rival
+
+
+def _same_captions(said: dict[str, dict[int, str]]) -> Iterator[Leak]:
+    for caption, places in said.items():
+        for one, two in combinations(sorted(places), 2):
+            yield _leak("same-caption", one, two, places[one], places[two], caption)
+
+
+def _leak(kind: str, one: int, two: int, first: str, second: str, detail: str) -> Leak:
+    return Leak(kind, (SPLITS[one], SPLITS[two]), (first, second), detail)
+
+
+def count_by_splits(leaks: tuple[Leak, ...]) -> Counter[tuple[str, str, str]]:
+    """(kind, split, split) -> how many."""
+    return Counter((leak.kind, *leak.splits) for leak in leaks)

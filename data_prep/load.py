@@ -1,0 +1,155 @@
+"""Pictures through decode threads; and of a build's: bytes, identity, look, and the file in the pool."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from clipkit.errors import ImageError, InputError
+from clipkit.images import Limits, decode, image_id, read_bytes
+from data_prep.clean import Rules, picture_fault
+from data_prep.split import perceptual_hash
+
+_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+_SUFFIXES |= {"TIFF": ".tiff", "AVIF": ".avif"}  # what others open too; HEIF is written as JPEG
+_HASHED_SIDE = 128  # pixels that a picture is decoded to at least: the hash looks at 64
+_QUALITY = 92
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_order(
+    items: Iterable[T],
+    start: Callable[[ThreadPoolExecutor, T], Future[R] | None],
+    workers: int | None = None,
+) -> Iterator[tuple[T, Future[R] | None]]:
+    """Each item with what `start` set going for it, in order, a bounded number of items ahead."""
+    workers = workers or os.cpu_count() or 1
+    waiting: deque[tuple[T, Future[R] | None]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for item in items:
+            waiting.append((item, start(pool, item)))
+            if len(waiting) > 4 * workers + 16:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:  # an interrupted caller waits for the few that run, not for those that wait
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a picture was rejected: a short word to count by, and a sentence."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A picture that decodes, in the pool of a build."""
+
+    image_id: str  # of the source's bytes, also where the file is encoded anew
+    look: bytes  # perceptual hash
+    width: int  # of the file in the pool
+    height: int
+    file: str  # its name there
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """Called from any thread. `resize`: the shorter side of what is larger; `jpeg`: nothing else."""
+
+    pool: Path
+    rules: Rules
+    limits: Limits
+    resize: int | None = None
+    jpeg: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resize is not None and self.resize < 16:
+            raise InputError(f"--resize is {self.resize}; the least side is 16 pixels")
+
+    def __call__(self, picture: Path | bytes) -> Loaded | Fault:
+        try:
+            if isinstance(picture, Path):
+                data = read_bytes(picture, limits=self.limits)
+            else:
+                self.limits.check_bytes(len(picture))
+                data = picture
+            side = max(self.resize or 0, _HASHED_SIDE)
+            decoded = decode(data, target=side, limits=self.limits)
+        except ImageError as error:
+            return Fault(error.reason, str(error))
+        size = (decoded.width, decoded.height)
+        if fault := picture_fault(decoded.rgb, *size, self.rules):
+            return Fault(*fault)
+        identity = image_id(data)
+        look = perceptual_hash(decoded.rgb)
+        smaller = self.resize is not None and min(size) > self.resize
+        suffix = _SUFFIXES.get(decoded.format, ".jpg")
+        if smaller or decoded.format not in _SUFFIXES or (self.jpeg and suffix != ".jpg"):
+            rgb = decoded.rgb if smaller else decode(data, limits=self.limits).rgb
+            rgb = _shrunk(rgb, self.resize)
+            name = f"{identity}.jpg"
+            self._write(name, _jpeg(rgb))
+            return Loaded(identity, look, *rgb.size, name)
+        name = identity + suffix
+        if isinstance(picture, Path):
+            self._link(picture, name, data)
+        else:
+            self._write(name, data)
+        return Loaded(identity, look, *size, name)
+
+    def _link(self, picture: Path, name: str, data: bytes) -> None:
+        try:  # the file itself, where a symbolic link leads to one
+            os.link(os.path.realpath(picture), self.pool / name)
+        except FileExistsError:
+            return
+        except OSError:  # another disk, or one without hard links
+            self._write(name, data)
+
+    def _write(self, name: str, data: bytes) -> None:
+        goal = self.pool / name
+        if goal.exists():
+            return
+        aside = self.pool / f"{name}.{threading.get_ident()}"
+        try:
+            aside.write_bytes(data)
+        except OSError as error:
+            raise InputError(
+                f"cannot write {goal.name}: {error.strerror}; {_free(self.pool)} free there"
+            ) from error
+        os.replace(aside, goal)
+
+
+def _shrunk(rgb: Image.Image, side: int | None) -> Image.Image:
+    """The shorter side `side`, as towers crop squares; never enlarged."""
+    scale = side / min(rgb.size) if side else 1.0
+    if scale >= 1:
+        return rgb
+    size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
+    return rgb.resize(size, Image.Resampling.BICUBIC)
+
+
+def _jpeg(rgb: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=_QUALITY, icc_profile=rgb.info.get("icc_profile"))
+    return buffer.getvalue()
+
+
+def _free(folder: Path) -> str:
+    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"

@@ -1,0 +1,147 @@
+"""What a build tells, and how its data set takes its place: aside first, then whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from clipkit import __version__
+from clipkit.errors import InputError
+from clipkit.sources import Source
+
+MANIFEST = "dataset.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a build is."""
+
+    phase: Literal["reading", "comparing", "writing"]
+    done: int  # rows read, or pictures written
+    total: int | None
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a build came to. `rejected`: {"row" | "picture" | "caption": {reason: count}}."""
+
+    folder: Path
+    rows: int
+    pictures: Mapping[str, int]  # by split
+    captions: int
+    mended: int  # captions
+    groups: int  # of look-alikes, two pictures or more
+    parted: int  # of these, those that official splits tear apart
+    rejected: Mapping[str, Mapping[str, int]]
+    fingerprint: str
+
+
+def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
+    """InputError if the data set cannot lie there: inside a source, or over something else."""
+    if not sources:
+        raise InputError("nothing to build from; name at least one source")
+    for source in sources:
+        path = Path(os.path.abspath(source.path))
+        if source.kind == "folder" and path in out.parents:
+            raise InputError(
+                f"--out {out} lies inside the pictures' folder {path}, and would be read as part of it "
+                "next time; choose a place outside"
+            )
+    if not out.exists():
+        return
+    if not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file())):
+        raise InputError(f"{out} is there and is no data set of clipkit's; choose another --out")
+    if any(out.iterdir()) and not overwrite:
+        raise InputError(
+            f"{out} is there already; give --overwrite to replace it, or another --out"
+        )
+
+
+@contextmanager
+def aside(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out`, gone at the end whatever happens; one build at a time."""
+    from filelock import FileLock, Timeout
+
+    folder = out.with_name(f".{out.name}.building")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another build writes {out} now; wait for it, or choose another --out"
+        ) from None
+    except OSError as error:
+        raise InputError(f"cannot write into {out.parent}: {error.strerror or error}") from error
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        folder.mkdir()
+        yield folder
+    except OSError as error:  # a full disk, a folder that was taken away
+        raise InputError(f"cannot build {out}: {error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        Path(f"{folder}.lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def swap(folder: Path, out: Path) -> None:
+    """`folder` becomes `out`; what was there goes last."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(folder, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(
+    path: Path,
+    built: Built,
+    sources: Sequence[Source],
+    *,
+    options: Mapping[str, Any],
+    command: str,
+) -> None:
+    """What the data set came from and with what, on the disk before it is called one."""
+    import imagehash
+    import PIL
+
+    manifest = {
+        "format": "clipkit data set, 1",
+        "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fingerprint": built.fingerprint,
+        "command": command,
+        "sources": [{"kind": s.kind, "path": s.path, "says": s.says} for s in sources],
+        "options": options,
+        "counts": {
+            "rows": built.rows,
+            "pictures": built.pictures,
+            "captions": built.captions,
+            "mended_captions": built.mended,
+            "groups_of_look_alikes": built.groups,
+            "parted_by_official_splits": built.parted,
+            "rejected": built.rejected,
+        },
+        "versions": {
+            "clipkit": __version__,
+            "imagehash": imagehash.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
+    }
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(manifest, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""Reports: results in words, tables, Markdown, JSON and one HTML file."""

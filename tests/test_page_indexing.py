@@ -1,0 +1,115 @@
+"""A folder indexed from the page in a real Chromium: searched meanwhile, stopped, or refused."""
+
+# ruff: noqa: F811
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chromium import Open, ask, browser, context, pytestmark, served, visit  # noqa: F401
+from colours import ColourModel, paint
+
+from app.web.page import Page
+from app.web.workspace import Workspace
+from clipkit.errors import InputError
+
+
+class SlowModel(ColourModel):
+    """Takes `pause` seconds for each two pictures."""
+
+    preferred_batch = 2
+    pause = 0.25
+
+    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+        time.sleep(self.pause)
+        return super().encode_images(images)
+
+
+def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
+    """600 pictures would take 75 s: time to look, to search and to stop. The second run is quick."""
+    photos = tmp_path / "photos"
+    for number in range(600):
+        paint(photos / f"blue {number:03}.png", "blue", number=number)
+    (photos / "broken <b>.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
+    model = SlowModel()
+    with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
+        page = visit(address)
+        assert page.inner_text("#results h1") == "Nothing indexed yet"
+        page.click("[data-do=add]")  # the same in a dialog, which must not open unseen
+        page.wait_for_selector("#adder form.add input")
+        page.click("#adder [data-do=close-adder]")
+        for folder, said in (("photos", "not a full path"), ("/no/such", "there is no folder")):
+            page.fill("#results form.add input", folder)
+            page.click("#results form.add button")
+            page.wait_for_selector(f"#refusal .run.failed >> text={said}")
+        page.fill("#results form.add input", str(photos))
+        page.click("#results form.add button")
+        page.wait_for_selector("#run .run.running progress[max]")
+        assert re.search(r"\d+ of 60[01] pictures", page.inner_text("#run"))
+        # The first are found while the rest is on its way.
+        page.wait_for_selector(".home .chips")
+        ask(page, "blue")
+        assert page.locator(".hit").count() > 0
+        assert page.locator("#run .run.running").count() == 1
+        # One run at a time, and it can be stopped and gone on with.
+        page.click("#tools [data-do=add]")
+        page.fill("#adder input", str(photos))
+        page.click("#adder form button")
+        page.wait_for_selector("#refusal .run.failed >> text=goes on already")
+        page.wait_for_selector("#run [data-do=stop]")
+        page.click("#run [data-do=stop]")
+        page.wait_for_selector("#run .run.stopped")
+        model.pause = 0
+        page.click("#tools [data-do=add]")
+        page.fill("#adder input", str(photos))
+        page.click("#adder form button")
+        page.wait_for_selector("#run .run.done")
+        assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#run p"))
+        page.click("#run summary")
+        assert "broken <b>.jpg" in page.inner_text("#run details")
+        assert "600 pictures" in page.inner_text("#status")
+        ask(page, "blue blue")
+        assert "of 600 pictures" in page.inner_text(".summary p")
+        page.click("#run [data-do=dismiss]")
+        assert page.locator("#run .run").is_hidden()
+
+
+def test_a_run_that_ends_while_the_page_is_drawn_is_shown_as_ended(
+    tmp_path: Path, visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails for the version that asks whether the page will change after drawing it: the timer
+    stops, and "Stopping" stands for good."""
+    for number in range(60):
+        paint(tmp_path / "photos" / f"{number}.png", "blue", number=number)
+    workspace = Workspace(tmp_path / "index", SlowModel())  # type: ignore[arg-type]
+    drawn = Page.parts
+
+    def parts(self: Page) -> Any:
+        answer = drawn(self)
+        while (run := workspace.run) is not None and run.state == "stopping" and not run.over:
+            time.sleep(0.05)
+        return answer
+
+    monkeypatch.setattr(Page, "parts", parts)
+    with served(workspace) as address:
+        page = visit(address)
+        page.fill("#results form.add input", str(tmp_path / "photos"))
+        page.click("#results form.add button")
+        page.wait_for_selector("#run [data-do=stop]")
+        page.click("#run [data-do=stop]")
+        page.wait_for_selector("#run .run.stopped")
+
+
+def test_a_page_open_to_the_network_does_not_index(tmp_path: Path, visit: Open) -> None:
+    workspace = Workspace(tmp_path / "index", ColourModel(), may_index=False)  # type: ignore[arg-type]
+    with served(workspace) as address:
+        page = visit(address)
+        assert page.locator("form.add").count() == 0
+        assert "clipkit index FOLDER" in page.inner_text("#results")
+        with pytest.raises(InputError, match="may not index"):  # nor when asked by other means
+            workspace.index([str(tmp_path)])
