@@ -20,10 +20,11 @@ import typer
 from app.cli import corrections, train
 from app.cli.data import data
 from app.cli.eval import evaluate
-from app.cli.terminal import duration, printable, size, stop_on_signal
+from app.cli.terminal import size, stop_on_signal
 from app.paths import index_folder
 from clipkit import __version__
 from clipkit.errors import ClipkitError, ImageError, InputError
+from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -361,7 +362,7 @@ def _print_hits(result: SearchResult) -> None:
         console.print(line, soft_wrap=True)
     took = sum(result.seconds.values())
     console.print(
-        f"{len(result.hits):,} of {result.total:,} pictures, {took * 1000:.0f} ms", style="dim"
+        f"{len(result.hits):,} of {result.total:,} pictures, {duration(took)}", style="dim"
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from app.corrections import Corrections, Mark, export, said
 from app.web.indexing import Indexer, Run
-from app.web.render import printable
 from app.web.requests import Ask, DroppedPictures, UnknownPictureError
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
@@ -27,6 +26,7 @@ from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes,
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
 from clipkit.search import Searcher, SearchHit
+from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
 
