@@ -25,6 +25,7 @@ from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import Example, Query, format, parse
 from clipkit.search import Searcher, SearchHit, SearchResult
+from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from threading import Event
@@ -107,7 +108,7 @@ class Hits(Sequence[SearchHit]):
         width = len(str(len(self)))
         lines = [self._heading()]
         lines += [
-            f"{hit.rank:>{width}}  {_details(hit):<12}  {_printable(hit.picture.path)}"
+            f"{hit.rank:>{width}}  {_details(hit):<12}  {printable(hit.picture.path)}"
             for hit in self._result.hits[:SHOWN_HITS]
         ]
         if len(self) > SHOWN_HITS:
@@ -122,8 +123,8 @@ class Hits(Sequence[SearchHit]):
         sources = _thumbnail_sources([hit.picture for hit in shown], self._folder)
         cards = [
             {
-                "path": _printable(hit.picture.path),
-                "name": _printable(PurePath(hit.picture.path).name),
+                "path": printable(hit.picture.path),
+                "name": printable(PurePath(hit.picture.path).name),
                 "details": f"{hit.rank}  {_details(hit)}",
                 "source": source,
             }
@@ -134,9 +135,9 @@ class Hits(Sequence[SearchHit]):
         return template.render(heading=self._heading(), cards=cards, hidden=hidden)
 
     def _heading(self) -> str:
-        subject = f" for {_printable(self.query)!r}" if self.query else ""
-        milliseconds = 1000 * sum(self.seconds.values())
-        return f"{len(self):,} of {self.total:,} pictures{subject}, {milliseconds:.0f} ms"
+        subject = f" for {printable(self.query)!r}" if self.query else ""
+        seconds = duration(sum(self.seconds.values()))
+        return f"{len(self):,} of {self.total:,} pictures{subject}, {seconds}"
 
 
 class Library:
@@ -193,8 +194,8 @@ class Library:
 
     def __repr__(self) -> str:
         if self._closed:
-            return f"<clipkit.Library at {_printable(str(self.folder))}, closed>"
-        return f"<clipkit.Library at {_printable(str(self.folder))}, {len(self):,} pictures>"
+            return f"<clipkit.Library at {printable(str(self.folder))}, closed>"
+        return f"<clipkit.Library at {printable(str(self.folder))}, {len(self):,} pictures>"
 
     def __enter__(self) -> Self:
         return self
@@ -383,9 +384,3 @@ def _thumbnail(catalog: Catalog, picture: PictureRow) -> bytes | None:
         return None
     catalog.put_thumbnail(picture.image_id, data)
     return data
-
-
-def _printable(text: str) -> str:
-    """File names need not be UTF-8, and may hold control characters that drive a terminal."""
-    shown = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() else "?" for c in shown)
