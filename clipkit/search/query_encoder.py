@@ -32,8 +32,9 @@ class Encoder(Protocol):
     """What searching needs of `towers.DualEncoder`. Vectors are float32 (N, D), unit rows."""
 
     spec: str
-    encoder_id: str
 
+    @property
+    def encoder_id(self) -> str: ...
     @property
     def preferred_side(self) -> int: ...
     def encode_texts(self, texts: Sequence[str]) -> Float32: ...
