@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from app.cli.terminal import printable
 from app.paths import index_folder
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 
 EPILOG = (
@@ -52,7 +52,10 @@ def corrections(
     if out is None:
         sys.stdout.write(lines)
     else:
-        _write(out.expanduser(), lines)
+        try:
+            write_whole(out.expanduser(), lines.encode("utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror or error}") from error
         kinds = Counter(row["right"] for row in rows)
         print(f"{len(rows):,} corrections: {kinds[True]:,} right, {kinds[False]:,} wrong")
         print(f"written to {printable(str(out))}")
@@ -61,14 +64,3 @@ def corrections(
             f"{left:,} left out: their pictures have left the index, or are gone or changed on the disk",
             file=sys.stderr,
         )
-
-
-def _write(path: Path, lines: str) -> None:
-    """Whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(lines, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

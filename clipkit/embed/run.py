@@ -22,8 +22,8 @@ from clipkit.catalog import Catalog, KnownFile
 from clipkit.embed.progress import Progress, Rate, Summary
 from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ImageError
+from clipkit.index import refresh_snapshot
 from clipkit.records import FolderCaptions, Texts
-from clipkit.search import refresh_snapshot
 
 if TYPE_CHECKING:
     from PIL import Image
