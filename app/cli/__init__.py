@@ -135,8 +135,7 @@ def index(
             summary = index_folders(
                 catalog,
                 folders,
-                encoder_id=encoder.encoder_id,
-                load_encoder=encoder.towers,
+                encoder=encoder,
                 workers=workers,
                 batch_size=batch_size,
                 limits=Limits(max_megapixels=max_megapixels, max_megabytes=max_megabytes),
