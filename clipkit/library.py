@@ -296,13 +296,11 @@ class Library:
         if not self._exists():
             distinct_roots(folders)  # a mistyped folder must not leave an empty index behind
         encoder = self.encoder
-        encoder_id = encoder.encoder_id
         with Catalog.open(self.folder, write=True) as catalog:
             return index_folders(
                 catalog,
                 folders,
-                encoder_id=encoder_id,
-                load_encoder=encoder.towers,
+                encoder=encoder,
                 workers=workers,
                 batch_size=batch_size,
                 limits=limits,

@@ -21,6 +21,7 @@ from app.cli.terminal import (
     stop_on_signal,
 )
 from app.paths import index_folder
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.wording import duration, printable
 
@@ -310,11 +311,7 @@ def _print_hits(hits: Hits) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, text.encode("utf-8"))
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
