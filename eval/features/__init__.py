@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from clipkit import images
 from clipkit.errors import ImageError, InputError
+from eval.data import Pictures
 from eval.features.cache import FeatureCache
 from eval.features.encoding import (
     Encoder,
@@ -31,7 +32,6 @@ from eval.features.encoding import (
     Transform,
     content_hash,
 )
-from eval.source import Pictures
 
 __all__ = [
     "Encoder",

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from clipkit import images
 from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
+from eval.data import Pictures
 from eval.features.cache import FeatureCache, Shelf
-from eval.source import Pictures
 
 if TYPE_CHECKING:
     from PIL import Image
