@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipkit.sources import Broken, Options, RawPair, open_source
+from clipkit.sources import Broken, Options, Row, open_source
 
 
 def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
@@ -35,12 +35,13 @@ def save_all(folder: Path, *names: str) -> None:
 
 def rows_of(
     path: str | Path, *, kind: str | None = None, options: Options | None = None
-) -> list[RawPair | Broken]:
+) -> list[Row | Broken]:
     return list(open_source(path, kind=kind, options=options).rows())
 
 
-def told(rows: list[RawPair | Broken]) -> list[tuple[object, ...]]:
+def told(rows: list[Row | Broken]) -> list[tuple[object, ...]]:
     """(name, captions, split) of a pair, (row, reason) of a broken row."""
     return [
-        (r.row, r.reason) if isinstance(r, Broken) else (r.name, r.captions, r.split) for r in rows
+        (r.place, r.reason) if isinstance(r, Broken) else (r.name, r.captions, r.split)
+        for r in rows
     ]

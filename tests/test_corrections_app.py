@@ -340,9 +340,9 @@ def test_a_name_that_is_not_utf8_survives_the_way(
         pytest.skip("this file system refuses names that are not UTF-8")
     reindex(index, photos)
     workspace.mark(Mark(name_of(odd), "red", True))
-    from clipkit.sources import RawPair, open_source
+    from clipkit.sources import Row, open_source
 
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in workspace.exported()))
     (pair,) = open_source(path).rows()
-    assert isinstance(pair, RawPair) and pair.picture == odd and pair.captions == ("red",)
+    assert isinstance(pair, Row) and pair.picture.path == odd and pair.captions == ("red",)
