@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +14,7 @@ from typing import TypeVar
 
 from PIL import Image
 
+from clipkit.durable import write_whole
 from clipkit.errors import ImageError, InputError
 from clipkit.images import Limits, decode, image_id, read_bytes
 from data_prep.clean import Rules, picture_fault
@@ -126,14 +126,12 @@ class Loader:
         goal = self.pool / name
         if goal.exists():
             return
-        aside = self.pool / f"{name}.{threading.get_ident()}"
-        try:
-            aside.write_bytes(data)
+        try:  # two threads may hold the same picture
+            write_whole(goal, data, sync=False)
         except OSError as error:
             raise InputError(
                 f"cannot write {goal.name}: {error.strerror}; {_free(self.pool)} free there"
             ) from error
-        os.replace(aside, goal)
 
 
 def _shrunk(rgb: Image.Image, side: int | None) -> Image.Image:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clipkit import __version__
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.sources import Source
 
@@ -140,8 +141,5 @@ def write_manifest(
             "pillow": PIL.__version__,
         },
     }
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8"))

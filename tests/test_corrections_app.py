@@ -55,7 +55,7 @@ def index(tmp_path: Path, photos: Path) -> Path:
 def reindex(folder: Path, photos: Path) -> None:
     model = ColourModel()
     with Catalog.open(folder, write=True) as catalog:
-        index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
+        index_folders(catalog, [photos], encoder=model)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from app.cli.terminal import (
     stop_on_signal,
 )
 from app.paths import index_folder
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.wording import duration, printable
 
@@ -214,7 +215,10 @@ def corrections(
     if out is None:
         sys.stdout.write(lines)
     else:
-        _write(out.expanduser(), lines)
+        try:
+            write_whole(out.expanduser(), lines.encode("utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror or error}") from error
         kinds = Counter(row["right"] for row in rows)
         print(f"{len(rows):,} corrections: {kinds[True]:,} right, {kinds[False]:,} wrong")
         print(f"written to {printable(str(out))}")
@@ -307,14 +311,3 @@ def _print_hits(hits: Hits) -> None:
         console.print(line, soft_wrap=True)
     seconds = sum(hits.seconds.values())
     console.print(f"{len(hits):,} of {hits.total:,} pictures, {duration(seconds)}", style="dim")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -10,13 +10,20 @@ allowed) of them, sorted by (-score, id). The exact kind returns the k best by t
 equal scores straddle rank k. The others do so among the candidates that they find, and how many of
 the true ten they find was measured on these very vectors when the index was built (`Measured`).
 
-On disk an index is an immutable folder (snapshot.py): `ids.npy`, `vectors.npy` (both open with
-numpy.load), `candidates.faiss` where the kind has a structure, and `manifest.json`.
+On disk an index is an immutable folder: `ids.npy`, `vectors.npy` (both open with numpy.load),
+`candidates.faiss` where the kind has a structure, and `manifest.json`. snapshot.py builds and loads
+the one that a catalog points to.
 """
 
 from clipkit.index.kinds import KINDS, Kind
-from clipkit.index.synthetic_queries import typical_queries
-from clipkit.index.vector_index import Manifest, Measured, VectorIndex, read_manifest
+from clipkit.index.snapshot import load_snapshot, refresh_snapshot
+from clipkit.index.vector_index import (
+    Manifest,
+    Measured,
+    VectorIndex,
+    read_manifest,
+    typical_queries,
+)
 
 __all__ = [
     "KINDS",
@@ -24,6 +31,8 @@ __all__ = [
     "Manifest",
     "Measured",
     "VectorIndex",
+    "load_snapshot",
     "read_manifest",
+    "refresh_snapshot",
     "typical_queries",
 ]

@@ -1,20 +1,30 @@
-"""VectorIndex: build and measure, search, save and load."""
+"""VectorIndex: build and measure, search, save and load; and the checked folder that it is saved as.
+
+A saved index is complete or absent: the files are written and synced beside the goal, the manifest
+last, the folder is then renamed. The manifest holds each file's size and SHA-256 and a checksum of
+itself. Files are hashed while they are read, so checking costs no second pass. Of single-byte damage
+in an index file, Faiss alone misses 2-34 % and returns wrong neighbours.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.durable import whole_folder
 from clipkit.errors import IndexDamaged, InputError
-from clipkit.index import snapshot
 from clipkit.index.kinds import (
     CHUNK,
     KINDS,
@@ -29,17 +39,21 @@ from clipkit.index.kinds import (
     serialized,
     threads,
 )
-from clipkit.index.synthetic_queries import typical_queries
 
 _log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
 _IDS, _VECTORS, _CANDIDATES = "ids.npy", "vectors.npy", "candidates.faiss"
 
 _EXACT_TO, _RABITQ_TO = 300_000, 3_000_000  # sizes up to which "auto" takes exact and rabitq
 _SMALLEST_APPROXIMATE = 256  # below, a structure over the codes has nothing to save
 _BATCH = 1024  # queries answered at a time: bounds the candidates held
 _SAMPLE = 200  # queries of the recall measurement
+_PIECE = 1 << 22  # bytes hashed and moved at a time
+_REMEDY = "the index is rebuilt from the catalog by: clipkit index"
+
+Bytes = bytes | npt.NDArray[Any]  # a contiguous array stands for its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +86,14 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a saved index; raises IndexDamaged if it is missing or not as written."""
-    return _manifest(folder, snapshot.read_facts(folder))
+    return _manifest(folder, read_facts(folder))
 
 
 def _manifest(folder: Path, facts: Mapping[str, Any]) -> Manifest:
     version = facts.get("format_version")
     if version != FORMAT_VERSION:
         raise IndexDamaged(
-            f"{folder} has index format {version}; this clipkit reads {FORMAT_VERSION}; "
-            f"{snapshot.REMEDY}"
+            f"{folder} has index format {version}; this clipkit reads {FORMAT_VERSION}; {_REMEDY}"
         )
     names = ("kind", "dim", "size", "encoder_id", "last_seq", "settings")
     return Manifest(**{n: facts[n] for n in names}, measured=Measured(**facts["measured"]))
@@ -199,7 +212,7 @@ class VectorIndex:
 
     def save(self, folder: Path, *, encoder_id: str, last_seq: int) -> None:
         """Write the index as a new `folder`, all or nothing; InputError if it exists."""
-        files: dict[str, list[snapshot.Bytes]] = {
+        files: dict[str, list[Bytes]] = {
             _IDS: [_npy_header(self._store.ids), self._store.ids],
             _VECTORS: [_npy_header(self._store.rows16), self._store.rows16],
         }
@@ -209,7 +222,7 @@ class VectorIndex:
             self.kind, self.dim, self.size, encoder_id, last_seq, self.settings, self.measured
         )
         facts = {"format_version": FORMAT_VERSION, "written_by": VERSION, **asdict(manifest)}
-        snapshot.write(folder, files, facts)
+        write_folder(folder, files, facts)
 
     @classmethod
     def load(cls, folder: Path) -> VectorIndex:
@@ -217,7 +230,7 @@ class VectorIndex:
 
         Read, not mapped: what is scanned exhaustively would be paged in by the first query.
         """
-        facts = snapshot.read_facts(folder)
+        facts = read_facts(folder)
         manifest = _manifest(folder, facts)
         ids = np.empty(manifest.size, np.int64)
         _read_npy(folder, facts, _IDS, ids)
@@ -226,7 +239,7 @@ class VectorIndex:
         structure = None
         if _CANDIDATES in facts["files"]:
             data = np.empty(facts["files"][_CANDIDATES]["bytes"], np.uint8)
-            with snapshot.open_checked(folder, facts, _CANDIDATES) as file:
+            with open_checked(folder, facts, _CANDIDATES) as file:
                 file.fill(data)
             structure = revive(data, store)
         return cls(store, manifest.kind, structure, manifest.settings, manifest.measured)
@@ -365,9 +378,151 @@ def _npy_header(array: npt.NDArray[Any]) -> bytes:
 
 def _read_npy(folder: Path, facts: Mapping[str, Any], name: str, into: npt.NDArray[Any]) -> None:
     """Fill `into` from a .npy file; its shape is the manifest's, so the header is only hashed."""
-    with snapshot.open_checked(folder, facts, name) as file:
+    with open_checked(folder, facts, name) as file:
         header = facts["files"][name]["bytes"] - into.nbytes
         if header <= 0:
             raise ValueError(f"it is too short for {into.shape}")
         file.read(header)
         file.fill(into)
+
+
+def typical_queries(own: Floats, pool: Floats, random: np.random.Generator) -> Floats:
+    """Unit rows float32 (Q, D), made of Q of an index's vectors, `own`, and a sample of all, `pool`
+    (P, D).
+
+    The first half lies near a picture each. The second half is made like words: a picture's direction
+    from the centre, under twice as much of a random mixture of other pictures, so that its ten best
+    are far away and close together. Approximate kinds lose most there: one-bit codes with 16-fold
+    refinement had recall 0.99-1.00 on the first, 0.97-0.98 on the second half of synthetic sets.
+    """
+    half, dim = len(own) // 2, own.shape[1]
+    centre = pool.mean(axis=0)
+    noise = random.standard_normal((half, dim), dtype=np.float32)
+    near = own[:half] + noise * np.float32(0.3 / dim**0.5)
+    weights = random.standard_normal((len(own) - half, 32), dtype=np.float32) / np.float32(32**0.5)
+    others = pool[random.integers(0, len(pool), (len(own) - half, 32))] - centre
+    far = own[half:] - centre + 2 * np.einsum("qj,qjd->qd", weights, others)
+    queries = np.concatenate([near, far])
+    lengths = np.linalg.norm(queries, axis=1, keepdims=True)
+    result: Floats = queries / np.maximum(lengths, np.float32(1e-9))
+    return result
+
+
+# ---- the checked folder
+
+
+def _render(facts: Mapping[str, Any]) -> bytes:
+    """The one way these facts are written, checksum included; floats round-trip through repr."""
+
+    def dump(value: Mapping[str, Any]) -> str:
+        return json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
+
+    checksum = hashlib.sha256(dump(facts).encode()).hexdigest()
+    return f"{dump({**facts, 'checksum': checksum})}\n".encode()
+
+
+def _flat(data: Bytes) -> memoryview:
+    """The bytes of `data`, shared; numpy's own view also copes with empty arrays."""
+    return memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
+
+
+def _write_file(path: Path, parts: Iterable[Bytes]) -> dict[str, Any]:
+    """Write and sync one file; its manifest entry."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for part in parts:
+            view = _flat(part)
+            for start in range(0, len(view), _PIECE):
+                piece = view[start : start + _PIECE]
+                digest.update(piece)
+                file.write(piece)
+            size += len(view)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_folder(
+    folder: Path, files: Mapping[str, Iterable[Bytes]], facts: Mapping[str, Any]
+) -> None:
+    """Write `files` (name -> pieces of its bytes) and the manifest with `facts` as a new `folder`.
+
+    Raises InputError if the folder exists: a snapshot is never written over.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists; snapshots are never overwritten; choose another name")
+    with whole_folder(folder) as temporary:
+        entries = {name: _write_file(temporary / name, parts) for name, parts in files.items()}
+        _write_file(temporary / MANIFEST, [_render({**facts, "files": entries})])
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The manifest's facts, with "files"; raises IndexDamaged if a byte of it is not as written."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise IndexDamaged(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
+    try:
+        facts = json.loads(raw)
+        del facts["checksum"]
+        intact = _render(facts) == raw and isinstance(facts["files"], dict)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        intact = False
+    if not intact:
+        raise IndexDamaged(f"{path} is not what was written (checksum); {_REMEDY}")
+    result: dict[str, Any] = facts
+    return result
+
+
+class CheckedFile:
+    """A file that hashes what is read from it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes."""
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+    def fill(self, buffer: npt.NDArray[Any]) -> None:
+        """Read exactly as many bytes as `buffer` holds, into it; ValueError if there are fewer."""
+        view = _flat(buffer)
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            if self._file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
+                raise ValueError("file ends early")
+            self._digest.update(piece)
+
+    def hexdigest(self) -> str:
+        """SHA-256 of what was read so far."""
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def open_checked(folder: Path, facts: Mapping[str, Any], name: str) -> Iterator[CheckedFile]:
+    """Open a file of a snapshot; leaving the block checks that all of it was read, and unchanged.
+
+    Raises IndexDamaged naming the file; a ValueError out of the block (its bytes made no sense) too.
+    Use what was read only after the block.
+    """
+    path = folder / name
+    try:
+        entry = facts["files"][name]
+        with path.open("rb") as raw:
+            size = os.fstat(raw.fileno()).st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"it has {size} bytes, {entry['bytes']} were written")
+            file = CheckedFile(raw)
+            yield file
+            if file.hexdigest() != entry["sha256"]:
+                raise ValueError("its SHA-256 differs")
+    except OSError as error:
+        raise IndexDamaged(f"{path} cannot be read ({error.strerror}); {_REMEDY}") from error
+    except KeyError as error:
+        raise IndexDamaged(f"{path} is not listed in {MANIFEST}; {_REMEDY}") from error
+    except ValueError as error:
+        raise IndexDamaged(f"{path} is not what was written: {error}; {_REMEDY}") from error

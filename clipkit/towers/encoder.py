@@ -80,6 +80,15 @@ class DualEncoder:
         return features
 
     @property
+    def known_id(self) -> str:
+        """The `encoder_id`; with `towers`, what makes a loaded model a `lazy_encoder.Encoder`."""
+        return self.encoder_id
+
+    def towers(self) -> DualEncoder:
+        """Return self: these towers are loaded."""
+        return self
+
+    @property
     def dim(self) -> int:
         """The length of an embedding."""
         return self.config.dim
