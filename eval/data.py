@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import DatasetError, InputError
+from clipkit.records import stripped
 from clipkit.sources import Broken, Options, Picture, Row, Source, detect, open_source
 from clipkit.sources.folders import choose_split, split_folder
 
@@ -146,11 +147,9 @@ class Labelled:
 def open_captioned(data: str, *, split: str | None = None, limit: int | None = None) -> Captioned:
     """Collect pictures with captions or tags. Raises InputError if there are none."""
     source, groups, warnings = _collect(data, split)
-    captions = [_stripped(itertools.chain(*(row.captions for row in g))) for g in groups]
-    tags = [
-        tuple(dict.fromkeys(_stripped(itertools.chain(*(_tags(row) for row in group)))))
-        for group in groups
-    ]
+    # Repeated captions stay: the field counts each as a query.
+    captions = [stripped(text for row in group for text in row.captions) for group in groups]
+    tags = [stripped(tag for row in group for tag in _tags(row)) for group in groups]
     if not any(tags) and all(_has_no_caption(source, row) for group in groups for row in group):
         raise InputError(
             f"no picture of {data} has a caption; captions are read from a caption column, from "
@@ -164,7 +163,7 @@ def open_captioned(data: str, *, split: str | None = None, limit: int | None = N
         pictures,
         tuple(itertools.chain(*captions)),
         np.repeat(np.arange(len(groups)), [len(texts) for texts in captions]),
-        tuple(tags),
+        tuple(tuple(dict.fromkeys(own)) for own in tags),
         subset,
         warnings,
     )
@@ -304,13 +303,6 @@ def _collect_labelled(
 
 def _pictures(groups: Sequence[Sequence[Row]]) -> SourcePictures:
     return SourcePictures(tuple(g[0].name for g in groups), tuple(g[0].picture for g in groups))
-
-
-def _stripped(texts: Iterator[str]) -> tuple[str, ...]:
-    # JSON can escape half a surrogate pair, which no tokenizer takes. Repeated captions stay: the
-    # field counts each as a query.
-    clean = (text.encode("utf-8", "replace").decode().strip() for text in texts)
-    return tuple(filter(None, clean))
 
 
 def _tags(row: Row) -> Sequence[str]:

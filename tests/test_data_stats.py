@@ -46,7 +46,8 @@ def test_the_sample_follows_content_not_order(tmp_path: Path) -> None:
 def test_nothing_to_count() -> None:
     broken = Source("made", "made", "", None, lambda: iter([Broken("line 1", "x", "y")]))
     with pytest.raises(
-        DatasetError, match="nothing could be read from made: none of its 1 rows gives .* line 1: y"
+        DatasetError,
+        match=r"nothing could be read from made: none of its 1 rows gives .* line 1: y",
     ):
         collect(broken)
 

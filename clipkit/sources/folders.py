@@ -89,7 +89,7 @@ def open_class_folders(path: Path, options: Options) -> Source:
                     yield file
                     continue
                 name, split = file.relative_to(path).as_posix(), options.split
-                yield Row(PictureFile(file), name, name, (), folder.name, split, meta)
+                yield Row(PictureFile(file), name, name, (), folder.name, split, meta=meta)
 
     classes = tuple(sorted({folder.name for _, folder in folders}))
     description = f"{len(classes):,} class folders with {total:,} pictures"
@@ -118,6 +118,13 @@ def open_imagefolder(path: Path, options: Options) -> Source:
                     yield _placed(item, folder)
                     continue
                 place, fields = item
+                name = PurePosixPath(str(fields.get(roles.image)))
+                if name.is_absolute() or ".." in name.parts:
+                    detail = (
+                        f"{roles.image} {str(name)!r} must stay below the folder of {file.name}"
+                    )
+                    yield _placed(Broken(place, "outside", detail), folder)
+                    continue
                 cells = filled(fields, roles) if table else fields
                 yield _placed(roles.row(place, cells, finder.row, split), folder)
 
@@ -204,8 +211,11 @@ def _placed(row: Row | Broken, folder: str) -> Row | Broken:
     if isinstance(row, Broken):
         return replace(row, place=place)
     name = row.name if folder == "." else f"{folder}/{row.name}"
-    meta = _unpacked(row.meta) if "image_id" in row.meta else row.meta
-    return replace(row, place=place, name=name, meta=meta)
+    image_id = row.meta.get("image_id")
+    if not isinstance(image_id, str):
+        return replace(row, place=place, name=name)
+    meta = _unpacked(row.meta)
+    return replace(row, place=place, name=name, image_id=image_id or None, meta=meta)
 
 
 def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -203,7 +203,7 @@ def _row(
 ) -> Row | Broken:
     plain = {k: v for k, v in meta.items() if isinstance(v, str | int | float | bool | list)}
     if isinstance(cell, TableCell):
-        return Row(cell, place, place, captions, label, split, plain)
+        return Row(cell, place, place, captions, label, split, meta=plain)
     if isinstance(cell, bytes):
         cell = {"bytes": cell}
     if isinstance(cell, str):
@@ -213,7 +213,7 @@ def _row(
     name = Path(cell.get("path") or place).name
     data = cell.get("bytes")
     picture: Picture = PictureBytes(data) if data else PictureFile(Path(cell["path"]))
-    return Row(picture, name, place, captions, label, split, plain)
+    return Row(picture, name, place, captions, label, split, meta=plain)
 
 
 def _class_columns(features: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -108,6 +108,7 @@ class Row:
     captions: tuple[str, ...] = ()
     label: Any = None  # class name or number, a list of them, or whatever the label column holds
     split: str | None = None  # "train", "validation", "test" if the source says so
+    image_id: str | None = None  # content hash, in datasets that clipkit built
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -219,7 +220,7 @@ class PictureFinder:
             path = self._folders[0] / name
         if path is None:
             return Broken(place, "missing", f"{name:.200} is not in {self._searched}")
-        return Row(PictureFile(path), name, place, captions, label, split, meta or {})
+        return Row(PictureFile(path), name, place, captions, label, split, meta=meta or {})
 
 
 def split_name(text: object) -> str | None:
