@@ -29,6 +29,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -44,10 +45,10 @@ from typing import Any, Literal, Protocol, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.errors import DatasetError
+from clipkit.errors import DatasetError, InputError
 from clipkit.images import Limits
 from clipkit.records import METADATA, SPLITS
-from clipkit.sources import Broken, Row, Source
+from clipkit.sources import Broken, Picture, Row, Source, TarMember, open_source
 from clipkit.sources.rows import LISTS
 from data_prep.clean import Rules, caption_fault, mend, same_caption
 from data_prep.load import Fault, Loaded, Loader, in_order
@@ -125,6 +126,59 @@ def build(
         write_manifest(folder / MANIFEST, built, sources, options=options, command=command)
         swap(folder, out)
     return built
+
+
+def build_once(
+    data: str,
+    below: Path,
+    *,
+    command: str = "",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> tuple[Path, Built | None]:
+    """Build a dataset of the source `data` in a folder below `below`, unless that was done before.
+
+    The folder's name holds a hash of the rows and of the files' sizes and times: a changed source
+    gives another folder, and runs that began on the former one can be resumed. Of a hub dataset only
+    the name counts. Several processes may call this at once; one builds. Returns the folder, and the
+    result of the build, or None if the dataset was there. Raises InputError as `build` does.
+    """
+    from filelock import FileLock
+
+    source = open_source(data)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(data).stem).strip("-.") or "data"
+    out = below / f"{name[:40]}-{_rows_hash(source)}"
+    try:
+        below.mkdir(parents=True, exist_ok=True)
+        with FileLock(below / f".{out.name}.lock"):
+            if (out / MANIFEST).is_file():
+                return out, None
+            return out, build([source], out, command=command, on_progress=on_progress)
+    except OSError as error:
+        raise InputError(f"cannot write into {below}: {error.strerror or error}") from error
+
+
+def _rows_hash(source: Source) -> str:
+    """Return 12 hex digits that change with the rows of a source and with their files."""
+    digest = blake2b(f"{source.kind} {source.path}".encode("utf-8", "surrogateescape"))
+    for row in () if source.path.startswith("hf:") else source.rows():
+        if isinstance(row, Broken):
+            content: list[Any] = [row.place, row.reason]
+        else:
+            content = [row.name, row.captions, row.split, dict(row.meta), *_stamp(row.picture)]
+        digest.update(json.dumps(content, default=str).encode())
+    return digest.hexdigest()[:12]
+
+
+def _stamp(picture: Picture) -> tuple[object, ...]:
+    file = picture.tar if isinstance(picture, TarMember) else picture.path
+    if file is None:
+        return (blake2b(picture.read()).hexdigest(),)
+    try:
+        status = os.stat(file)
+    except OSError:
+        return (str(file),)
+    place = (picture.offset, picture.size) if isinstance(picture, TarMember) else ()
+    return (str(file), *place, status.st_size, status.st_mtime_ns)
 
 
 class _Build:
