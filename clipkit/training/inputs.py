@@ -151,13 +151,13 @@ class PictureInputs:
         return own_slice(len(plan.pictures))
 
     def _read(self, picture: int) -> Image.Image:
-        path = self.data.folder / self.data.paths[picture]
         try:
-            data = images.read_bytes(path)
+            data = self.data.picture(picture).read()
             return images.decode(data, target=self._encoder.preferred_side).rgb
         except ImageError as error:
             raise DatasetError(
-                f"{path}: {error}; take it out, or make the dataset again"
+                f"{self.data.folder / self.data.paths[picture]}: {error}; remove it, or build the "
+                "dataset again"
             ) from error
 
     def _served(self, picture: int) -> torch.Tensor:
