@@ -16,6 +16,8 @@ from PIL import Image
 from app.cli import terminal
 from clipkit.catalog import Catalog
 
+pytestmark = pytest.mark.end_to_end
+
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "data_prep" / "gallery" / "pictures"
 

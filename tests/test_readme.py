@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand."""
+"""The commands and examples of README and CONTRIBUTING, run as they stand; their links and paths."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.end_to_end
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,10 +65,27 @@ def test_a_command_of_the_readme_works(command: str, home: Path) -> None:
 
 def test_the_python_of_the_readme_works(home: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    code += "\nassert len(library) == 17 and len(similar) == 12 and vectors.shape == (1, 512)"
+    code += "\nassert len(library) == 15 and len(similar) == 12 and vectors.shape == (1, 512)"
     done = run([sys.executable, "-c", code], home)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_examples_for_contributors_work(number: int, tmp_path: Path) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 3
+    done = run([sys.executable, "-W", "error", "-c", blocks[number]], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_paths_that_contributors_are_sent_to_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:app|clipkit|data_prep|eval|tests)/[\w./]*)`", text)
+    assert len(paths) > 30
+    for path in paths:
+        assert (ROOT / path).exists(), path
 
 
 def test_the_readme_is_short() -> None:
