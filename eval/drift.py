@@ -20,12 +20,11 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
-from eval.data import Captioned, Labelled
+from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, FeatureCache, Features, OnProgress, fingerprint, picture_features
 from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
 from eval.reports.exhibits import exhibit
 from eval.reports.report import EvalReport
-from eval.source import Pictures
 from eval.two_sample_test import Verdict, compare_batches
 
 Float32 = npt.NDArray[np.float32]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
-from eval.data import Captioned, Labelled
+from eval.data import Captioned, Labelled, Pictures
 from eval.features import (
     Encoder,
     FeatureCache,
@@ -35,7 +35,6 @@ from eval.features import (
 from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
 from eval.reports.exhibits import exhibit
 from eval.reports.report import EvalReport
-from eval.source import Pictures
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

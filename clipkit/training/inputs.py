@@ -155,7 +155,7 @@ class PictureInputs:
 
     def read(self, picture: int) -> bytes:
         """Return a picture's file. Raises ImageError."""
-        return images.read_bytes(self.data.folder / self.data.paths[picture])
+        return self.data.picture(picture).read()
 
     def served(self, file: bytes) -> torch.Tensor:
         """Decode and preprocess a picture as at inference: uint8 (3, H, W). Raises ImageError."""
@@ -164,7 +164,7 @@ class PictureInputs:
     def unreadable(self, picture: int, error: ImageError) -> DatasetError:
         """Return the error for a picture that cannot be read or decoded."""
         path = self.data.folder / self.data.paths[picture]
-        return DatasetError(f"{path}: {error}; take it out, or make the dataset again")
+        return DatasetError(f"{path}: {error}; remove it, or build the dataset again")
 
     def _decoded(self, file: bytes) -> Image.Image:
         return images.decode(file, target=self._encoder.preferred_side).rgb

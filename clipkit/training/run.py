@@ -17,10 +17,9 @@ import torch
 
 from clipkit import checkpoint, towers
 from clipkit.errors import InputError
-from clipkit.records import METADATA
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
-from clipkit.training.data import CaptionedPictures, fitted_batch
+from clipkit.training.data import CaptionedPictures, fitted_batch, has_split
 from clipkit.training.distributed import own_generators
 from clipkit.training.frozen_towers import FeaturesStopped, FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
@@ -297,7 +296,7 @@ def _read(config: TrainConfig) -> tuple[CaptionedPictures, CaptionedPictures | N
     """The training split, and the validation split if there is one."""
     folder = Path(config.data)
     data = CaptionedPictures.read(folder, "train")
-    if not (folder / "validation" / METADATA).is_file():
+    if not has_split(folder, "validation"):
         return data, None
     return data, CaptionedPictures.read(folder, "validation", most=config.eval_pictures)
 

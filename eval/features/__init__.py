@@ -27,7 +27,7 @@ from clipkit.catalog import VectorStore
 from clipkit.embed import Encoded, Known, encode_pictures
 from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
 from clipkit.lazy_encoder import Encoder
-from eval.source import Pictures
+from eval.data import Pictures
 
 if TYPE_CHECKING:
     from PIL import Image

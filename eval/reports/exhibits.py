@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from eval.data import Pictures
 from eval.features import thumbnail_if_there
-from eval.source import Pictures
 
 
 def exhibit(
