@@ -45,13 +45,14 @@ from typing import Any, Literal, Protocol, Self, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from clipkit.embed import in_order
 from clipkit.errors import DatasetError, InputError
 from clipkit.images import Limits
 from clipkit.records import METADATA, SPLITS
 from clipkit.sources import Broken, Picture, Row, Source, TarMember, open_source
 from clipkit.sources.rows import LISTS
 from data_prep.clean import Rules, caption_fault, mend, same_caption
-from data_prep.load import Fault, Loaded, Loader, in_order
+from data_prep.load import Fault, Loaded, Loader
 from data_prep.split import HASH_BYTES, Fractions, assign, groups_of, near_pairs
 from data_prep.staging import MANIFEST, Built, Progress, aside, check_out, swap, write_manifest
 

@@ -10,12 +10,12 @@ from itertools import combinations
 
 import numpy as np
 
+from clipkit.embed import in_order
 from clipkit.errors import DatasetError, ImageError
 from clipkit.images import decode, image_id
 from clipkit.records import SPLITS
 from clipkit.sources import Broken, Picture, Row, Source
 from data_prep.clean import same_caption
-from data_prep.load import in_order
 from data_prep.split import HASH_BYTES, MAX_RADIUS, near_pairs, perceptual_hash
 
 _Look = tuple[str, bytes]  # image_id, perceptual hash

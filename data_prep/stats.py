@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from clipkit.embed import in_order
 from clipkit.errors import ImageError, InputError
 from clipkit.images import decode, image_id
 from clipkit.records import SPLITS
 from clipkit.sources import Broken, Picture, Row, Source
-from data_prep.load import in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
