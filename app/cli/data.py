@@ -50,8 +50,8 @@ KindOption = Annotated[
     typer.Option(
         "--kind",
         metavar="KIND",
-        help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or webdataset. "
-        "Default: detected from the files.",
+        help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or "
+        "webdataset. Default: detected from the files.",
     ),
 ]
 ImageColumn = Annotated[
