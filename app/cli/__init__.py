@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,17 +20,18 @@ import typer
 from app.cli import corrections, train
 from app.cli.data import data
 from app.cli.eval import evaluate
-from app.cli.terminal import duration, printable, size, stop_on_signal
+from app.cli.terminal import size, stop_on_signal
 from app.paths import index_folder
 from clipkit import __version__
 from clipkit.errors import ClipkitError, ImageError, InputError
+from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from clipkit.catalog import Catalog
     from clipkit.embed import Progress, Summary
-    from clipkit.search import SearchResult
+    from clipkit.search import SearchHit, SearchResult
 
 cli = typer.Typer(
     name="clipkit",
@@ -186,11 +186,11 @@ def search(
         searcher = Searcher(catalog, encoder, encoder_id=encoder.encoder_id)
         result = searcher.search(" ".join(words or ()), k=k, image=picture)
     if as_json:
-        print(json.dumps([asdict(hit) for hit in result.hits], indent=2))
+        print(json.dumps([_hit_as_json(hit) for hit in result.hits], indent=2))
     else:
         _print_hits(result)
     if open_first and result.hits:
-        typer.launch(result.hits[0].path)
+        typer.launch(result.hits[0].picture.path)
 
 
 @cli.command(epilog="Examples:  clipkit app --open   ·   clipkit app --index .demo/gallery")
@@ -335,6 +335,16 @@ def _print_summary(summary: Summary, place: Path) -> None:
     print(f"index: {printable(str(place))}")
 
 
+def _hit_as_json(hit: SearchHit) -> dict[str, object]:
+    return {
+        "rank": hit.rank,
+        "image_id": hit.picture.image_id,
+        "score": hit.score,
+        "strength": hit.strength,
+        "path": hit.picture.path,
+    }
+
+
 def _print_hits(result: SearchResult) -> None:
     """A hit a line, its path last and never broken, so that it can be copied or piped."""
     from rich.console import Console
@@ -348,11 +358,11 @@ def _print_hits(result: SearchResult) -> None:
         score = "" if hit.score is None else f"{hit.score:.3f}"
         line = Text(f"{hit.rank:>{width}}  {score:>5}  ")
         line.append(f"{strength:<6}", style=colours.get(strength, ""))
-        line.append(f"  {printable(hit.path)}")
+        line.append(f"  {printable(hit.picture.path)}")
         console.print(line, soft_wrap=True)
     took = sum(result.seconds.values())
     console.print(
-        f"{len(result.hits):,} of {result.total:,} pictures, {took * 1000:.0f} ms", style="dim"
+        f"{len(result.hits):,} of {result.total:,} pictures, {duration(took)}", style="dim"
     )
 
 

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from app.cli.terminal import printable
 from app.paths import index_folder
 from clipkit.errors import InputError
+from clipkit.wording import printable
 
 EPILOG = (
     "Examples:  clipkit corrections   ·   clipkit corrections --out corrections.jsonl   ·   "

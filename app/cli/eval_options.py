@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from app.cli.terminal import printable, progress_shown, stop_on_signal
+from app.cli.terminal import progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
+from clipkit.wording import printable
 
 if TYPE_CHECKING:
     from clipkit.lazy_encoder import LazyEncoder

@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: progress, Ctrl-C, names and figures that are safe to print."""
+"""What the commands share on a terminal: progress, Ctrl-C, sizes."""
 
 from __future__ import annotations
 
@@ -70,12 +70,6 @@ def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def printable(text: str) -> str:
-    """File names need not be UTF-8, and may hold control characters that drive a terminal."""
-    shown = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() else "?" for c in shown)
-
-
 def size(count: float) -> str:
     """Bytes as people read them: 1234567 -> "1 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -83,12 +77,3 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 75 -> "1 min 15 s"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

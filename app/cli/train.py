@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.terminal import duration, printable, progress_shown, stop_on_signal
+from app.cli.terminal import progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
+from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from clipkit.training import Progress, RunSummary, TrainConfig
