@@ -63,7 +63,7 @@ AGREE = 0.002  # a near-tie that falls the other way costs 1 / pictures
 class Job:
     name: str
     data: Any
-    ours: Callable[[LazyEncoder, FeatureCache], EvalReport]
+    ours: Callable[[LazyEncoder, Session], EvalReport]
     theirs: Callable[[Any, Any, Any, bool], Mapping[str, float]]
     names: Mapping[str, str]  # clipkit's metric -> CLIP Benchmark's
 
