@@ -1,4 +1,4 @@
-"""An encoder by its spec: named at once, its towers loaded by the first who needs them."""
+"""A model by its spec: its identity at once, its towers when something must be encoded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clipkit import checkpoint
 from clipkit.errors import ClipkitError
@@ -15,7 +15,6 @@ from clipkit.text_towers.bert import TextTower, open_text_tower
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL import Image
 
     from clipkit.towers import DualEncoder
 
@@ -24,11 +23,31 @@ log = logging.getLogger(__name__)
 PAUSE_SECONDS = 10.0  # importing torch holds up every other thread
 
 
-class LazyEncoder:
-    """What indexing, searching and evaluating ask of an encoder, without torch until it is needed.
+class Encoder(Protocol):
+    """What indexing, search and evaluation need of a model; `LazyEncoder` and `DualEncoder` are one."""
 
-    Until the towers are loaded, which takes seconds, texts go through the numpy text tower where
-    the checkpoint has one. Threads may share it.
+    @property
+    def spec(self) -> str: ...
+    @property
+    def known_id(self) -> str | None:
+        """The encoder_id if it is known without loading the towers."""
+
+    @property
+    def encoder_id(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    def towers(self) -> DualEncoder:
+        """Load the towers, once. Any thread may call it. Raises ModelError if they cannot be loaded."""
+
+    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Encode texts to float32 (N, D), unit rows."""
+
+
+class LazyEncoder:
+    """An `Encoder` that imports torch and loads the towers only when they are needed.
+
+    Until the towers are loaded, which takes seconds, texts are encoded by the numpy text tower if the
+    checkpoint has one. Threads may share it.
     """
 
     def __init__(self, spec: str, *, device: str = "auto", precision: str = "auto") -> None:
@@ -37,8 +56,7 @@ class LazyEncoder:
         self._towers: DualEncoder | None = None
         self._texts: TextTower | None = None
         self._loading = threading.Lock()
-        # None: the model must be loaded to know.
-        self.known_id = checkpoint.identify(spec)
+        self.known_id = checkpoint.identify(spec)  # None: only loading the model tells
 
     @property
     def state(self) -> Literal["unloaded", "loading", "ready"]:
@@ -52,7 +70,7 @@ class LazyEncoder:
 
     @property
     def precision(self) -> str:
-        """What the towers compute in on the chosen device, said without loading them."""
+        """The arithmetic of the towers on the chosen device; does not load them."""
         if self._options["precision"] != "auto":
             return str(self._options["precision"])
         from clipkit import towers
@@ -60,12 +78,11 @@ class LazyEncoder:
         device = towers.choose_device(self._options["device"])
         return towers.choose_precision(device, self._options["precision"])
 
-    @property
-    def preferred_side(self) -> int:
-        return self.towers().preferred_side
-
     def towers(self) -> DualEncoder:
-        """The whole model, loaded by the first caller. ModelError, each time anew, if it cannot be."""
+        """Return the whole model; the first caller loads it.
+
+        Raises ModelError if it cannot be loaded; the next call tries again.
+        """
         with self._loading:
             if self._towers is None:
                 from clipkit import towers
@@ -76,23 +93,21 @@ class LazyEncoder:
             return self._towers
 
     def warm(self) -> None:
-        """Load in the background, so that the first search need not wait."""
+        """Load in the background, so that the first search does not wait."""
         threading.Thread(target=self._warm, name="clipkit-model", daemon=True).start()
 
     def _warm(self) -> None:
         try:
             self._texts = open_text_tower(self.spec)
-            if self._texts is not None:  # words can be searched: let the page open first
+            if self._texts is not None:  # texts can be encoded: let the page open first
                 time.sleep(PAUSE_SECONDS)
             self.towers()
-        except ClipkitError as error:  # the first search says it again, to the person
+        except ClipkitError as error:  # the first search raises it again
             log.warning("the model cannot be loaded: %s", error)
 
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Encode texts to float32 (N, D), unit rows, by the numpy text tower or the loaded towers."""
         if self._towers is None and self._texts is None:
             self._texts = open_text_tower(self.spec)
         tower = self._towers or self._texts or self.towers()
         return tower.encode_texts(texts)
-
-    def encode_images(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
-        return self.towers().encode_images(images)

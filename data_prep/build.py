@@ -1,19 +1,37 @@
-"""Sources in, a data set out: read, clean, compare, split, write, in two passes over disk.
+"""Build a dataset from sources: read, clean, compare, split, write, in two passes over the disk.
 
-    sources ── load (threads): decode, hash, link ──▶ spool + pool of pictures     (aside)
+    sources ── load (threads): decode, hash, link ──▶ spool + pool of pictures     (staging folder)
     spool ── merge a picture's rows ── look-alikes ── splits ──▶ train/ validation/ test/   (renamed)
 
-What stays in memory is about 1 kB a picture: identity, perceptual hash, where its rows lie, hashes of
-its captions; never pictures nor captions themselves. All is written into a hidden folder beside the
-goal, which is renamed when its last file, dataset.json, is there. Interrupted, it is removed; killed,
-the next run removes it.
+About 1 kB a picture stays in memory: identity, perceptual hash, offsets of its rows, hashes of its
+captions; pictures and captions themselves do not. All files go into a hidden folder beside the
+target, which is renamed after its last file, dataset.json, is written. An interrupted build removes
+that folder; after a kill the next build does.
+
+An imagefolder has SPLIT/metadata.jsonl beside the pictures, one object a line, with the same columns
+in the same order on every line of every split:
+
+    file_name   IMAGE_ID.jpg
+    image_id    BLAKE2b-128 of the source's bytes, 32 hex digits
+    captions    [one or more]
+    keywords, not_captions    [any number]; only if the sources have any
+    width, height             of the picture beside it, pixels
+    source      "captions.csv, line 12"
+    meta        the source's other columns, as JSON text
+
+`meta` is text because Arrow must find one type per column, the same in every split: nulls, mixed
+numbers, dates in one split only, and names such as "thumb_file_name" would each break
+`datasets.load_dataset`. Shards have the same columns in each picture's .json, `meta` as an object.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,26 +39,29 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.errors import DatasetError
+from clipkit.embed import in_order
+from clipkit.errors import DatasetError, InputError
 from clipkit.images import Limits
-from clipkit.records import SPLITS
-from clipkit.sources import Broken, RawPair, Source
+from clipkit.records import METADATA, SPLITS
+from clipkit.sources import Broken, Picture, Row, Source, TarMember, open_source
 from clipkit.sources.rows import LISTS
 from data_prep.clean import Rules, caption_fault, mend, same_caption
-from data_prep.load import Fault, Loaded, Loader, in_order
+from data_prep.load import Fault, Loaded, Loader
 from data_prep.split import HASH_BYTES, Fractions, assign, groups_of, near_pairs
 from data_prep.staging import MANIFEST, Built, Progress, aside, check_out, swap, write_manifest
-from data_prep.writers import FolderWriter, Record, ShardWriter, Writer
 
 REJECTED = "rejected.jsonl"
 _SPOOL, _MERGED = "spool.jsonl", "merged.jsonl"
-# Of a picture's official splits the last counts: what is tested on must not be trained on.
+# Of several official splits of a picture the last counts: test pictures must not be trained on.
 _RANK = {split: rank for rank, split in enumerate((None, *SPLITS))}
+
+Record = dict[str, Any]  # the columns above, `meta` as a dictionary
 
 
 def build(
@@ -58,14 +79,15 @@ def build(
     command: str = "",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Built:
-    """Builds the data set folder `out` from all sources together; what it wrote.
+    """Build the dataset folder `out` from all sources together.
 
-    Pictures are hard links where the disk can (copies else), `resize` encodes larger ones anew;
-    `shards` writes WebDataset tars in place of an imagefolder. Equal files are one picture with all
-    their captions. What is rejected is listed in rejected.jsonl.
+    Pictures are hard-linked where the file system can, else copied; `resize` encodes larger ones
+    again. `shards` writes WebDataset tars instead of an imagefolder. Equal files become one picture
+    with all their captions. Every rejected row, picture and caption is listed in rejected.jsonl.
 
-    InputError: `out` is there and `overwrite` is not, or is no data set; a source yields nothing, or
-    nothing is left of it. An exception, KeyboardInterrupt too, leaves `out` as it was.
+    Raises InputError if `out` exists and is not a dataset, or `overwrite` is not given; if a source
+    gives no pictures; or if no captioned picture is left. Any exception, KeyboardInterrupt included,
+    leaves `out` unchanged.
     """
     out = Path(os.path.abspath(out.expanduser()))
     check_out(out, sources, overwrite)
@@ -107,8 +129,61 @@ def build(
     return built
 
 
+def build_once(
+    data: str,
+    below: Path,
+    *,
+    command: str = "",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> tuple[Path, Built | None]:
+    """Build a dataset of the source `data` in a folder below `below`, unless that was done before.
+
+    The folder's name holds a hash of the rows and of the files' sizes and times: a changed source
+    gives another folder, and runs that began on the former one can be resumed. Of a hub dataset only
+    the name counts. Several processes may call this at once; one builds. Returns the folder, and the
+    result of the build, or None if the dataset was there. Raises InputError as `build` does.
+    """
+    from filelock import FileLock
+
+    source = open_source(data)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(data).stem).strip("-.") or "data"
+    out = below / f"{name[:40]}-{_rows_hash(source)}"
+    try:
+        below.mkdir(parents=True, exist_ok=True)
+        with FileLock(below / f".{out.name}.lock"):
+            if (out / MANIFEST).is_file():
+                return out, None
+            return out, build([source], out, command=command, on_progress=on_progress)
+    except OSError as error:
+        raise InputError(f"cannot write into {below}: {error.strerror or error}") from error
+
+
+def _rows_hash(source: Source) -> str:
+    """Return 12 hex digits that change with the rows of a source and with their files."""
+    digest = blake2b(f"{source.kind} {source.path}".encode("utf-8", "surrogateescape"))
+    for row in () if source.path.startswith("hf:") else source.rows():
+        if isinstance(row, Broken):
+            content: list[Any] = [row.place, row.reason]
+        else:
+            content = [row.name, row.captions, row.split, dict(row.meta), *_stamp(row.picture)]
+        digest.update(json.dumps(content, default=str).encode())
+    return digest.hexdigest()[:12]
+
+
+def _stamp(picture: Picture) -> tuple[object, ...]:
+    file = picture.tar if isinstance(picture, TarMember) else picture.path
+    if file is None:
+        return (blake2b(picture.read()).hexdigest(),)
+    try:
+        status = os.stat(file)
+    except OSError:
+        return (str(file),)
+    place = (picture.offset, picture.size) if isinstance(picture, TarMember) else ()
+    return (str(file), *place, status.st_size, status.st_mtime_ns)
+
+
 class _Build:
-    """The state of one build; `read` each source, then `merge`, `split`, `write`."""
+    """The state of one build: call `read` for each source, then `merge`, `split`, `write`."""
 
     def __init__(
         self,
@@ -129,109 +204,103 @@ class _Build:
         self._merged = stack.enter_context((folder / _MERGED).open("w+b"))
         self._list = stack.enter_context((folder / REJECTED).open("w", encoding="utf-8"))
         self._numbers: dict[str, int] = {}  # image_id -> the picture's number, from 0
-        self._places: list[list[int]] = []  # where its rows begin in the spool
+        self._offsets: list[list[int]] = []  # of its rows in the spool
         self._looks = bytearray()
         self._official: list[str | None] = []
-        self._met: dict[str, int | Fault | None] = {}  # path -> what came of it; None: under way
+        self._loaded: dict[str, int | Fault | None] = {}  # by path; None: still loading
         self._repeats: Counter[int] = Counter()  # hash of a caption -> pictures that have it
 
     # ---- the first pass
 
     def read(self, source: Source, workers: int) -> None:
-        """Loads what a source yields in threads, and spools it in the source's order."""
+        """Load a source's pictures in threads, and spool its rows in the source's order."""
         first: Broken | None = None
-        done, spooled = 0, self._spool.tell()
-        for done, (item, future) in enumerate(in_order(source.rows(), self._start, workers), 1):
-            if isinstance(item, Broken):
-                first = first or item
-                self._reject("row", source, item.row, item.reason, item.detail)
+        done, start = 0, self._spool.tell()
+        for done, (row, future) in enumerate(in_order(source.rows(), self._start, workers), 1):
+            if isinstance(row, Broken):
+                first = first or row
+                self._reject("row", source, row.place, row.reason, row.detail)
             else:
-                self._take(source, item, future)
-            self._tell("reading", done, source.total)
+                self._take(source, row, future)
+            self._report("reading", done, source.total)
         self.rows += done
-        if self._spool.tell() == spooled:
-            why = "it has no rows" if not done else f"none of its {done:,} rows gives a picture"
-            if first:
-                why += f"; the first: {first.row}: {first.detail}"
-            if first and first.reason == "missing":
-                why += "; say where the pictures lie with --pictures"
-            raise DatasetError(f"nothing could be read from {source.path}: {why}")
+        if self._spool.tell() == start:
+            raise source.nothing_read(done, first)
 
-    def _start(
-        self, pool: ThreadPoolExecutor, item: RawPair | Broken
-    ) -> Future[Loaded | Fault] | None:
-        """The picture's loading; None for a broken row and for a file that was met before."""
-        if isinstance(item, Broken):
+    def _start(self, pool: ThreadPoolExecutor, row: Row | Broken) -> Future[Loaded | Fault] | None:
+        """Start to load a picture; None for a broken row and for a file that was loaded before."""
+        if isinstance(row, Broken):
             return None
-        if isinstance(item.picture, Path):
-            path = os.path.abspath(item.picture)
-            if path in self._met:
+        if row.picture.path is not None:
+            path = os.path.abspath(row.picture.path)
+            if path in self._loaded:
                 return None
-            self._met[path] = None
-        return pool.submit(self.loader, item.picture)
+            self._loaded[path] = None
+        return pool.submit(self.loader, row.picture)
 
-    def _take(self, source: Source, pair: RawPair, future: Future[Loaded | Fault] | None) -> None:
-        """A row whose picture is loaded: into the spool, or rejected."""
-        row: dict[str, Any] = {"name": pair.name, "path": source.path, "row": pair.row}
-        path = os.path.abspath(pair.picture) if isinstance(pair.picture, Path) else None
+    def _take(self, source: Source, row: Row, future: Future[Loaded | Fault] | None) -> None:
+        """Spool a row whose picture is loaded, or reject it."""
+        entry: dict[str, Any] = {"name": row.name, "path": source.path, "row": row.place}
+        path = os.path.abspath(row.picture.path) if row.picture.path is not None else None
         if future is None:
             assert path is not None
-            found = self._met[path]
+            result = self._loaded[path]
         else:
             loaded = future.result()
-            found = loaded if isinstance(loaded, Fault) else self._number(loaded)
-            if isinstance(loaded, Loaded) and found == len(self._places):
-                self._places.append([])
+            result = loaded if isinstance(loaded, Fault) else self._number(loaded)
+            if isinstance(loaded, Loaded) and result == len(self._offsets):
+                self._offsets.append([])
                 self._official.append(None)
                 self._looks += loaded.look
-                row |= {"file": loaded.file, "width": loaded.width, "height": loaded.height}
-            elif isinstance(loaded, Loaded) and isinstance(found, int):
-                detail = f"the same file as {loaded.image_id}, which has its captions now"
-                if pair.split and (known := self._official[found]) not in (None, pair.split):
-                    detail += f"; said to be of {known} and of {pair.split}: the latter of them"
-                self._reject("picture", source, pair.row, "duplicate", detail, pair.name)
+                entry |= {"file": loaded.file, "width": loaded.width, "height": loaded.height}
+            elif isinstance(loaded, Loaded) and isinstance(result, int):
+                detail = f"the same file as {loaded.image_id}, which gets its captions"
+                other = self._official[result]
+                if row.split and other not in (None, row.split):
+                    detail += f"; its splits are {other} and {row.split}: the later one counts"
+                self._reject("picture", source, row.place, "duplicate", detail, row.name)
             if path is not None:
-                self._met[path] = found
-        if not isinstance(found, int):
-            assert found is not None
-            self._reject("picture", source, pair.row, found.reason, found.detail, pair.name)
+                self._loaded[path] = result
+        if not isinstance(result, int):
+            assert result is not None
+            self._reject("picture", source, row.place, result.reason, result.detail, row.name)
             return
-        self._official[found] = max(self._official[found], pair.split, key=_RANK.__getitem__)
-        row |= {"captions": self._clean(source, pair), "meta": dict(pair.meta)}
-        self._places[found].append(self._spool.tell())
-        self._spool.write(_line(row))
+        self._official[result] = max(self._official[result], row.split, key=_RANK.__getitem__)
+        entry |= {"captions": self._clean(source, row), "meta": dict(row.meta)}
+        self._offsets[result].append(self._spool.tell())
+        self._spool.write(_line(entry))
 
     def _number(self, loaded: Loaded) -> int:
         return self._numbers.setdefault(loaded.image_id, len(self._numbers))
 
-    def _clean(self, source: Source, pair: RawPair) -> list[str]:
-        kept = []
-        for said in pair.captions:
-            caption = mend(said)
+    def _clean(self, source: Source, row: Row) -> list[str]:
+        captions = []
+        for original in row.captions:
+            caption = mend(original)
             if reason := caption_fault(caption, self.rules):
-                self._reject("caption", source, pair.row, reason, said, pair.name)
+                self._reject("caption", source, row.place, reason, original, row.name)
             else:
-                kept.append(caption)
-                self.counts["mended"] += caption != said
-        return kept
+                captions.append(caption)
+                self.counts["mended"] += caption != original
+        return captions
 
-    # ---- between: a picture's rows together, look-alikes, splits
+    # ---- between the passes: a picture's rows joined, look-alikes, splits
 
     def merge(self) -> list[str]:
-        """Each picture's rows become one line; the list columns that any of them has."""
-        found: set[str] = set()
+        """Join each picture's rows into one line. Returns the list columns that are in use."""
+        columns: set[str] = set()
         self._spool.flush()
         for image_id, number in self._numbers.items():
             rows = []
-            for place in self._places[number]:
-                self._spool.seek(place)
+            for offset in self._offsets[number]:
+                self._spool.seek(offset)
                 rows.append(json.loads(self._spool.readline()))
-            self._places[number] = []
+            self._offsets[number] = []
             record = self._merge_rows(image_id, rows)
-            found |= {name for name in LISTS if record.get(name)}
+            columns |= {name for name in LISTS if record.get(name)}
             self._repeats.update(hash(same_caption(c)) for c in record["captions"])
             self._merged.write(_line(record))
-        return [name for name in LISTS if name in found]
+        return [name for name in LISTS if name in columns]
 
     def _merge_rows(self, image_id: str, rows: list[dict[str, Any]]) -> Record:
         lists = {
@@ -251,7 +320,7 @@ class _Build:
                 else:
                     captions[key] = caption
         meta: dict[str, Any] = {}
-        for row in reversed(rows):  # the first row's word counts
+        for row in reversed(rows):  # the first row wins
             meta |= row["meta"]
         first = rows[0]
         return {
@@ -265,9 +334,9 @@ class _Build:
         }
 
     def split(self, fractions: Fractions, seed: int) -> list[str | None]:
-        """A split for each picture; None for a near-duplicate that is dropped."""
+        """Return a split for each picture; None for a near-duplicate that is dropped."""
         count = len(self._numbers)
-        self._tell("comparing", 0, None)
+        self._report("comparing", 0, None)
         looks = np.frombuffer(bytes(self._looks), np.uint8).reshape(count, HASH_BYTES)
         if self.rules.near == "ignore":
             groups = np.arange(count)
@@ -285,77 +354,77 @@ class _Build:
         if self.rules.near != "drop":
             self.counts["parted"] = int((first < last).sum())
         else:
-            for number in np.flatnonzero(~self._kept(groups)):
+            for number in np.flatnonzero(~self._one_of_each(groups)):
                 splits[number] = None
         return splits
 
-    def _kept(self, groups: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool (N,): one picture of each group, the first of those whose official split is last."""
+    def _one_of_each(self, groups: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return bool (N,): one picture of each group, the first with the last official split."""
         rank = np.array([-_RANK[split] for split in self._official])
         order = np.lexsort((np.arange(len(groups)), rank, groups))
-        kept = np.zeros(len(groups), np.bool_)
-        kept[order[np.unique(groups[order], return_index=True)[1]]] = True
-        return kept
+        chosen = np.zeros(len(groups), np.bool_)
+        chosen[order[np.unique(groups[order], return_index=True)[1]]] = True
+        return chosen
 
     # ---- the second pass
 
     def write(self, writer: Writer, splits: list[str | None], pool: Path) -> None:
-        """Every picture that still has a caption, to its split. DatasetError if none has."""
+        """Write every picture that still has a caption. Raises DatasetError if there is none."""
         self._merged.seek(0)
         most = self.rules.max_repeats or len(splits)
         for number, (line, split) in enumerate(zip(self._merged, splits, strict=True), 1):
             record = json.loads(line)
-            place = {key: record.pop(key) for key in ("file", "path", "row", "name")}
-            told = (place, place["row"])
+            origin = {key: record.pop(key) for key in ("file", "path", "row", "name")}
+            where = (origin, origin["row"])
             captions = []
             for caption in record["captions"]:
                 pictures = self._repeats[hash(same_caption(caption))]
                 if pictures > most:
                     detail = f"on {pictures:,} pictures: {caption}"
-                    self._reject("caption", *told, "repeated-on-many", detail, place["name"])
+                    self._reject("caption", *where, "repeated-on-many", detail, origin["name"])
                 else:
                     captions.append(caption)
             record["captions"] = captions
             if split is None:
-                detail = "looks like a picture that is kept"
-                self._reject("picture", *told, "near-duplicate", detail, place["name"])
+                detail = "looks like another picture, which stays"
+                self._reject("picture", *where, "near-duplicate", detail, origin["name"])
             elif not captions:
-                detail = "nothing that was said of it is left"
-                self._reject("picture", *told, "no-caption", detail, place["name"])
+                detail = "none of its captions is left"
+                self._reject("picture", *where, "no-caption", detail, origin["name"])
             else:
-                writer.add(split, record, pool / place["file"])
+                writer.add(split, record, pool / origin["file"])
                 self.written[split] += 1
                 self.counts["captions"] += len(captions)
                 self.fingerprint ^= _print(split, record)
-            self._tell("writing", number, len(splits))
+            self._report("writing", number, len(splits))
         if not self.written:
             reasons = Counter(
                 {f"{what} {why}": n for what, of in self.rejected.items() for why, n in of.items()}
             )
-            told_of = ", ".join(f"{why} {n:,}" for why, n in reasons.most_common(5))
+            counts = ", ".join(f"{why} {n:,}" for why, n in reasons.most_common(5))
             raise DatasetError(
-                f"no picture with a caption is left of {len(splits):,}; rejected: {told_of}; "
-                "loosen the rule that took the most"
+                f"no picture with a caption is left of {len(splits):,}; rejected: {counts}; "
+                "loosen the rule that rejects most"
             )
 
-    # ---- what all parts tell
+    # ---- rejections and progress
 
     def _reject(
         self,
         what: str,
         source: Source | Mapping[str, Any],
-        row: str,
+        place: str,
         reason: str,
         detail: str,
         picture: str | None = None,
     ) -> None:
         self.rejected.setdefault(what, Counter())[reason] += 1
         path = source.path if isinstance(source, Source) else source["path"]
-        line: Record = {"source": path, "row": row, "what": what, "reason": reason}
+        line: Record = {"source": path, "row": place, "what": what, "reason": reason}
         line |= {"detail": detail} | ({"picture": picture} if picture else {})
         self._list.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _tell(
+    def _report(
         self, phase: Literal["reading", "comparing", "writing"], done: int, total: int | None
     ) -> None:
         rejected = sum(sum(reasons.values()) for reasons in self.rejected.values())
@@ -367,6 +436,102 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _print(split: str, record: Record) -> int:
-    """128 bits of what a trainer sees of a picture; xor of all does not depend on their order."""
-    seen = json.dumps([split, record["image_id"], record["captions"]]).encode()
-    return int.from_bytes(blake2b(seen, digest_size=16).digest(), "big")
+    """Return 128 bits of split, identity and captions; the xor of all does not depend on the order."""
+    content = json.dumps([split, record["image_id"], record["captions"]]).encode()
+    return int.from_bytes(blake2b(content, digest_size=16).digest(), "big")
+
+
+# ---- the dataset's files
+
+
+class Writer(Protocol):
+    """Move pictures from the same disk into the dataset, each to its split."""
+
+    def add(self, split: str, record: Record, picture: Path) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class FolderWriter:
+    """Write an imagefolder below `folder`, with the list columns `lists` on every line."""
+
+    def __init__(self, folder: Path, *, lists: Sequence[str]) -> None:
+        self._folder = folder
+        self._lists = tuple(lists)
+        self._files: dict[str, TextIO] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, split: str, record: Record, picture: Path) -> None:
+        first = split not in self._files
+        if first:
+            (self._folder / split).mkdir()
+            self._files[split] = (self._folder / split / METADATA).open("w", encoding="utf-8")
+        os.rename(picture, self._folder / split / picture.name)
+        line: Record = {"file_name": picture.name}
+        line |= {key: record[key] for key in ("image_id", "captions")}
+        for name in self._lists:
+            line[name] = _typed(record.get(name, [])) if first else record.get(name, [])
+        line |= {key: record[key] for key in ("width", "height", "source")}
+        line["meta"] = json.dumps(record["meta"], ensure_ascii=False, default=str)
+        self._files[split].write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _typed(texts: list[str]) -> list[str]:
+    """Append an empty string if Arrow could not infer the type text: an empty list has no type, and a
+    list of dates would become dates."""
+    return texts if any(c.isalpha() for text in texts for c in text) else [*texts, ""]
+
+
+class ShardWriter:
+    """Write SPLIT/00000.tar, ..., as img2dataset does; .txt holds the first caption, .json all."""
+
+    def __init__(self, folder: Path, *, size: int = 10_000) -> None:
+        self._folder = folder
+        self._size = size  # pictures a shard; the key has room for 10,000
+        self._counts: dict[str, int] = {}
+        self._tars: dict[str, tarfile.TarFile] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tar in self._tars.values():
+            tar.close()
+
+    def add(self, split: str, record: Record, picture: Path) -> None:
+        shard, place = divmod(self._counts.get(split, 0), self._size)
+        self._counts[split] = self._counts.get(split, 0) + 1
+        if place == 0:
+            (self._folder / split).mkdir(exist_ok=True)
+            if split in self._tars:
+                self._tars[split].close()
+            self._tars[split] = tarfile.open(self._folder / split / f"{shard:05d}.tar", "w")  # noqa: SIM115
+        key = f"{shard:05d}{place:04d}"
+        fields: Mapping[str, Any] = {
+            "key": key,
+            "caption": record["captions"][0],
+            **{name: value for name, value in record.items() if name != "meta"},
+            "split": split,
+            "meta": record["meta"],
+        }
+        text = json.dumps(fields, ensure_ascii=False, default=str)
+        for suffix, body in (
+            ("jpg", picture.read_bytes()),
+            ("txt", record["captions"][0].encode()),
+            ("json", text.encode()),
+        ):
+            member = tarfile.TarInfo(f"{key}.{suffix}")
+            member.size = len(body)
+            self._tars[split].addfile(member, io.BytesIO(body))
+        picture.unlink()

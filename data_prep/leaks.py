@@ -1,4 +1,4 @@
-"""What stands in two splits at once: the same file, a look-alike, the same caption."""
+"""Find leaks between splits: the same file, a look-alike, the same caption."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
+from clipkit.embed import in_order
 from clipkit.errors import DatasetError, ImageError
-from clipkit.images import Limits, decode, image_id, read_bytes
+from clipkit.images import decode, image_id
 from clipkit.records import SPLITS
-from clipkit.sources import Broken, RawPair, Source
+from clipkit.sources import Broken, Picture, Row, Source
 from data_prep.clean import same_caption
-from data_prep.load import in_order
 from data_prep.split import HASH_BYTES, MAX_RADIUS, near_pairs, perceptual_hash
 
 _Look = tuple[str, bytes]  # image_id, perceptual hash
@@ -24,18 +23,17 @@ _Look = tuple[str, bytes]  # image_id, perceptual hash
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """Something that stands in two splits."""
+    """A picture or caption that occurs in two splits."""
 
     kind: str  # "same-file", "look-alike", "same-caption"
     splits: tuple[str, str]
-    pictures: tuple[str, str]  # of a caption on many pictures, the first in each split
+    pictures: tuple[str, str]  # for a caption the first picture of each split
     detail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Pictures in two splits are leaks; equal captions are told beside them, for "A dog runs." may
-    honestly be said of two pictures."""
+    """Leaks between splits. Equal captions are listed apart: two pictures may both be "A dog runs."."""
 
     pictures: dict[str, int]  # by split
     found: tuple[Leak, ...]
@@ -50,53 +48,57 @@ def find_leaks(
     workers: int | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
 ) -> Leaks:
-    """Compares all pictures (read anew, whatever the metadata say) and captions of all splits.
+    """Compare the pictures and captions of all splits; every picture is read and hashed.
 
-    A picture is named once for each other split it stands in, with the first one met there.
-    DatasetError if the source has no splits.
+    A picture is listed once for each other split in which it occurs, with the first picture there.
+    Raises DatasetError if the source has no splits.
     """
     names: list[str] = []
     splits: list[int] = []
     ids: list[str] = []
     looks = bytearray()
-    said: dict[str, dict[int, str]] = defaultdict(dict)  # caption -> split -> first picture
+    captions: dict[str, dict[int, str]] = defaultdict(dict)  # caption -> split -> first picture
     unreadable: list[tuple[str, str]] = []
-    for done, (pair, future) in enumerate(in_order(source.rows(), _start, workers), 1):
-        if isinstance(pair, Broken):
-            unreadable.append((pair.row, pair.detail))
-        elif pair.split is not None:
-            split = SPLITS.index(pair.split)
-            for caption in pair.captions:
-                said[same_caption(caption)].setdefault(split, pair.name)
+    for done, (row, future) in enumerate(in_order(source.rows(), _start, workers), 1):
+        if isinstance(row, Broken):
+            unreadable.append((row.place, row.detail))
+        elif row.split is not None:
+            split = SPLITS.index(row.split)
+            for caption in row.captions:
+                captions[same_caption(caption)].setdefault(split, row.name)
             look = future.result() if future else "not read"
             if isinstance(look, str):
-                unreadable.append((pair.name, look))
+                unreadable.append((row.name, look))
             else:
-                names.append(pair.name)
+                names.append(row.name)
                 splits.append(split)
                 ids.append(look[0])
                 looks += look[1]
         if on_progress:
             on_progress(done, source.total)
     if not splits:
-        raise DatasetError(f"{source.path} has no pictures in splits; build it, or give a data set")
+        raise DatasetError(
+            f"{source.path} has no pictures in splits; build a dataset of it: clipkit data build "
+            f"{source.path} --out DIR"
+        )
     hashes = np.frombuffer(bytes(looks), np.uint8).reshape(len(ids), HASH_BYTES)
     return Leaks(
         {split: splits.count(n) for n, split in enumerate(SPLITS) if n in splits},
         (*_same_files(ids, splits, names), *_look_alikes(hashes, radius, ids, splits, names)),
-        tuple(_same_captions(said)),
+        tuple(_same_captions(captions)),
         tuple(unreadable),
     )
 
 
-def _start(pool: ThreadPoolExecutor, pair: RawPair | Broken) -> Future[_Look | str] | None:
-    return None if isinstance(pair, Broken) else pool.submit(_look, pair.picture)
+def _start(pool: ThreadPoolExecutor, row: Row | Broken) -> Future[_Look | str] | None:
+    return None if isinstance(row, Broken) else pool.submit(_look, row.picture)
 
 
-def _look(picture: Path | bytes) -> _Look | str:
+def _look(picture: Picture) -> _Look | str:
+    """Return (image_id, perceptual hash) of a picture, or why it cannot be read."""
     try:
-        data = read_bytes(picture) if isinstance(picture, Path) else picture
-        return image_id(data), perceptual_hash(decode(data, target=128, limits=Limits()).rgb)
+        data = picture.read()
+        return image_id(data), perceptual_hash(decode(data, target=128).rgb)
     except ImageError as error:
         return str(error)
 
@@ -130,8 +132,11 @@ def _crossing(
     radius: int,
     splits: np.ndarray[tuple[int], np.dtype[np.int64]],
 ) -> Iterator[tuple[int, int]]:
-    """Near pairs across splits. Rows of one hash count as one in each split: near_pairs chains equal
-    rows, and a chain's links need not cross where its ends do."""
+    """Yield near pairs across splits.
+
+    Rows of one hash count as one in each split: near_pairs chains equal rows, and a chain's links need
+    not cross splits where its ends do.
+    """
     unique, back = np.unique(hashes, axis=0, return_inverse=True)
     back = back.ravel()
     members: dict[int, dict[int, int]] = defaultdict(dict)  # hash -> split -> first row
@@ -146,8 +151,8 @@ def _crossing(
                     yield row, rival
 
 
-def _same_captions(said: dict[str, dict[int, str]]) -> Iterator[Leak]:
-    for caption, places in said.items():
+def _same_captions(captions: dict[str, dict[int, str]]) -> Iterator[Leak]:
+    for caption, places in captions.items():
         for one, two in combinations(sorted(places), 2):
             yield _leak("same-caption", one, two, places[one], places[two], caption)
 
@@ -157,5 +162,5 @@ def _leak(kind: str, one: int, two: int, first: str, second: str, detail: str) -
 
 
 def count_by_splits(leaks: tuple[Leak, ...]) -> Counter[tuple[str, str, str]]:
-    """(kind, split, split) -> how many."""
+    """Count leaks by (kind, split, split)."""
     return Counter((leak.kind, *leak.splits) for leak in leaks)

@@ -1,22 +1,19 @@
-"""Pictures through decode threads; and of a build's: bytes, identity, look, and the file in the pool."""
+"""Load a build's pictures in threads: bytes, identity, perceptual hash, and the file in the pool."""
 
 from __future__ import annotations
 
 import io
 import os
 import shutil
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
+from clipkit.durable import write_whole
 from clipkit.errors import ImageError, InputError
-from clipkit.images import Limits, decode, image_id, read_bytes
+from clipkit.images import Limits, decode, image_id
+from clipkit.sources import Picture
 from data_prep.clean import Rules, picture_fault
 from data_prep.split import perceptual_hash
 
@@ -26,33 +23,9 @@ _HASHED_SIDE = 128  # pixels that a picture is decoded to at least: the hash loo
 _QUALITY = 92
 
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def in_order(
-    items: Iterable[T],
-    start: Callable[[ThreadPoolExecutor, T], Future[R] | None],
-    workers: int | None = None,
-) -> Iterator[tuple[T, Future[R] | None]]:
-    """Each item with what `start` set going for it, in order, a bounded number of items ahead."""
-    workers = workers or os.cpu_count() or 1
-    waiting: deque[tuple[T, Future[R] | None]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for item in items:
-            waiting.append((item, start(pool, item)))
-            if len(waiting) > 4 * workers + 16:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:  # an interrupted caller waits for the few that run, not for those that wait
-        pool.shutdown(cancel_futures=True)
-
-
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a picture was rejected: a short word to count by, and a sentence."""
+    """Why a picture was rejected: `reason` is a short word to count by."""
 
     reason: str
     detail: str
@@ -60,7 +33,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A picture that decodes, in the pool of a build."""
+    """A picture that decodes, and its file in the build's pool."""
 
     image_id: str  # of the source's bytes, also where the file is encoded anew
     look: bytes  # perceptual hash
@@ -71,7 +44,11 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Loader:
-    """Called from any thread. `resize`: the shorter side of what is larger; `jpeg`: nothing else."""
+    """Decode one picture and put its file into `pool`; safe to call from any thread.
+
+    `resize` shrinks the shorter side of larger pictures to that many pixels; with `jpeg` every other
+    format is encoded as JPEG. Raises InputError if `resize` is below 16.
+    """
 
     pool: Path
     rules: Rules
@@ -81,15 +58,11 @@ class Loader:
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < 16:
-            raise InputError(f"--resize is {self.resize}; the least side is 16 pixels")
+            raise InputError(f"--resize is {self.resize}; the minimum is 16 pixels")
 
-    def __call__(self, picture: Path | bytes) -> Loaded | Fault:
+    def __call__(self, picture: Picture) -> Loaded | Fault:
         try:
-            if isinstance(picture, Path):
-                data = read_bytes(picture, limits=self.limits)
-            else:
-                self.limits.check_bytes(len(picture))
-                data = picture
+            data = picture.read(self.limits)
             side = max(self.resize or 0, _HASHED_SIDE)
             decoded = decode(data, target=side, limits=self.limits)
         except ImageError as error:
@@ -108,8 +81,8 @@ class Loader:
             self._write(name, _jpeg(rgb))
             return Loaded(identity, look, *rgb.size, name)
         name = identity + suffix
-        if isinstance(picture, Path):
-            self._link(picture, name, data)
+        if picture.path is not None:
+            self._link(picture.path, name, data)
         else:
             self._write(name, data)
         return Loaded(identity, look, *size, name)
@@ -126,14 +99,12 @@ class Loader:
         goal = self.pool / name
         if goal.exists():
             return
-        aside = self.pool / f"{name}.{threading.get_ident()}"
-        try:
-            aside.write_bytes(data)
+        try:  # two threads may hold the same picture
+            write_whole(goal, data, sync=False)
         except OSError as error:
             raise InputError(
                 f"cannot write {goal.name}: {error.strerror}; {_free(self.pool)} free there"
             ) from error
-        os.replace(aside, goal)
 
 
 def _shrunk(rgb: Image.Image, side: int | None) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a build tells, and how its data set takes its place: aside first, then whole, or not at all."""
+"""Results of a build, and the staging folder that replaces the old dataset atomically."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from clipkit import __version__
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.sources import Source
 
@@ -23,7 +24,7 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a build is."""
+    """The progress of a build."""
 
     phase: Literal["reading", "comparing", "writing"]
     done: int  # rows read, or pictures written
@@ -33,7 +34,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a build came to. `rejected`: {"row" | "picture" | "caption": {reason: count}}."""
+    """The result of a build. `rejected`: {"row" | "picture" | "caption": {reason: count}}."""
 
     folder: Path
     rows: int
@@ -41,13 +42,13 @@ class Built:
     captions: int
     mended: int  # captions
     groups: int  # of look-alikes, two pictures or more
-    parted: int  # of these, those that official splits tear apart
+    parted: int  # groups that official splits part
     rejected: Mapping[str, Mapping[str, int]]
     fingerprint: str
 
 
 def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
-    """InputError if the data set cannot lie there: inside a source, or over something else."""
+    """Raise InputError if `out` lies inside a source, or exists and may not be replaced."""
     if not sources:
         raise InputError("nothing to build from; name at least one source")
     for source in sources:
@@ -55,21 +56,22 @@ def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
         if source.kind == "folder" and path in out.parents:
             raise InputError(
                 f"--out {out} lies inside the pictures' folder {path}, and would be read as part of it "
-                "next time; choose a place outside"
+                "next time; choose a folder outside"
             )
     if not out.exists():
         return
     if not (out.is_dir() and (not any(out.iterdir()) or (out / MANIFEST).is_file())):
-        raise InputError(f"{out} is there and is no data set of clipkit's; choose another --out")
+        raise InputError(f"{out} exists and is not a clipkit dataset; choose another --out")
     if any(out.iterdir()) and not overwrite:
-        raise InputError(
-            f"{out} is there already; give --overwrite to replace it, or another --out"
-        )
+        raise InputError(f"{out} exists already; give --overwrite to replace it, or another --out")
 
 
 @contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out`, gone at the end whatever happens; one build at a time."""
+    """Yield a hidden folder beside `out` that is removed at the end; one build at a time.
+
+    Raises InputError if another build is under way, or the disk is full or not writable.
+    """
     from filelock import FileLock, Timeout
 
     folder = out.with_name(f".{out.name}.building")
@@ -79,15 +81,15 @@ def aside(out: Path) -> Iterator[Path]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"another build writes {out} now; wait for it, or choose another --out"
+            f"another build is writing {out}; wait for it, or choose another --out"
         ) from None
     except OSError as error:
         raise InputError(f"cannot write into {out.parent}: {error.strerror or error}") from error
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # of a build that was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by a build that was killed
         folder.mkdir()
         yield folder
-    except OSError as error:  # a full disk, a folder that was taken away
+    except OSError as error:  # a full disk, a folder that was removed
         raise InputError(f"cannot build {out}: {error}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -96,7 +98,7 @@ def aside(out: Path) -> Iterator[Path]:
 
 
 def swap(folder: Path, out: Path) -> None:
-    """`folder` becomes `out`; what was there goes last."""
+    """Rename `folder` to `out`, then remove the folder that was there."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -113,16 +115,18 @@ def write_manifest(
     options: Mapping[str, Any],
     command: str,
 ) -> None:
-    """What the data set came from and with what, on the disk before it is called one."""
+    """Write dataset.json, with sources, options, counts and versions, and flush it to the disk."""
     import imagehash
     import PIL
 
     manifest = {
-        "format": "clipkit data set, 1",
+        "format": "clipkit dataset, 1",
         "built_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "fingerprint": built.fingerprint,
         "command": command,
-        "sources": [{"kind": s.kind, "path": s.path, "says": s.says} for s in sources],
+        "sources": [
+            {"kind": s.kind, "path": s.path, "description": s.description} for s in sources
+        ],
         "options": options,
         "counts": {
             "rows": built.rows,
@@ -140,8 +144,5 @@ def write_manifest(
             "pillow": PIL.__version__,
         },
     }
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8"))

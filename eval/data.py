@@ -1,37 +1,85 @@
-"""What is evaluated on: pictures with captions, or pictures with classes, wherever they lie.
+"""Pictures with captions, or pictures with classes, collected from any source for an evaluation.
 
-`data` names it:
+`data` is whatever `clipkit.sources.open_source` opens: a folder, a table, JSON lines, COCO, shards, a
+benchmark's name, `hf:ORG/NAME`. Pictures stay where they are and are read one at a time. Rows of one
+picture are joined. No row is dropped in silence: one that is broken is an error with its place, one
+that has no picture is counted in a warning.
 
-    a folder           train/, validation/, test/ or none of them; in it a metadata.jsonl, or pictures
-                       with captions beside them, or a folder per class (below domain folders, maybe)
-    a JSONL file       one object a line: `image` or `file_name` relative to the file, `captions`,
-                       `keywords` or `tags`, `label` or `labels`; lines of one picture are joined
-    WebDataset shards  a .tar, a folder of them, or a glob (`eval.shards`)
-    a benchmark        `cifar10`, `imagenet1k`, `flickr30k` ... from the hub (`eval.hub`)
-    hf:ORG/NAME        any dataset of the Hugging Face hub, `hf:ORG/NAME:CONFIG` one of its configs
-
-Without `split` the first of test, validation, train is taken. `limit` takes that many pictures by
-the hash of their names: as good as random, and the same ones wherever and in whatever order they lie.
+Without `split` the first of test, validation, train is taken. `limit` takes that many pictures by the
+hash of their names: as good as random, and the same ones wherever and in whatever order they lie.
 """
 
 from __future__ import annotations
 
-import glob
 import hashlib
+import itertools
+import reprlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import DatasetError, InputError
-from clipkit.records import Texts
-from eval.folders import captioned_folder, class_folders, read_lines, split_folder
-from eval.source import Label, Pictures, Source, Subset
+from clipkit.records import stripped
+from clipkit.sources import Broken, Options, Picture, Row, Source, detect, open_source
+from clipkit.sources.folders import choose_split, split_folder
 
 Int64 = npt.NDArray[np.int64]
+
+# A class by its number or its name; a tuple where a picture may have several.
+Label = int | str | tuple[int | str, ...]
+
+# Broken rows that only lack a picture: a warning counts them. Any other broken row is an error.
+_WITHOUT_PICTURE = {"no-picture", "unreadable-folder", "symlink-loop"}
+
+
+class Pictures(Protocol):
+    """Pictures by row; safe to share between threads."""
+
+    def __len__(self) -> int: ...
+    def name(self, row: int) -> str:
+        """Return a name to find the picture by: a path relative to the data, or "row 12"."""
+
+    def read(self, row: int) -> bytes:
+        """Return the file's bytes. Raises ImageError if they cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourcePictures:
+    """The pictures of a source."""
+
+    names: tuple[str, ...]
+    pictures: tuple[Picture, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, row: int) -> str:
+        return self.names[row]
+
+    def read(self, row: int) -> bytes:
+        return self.pictures[row].read()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subset:
+    """Some rows of other pictures."""
+
+    pictures: Pictures
+    rows: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, row: int) -> str:
+        return self.pictures.name(self.rows[row])
+
+    def read(self, row: int) -> bytes:
+        return self.pictures.read(self.rows[row])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,24 +145,27 @@ class Labelled:
 
 
 def open_captioned(data: str, *, split: str | None = None, limit: int | None = None) -> Captioned:
-    """Pictures with captions or tags. InputError: there are none, or they cannot be reached."""
-    source = _open(data, split, captioned_folder)
-    texts = source.texts or [Texts()] * len(source.pictures)
-    if not any(text.captions or text.tags for text in texts):
+    """Collect pictures with captions or tags. Raises InputError if there are none."""
+    source, groups, warnings = _collect(data, split)
+    # Repeated captions stay: the field counts each as a query.
+    captions = [stripped(text for row in group for text in row.captions) for group in groups]
+    tags = [stripped(tag for row in group for tag in _tags(row)) for group in groups]
+    if not any(tags) and all(_has_no_caption(source, row) for group in groups for row in group):
         raise InputError(
-            f"no picture of {data} has a caption; captions stand in metadata.jsonl, in a JSONL "
-            "file, in .txt or .json files beside the pictures, or in a hub dataset's caption column"
+            f"no picture of {data} has a caption; captions are read from a caption column, from "
+            "metadata.jsonl, or from .txt or .json files beside the pictures"
         )
-    rows, subset = _limited(source.pictures, limit)
+    pictures = _pictures(groups)
+    rows, subset = _limited(pictures, limit)
     whole = Captioned(
         data,
         source.split,
-        source.pictures,
-        tuple(caption for text in texts for caption in text.captions),
-        np.repeat(np.arange(len(texts)), [len(text.captions) for text in texts]),
-        tuple(text.tags for text in texts),
+        pictures,
+        tuple(itertools.chain(*captions)),
+        np.repeat(np.arange(len(groups)), [len(texts) for texts in captions]),
+        tuple(tuple(dict.fromkeys(own)) for own in tags),
         subset,
-        source.warnings,
+        warnings,
     )
     return whole if rows is None else whole.select(rows)
 
@@ -127,70 +178,158 @@ def open_labelled(
     limit: int | None = None,
     by_domain: bool = False,
 ) -> Labelled:
-    """Pictures with classes; `by_domain` if the class folders lie below domain folders.
+    """Collect pictures with classes; with `by_domain` the class folders lie below domain folders.
 
-    `classes` are matched to the data's own by name ("_" is " "). Folders none of which bears one of
-    the names, and numbered classes, take them in order. InputError: their number is wrong, or only
-    some match, or the data cannot be reached.
+    `classes` are matched to the data's own by name ("_" is " "). If none of the data's classes has one
+    of these names, or they are numbers, the names are assigned in order. Raises InputError if the
+    number of names is wrong, only some match, or the data has no labels.
     """
-    source = _open(data, split, lambda root, at: class_folders(root, at, by_domain=by_domain))
-    if source.labels is None or all(label is None for label in source.labels):
-        raise InputError(
-            f"{data} names no classes; give a folder per class, or a JSONL file or hub dataset "
-            "with a label column"
-        )
+    source, groups, warnings = _collect_labelled(data, split, by_domain=by_domain)
     labels: list[Label] = []
-    for row, label in enumerate(source.labels):
-        if label is None:
-            raise DatasetError(f"{source.pictures.name(row)} of {data} has no label; give it one")
-        labels.append(label)
+    for group in groups:
+        own = {label: row for row in group if (label := _label(source, row)) is not None}
+        if len(own) > 1:
+            row = list(own.values())[1]
+            raise DatasetError(f"{source.where(row.place)}: {row.name} had another label before")
+        if not own:
+            raise DatasetError(f"{group[0].name} of {data} has no label; give it one")
+        labels.append(next(iter(own)))
     names, numbers, notes = _classes(data, labels, source.classes, classes)
-    rows, subset = _limited(source.pictures, limit)
+    pictures = _pictures(groups)
+    rows, subset = _limited(pictures, limit)
     single = targets = None
     if any(isinstance(label, tuple) for label in labels):
         targets = np.zeros((len(labels), len(names)), np.bool_)
-        for row, several in enumerate(numbers):
-            targets[row, list(several)] = True
+        for at, several in enumerate(numbers):
+            targets[at, list(several)] = True
     else:
         single = np.array([several[0] for several in numbers], np.int64)
-    whole = Labelled(
-        data, source.split, source.pictures, names, single, targets, source.domains, subset
-    )
+    domains = tuple(group[0].meta["domain"] for group in groups) if by_domain else None
+    whole = Labelled(data, source.split, pictures, names, single, targets, domains, subset)
     if rows is not None:
         whole = whole.select(rows)
-    return replace(whole, warnings=(*source.warnings, *notes, *_class_warnings(whole)))
+    return replace(whole, warnings=(*warnings, *notes, *_class_warnings(whole)))
 
 
-# ---- where it lies
+# ---- rows
 
 
-def _open(data: str, split: str | None, read_folder: Callable[[Path, str], Source]) -> Source:
-    from eval import hub, shards
+def _collect(
+    data: str, split: str | None, *, kind: str | None = None, by_domain: bool = False
+) -> tuple[Source, list[list[Row]], tuple[str, ...]]:
+    """Return the source with its split, the rows of each picture of that split, and warnings."""
+    path, name = Path(data).expanduser(), None
+    if path.is_dir() and detect(path) != "hf":
+        path, name = split_folder(path, split)
+    options = Options(indexed=True, only=split, domains=by_domain)
+    source = open_source(data if name is None else path, kind=kind, options=options)
+    source = replace(source, split=name or source.split)
+    rows: list[Row] = []
+    broken: Counter[str] = Counter()
+    first: Broken | None = None
+    for row in source.rows():
+        if isinstance(row, Row):
+            rows.append(row)
+            continue
+        if row.reason not in _WITHOUT_PICTURE:
+            raise DatasetError(
+                f"{source.where(row.place)}: {row.detail}; mend it, or leave such rows out with: "
+                f"clipkit data build {data} --out DIR"
+            )
+        first = first or row
+        broken[row.reason] += 1
+    if not rows:
+        raise source.nothing_read(broken.total(), first)
+    if source.split is None:
+        source, rows = _of_split(source, rows, data, split)
+    warnings = []
+    if first is not None:
+        warnings.append(
+            f"{broken.total():,} rows of {data} have no picture and are left out, the first: "
+            f"{first.place}: {first.detail}"
+        )
+    if source.split == "train" and split is None:
+        warnings.append(f"{data} has only a split train: a model that has seen it looks too good")
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.picture, []).append(row)
+    return source, list(groups.values()), tuple(warnings)
 
-    if data.startswith("hf:"):
-        return hub.open_dataset(data.removeprefix("hf:"), split)
-    path = Path(data).expanduser()
-    if any(sign in data for sign in "*?[") and not path.exists():
-        found = sorted(Path(name) for name in glob.glob(str(path)))
-        if not found:
-            raise InputError(f"nothing matches {data}; name a folder, a file or shards that exist")
-    elif not path.exists():
-        return hub.open_benchmark(data, split)
-    else:
-        found = [path]
-    if not path.is_dir():
+
+def _of_split(
+    source: Source, rows: list[Row], data: str, split: str | None
+) -> tuple[Source, list[Row]]:
+    """Return the rows of one split, where rows name their splits; all of them where none does."""
+    available = list(dict.fromkeys(row.split for row in rows if row.split))
+    if not available:
         if split is not None:
-            raise InputError(f"{data} is not a folder of splits; leave out --split {split}")
-        shard = found[0].suffix == ".tar"
-        return shards.read_shards(found) if shard else read_lines(path)
-    folder, name = split_folder(path, split)
-    if tars := sorted(folder.glob("*.tar")):
-        return shards.read_shards(tars, split=name)
-    source = read_folder(folder, data)
-    warnings = source.warnings
-    if name == "train" and split is None:
-        warnings += (f"{data} has only a split train: a model that has seen it looks too good",)
-    return replace(source, split=name, warnings=warnings)
+            raise InputError(f"{data} has no splits, so none called {split!r}; leave out --split")
+        return source, rows
+    # A folder called train beside others need not be a split: it may hold pictures of trains.
+    if split is None and source.kind == "folder" and not all(row.split for row in rows):
+        return source, rows
+    name = choose_split(available, split, where=data)
+    return replace(source, split=name), [row for row in rows if row.split == name]
+
+
+def _collect_labelled(
+    data: str, split: str | None, *, by_domain: bool
+) -> tuple[Source, list[list[Row]], tuple[str, ...]]:
+    """Collect rows with labels: those of the source itself, else of its class folders."""
+    path = Path(data).expanduser()
+    folder = split_folder(path, split)[0] if path.is_dir() and detect(path) != "hf" else path
+    kind = detect(folder) if folder.is_dir() else None
+    if by_domain or kind == "folder":
+        return _collect(data, split, kind="classes", by_domain=by_domain)
+    refusal: InputError = InputError(
+        f"{data} names no classes; give a folder per class, or a table, JSONL file or hub dataset "
+        "with a label column"
+    )
+    try:
+        collected = _collect(data, split)
+        if any(row.label is not None for group in collected[1] for row in group):
+            return collected
+    except DatasetError as error:
+        if kind in (None, "imagefolder", "webdataset", "hf"):
+            raise
+        refusal = error  # a table beside class folders need not be about them
+    if folder.is_dir() and kind not in ("webdataset", "hf"):
+        try:
+            return _collect(data, split, kind="classes")
+        except InputError:
+            raise refusal from None
+    raise refusal
+
+
+def _pictures(groups: Sequence[Sequence[Row]]) -> SourcePictures:
+    return SourcePictures(tuple(g[0].name for g in groups), tuple(g[0].picture for g in groups))
+
+
+def _tags(row: Row) -> Sequence[str]:
+    tags = row.meta.get("keywords", ())
+    return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else ()
+
+
+def _has_no_caption(source: Source, row: Row) -> bool:
+    """Return whether a row has no caption but, at most, the names of its classes."""
+    names = row.label if isinstance(row.label, list) else [row.label]
+    if source.classes is not None:
+        names = [source.classes[n] if isinstance(n, int) else n for n in names]
+    return list(row.captions) in ([], names)
+
+
+def _label(source: Source, row: Row) -> Label | None:
+    """Return a row's class or classes. Raises DatasetError if one is no name and no number."""
+    several = row.label if isinstance(row.label, list) else [row.label]
+    if several == [None]:
+        return None
+    for item in several:
+        if isinstance(item, bool) or not isinstance(item, int | str):
+            raise DatasetError(
+                f"{source.where(row.place)}: a label must be a name or a number, got "
+                f"{reprlib.repr(item)}"
+            )
+    return tuple(several) if isinstance(row.label, list) else several[0]
 
 
 # ---- which of it

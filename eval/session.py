@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.metrics import Interval
-from eval.data import Captioned, Labelled
+from eval.data import Captioned, Labelled, Pictures
 from eval.features import (
     Encoder,
     FeatureCache,
@@ -26,7 +26,6 @@ from eval.features import (
     text_features,
 )
 from eval.reports.report import EvalReport
-from eval.source import Pictures
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from clipkit.sources import Broken, Options, RawPair, open_source
+from clipkit.sources import Broken, Options, Row, open_source
 
 
 def picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
@@ -35,12 +39,34 @@ def save_all(folder: Path, *names: str) -> None:
 
 def rows_of(
     path: str | Path, *, kind: str | None = None, options: Options | None = None
-) -> list[RawPair | Broken]:
+) -> list[Row | Broken]:
     return list(open_source(path, kind=kind, options=options).rows())
 
 
-def told(rows: list[RawPair | Broken]) -> list[tuple[object, ...]]:
+def told(rows: list[Row | Broken]) -> list[tuple[object, ...]]:
     """(name, captions, split) of a pair, (row, reason) of a broken row."""
     return [
-        (r.row, r.reason) if isinstance(r, Broken) else (r.name, r.captions, r.split) for r in rows
+        (r.place, r.reason) if isinstance(r, Broken) else (r.name, r.captions, r.split)
+        for r in rows
     ]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a built dataset's metadata, as it stands in the file."""
+
+    image_id: str
+    path: str
+    captions: tuple[str, ...]
+    split: str
+    meta: dict[str, Any]  # every other column
+
+
+def read_dataset(folder: Path) -> Iterator[Record]:
+    """Read a built dataset without clipkit's own readers."""
+    for split in ("train", "validation", "test"):
+        path = folder / split / "metadata.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            fields = json.loads(line)
+            name, captions = fields.pop("file_name"), tuple(fields.pop("captions"))
+            yield Record(fields.pop("image_id"), f"{split}/{name}", captions, split, fields)

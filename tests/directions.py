@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,17 @@ class FakeEncoder:
     """A text's vector is the sum of its words' axes; a picture's is its mean red, green and blue."""
 
     preferred_side = 8
+    precision = "float32"
+    known_id: str | None
 
     def __init__(self, encoder_id: str = "fake-1", spec: str = "fake") -> None:
-        self.encoder_id, self.spec = encoder_id, spec
+        self.encoder_id = self.known_id = encoder_id
+        self.spec = spec
         self.texts: list[str] = []  # all that was ever encoded
         self.pictures = 0
+
+    def towers(self) -> Any:
+        return self
 
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         self.texts += texts
@@ -133,8 +140,21 @@ def searcher(catalog: Catalog, encoder: FakeEncoder) -> Searcher:
     return Searcher(catalog, encoder)
 
 
-def not_needed() -> FakeEncoder:
-    raise AssertionError("the encoder is not needed for this")
+class NotNeeded:
+    """An encoder that nobody may load; only loading would tell its id."""
+
+    spec, known_id, precision = "not needed", None, "float32"
+
+    @property
+    def encoder_id(self) -> str:
+        return str(self.towers().encoder_id)
+
+    def towers(self) -> Any:
+        raise AssertionError("the encoder is not needed for this")
+
+    def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        rows: npt.NDArray[np.float32] = self.towers().encode_texts(texts)
+        return rows
 
 
 def fill(writer: Writer) -> None:

@@ -39,7 +39,7 @@ def serve(tmp_path: Path, photos: Path) -> Iterator[Served]:
     def client(**options: Any) -> TestClient:
         model = ColourModel()
         with Catalog.open(tmp_path / "index", write=True) as catalog:
-            index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
+            index_folders(catalog, [photos], encoder=model)
         workspace = Workspace(tmp_path / "index", model, **options)  # type: ignore[arg-type]
         opened.append(workspace)
         app = create_app(workspace)

@@ -30,9 +30,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient,
     secret = paint(folder / "photos" / "secret.png", "red")
     model = ColourModel()
     with Catalog.open(folder / "index", write=True) as catalog:
-        index_folders(
-            catalog, [secret.parent], encoder_id=model.encoder_id, load_encoder=model.towers
-        )
+        index_folders(catalog, [secret.parent], encoder=model)
     workspace = Workspace(folder / "index", model)  # type: ignore[arg-type]
 
     async def made() -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from colours import ColourModel, paint
+from data_samples import read_dataset
 from starlette.testclient import TestClient
 
 from app.corrections import Mark
@@ -24,7 +25,6 @@ from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 from clipkit.errors import ClipkitError
 from clipkit.images import image_id
-from clipkit.records import read_dataset
 
 HOST = "http://127.0.0.1:7860"
 ONE, TWO = "1" * 32, "2" * 32
@@ -55,7 +55,7 @@ def index(tmp_path: Path, photos: Path) -> Path:
 def reindex(folder: Path, photos: Path) -> None:
     model = ColourModel()
     with Catalog.open(folder, write=True) as catalog:
-        index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
+        index_folders(catalog, [photos], encoder=model)
 
 
 @pytest.fixture
@@ -340,9 +340,9 @@ def test_a_name_that_is_not_utf8_survives_the_way(
         pytest.skip("this file system refuses names that are not UTF-8")
     reindex(index, photos)
     workspace.mark(Mark(name_of(odd), "red", True))
-    from clipkit.sources import RawPair, open_source
+    from clipkit.sources import Row, open_source
 
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in workspace.exported()))
     (pair,) = open_source(path).rows()
-    assert isinstance(pair, RawPair) and pair.picture == odd and pair.captions == ("red",)
+    assert isinstance(pair, Row) and pair.picture.path == odd and pair.captions == ("red",)

@@ -30,8 +30,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         index_folders(
             catalog,
             [tmp_path / "photos"],
-            encoder_id=model.encoder_id,
-            load_encoder=model.towers,
+            encoder=model,
         )
     workspace = Workspace(tmp_path / "index", model)  # type: ignore[arg-type]
     with served(workspace) as address:

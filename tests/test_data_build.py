@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import picture, save, save_all
+from data_samples import picture, read_dataset, save, save_all
 from PIL import Image
 
 from clipkit.errors import DatasetError, InputError
 from clipkit.images import image_id
-from clipkit.records import read_dataset
-from clipkit.sources import Broken, Options, RawPair, Source, open_source
+from clipkit.sources import Broken, Options, PictureBytes, Row, Source, open_source
 from data_prep.build import Built, Progress, build
 from data_prep.clean import Rules
 from data_prep.split import Fractions
@@ -106,7 +105,9 @@ def test_what_is_kept_and_what_is_rejected(messy: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
     assert manifest["counts"]["rejected"]["caption"] == {"file-name": 1, "empty": 1, "repeated": 1}
     assert manifest["fingerprint"] == built.fingerprint
-    assert manifest["sources"][0]["says"].endswith("pictures from 'image', captions from 'caption'")
+    assert manifest["sources"][0]["description"].endswith(
+        "pictures from 'image', captions from 'caption'"
+    )
 
 
 def test_pictures_are_links_and_the_folder_is_clean(messy: Path, tmp_path: Path) -> None:
@@ -307,7 +308,7 @@ def test_resized_pictures(tmp_path: Path) -> None:
         "Three": ("GIF", (32, 32)),
     }
     assert found["One"].image_id == image_id((tmp_path / "a.png").read_bytes())
-    with pytest.raises(InputError, match="--resize is 8; the least side is 16"):
+    with pytest.raises(InputError, match="--resize is 8; the minimum is 16"):
         run(tmp_path / "no", path, resize=8)
 
 
@@ -338,18 +339,18 @@ def test_shards_are_img2datasets(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_not_touched_unless_asked(messy: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", messy)
-    with pytest.raises(InputError, match=r"out is there already; give --overwrite"):
+    with pytest.raises(InputError, match=r"out exists already; give --overwrite"):
         run(tmp_path / "out", messy)
     before = (tmp_path / "out" / "dataset.json").read_text()
     run(tmp_path / "out", messy, overwrite=True, seed=4)
     assert (tmp_path / "out" / "dataset.json").read_text() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="mine is there and is no data set of clipkit's"):
+    with pytest.raises(InputError, match="mine exists and is not a clipkit dataset"):
         run(tmp_path / "mine", messy, overwrite=True)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
     with pytest.raises(InputError, match="lies inside the pictures' folder"):
-        run(messy.parent / "out", messy.parent)
+        build([open_source(messy.parent, kind="folder")], messy.parent / "out")
     with pytest.raises(InputError, match="nothing to build from"):
         build([], tmp_path / "x")
 
@@ -388,7 +389,7 @@ def test_leftovers_of_a_killed_build_go_and_a_living_one_is_respected(
 
     def while_building(progress: Progress) -> None:
         if progress.phase == "comparing":
-            with pytest.raises(InputError, match=r"another build writes .*out now"):
+            with pytest.raises(InputError, match=r"another build is writing .*out"):
                 run(tmp_path / "out", messy)
 
     run(tmp_path / "out", messy, on_progress=while_building)
@@ -413,7 +414,7 @@ def test_sources_stream(tmp_path: Path) -> None:
     ahead = Counter[str]()
     most = 0
 
-    def rows() -> Iterator[RawPair | Broken]:
+    def rows() -> Iterator[Row | Broken]:
         nonlocal most
         buffer = io.BytesIO()
         for n in range(150):
@@ -421,7 +422,7 @@ def test_sources_stream(tmp_path: Path) -> None:
             picture(n, 40, 40).save(buffer, "PNG")
             ahead["out"] += 1
             most = max(most, ahead["out"] - ahead["taken"])
-            yield RawPair(buffer.getvalue(), str(n), f"row {n}", (f"Thing {n}",))
+            yield Row(PictureBytes(buffer.getvalue()), str(n), f"row {n}", (f"Thing {n}",))
 
     def taken(progress: Progress) -> None:
         if progress.phase == "reading":

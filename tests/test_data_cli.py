@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from data_samples import save, save_all
+from data_samples import read_dataset, save, save_all
 from PIL import Image
 from typer.testing import CliRunner
 
 from app.cli.data import data
 from clipkit.errors import InputError
-from clipkit.records import read_dataset
 
 ROOT = Path(__file__).parent.parent
 

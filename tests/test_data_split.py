@@ -132,11 +132,11 @@ def test_leaks_are_found_and_named(tmp_path: Path) -> None:
     leaks = find_leaks(open_source(leaky(tmp_path)))
     assert leaks.pictures == {"train": 4, "test": 4}
     assert [(leak.kind, leak.splits, leak.pictures) for leak in leaks.found] == [
-        ("same-file", ("train", "test"), ("a.png", "e.png")),
-        ("look-alike", ("train", "test"), ("b.png", "f.jpg")),
+        ("same-file", ("train", "test"), ("train/a.png", "test/e.png")),
+        ("look-alike", ("train", "test"), ("train/b.png", "test/f.jpg")),
     ]
     (shared,) = leaks.shared_captions
-    assert (shared.pictures, shared.detail) == (("c.png", "g.png"), "a bird")
+    assert (shared.pictures, shared.detail) == (("train/c.png", "test/g.png"), "a bird")
 
 
 def test_equal_hashes_leak_though_a_chain_links_them_within_splits(tmp_path: Path) -> None:
@@ -149,7 +149,9 @@ def test_equal_hashes_leak_though_a_chain_links_them_within_splits(tmp_path: Pat
         lines = [json.dumps({"file_name": n, "text": "A dog"}) + "\n" for n in names]
         (tmp_path / split / "metadata.jsonl").write_text("".join(lines))
     leaks = find_leaks(open_source(tmp_path), radius=0)
-    assert [(x.kind, x.pictures) for x in leaks.found] == [("look-alike", ("a.png", "c.webp"))]
+    assert [(x.kind, x.pictures) for x in leaks.found] == [
+        ("look-alike", ("train/a.png", "test/c.webp"))
+    ]
 
 
 def test_what_cannot_be_read_is_told_and_no_splits_is_an_error(tmp_path: Path) -> None:

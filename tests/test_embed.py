@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,14 @@ class MeanColour:
     preferred_batch: int = 4
     embedded: int = 0
     broken: bool = False
-    seen: list[tuple[int, ...]] = field(default_factory=list)
+    precision: str = "float32"
+
+    @property
+    def known_id(self) -> str:
+        return self.encoder_id
+
+    def towers(self) -> Any:
+        return self
 
     def preprocess(self, image: Image.Image) -> Any:
         return np.asarray(image, np.float32).mean(axis=(0, 1)) + 1
@@ -72,9 +79,7 @@ def catalog(tmp_path: Path) -> Iterator[Catalog]:
 def run(catalog: Catalog, encoder: MeanColour) -> Callable[..., Summary]:
     def run(*folders: Path, **options: Any) -> Summary:
         using = options.pop("using", encoder)
-        return index_folders(
-            catalog, folders, encoder_id=using.encoder_id, load_encoder=lambda: using, **options
-        )
+        return index_folders(catalog, folders, encoder=using, **options)
 
     return run
 
@@ -105,10 +110,11 @@ def test_an_unchanged_folder_loads_no_towers(
     run(photos)
     before = catalog.change_counter()
 
-    def refuse() -> MeanColour:
-        raise AssertionError("the towers were loaded for nothing")
+    class Unloadable(MeanColour):
+        def towers(self) -> Any:
+            raise AssertionError("the towers were loaded for nothing")
 
-    summary = index_folders(catalog, [photos], encoder_id="colour", load_encoder=refuse)
+    summary = run(photos, using=Unloadable())
     assert (summary.unchanged, summary.added, summary.embedded) == (10, 0, 0)
     assert catalog.change_counter() == before
 

@@ -15,14 +15,14 @@ from numbered import Numbered, Told, labelled, one_hot, oracle
 
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
+from clipkit.sources import PictureFile
 from eval.compare import Examples, compare, compare_reports
-from eval.data import Captioned, Labelled
+from eval.data import Captioned, Labelled, SourcePictures
 from eval.features import FeatureCache
 from eval.prompts import Templates
 from eval.reports import EvalReport, load, save
 from eval.reports.comparison import Comparison
 from eval.session import Session
-from eval.source import Files
 
 N = 200
 
@@ -293,7 +293,7 @@ def data(tmp_path: Path) -> tuple[Captioned, Labelled]:
     names = [f"{colour}{number}.png" for number in range(4) for colour in colours]
     for number, name in enumerate(names):
         paint(tmp_path / name, colours[number % 3], number=number)
-    pictures = Files(tmp_path, tuple(names))
+    pictures = SourcePictures(tuple(names), tuple(PictureFile(tmp_path / n) for n in names))
     owner = np.arange(12)
     texts = tuple(colours[row % 3] for row in range(12))
     captioned = Captioned("captions", None, pictures, texts, owner, ((),) * 12)

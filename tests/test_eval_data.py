@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from written import names, png, write, write_lines
 
 from clipkit.errors import DatasetError, ImageError, InputError
 from eval.data import open_captioned, open_labelled
-from eval.source import read_fields
 
 # ---- JSONL
 
@@ -55,18 +55,30 @@ def test_lines_of_one_picture_are_joined(tmp_path: Path) -> None:
         ("[1]", "line 2: expected a JSON object, got list"),
         ('{"captions": ["a"]}', "line 2: no picture is named"),
         ('{"image": "b.png", "captions": 3}', "line 2: captions must be a string or a list"),
-        ('{"image": "b.png", "label": 1.5}', "line 2: a label must be a name or a number"),
-        ('{"image": "a.png", "label": "dog"}', "line 2: a.png had another label"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
     path = write_lines(tmp_path / "x.jsonl", {"image": "a.png", "text": "a", "label": "cat"}, line)
-    with pytest.raises(DatasetError, match=said):
+    with pytest.raises(DatasetError, match=f"x.jsonl, {said}.*clipkit data build"):
         open_captioned(path)
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"image": "b.png", "label": 1.5}', "line 2: a label must be a name or a number, got 1.5"),
+        ('{"image": "a.png", "label": "dog"}', "line 2: a.png had another label before"),
+    ],
+)
+def test_a_bad_label_is_named(tmp_path: Path, line: str, said: str) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {"image": "a.png", "text": "a", "label": "cat"}, line)
+    with pytest.raises(DatasetError, match=said):
+        open_labelled(path)
+    assert open_captioned(path).captions == ("a",)  # captions do not depend on labels
+
+
 @given(
-    st.dictionaries(
+    fields=st.dictionaries(
         st.sampled_from(
             ["captions", "caption", "text", "keywords", "tags", "label", "labels", "x"]
         ),
@@ -77,16 +89,20 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, said: str) -> None:
         ),
     )
 )
-def test_any_fields_are_read_or_refused(fields: dict[str, Any]) -> None:
-    """Whatever JSON holds: texts that are not blank and can be written as UTF-8, or ValueError."""
-    try:
-        texts, label = read_fields(fields)
-    except ValueError:
-        return
-    for text in (*texts.captions, *texts.tags):
-        assert text.strip() == text != ""
-        text.encode()
-    assert label is None or isinstance(label, int | str | tuple)
+def test_any_fields_are_read_or_refused(
+    fields: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever JSON holds: texts that are not blank and can be written as UTF-8, or InputError."""
+    row = {"image": "a.png", **fields}
+    path = write_lines(tmp_path_factory.mktemp("any") / "x.jsonl", row, "")
+    with contextlib.suppress(InputError):
+        data = open_captioned(path)
+        for text in (*data.captions, *data.tags[0]):
+            assert text.strip() == text != ""
+            text.encode()
+    with contextlib.suppress(InputError):
+        labelled = open_labelled(path)
+        assert labelled.classes and all(isinstance(name, str) for name in labelled.classes)
 
 
 # ---- folders with captions

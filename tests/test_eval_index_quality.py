@@ -126,7 +126,7 @@ def test_the_worst_group_of_queries_decides(
     known = {query.tobytes() for query in given}
     right = replace(
         KINDS["fake"],  # type: ignore[type-var]
-        ask=lambda store, queries, count, settings: np.stack(
+        search=lambda store, queries, count, settings: np.stack(
             [
                 half_wrong(store, query[None], count, settings)[0]
                 if query.tobytes() in known

@@ -50,7 +50,7 @@ def site(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     model = ColourModel()
     index = tmp_path_factory.mktemp("index")
     with Catalog.open(index, write=True) as catalog:
-        index_folders(catalog, [photos], encoder_id=model.encoder_id, load_encoder=model.towers)
+        index_folders(catalog, [photos], encoder=model)
     with served(Workspace(index, model)) as address:  # type: ignore[arg-type]
         yield address
 
@@ -186,9 +186,7 @@ def test_a_picture_that_is_gone_says_so(tmp_path: Path, visit: Open) -> None:
     model = ColourModel()
     path = paint(tmp_path / "photos" / "gone.png", "red")
     with Catalog.open(tmp_path / "index", write=True) as catalog:
-        index_folders(
-            catalog, [path.parent], encoder_id=model.encoder_id, load_encoder=model.towers
-        )
+        index_folders(catalog, [path.parent], encoder=model)
     path.unlink()
     with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
         page = visit(address)

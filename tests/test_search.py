@@ -13,13 +13,13 @@ import numpy.typing as npt
 import pytest
 from directions import (  # noqa: F401
     FakeEncoder,
+    NotNeeded,
     Writer,
     catalog,
     encoder,
     fill,
     key,
     names,
-    not_needed,
     searcher,
     writer,
 )
@@ -133,15 +133,14 @@ def test_another_encoder_is_an_error_that_names_both(writer: Writer, catalog: Ca
     other = FakeEncoder("fake-2", "other")
     for searcher in (
         Searcher(catalog, other),
-        Searcher(catalog, lambda: other),
-        Searcher(catalog, lambda: other, encoder_id="fake-1"),
+        Searcher(catalog, other, encoder_id="fake-1"),
     ):
         with pytest.raises(EncoderMismatch, match=message):
             searcher.search("dog")
         with pytest.raises(EncoderMismatch, match=message):
             searcher.search(f"dog +{key('run')}")
     with pytest.raises(EncoderMismatch, match=r"fake \(encoder fake-1\).*encoder fake-3"):
-        Searcher(catalog, not_needed, encoder_id="fake-3").search("dog")
+        Searcher(catalog, NotNeeded(), encoder_id="fake-3").search("dog")
     with pytest.raises(EncoderMismatch, match=message):
         Searcher(catalog, other).similar(key("run"))
 
@@ -166,30 +165,26 @@ def test_two_encoders_in_one_catalog_do_not_mix(writer: Writer, catalog: Catalog
     assert Searcher(catalog, FakeEncoder()).search("dog").total == 4
     result = Searcher(catalog, FakeEncoder("fake-2", "other")).search("car")
     assert (names(result), result.total) == (["run"], 1)
-    assert Searcher(catalog, not_needed, encoder_id="fake-2").similar(key("run")).total == 0
+    assert Searcher(catalog, NotNeeded(), encoder_id="fake-2").similar(key("run")).total == 0
 
 
 def test_an_empty_catalog_has_no_hits(catalog: Catalog) -> None:
-    searcher = Searcher(catalog, not_needed)
+    searcher = Searcher(catalog, NotNeeded())
     for query in ("dog", "", '"phrase"', "sort:name", "after:2023", f"+{'0' * 32}"):
         result = searcher.search(query)
         assert (result.hits, result.total) == ((), 0)
 
 
-def test_the_encoder_is_loaded_once_and_texts_are_encoded_once(
+def test_an_encoder_is_loaded_by_the_first_text_and_texts_are_encoded_once(
     writer: Writer, catalog: Catalog, encoder: FakeEncoder
 ) -> None:
     fill(writer)
-    loads = []
-
-    def load() -> FakeEncoder:
-        loads.append(1)
-        return encoder
-
-    searcher = Searcher(catalog, load)
+    searcher = Searcher(catalog, NotNeeded())
     searcher.similar(key("run"))
     searcher.search("path:run")
-    assert not loads
+    with pytest.raises(AssertionError, match="not needed"):
+        searcher.search("dog")
+    searcher = Searcher(catalog, encoder)
     threads = [threading.Thread(target=searcher.search, args=("dog -car",)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -199,7 +194,7 @@ def test_the_encoder_is_loaded_once_and_texts_are_encoded_once(
     searcher.search("dog")
     searcher.search("car -dog")
     searcher.search("dog -leash")
-    assert (len(loads), encoder.texts) == (1, ["leash"])
+    assert encoder.texts == ["leash"]
 
 
 def test_vectors_that_are_not_finite_are_an_error(writer: Writer, catalog: Catalog) -> None:

@@ -21,7 +21,8 @@ from directions import (  # noqa: F401
 )
 
 from clipkit.catalog import Catalog
-from clipkit.search import Searcher, refresh_snapshot
+from clipkit.index import refresh_snapshot
+from clipkit.search import Searcher
 from clipkit.search.live_vectors import follow
 
 # ---- following the catalog
@@ -186,7 +187,7 @@ def test_old_snapshots_are_deleted_but_for_the_last(writer: Writer) -> None:
 def test_a_snapshot_is_built_when_enough_is_new(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.search.live_vectors.SNAPSHOT_FROM", 4)
+    monkeypatch.setattr("clipkit.index.snapshot.SNAPSHOT_FROM", 4)
     fill(writer)
     assert refresh_snapshot(writer.catalog, "fake-1") is not None
     for number in range(3):

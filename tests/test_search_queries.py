@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from directions import (  # noqa: F401
     FakeEncoder,
+    NotNeeded,
     Writer,
     catalog,
     encoder,
     fill,
     key,
     names,
-    not_needed,
     searcher,
     writer,
 )
@@ -62,7 +62,7 @@ def test_examples_of_the_library_need_no_encoder(
     writer.add("known", [0, 0.6, 0.8, 0], image_id=content_id(data))
     file = tmp_path / "copy.png"
     file.write_bytes(data)
-    searcher = Searcher(catalog, not_needed)
+    searcher = Searcher(catalog, NotNeeded())
     for result in (
         searcher.search(f"+{content_id(data)}"),
         searcher.search(f"+{file}"),
@@ -87,7 +87,7 @@ def test_bad_examples(writer: Writer, catalog: Catalog, searcher: Searcher, tmp_
 def test_similar_pictures(writer: Writer, catalog: Catalog) -> None:
     """To run = (0.8, 0.6, 0, 0): swim 0.96, walk 0.48, drive 0."""
     fill(writer)
-    searcher = Searcher(catalog, not_needed)
+    searcher = Searcher(catalog, NotNeeded())
     result = searcher.similar(key("run"))
     assert names(result) == ["swim", "walk", "drive"]
     assert [hit.score for hit in result.hits] == pytest.approx([0.96, 0.48, 0], abs=1e-3)
@@ -188,7 +188,7 @@ def test_phrases_and_filters_alone_need_no_encoder(writer: Writer, catalog: Cata
         "a", None, captions=["a red harbour at night, quiet"], taken_at="2023-01-01T00:00:00"
     )
     writer.add("C", [1, 0, 0, 0], taken_at="2022-01-01T00:00:00")
-    searcher = Searcher(catalog, not_needed)
+    searcher = Searcher(catalog, NotNeeded())
     assert names(searcher.search("")) == ["a", "C", "b"]  # the newest first
     assert names(searcher.search("sort:name")) == ["a", "b", "C"]
     assert names(searcher.search("sort:date", k=2)) == ["a", "C"]

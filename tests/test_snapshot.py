@@ -12,7 +12,8 @@ import pytest
 from bench.bench_index import clustered
 
 from clipkit.errors import IndexDamaged, InputError
-from clipkit.index import KINDS, VectorIndex, kinds, read_manifest, snapshot
+from clipkit.index import KINDS, VectorIndex, kinds, read_manifest
+from clipkit.index.vector_index import write_folder
 
 N, DIM = 600, 16
 FILES = {"ids.npy", "vectors.npy", "manifest.json"}
@@ -47,9 +48,9 @@ def test_a_saved_index_is_the_same_when_loaded(index: VectorIndex, saved: Path) 
 def test_the_formats_are_open_and_nothing_else_is_left(index: VectorIndex, saved: Path) -> None:
     structure = set() if index.kind == "exact" else {"candidates.faiss"}
     assert {p.name for p in saved.iterdir()} == FILES | structure
-    assert [p.name for p in saved.parent.iterdir()] == ["000007"], "no .tmp-* beside it"
+    assert [p.name for p in saved.parent.iterdir()] == ["000007"], "nothing temporary beside it"
     ids, vectors = np.load(saved / "ids.npy"), np.load(saved / "vectors.npy")
-    assert ids.tolist() == list(range(5, N + 5)), "sorted, each beside its vector (trap 25)"
+    assert ids.tolist() == list(range(5, N + 5)), "sorted, each beside its vector"
     assert np.array_equal(vectors, clustered(N, DIM, per_cluster=10)[::-1])
     manifest = read_manifest(saved)
     assert (manifest.encoder_id, manifest.last_seq, manifest.dim, manifest.size) == (
@@ -110,13 +111,12 @@ def test_a_manifest_of_anything_else_is_damaged(text: str, tmp_path: Path) -> No
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:
-    snapshot.write(tmp_path / "1", {}, {"format_version": 2})
+    write_folder(tmp_path / "1", {}, {"format_version": 2})
     with pytest.raises(IndexDamaged, match="index format 2; this clipkit reads 1"):
         read_manifest(tmp_path / "1")
 
 
 def test_an_existing_snapshot_is_never_written_over(index: VectorIndex, saved: Path) -> None:
-    """Trap 30."""
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
     with pytest.raises(InputError, match=r"000007 exists; snapshots are never overwritten"):
         index.save(saved, encoder_id="other", last_seq=43)
@@ -131,17 +131,17 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        snapshot.write(tmp_path / "new", {"a": [b"whole"], "b": pieces()}, {})
+        write_folder(tmp_path / "new", {"a": [b"whole"], "b": pieces()}, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_aside_is_in_nobodys_way(index: VectorIndex, saved: Path) -> None:
+def test_a_killed_runs_temporary_folder_does_no_harm(index: VectorIndex, saved: Path) -> None:
     for left in saved.parent.glob("*"):
-        shutil.copytree(left, left.with_name(".tmp-000008-1"))
+        shutil.copytree(left, left.with_name(".000008.1-1.tmp"))
     index.save(saved.with_name("000008"), encoder_id="enc", last_seq=50)
     assert read_manifest(saved.with_name("000008")).last_seq == 50
 
 
 def test_an_array_is_written_as_its_bytes_and_an_empty_one_too(tmp_path: Path) -> None:
-    snapshot.write(tmp_path / "1", {"a": [np.arange(3, dtype="<u2"), np.empty((0, 4)), b"z"]}, {})
+    write_folder(tmp_path / "1", {"a": [np.arange(3, dtype="<u2"), np.empty((0, 4)), b"z"]}, {})
     assert (tmp_path / "1" / "a").read_bytes() == b"\0\0\1\0\2\0z"

@@ -54,9 +54,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     paint(folder / "photos" / f"={EVIL}.png", "white")
     model = Model()
     with Catalog.open(folder / "index", write=True) as catalog:
-        index_folders(
-            catalog, [folder / "photos"], encoder_id=model.encoder_id, load_encoder=model.towers
-        )
+        index_folders(catalog, [folder / "photos"], encoder=model)
     return folder / "index"
 
 
@@ -175,9 +173,7 @@ def test_the_same_question_is_answered_from_memory_until_the_library_changes(
     latest = evaluation.sort(question("red, blue"))
     paint(tmp_path / "more" / "new.png", "blue", size=(20, 20))
     with Catalog.open(library, write=True) as catalog:
-        index_folders(
-            catalog, [tmp_path / "more"], encoder_id=model.encoder_id, load_encoder=model.towers
-        )
+        index_folders(catalog, [tmp_path / "more"], encoder=model)
     try:
         assert counts(evaluation.sort(question("red, blue")))["blue"] in (11, 12)
         assert evaluation.sort(question("red, blue")).key != latest.key

@@ -12,7 +12,7 @@ import pytest
 from data_samples import picture, rows_of, save, save_all, told
 
 from clipkit.errors import DatasetError
-from clipkit.sources import SOURCES, Broken, Options, RawPair, detect, open_source, open_sources
+from clipkit.sources import SOURCES, Broken, Options, Row, detect, open_source, open_sources
 
 
 def jsonl(path: Path, *objects: object) -> Path:
@@ -32,7 +32,7 @@ def test_a_folder_gives_its_sidecars_and_its_folders_names_the_splits(tmp_path: 
         ("train/a.jpg", ("A dog", "A wet dog"), "train"),
         ("val/b.png", ("A cat",), "validation"),
     ]
-    assert isinstance(rows[2], RawPair) and rows[2].meta == {"keywords": ["pet"]}
+    assert isinstance(rows[2], Row) and rows[2].meta == {"keywords": ["pet"]}
 
 
 def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_jsonl_with_broken_lines_and_odd_names(tmp_path: Path) -> None:
         ("line 8", "no-picture-name"),
         ("line 9", "remote"),
     ]
-    assert isinstance(rows[0], RawPair) and rows[0].meta == {"n": 1}
+    assert isinstance(rows[0], Row) and rows[0].meta == {"n": 1}
 
 
 def test_a_json_list_is_read_like_lines(tmp_path: Path) -> None:
@@ -181,11 +181,11 @@ def test_an_imagefolder_with_any_text_column(tmp_path: Path) -> None:
     assert detect(tmp_path) == "imagefolder"
     rows = rows_of(tmp_path)
     assert told(rows) == [
-        ("a.jpg", ("A dog",), "train"),
-        ("sub/b.jpg", ("A cat",), "train"),
-        ("c.jpg", ("A bird, far",), "test"),
+        ("train/a.jpg", ("A dog",), "train"),
+        ("train/sub/b.jpg", ("A cat",), "train"),
+        ("test/c.jpg", ("A bird, far",), "test"),
     ]
-    assert [r.row for r in rows] == ["train, line 1", "train, line 2", "test, line 2"]
+    assert [r.place for r in rows] == ["train, line 1", "train, line 2", "test, line 2"]
 
 
 def test_an_imagefolder_whose_meta_is_anothers(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_an_imagefolder_whose_meta_is_anothers(tmp_path: Path) -> None:
         line = {"file_name": "a.jpg", "text": "A dog", "image_id": "1", "meta": meta}
         jsonl(tmp_path / "train" / "metadata.jsonl", line)
         (row,) = rows_of(tmp_path)
-        assert isinstance(row, RawPair) and row.meta == {"image_id": "1", "meta": meta}
+        assert isinstance(row, Row) and row.meta == {"image_id": "1", "meta": meta}
 
 
 def _tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -235,14 +235,14 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert detect(tmp_path / "0000*.tar") == "webdataset"
     rows = rows_of(tmp_path)
     assert told(rows) == [
-        ("00000.tar: 000000000", ("A dog",), None),
+        ("00000/000000000", ("A dog",), None),
         ("00000.tar: 000000001", "no-picture"),
-        ("00000.tar: 000000002", ("A cat", "Eine Katze"), None),
+        ("00000/000000002", ("A cat", "Eine Katze"), None),
         ("00000.tar: 000000003", "not-json"),
         ("00001.tar", "damaged-shard"),
     ]
-    assert isinstance(rows[0], RawPair)
-    assert rows[0].picture == _jpeg(0) and rows[0].meta == {"url": "http://a"}
+    assert isinstance(rows[0], Row)
+    assert rows[0].picture.read() == _jpeg(0) and rows[0].meta == {"url": "http://a"}
 
 
 def test_a_shard_with_dangerous_names_touches_nothing(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_a_shard_with_dangerous_names_touches_nothing(tmp_path: Path) -> None:
         device.type = tarfile.CHRTYPE
         tar.addfile(device)
     before = sorted(tmp_path.rglob("*"))
-    assert [row.row for row in rows_of(path)] == [
+    assert [row.place for row in rows_of(path)] == [
         "x.tar: ../../escape",
         "x.tar: /tmp/absolute-clipkit",
     ]
@@ -298,8 +298,8 @@ def test_a_data_set_of_the_datasets_library(tmp_path: Path) -> None:
         ("1.jpg", ("A pet", "An animal"), "test"),
     ]
     assert source.total == 2
-    assert isinstance(found[0], RawPair)
-    assert found[0].picture == _jpeg(0) and found[0].meta == {"label": "dog"}
+    assert isinstance(found[0], Row)
+    assert found[0].picture.read() == _jpeg(0) and found[0].meta == {"label": "dog"}
     labelled = rows_of(tmp_path / "saved", options=Options(caption_columns=("label",)))
     assert told(labelled)[0] == ("0.jpg", ("dog",), "train")
     rows(2).to_parquet(str(tmp_path / "rows.parquet"))
@@ -309,7 +309,7 @@ def test_a_data_set_of_the_datasets_library(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_is_one_sentence() -> None:
     with pytest.raises(
-        DatasetError, match=r"hf:nobody/nothing cannot be opened.*local folder"
+        DatasetError, match=r"hf:nobody/nothing could not be reached .*copy the folder"
     ) as e:
         open_source("hf:nobody/nothing")
     assert "\n" not in str(e.value)
@@ -330,7 +330,7 @@ def test_corrections_from_the_app(tmp_path: Path) -> None:
         ("b.jpg", (), None),
         ("line 3", "wrong-type"),
     ]
-    assert isinstance(rows[1], RawPair) and rows[1].meta == {"not_captions": ["a red car"]}
+    assert isinstance(rows[1], Row) and rows[1].meta == {"not_captions": ["a red car"]}
 
 
 def test_pictures_are_found_by_folder_suffix_and_foreign_slashes(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_pictures_are_found_by_folder_suffix_and_foreign_slashes(tmp_path: Path)
         {"image": "nul\0.jpg", "caption": "A nul"},
     )
     rows = rows_of(path, options=Options(pictures=tmp_path / "elsewhere"))
-    assert [getattr(r, "picture", "broken") for r in rows] == [
+    assert [r.picture.path if isinstance(r, Row) else "broken" for r in rows] == [
         tmp_path / "elsewhere" / "deep" / "a.jpg",
         tmp_path / "elsewhere" / "b.png",
         "broken",
@@ -358,7 +358,7 @@ def test_pictures_are_found_by_folder_suffix_and_foreign_slashes(tmp_path: Path)
         ("x.json", "{}", "neither COCO captions"),
         ("x.json", '{"a": 1}\n{"b": 2}', r"is not JSON.*name it \.jsonl"),
         ("x.jsonl", "[]\n", "holds no JSON objects"),
-        ("x.dat", "x", "cannot tell what .* say with --kind, one of coco, corrections"),
+        ("x.dat", "x", "cannot tell what .* --kind, one of classes, coco, corrections"),
         ("x.jpg", "x", "is a single picture"),
         ("x.csv", "", "is empty"),
         ("x.csv", "no separators here\nat all\n", "has one column only"),
@@ -387,7 +387,7 @@ def test_names_tell_the_splits_only_together(tmp_path: Path) -> None:
 
     def splits(paths: list[str], options: Options | None = None) -> list[object]:
         sources = open_sources(paths, options=options)
-        return [row.split for s in sources for row in s.rows() if isinstance(row, RawPair)]
+        return [row.split for s in sources for row in s.rows() if isinstance(row, Row)]
 
     assert splits(paths) == ["train", "validation", None]
     assert splits(paths[:1]) == splits(paths[2:]) == [None]

@@ -11,6 +11,7 @@ import pytest
 from written import names, png, write, write_tar
 
 from clipkit.errors import DatasetError, ImageError, InputError
+from clipkit.sources import open_source
 from eval.data import open_captioned, open_labelled
 
 # ---- WebDataset
@@ -38,7 +39,7 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert open_captioned(str(tmp_path / "00001.tar")).captions == ("two", "three")
     with pytest.raises(InputError, match="nothing matches"):
         open_captioned(str(tmp_path / "*.zip"))
-    with pytest.raises(InputError, match="not a folder of splits; leave out --split test"):
+    with pytest.raises(InputError, match="has no splits, so none called 'test'; leave out --split"):
         open_captioned(str(tmp_path / "*.tar"), split="test")
 
 
@@ -75,7 +76,7 @@ def test_shards_with_several_classes_a_picture(tmp_path: Path) -> None:
     assert data.targets is not None
     assert data.targets.tolist() == [[True, False, True]]
     write_tar(shard, {"s0.png": png(0), "s0.npy": npy([{"a": 1}, None])})
-    with pytest.raises(DatasetError, match=r"s0\.npy in .*allow_pickle=False"):
+    with pytest.raises(DatasetError, match=r"0\.tar: s0: its \.cls or \.npy: .*allow_pickle=False"):
         open_labelled(str(tmp_path))
 
 
@@ -85,13 +86,15 @@ def test_damaged_shards_are_errors(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", whole[:520])  # cut after it was opened: the header's 512 and a bit
     with pytest.raises(ImageError, match="ends inside"):
         data.pictures.read(0)
-    with pytest.raises(DatasetError, match="not a whole uncompressed tar"):
+    with pytest.raises(DatasetError, match=r"/a\.tar: not a whole tar \(unexpected end of data\)"):
         open_captioned(str(tmp_path / "a.tar"))
     write_tar(tmp_path / "b.tar", {"1.png": png(1)}, mode="w:gz")
-    with pytest.raises(DatasetError, match="not a whole uncompressed tar"):
+    with pytest.raises(DatasetError, match=r"not an uncompressed tar, so .* unpack it with gunzip"):
         open_captioned(str(tmp_path / "b.tar"))
     write_tar(tmp_path / "c.tar", {"1.txt": b"one"})
-    with pytest.raises(DatasetError, match="hold no pictures"):
+    with pytest.raises(
+        DatasetError, match=r"none of its 1 rows gives a picture; .*only txt under this name"
+    ):
         open_captioned(str(tmp_path / "c.tar"))
 
 
@@ -100,7 +103,7 @@ def test_damaged_shards_are_errors(tmp_path: Path) -> None:
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(
-        InputError, match=r"'cifar1O' is neither a path .*\(did you mean cifar10\?\)"
+        InputError, match=r"cifar1O does not exist; did you mean the benchmark cifar10\?"
     ):
         open_labelled("cifar1O")
 
@@ -112,17 +115,26 @@ def test_an_unreachable_benchmark_is_one_sentence(name: str) -> None:
     with pytest.raises(InputError) as refused:
         open_labelled(name)
     said = str(refused.value)
-    assert f"data '{name}' could not be reached (" in said
+    assert said.startswith(f"{name} could not be reached (")
     assert "`hf download clip-benchmark/wds_vtab-cifar10 --repo-type dataset" in said
-    assert said.endswith("and give --data FOLDER")
+    assert said.endswith("copy the folder to this machine and name it instead")
     assert "\n" not in said and len(said) < 500
 
 
 def test_an_unreachable_dataset_is_one_sentence() -> None:
     with pytest.raises(
-        InputError, match=r"'hf:a/b' could not be reached .* give --data hf:FOLDER$"
+        InputError, match=r"^hf:a/b could not be reached .*`hf download a/b .* name it instead$"
     ):
         open_captioned("hf:a/b")
+
+
+@pytest.mark.parametrize("name", ["hf:a/b/config", "hf:a/b:config"])
+def test_a_config_is_written_with_a_slash_and_understood_with_a_colon(name: str) -> None:
+    for attempt in (open_captioned, open_labelled, open_source):
+        with pytest.raises(InputError, match=rf"^{name} could not be .*`hf download a/b --repo"):
+            attempt(name)
+    with pytest.raises(InputError, match="write hf:ORG/NAME or hf:ORG/NAME/CONFIG"):
+        open_captioned("hf:a//b")
 
 
 @pytest.fixture
@@ -202,5 +214,5 @@ def test_a_benchmark_that_was_downloaded_needs_no_network(
     assert (data.name, data.split, data.classes) == ("cifar10", "test", ("airplane", "automobile"))
     assert data.labels is not None
     assert data.labels.tolist() == [1]
-    with pytest.raises(InputError, match="no split 'train' here; try --split test"):
+    with pytest.raises(InputError, match="cifar10 has no split 'train'; try test or train"):
         open_labelled("cifar10", split="train")

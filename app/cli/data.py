@@ -255,7 +255,7 @@ def stats(
     for line in lines(found):
         print(printable(line))
     if out is not None:
-        from data_prep.stats_plot import draw
+        from data_prep.stats import draw
 
         draw(found, out, title=Path(dataset).name or dataset)
         print(f"drawn      {printable(str(out))}")
@@ -284,7 +284,7 @@ def _known(total: int | None, done: int) -> int:
 
 
 def _told(source: Source) -> str:
-    return f"{source.kind:<10} {printable(source.path)}: {printable(source.says)}"
+    return f"{source.kind:<10} {printable(source.path)}: {printable(source.description)}"
 
 
 def _print_built(built: Built, seconds: float) -> None:

@@ -99,13 +99,12 @@ class Indexer:
     def _work(self, roots: Sequence[Path], stop: threading.Event) -> None:
         told: dict[str, Any] = {}
         try:
-            encoder_id = self._model.encoder_id
+            _ = self._model.encoder_id  # a model that cannot be loaded creates no index
             with Catalog.open(self.folder, write=True) as catalog:
                 told["summary"] = index_folders(
                     catalog,
                     roots,
-                    encoder_id=encoder_id,
-                    load_encoder=self._model.towers,
+                    encoder=self._model,
                     limits=self._limits,
                     on_progress=lambda progress: self._tell(progress=progress),
                     stop=stop,

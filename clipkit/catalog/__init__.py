@@ -12,8 +12,9 @@ number of places (absolute paths). A picture without a place is dead: its rows s
 which comes back costs nothing, but no search, filter or count sees it. Paths are `str` as
 `os.fsdecode` gives them, stored as bytes: names that are not UTF-8 survive.
 
-catalog.py is the way in; store.py holds the file, its schema and the lock, finding.py filters,
-phrases and counts, vectors.py the blobs, rows.py the types. Nothing else knows SQL.
+catalog.py is the way in; store.py holds the file, its schema and the lock, queries.py filters,
+phrases and counts, vectors.py the blobs, rows.py the types. vector_store.py is a file of its own:
+vectors that evaluation and training compute once. Nothing else knows SQL.
 """
 
 from clipkit.catalog.catalog import Catalog
@@ -27,6 +28,7 @@ from clipkit.catalog.rows import (
     SnapshotPointer,
     StoredVectors,
 )
+from clipkit.catalog.vector_store import VectorStore
 
 __all__ = [
     "Catalog",
@@ -38,4 +40,5 @@ __all__ = [
     "SkippedRow",
     "SnapshotPointer",
     "StoredVectors",
+    "VectorStore",
 ]

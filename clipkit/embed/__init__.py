@@ -1,15 +1,39 @@
-"""Folders of pictures -> vectors in the catalog: walk, hash, decode, embed, write.
+"""Pictures -> vectors: walk folders, one pass over files, and the indexing run that fills a catalog.
 
-Threads read, hash, decode and resize (Pillow and torch let go of the interpreter lock there) while
-the calling thread runs the image tower on whole batches and writes. Every few seconds the work so
-far is committed: a killed run loses no more than that, and the next one goes on from there.
+walk.py lists the pictures below a folder, pictures.py is the pass (read once, hash, look up, decode,
+encode) that evaluation and training run too, run.py the indexing run.
 
-An unchanged file costs one `stat`. A picture is its content: a moved file is a new place of a known
-picture and is not embedded again. What cannot be seen is never taken for deleted: a root that is
-missing or empty, or a folder that cannot be read, keeps what the catalog knows of it.
+Every few seconds the work is committed: a killed run loses no more than that, and the next one goes
+on from there. An unchanged file costs one `stat`. A picture is its content: a moved file is a new
+place of a known picture and is not encoded again. A root that is missing or empty, or a folder that
+cannot be read, deletes nothing from the catalog.
 """
 
-from clipkit.embed.progress import Progress, Summary
-from clipkit.embed.run import ImageEncoder, index_folders
+from clipkit.embed.pictures import (
+    Encoded,
+    Known,
+    Prepared,
+    Unreadable,
+    ahead,
+    encode_pictures,
+    in_order,
+)
+from clipkit.embed.run import Progress, Summary, index_folders
+from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
 
-__all__ = ["ImageEncoder", "Progress", "Summary", "index_folders"]
+__all__ = [
+    "Encoded",
+    "FoundFile",
+    "Known",
+    "Prepared",
+    "Problem",
+    "Progress",
+    "Summary",
+    "Unreadable",
+    "ahead",
+    "distinct_roots",
+    "encode_pictures",
+    "in_order",
+    "index_folders",
+    "walk",
+]

@@ -1,77 +1,112 @@
-"""One indexing run: what is there, what of it needs work, the work, and what is gone."""
+"""One indexing run: what is on the disk, what of it needs work, the work, and what is gone."""
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import images
 from clipkit.catalog import Catalog, KnownFile
-from clipkit.embed.progress import Progress, Rate, Summary
+from clipkit.embed.pictures import Encoded, Known, Prepared, Unreadable, encode_pictures
 from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
-from clipkit.errors import ImageError
-from clipkit.records import FolderCaptions, Texts
-from clipkit.search import refresh_snapshot
+from clipkit.errors import ModelError
+from clipkit.lazy_encoder import Encoder
+from clipkit.records import FolderCaptions
 
 if TYPE_CHECKING:
-    from PIL import Image
-
-log = logging.getLogger(__name__)
+    from clipkit.towers import DualEncoder
 
 COMMIT_SECONDS = 2.0
 THUMBNAIL_SIDE = 320
 
 
-class ImageEncoder(Protocol):
-    """What indexing needs of `towers.DualEncoder`."""
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The state of a run: `done` of `total` files that need work, `rate` in files per second."""
 
-    encoder_id: str
-    spec: str
+    phase: Literal["walking", "embedding", "finishing"]
+    seen: int = 0
+    done: int = 0
+    total: int = 0
+    added: int = 0
+    moved: int = 0
+    skipped: int = 0
+    rate: float = 0.0
+    eta_seconds: float | None = None
+    current: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did, in files. `reasons` counts the newly skipped files by their reason;
+    `skipped_before` those that were skipped in an earlier run and have not changed. A moved file is
+    neither added nor removed."""
+
+    added: int
+    duplicates: int
+    moved: int
+    removed: int
+    unchanged: int
+    skipped_before: int
+    skipped: int
+    reasons: Mapping[str, int]
+    unavailable: tuple[str, ...]
+    stopped: bool
+    embedded: int
+    seconds: float
 
     @property
-    def dim(self) -> int: ...
-    @property
-    def preferred_side(self) -> int: ...
-    @property
-    def preferred_batch(self) -> int: ...
-    def preprocess(self, image: Image.Image) -> Any: ...
-    def encode_images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]: ...
-    def describe(self) -> str: ...
+    def pictures_per_second(self) -> float:
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+
+class _Rate:
+    """Files per second over the last half minute."""
+
+    def __init__(self) -> None:
+        self._marks: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+
+    def add(self, files: int) -> None:
+        now = time.monotonic()
+        self._marks.append((now, self._marks[-1][1] + files))
+        while now - self._marks[0][0] > 30 and len(self._marks) > 2:
+            self._marks.popleft()
+
+    def per_second(self) -> float:
+        (start, before), (end, after) = self._marks[0], self._marks[-1]
+        return (after - before) / (end - start) if end > start else 0.0
 
 
 def index_folders(
     catalog: Catalog,
     folders: Sequence[str | os.PathLike[str]],
     *,
-    encoder_id: str,
-    load_encoder: Callable[[], ImageEncoder],
+    encoder: Encoder,
     workers: int | None = None,
     batch_size: int | None = None,
     limits: images.Limits | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Bring the catalog (open for writing) up to date with what lies below `folders`.
+    """Bring the catalog (open for writing) up to date with the pictures below `folders`.
 
-    The towers are loaded only if a picture must be embedded. `stop`, once set, ends the run soundly
-    after the current batch. Raises InputError for a folder that does not exist and never did.
+    The towers are loaded only if a picture must be encoded. Once `stop` is set the run ends after the
+    current batch; what it has done is kept. Raises InputError for a folder that does not exist and is
+    not in the catalog, ModelError if the towers cannot be loaded.
     """
     run = _Run(
         catalog=catalog,
-        encoder_id=encoder_id,
-        load_encoder=load_encoder,
+        encoder=encoder,
         workers=workers or max(2, os.cpu_count() or 1),
         batch_size=batch_size,
         limits=limits or images.Limits(),
@@ -81,29 +116,13 @@ def index_folders(
     return run.over(distinct_roots(folders, known=lambda f: catalog.places_below(f) > 0))
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """A file whose content is a picture that has its vector already."""
-
-    file: FoundFile
-    num: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Decoded:
-    file: FoundFile
-    image_id: str
-    picture: images.Picture
-    thumbnail: bytes
-    texts: Texts
-    pixels: Any  # what encoder.preprocess gave
+_Facts = dict[str, Any]  # the arguments of Catalog.add_picture
 
 
 @dataclass(eq=False)
 class _Run:
     catalog: Catalog
-    encoder_id: str
-    load_encoder: Callable[[], ImageEncoder]
+    encoder: Encoder
     workers: int
     batch_size: int | None
     limits: images.Limits
@@ -112,19 +131,17 @@ class _Run:
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     new_places: Counter[int] = field(default_factory=Counter)  # of pictures that were live before
-    batch: list[_Decoded] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.started = self.committed_at = time.monotonic()
+        self.encoder_id = self.encoder.encoder_id
         self.captions = FolderCaptions()
-        # Captions changed since the last picture was added are read again, which costs little.
+        # Captions that changed since the last picture was added are read again, which costs little.
         newest = self.catalog.stats().newest
         self.texts_read_ns = (
             int(datetime.fromisoformat(newest).timestamp()) * 10**9 if newest else 0
         )
-        self._encoder: ImageEncoder | None = None
-        self._encoder_lock = threading.Lock()
-        self._rate = Rate()
+        self._rate = _Rate()
 
     def over(self, roots: Sequence[str]) -> Summary:
         gone: list[str] = []
@@ -133,12 +150,12 @@ class _Run:
         for root in roots:
             self.catalog.add_root(root)
             known = self.catalog.known_files(root, encoder_id=self.encoder_id)
-            files, blind = self._survey(root)
-            if known and (root in blind or not files):
+            files, unreadable = self._survey(root)
+            if known and (root in unreadable or not files):
                 unavailable.append(root)
                 continue
             todo += self._changed(files, known)
-            hidden = tuple(folder + os.sep for folder in blind)
+            hidden = tuple(folder + os.sep for folder in unreadable)
             gone += [p for p in known if p not in files and not p.startswith(hidden)]
         self._embed(todo)
         stopped = self.stop.is_set()
@@ -147,6 +164,8 @@ class _Run:
             self._remove(gone)
         self.catalog.commit()
         if not stopped:
+            from clipkit.index import refresh_snapshot  # imports Faiss, which `walk` does not need
+
             refresh_snapshot(self.catalog, self.encoder_id)
         return Summary(
             added=self.counts["added"],
@@ -163,31 +182,32 @@ class _Run:
             seconds=time.monotonic() - self.started,
         )
 
-    # ---- what is there, and what of it needs work
+    # ---- what is on the disk, and what of it needs work
 
     def _survey(self, root: str) -> tuple[dict[str, FoundFile | Problem], list[str]]:
-        """Everything below the root that is, or calls itself, a picture; and the folders that
-        could not be read."""
-        found: dict[str, FoundFile | Problem] = {}
-        blind: list[str] = []
+        """Return by path what below the root has a picture's suffix, and the folders that cannot
+        be read."""
+        files: dict[str, FoundFile | Problem] = {}
+        unreadable: list[str] = []
         for item in walk(root, skip=os.path.realpath(self.catalog.folder)):
             if self.stop.is_set():
                 break
             if isinstance(item, Problem) and item.reason == "unreadable-folder":
-                blind.append(item.path)
+                unreadable.append(item.path)
                 if item.path == root:
                     break
-            found[item.path] = item
-            if len(found) % 1000 == 0:
+            files[item.path] = item
+            if len(files) % 1000 == 0:
                 self._report("walking", current=item.path)
-        self.counts["seen"] += len(found)
+        self.counts["seen"] += len(files)
         self._report("walking")
-        return found, blind
+        return files, unreadable
 
     def _changed(
-        self, found: Mapping[str, FoundFile | Problem], known: Mapping[str, KnownFile]
+        self, files: Mapping[str, FoundFile | Problem], known: Mapping[str, KnownFile]
     ) -> Iterator[FoundFile]:
-        for path, item in found.items():
+        """Yield the files that are new or changed; count and note the others."""
+        for path, item in files.items():
             before = known.get(path)
             same = before and (before.size, before.mtime_ns) == (item.size, item.mtime_ns)
             if isinstance(item, Problem):
@@ -205,122 +225,95 @@ class _Run:
     # ---- the work
 
     def _embed(self, todo: Sequence[FoundFile]) -> None:
-        """Files through the decode threads, in order, a bounded number at a time."""
-        waiting: deque[Future[_Known | _Decoded | Problem]] = deque()
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
-            for file in todo:
-                waiting.append(pool.submit(self._prepare, file))
-                if len(waiting) >= 4 * self.workers + (self.batch_size or 32):
-                    self._take(waiting.popleft().result(), len(todo))
-                if self.stop.is_set():
-                    break
-            while waiting:
-                future = waiting.popleft()
-                if not (self.stop.is_set() and future.cancel()):
-                    self._take(future.result(), len(todo))
-        self._flush()
+        results = encode_pictures(
+            todo,
+            self._towers,
+            read=lambda file: images.read_bytes(Path(file.path), limits=self.limits),
+            lookup=self._stored,
+            prepare=self._prepare,
+            workers=self.workers,
+            batch_size=self.batch_size,
+        )
+        with closing(results):
+            while not self.stop.is_set() and (result := next(results, None)) is not None:
+                if isinstance(result, Known):
+                    self._place(result.stored, result.item)
+                elif isinstance(result, Unreadable):
+                    self._skip(_problem(result.item, result.error.reason, str(result.error)))
+                    self.counts["done"] += 1
+                else:
+                    self._add_batch(result)
+                self._report("embedding", done=self.counts["done"], total=len(todo))
+                if time.monotonic() - self.committed_at > COMMIT_SECONDS:
+                    self.catalog.commit()
+                    self.committed_at = time.monotonic()
 
-    def _prepare(self, file: FoundFile) -> _Known | _Decoded | Problem:
-        """In a decode thread: one file's bytes, its identity, and if need be its pixels."""
-        path = Path(file.path)
-        try:
-            data = images.read_bytes(path, limits=self.limits)
-            image_id = images.image_id(data)
-            num = self.catalog.has_picture(image_id)
-            if num is not None and self.catalog.has_vector(num, self.encoder_id):
-                return _Known(file, num)
-            encoder = self._loaded_encoder()
-            side = max(encoder.preferred_side, THUMBNAIL_SIDE // 2)
-            picture = images.decode(data, target=side, limits=self.limits)
-            return _Decoded(
-                file,
-                image_id,
-                picture,
-                images.thumbnail(picture.rgb, side=THUMBNAIL_SIDE),
-                self.captions.for_picture(path),
-                encoder.preprocess(picture.rgb),
-            )
-        except ImageError as error:
-            return Problem(file.path, error.reason, str(error), file.size, file.mtime_ns)
+    def _stored(self, image_id: str) -> int | None:
+        """Return the num of a picture that has its vector already."""
+        num = self.catalog.has_picture(image_id)
+        known = num is not None and self.catalog.has_vector(num, self.encoder_id)
+        return num if known else None
 
-    def _loaded_encoder(self) -> ImageEncoder:
-        with self._encoder_lock:
-            if self._encoder is None:
-                self._encoder = self.load_encoder()
-            return self._encoder
+    def _prepare(self, file: FoundFile, image_id: str, data: bytes) -> tuple[Any, _Facts]:
+        """In a decode thread: the tower's pixels, and what the catalog keeps of a picture."""
+        towers = self._towers()
+        side = max(towers.preferred_side, THUMBNAIL_SIDE // 2)
+        picture = images.decode(data, target=side, limits=self.limits)
+        texts = self.captions.for_picture(Path(file.path))
+        facts = {
+            "image_id": image_id,
+            "width": picture.width,
+            "height": picture.height,
+            "format": picture.format,
+            "bytes": file.size,
+            "taken_at": picture.taken_at,
+            "camera": picture.camera,
+            "captions": texts.captions,
+            "tags": texts.tags,
+            "thumbnail": images.thumbnail(picture.rgb, side=THUMBNAIL_SIDE),
+        }
+        return towers.preprocess(picture.rgb), facts
 
-    def _take(self, item: _Known | _Decoded | Problem, total: int) -> None:
-        """In the calling thread: write what a decode thread made, or keep it for the next batch."""
-        if isinstance(item, Problem):
-            self._skip(item)
-            self.counts["done"] += 1
-        elif isinstance(item, _Known):
-            self._place(item.num, item.file)
-        else:
-            self.batch.append(item)
-            encoder = self._loaded_encoder()
-            if len(self.batch) >= (self.batch_size or encoder.preferred_batch):
-                self._flush()
-        self._report("embedding", done=self.counts["done"], total=total)
-        if time.monotonic() - self.committed_at > COMMIT_SECONDS:
-            self.catalog.commit()
-            self.committed_at = time.monotonic()
+    def _towers(self) -> DualEncoder:
+        towers = self.encoder.towers()
+        if towers.encoder_id != self.encoder_id:
+            raise ModelError(f"model {self.encoder.spec} changed during indexing; start again")
+        return towers
 
-    def _flush(self) -> None:
-        """Embed and write the batch."""
-        if not self.batch:
-            return
-        encoder = self._loaded_encoder()
-        batch, self.batch = self.batch, []
-        vectors = encoder.encode_images([item.pixels for item in batch])
-        rows: dict[int, int] = {}  # num -> row: two files of one batch may be the same picture
-        for row, item in enumerate(batch):
-            if not np.isfinite(vectors[row]).all():
-                message = f"model {encoder.spec} gives no finite vector for it; try another model"
-                file = item.file
-                self._skip(Problem(file.path, "no-vector", message, file.size, file.mtime_ns))
+    def _add_batch(self, batch: Encoded[FoundFile, _Facts]) -> None:
+        """Write new pictures, or new vectors of known ones."""
+        towers = self._towers()
+        finite = np.asarray(np.isfinite(batch.vectors).all(axis=1))
+        nums: list[int] = []
+        for picture, usable in zip(batch.pictures, finite, strict=True):
+            if not usable:
+                message = f"model {towers.spec} gives no finite vector for it; try another model"
+                self._skip(_problem(picture.item, "no-vector", message))
                 self.counts["done"] += 1
                 continue
-            known = self.catalog.has_picture(item.image_id)
-            if known is None:
-                num = self._add(item)
+            num = self.catalog.has_picture(picture.image_id)
+            if num is None:
+                num = self._add(picture)
             else:
-                num = known
-                self._place(num, item.file)
-            if known is None or not self.catalog.has_vector(num, self.encoder_id):
-                rows[num] = row
+                self._place(num, picture.item)
+            nums.append(num)
         self.catalog.register_encoder(
-            self.encoder_id, spec=encoder.spec, config_json=encoder.describe(), dim=encoder.dim
+            self.encoder_id, spec=towers.spec, config_json=towers.describe(), dim=towers.dim
         )
-        self.catalog.add_vectors(
-            self.encoder_id, np.array(list(rows), np.int64), vectors[list(rows.values())]
-        )
-        self.counts["embedded"] += len(batch)
-        self._rate.add(len(batch))
+        self.catalog.add_vectors(self.encoder_id, np.array(nums, np.int64), batch.vectors[finite])
+        self.counts["embedded"] += len(batch.pictures)
+        self._rate.add(len(batch.pictures))
 
-    def _add(self, item: _Decoded) -> int:
-        picture = item.picture
-        num = self.catalog.add_picture(
-            image_id=item.image_id,
-            width=picture.width,
-            height=picture.height,
-            format=picture.format,
-            bytes=item.file.size,
-            taken_at=picture.taken_at,
-            camera=picture.camera,
-            captions=item.texts.captions,
-            tags=item.texts.tags,
-            thumbnail=item.thumbnail,
-        )
-        self.catalog.add_place(
-            num, item.file.path, size=item.file.size, mtime_ns=item.file.mtime_ns
-        )
+    def _add(self, picture: Prepared[FoundFile, _Facts]) -> int:
+        file = picture.item
+        num = self.catalog.add_picture(**picture.extra)
+        self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["added"] += 1
         self.counts["done"] += 1
         return num
 
     def _place(self, num: int, file: FoundFile) -> None:
-        """A file of a known picture: a copy, a moved file, or one that came back."""
+        """Note a file of a known picture: a copy, a moved file, or a restored one."""
         was_live = self.catalog.is_live(num)
         fresh = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["done"] += 1
@@ -340,7 +333,7 @@ class _Run:
         self.reasons[problem.reason] += 1
 
     def _remove(self, gone: Sequence[str]) -> None:
-        """Forget the places that are no more, and see which of them only moved."""
+        """Remove the places that are gone, and count those that only moved."""
         lost = Counter(self.catalog.remove_places(gone))
         for num, new in self.new_places.items():
             moved = min(new, lost[num])
@@ -372,3 +365,7 @@ class _Run:
                 current=current,
             )
         )
+
+
+def _problem(file: FoundFile, reason: str, message: str) -> Problem:
+    return Problem(file.path, reason, message, file.size, file.mtime_ns)

@@ -4,8 +4,6 @@ searcher.py answers; query_encoder.py makes a query one vector, live_vectors.py 
 vectors in memory and follows it, ranking.py fuses rankings and calls hits strong, fair or weak.
 """
 
-from clipkit.search.live_vectors import refresh_snapshot
-from clipkit.search.query_encoder import Encoder
 from clipkit.search.searcher import Searcher, SearchHit, SearchResult
 
-__all__ = ["Encoder", "SearchHit", "SearchResult", "Searcher", "refresh_snapshot"]
+__all__ = ["SearchHit", "SearchResult", "Searcher"]

@@ -10,25 +10,17 @@ A snapshot that is lost, damaged or another encoder's is never searched: the cat
 
 from __future__ import annotations
 
-import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.catalog import Catalog, SnapshotPointer
-from clipkit.errors import ClipkitError, IndexDamaged
-from clipkit.index import Manifest, VectorIndex, read_manifest
-
-log = logging.getLogger(__name__)
+from clipkit.catalog import Catalog
+from clipkit.index import VectorIndex, load_snapshot
 
 SAMPLE = 2_000  # pictures that tell how high a query scores by chance
-SNAPSHOT_FROM = 50_000  # vectors outside a snapshot before a (new) one is worth its build
-SNAPSHOT_SHARE = 0.1  # ... and their least share of the library
 FEW_DEAD = 1_000  # dead rows that are cheaper to skip among the hits than to mask in the search
 
 Int64 = npt.NDArray[np.int64]
@@ -103,7 +95,8 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     if old is not None and old.snapshot == name:
         parts, from_snapshot, last_seq = list(old.parts), old.from_snapshot, old.last_seq
     else:
-        parts = _load_snapshot(catalog, encoder_id, pointer)
+        loaded = load_snapshot(catalog, encoder_id, pointer)
+        parts = [Part(*loaded, alive=loaded[1])] if loaded else []
         from_snapshot = bool(parts)
         last_seq = pointer.last_seq if pointer and parts else 0
     new = catalog.vectors(encoder_id, after_seq=last_seq)
@@ -111,59 +104,6 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
         parts.append(_exact(new.nums, new.vectors))
     alive = _alive(_merge(parts, keep_first=from_snapshot), live)
     return LiveVectors(encoder_id, changes, name, new.last_seq, alive, from_snapshot)
-
-
-def refresh_snapshot(catalog: Catalog, encoder_id: str, *, force: bool = False) -> Manifest | None:
-    """Build a snapshot and point the catalog, open for writing, to it, if enough is outside one.
-
-    That is when at least SNAPSHOT_FROM vectors and SNAPSHOT_SHARE of all are newer than the current
-    snapshot, when that one is damaged, or with `force`. Returns None if nothing was done. The
-    snapshot before is kept for those who load it at this moment, older ones are deleted.
-    """
-    catalog.commit()
-    pointer = catalog.snapshot(encoder_id)
-    total = len(catalog.live_nums(encoder_id))
-    usable = _load_snapshot(catalog, encoder_id, pointer)
-    after = pointer.last_seq if pointer and usable else 0
-    newer = len(catalog.vectors(encoder_id, after_seq=after).nums) if after else total
-    if not total or not (force or (newer >= SNAPSHOT_FROM and newer >= SNAPSHOT_SHARE * total)):
-        return None
-    stored = catalog.vectors(encoder_id)
-    index = VectorIndex.build(stored.nums, stored.vectors)
-    folder = catalog.folder / "snapshots"
-    folder.mkdir(exist_ok=True)
-    names = sorted(path.name for path in folder.iterdir() if path.name.isdigit())
-    name = f"{int(names[-1]) + 1 if names else 1:06d}"
-    index.save(folder / name, encoder_id=encoder_id, last_seq=stored.last_seq)
-    catalog.point_to_snapshot(encoder_id, name=name, last_seq=stored.last_seq)
-    current = {catalog.snapshot(row.encoder_id) for row in catalog.encoders()}
-    keep = {name, *(kept.name for kept in (*current, pointer) if kept)}
-    for old in names:
-        if old not in keep:
-            shutil.rmtree(folder / old, ignore_errors=True)
-    return read_manifest(folder / name)
-
-
-def _load_snapshot(
-    catalog: Catalog, encoder_id: str, pointer: SnapshotPointer | None
-) -> list[Part]:
-    """The snapshot as the one part; none, and the reason in the log, if it may not be searched."""
-    if pointer is None:
-        return []
-    folder: Path = catalog.folder / "snapshots" / pointer.name
-    try:
-        manifest = read_manifest(folder)
-        if (manifest.encoder_id, manifest.last_seq) != (encoder_id, pointer.last_seq):
-            raise IndexDamaged(
-                f"{folder} holds vectors of encoder {manifest.encoder_id} up to seq "
-                f"{manifest.last_seq}; the catalog says {encoder_id} and {pointer.last_seq}"
-            )
-        index = VectorIndex.load(folder)
-        nums = np.load(folder / "ids.npy")  # sorted; load() has just checked every byte
-        return [Part(index, nums, nums)]
-    except (ClipkitError, OSError) as error:
-        log.warning("snapshot not used, searching the catalog's vectors instead: %s", error)
-        return []
 
 
 def _exact(nums: Int64, vectors: npt.NDArray[np.float16]) -> Part:

@@ -1,4 +1,4 @@
-"""What was asked -> one unit vector, with an encoder that is loaded by the first text or picture.
+"""Query -> one unit vector, with an encoder that is loaded by the first text or picture.
 
 The vector is normalise(sum of weight * unit vector of each text and example picture, less
 EXCLUDED * weight * unit vector of each excluded text).
@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +19,13 @@ from PIL import Image
 
 from clipkit import images
 from clipkit.errors import EncoderMismatch, ImageError, ModelError, QueryError
+from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query
 
 EXCLUDED = 0.5  # how hard `-word` pushes, against 1 for a word
 CACHED_TEXTS = 512
 
 Float32 = npt.NDArray[np.float32]
-
-
-class Encoder(Protocol):
-    """What searching needs of `towers.DualEncoder`. Vectors are float32 (N, D), unit rows."""
-
-    spec: str
-    encoder_id: str
-
-    @property
-    def preferred_side(self) -> int: ...
-    def encode_texts(self, texts: Sequence[str]) -> Float32: ...
-    def encode_images(self, images: Sequence[Image.Image]) -> Float32: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,29 +53,10 @@ class Searched:
 class QueryEncoder:
     """Threads may share it. Vectors of texts are kept, the CACHED_TEXTS last used."""
 
-    def __init__(self, encoder: Encoder | Callable[[], Encoder]) -> None:
-        self._load: Callable[[], Encoder] | None = None
-        self._loaded: Encoder | None = None
-        if hasattr(encoder, "encode_texts"):
-            self._loaded = cast(Encoder, encoder)
-        else:
-            self._load = encoder
-        self._loading = threading.Lock()
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
         self._texts: OrderedDict[str, Float32] = OrderedDict()  # the least recently used first
         self._caching = threading.Lock()
-
-    @property
-    def loaded(self) -> Encoder | None:
-        """The encoder if it is there already."""
-        return self._loaded
-
-    def load(self) -> Encoder:
-        """The encoder; loaded once, also when many threads ask at once."""
-        with self._loading:
-            if self._loaded is None:
-                assert self._load is not None
-                self._loaded = self._load()
-            return self._loaded
 
     def vector(
         self,
@@ -118,7 +87,7 @@ class QueryEncoder:
         return np.asarray(total / norm, dtype=np.float32)
 
     def _fitting(self, searched: Searched) -> Encoder:
-        encoder = self.load()
+        encoder = self._encoder
         if encoder.encoder_id != searched.encoder_id:
             raise searched.mismatch(encoder.spec, encoder.encoder_id)
         return encoder
@@ -160,8 +129,10 @@ class QueryEncoder:
         if isinstance(image, bytes):
             if (vector := searched.stored(images.image_id(image))) is not None:
                 return vector
-            image = images.decode(image, target=self._fitting(searched).preferred_side).rgb
-        rows = _finite(self._fitting(searched).encode_images([image]), "the example picture")
+            side = self._fitting(searched).towers().preferred_side
+            image = images.decode(image, target=side).rgb
+        towers = self._fitting(searched).towers()
+        rows = _finite(towers.encode_images([image]), "the example picture")
         return np.asarray(rows[0])
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,10 @@ from PIL import Image
 
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
+from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query, parse
 from clipkit.search.live_vectors import LiveVectors, follow
-from clipkit.search.query_encoder import Encoder, QueryEncoder, Searched
+from clipkit.search.query_encoder import QueryEncoder, Searched
 from clipkit.search.ranking import reciprocal_rank_fusion, strengths
 
 Int64 = npt.NDArray[np.int64]
@@ -68,21 +69,23 @@ class Searcher:
     """Searches one catalog with one encoder; threads may share it.
 
     `catalog` is one opened for reading; what an indexer commits is found by the next query.
-    `encoder` is an encoder or a function that loads one. `encoder_id` says which vectors to search
-    before it is loaded; without it, a catalog of one encoder needs none. With `files=False` an
+    `encoder` is loaded by the first query that needs it. `encoder_id` says which vectors to search
+    before that; without it, and with an encoder whose id only loading tells, they are those of the
+    catalog's one encoder. With `files=False` an
     example `+FILE` is refused: for callers who must not make this machine read its files.
     """
 
     def __init__(
         self,
         catalog: Catalog,
-        encoder: Encoder | Callable[[], Encoder],
+        encoder: Encoder,
         *,
         encoder_id: str | None = None,
         files: bool = True,
     ) -> None:
         self.catalog = catalog
-        self._encoder = QueryEncoder(encoder)
+        self._encoder = encoder
+        self._queries = QueryEncoder(encoder)
         self._encoder_id = encoder_id
         self._files = files
         self._live: LiveVectors | None = None
@@ -119,7 +122,7 @@ class Searcher:
         if not len(live.nums):
             return SearchResult((), 0, clock.seconds)
         searched = self._searched(live)
-        vector = self._encoder.vector(query, image, searched=searched, files=self._files)
+        vector = self._queries.vector(query, image, searched=searched, files=self._files)
         clock.lap("encode")
         if allowed is not None:
             allowed = np.intersect1d(allowed, live.nums)
@@ -160,19 +163,18 @@ class Searcher:
     def _searched_id(self) -> str:
         if self._encoder_id is not None:
             return self._encoder_id
-        known = [row.encoder_id for row in self.catalog.encoders()]
-        if self._encoder.loaded is None and len(known) == 1:
-            return known[0]
-        return self._encoder.load().encoder_id
+        if self._encoder.known_id is None:
+            encoders = self.catalog.encoders()
+            if len(encoders) == 1:
+                return encoders[0].encoder_id
+        return self._encoder.encoder_id
 
     def _check_others(self, encoder_id: str) -> None:
         specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
         others = [key for key in specs if key != encoder_id and len(self.catalog.live_nums(key))]
         if others:
-            loaded = self._encoder.loaded
-            spec = loaded.spec if loaded else specs.get(encoder_id, "SPEC")
             held = Searched(specs[others[-1]], others[-1], lambda _: None)
-            raise held.mismatch(spec, encoder_id)
+            raise held.mismatch(self._encoder.spec, encoder_id)
 
     def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
         """The pictures that pass the query's filters and `filters`, sorted; None: all."""

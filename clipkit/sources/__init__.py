@@ -1,10 +1,11 @@
-"""Captioned pictures from wherever they are: one registry of readers, one way in.
+"""Pictures with captions or labels from any kind of data: one registry of readers, one entry.
 
-    open_source("captions.csv") -> Source: what was taken for what, and rows to go through lazily
+    open_source("captions.csv").rows()  ->  Row(picture, captions, label, split, meta), one at a time
 
-A reader is a function (path, Options) -> Source in SOURCES. What it yields is not checked: pictures
-may be missing, captions junk; `data_prep.clean` judges. A row that gives no pair is yielded as Broken,
-with its place and a reason, and ends nothing.
+A reader is a function (path, Options) -> Source in SOURCES, and registering it is enough. Rows are not
+checked: captions may be junk, which `data_prep.clean` judges. A row that gives no picture is yielded as
+Broken, with its place and a reason, and stops nothing: building a dataset lists it, evaluation refuses
+it (`eval.data`). No reader imports torch.
 """
 
 from __future__ import annotations
@@ -17,17 +18,33 @@ from pathlib import Path
 
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES
-from clipkit.sources.flickr import is_token_file, open_flickr, token_files
-from clipkit.sources.folders import metadata_files, open_folder, open_imagefolder
-from clipkit.sources.hub import open_hub
-from clipkit.sources.json_files import (
-    json_kind,
+from clipkit.sources.annotations import (
+    is_token_file,
     open_coco,
-    open_corrections,
-    open_jsonl,
+    open_flickr,
     open_karpathy,
+    token_files,
 )
-from clipkit.sources.rows import Broken, Options, RawPair, Source, split_of_file
+from clipkit.sources.folders import (
+    metadata_files,
+    open_class_folders,
+    open_folder,
+    open_imagefolder,
+    table_in,
+)
+from clipkit.sources.hub import open_benchmark, open_hub, similar_benchmark
+from clipkit.sources.json_files import json_kind, open_corrections, open_jsonl
+from clipkit.sources.rows import (
+    Broken,
+    Options,
+    Picture,
+    PictureBytes,
+    PictureFile,
+    Row,
+    Source,
+    TarMember,
+    split_of_file,
+)
 from clipkit.sources.shards import open_shards, shard_files
 from clipkit.sources.tables import open_table
 
@@ -35,14 +52,19 @@ __all__ = [
     "SOURCES",
     "Broken",
     "Options",
-    "RawPair",
+    "Picture",
+    "PictureBytes",
+    "PictureFile",
+    "Row",
     "Source",
+    "TarMember",
     "detect",
     "open_source",
     "open_sources",
 ]
 
 SOURCES: dict[str, Callable[[Path, Options], Source]] = {
+    "classes": open_class_folders,
     "coco": open_coco,
     "corrections": open_corrections,
     "flickr": open_flickr,
@@ -62,21 +84,30 @@ _SAVED = ("dataset_dict.json", "state.json")
 def open_source(
     path: str | Path, *, kind: str | None = None, options: Options | None = None
 ) -> Source:
-    """The source at `path`, of the kind that is given or else detected; "hf:ORG/NAME" is on the hub.
+    """Open the source at `path`, of the given kind or the one that is detected.
 
-    DatasetError: nothing is there, it is of no known kind, or its layout is not what the kind says.
+    `path` may also be "hf:ORG/NAME", "hf:ORG/NAME/CONFIG" or a benchmark's name such as "cifar10".
+    Raises DatasetError if nothing is there, the kind is unknown, or the layout is not that kind's.
     """
     options = options or Options()
     if str(path).startswith("hf:"):
-        return open_hub(Path(path), options, name=str(path))
+        local = Path(str(path).removeprefix("hf:")).expanduser()
+        if not local.exists():
+            return open_hub(local, options, name=str(path))
+        path = local
     path = Path(path).expanduser()
-    kind = kind or detect(path)
+    if kind is None and not _exists(path):
+        if (benchmark := open_benchmark(str(path), options)) is not None:
+            return benchmark
+        raise _not_there(path)
+    if kind is None:
+        kind, path = _detect(path)
     if kind not in SOURCES:
         near = difflib.get_close_matches(kind, SOURCES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DatasetError(f"unknown kind {kind!r}; there are {', '.join(sorted(SOURCES))}{hint}")
-    if kind != "webdataset" and not path.exists():
-        raise DatasetError(f"{path} does not exist")
+    if not _exists(path):
+        raise _not_there(path)
     try:
         return SOURCES[kind](path, options)
     except OSError as error:
@@ -86,34 +117,54 @@ def open_source(
 def open_sources(
     paths: Sequence[str], *, kind: str | None = None, options: Options | None = None
 ) -> list[Source]:
-    """Several sources that belong together. If their names tell two splits or more, as in train.csv
-    and test.csv, those are the splits; a lone train.csv is split like any other file."""
+    """Open several sources that belong together.
+
+    If their names tell two splits or more, as in train.csv and test.csv, those are the splits; a lone
+    train.csv is split like any other file.
+    """
     options = options or Options()
-    named = [None if path.startswith("hf:") else split_of_file(Path(path).name) for path in paths]
-    if options.split or len(set(named) - {None}) < 2:
-        named = [options.split] * len(paths)
+    splits = [None if path.startswith("hf:") else split_of_file(Path(path).name) for path in paths]
+    if options.split or len(set(splits) - {None}) < 2:
+        splits = [options.split] * len(paths)
     return [
         open_source(path, kind=kind, options=replace(options, split=split))
-        for path, split in zip(paths, named, strict=True)
+        for path, split in zip(paths, splits, strict=True)
     ]
 
 
 def detect(path: str | Path) -> str:
-    """The kind of source at `path`, a key of SOURCES. DatasetError if it is none."""
+    """Return the kind of source at `path`, a key of SOURCES. Raises DatasetError if it is none."""
     path = Path(path)
-    if path.is_dir():
-        return _detect_folder(path)
-    if path.is_file():
-        return _detect_file(path)
-    if glob.has_magic(str(path)) and shard_files(path):
-        return "webdataset"
-    hint = ""
-    if len(path.parts) == 2 and not path.is_absolute():
-        hint = f"; for the hub's data set write hf:{path}"
-    raise DatasetError(f"{path} does not exist{hint}")
+    if not _exists(path):
+        raise _not_there(path)
+    return _detect(path)[0]
 
 
-def _detect_file(path: Path) -> str:
+def _detect(path: Path) -> tuple[str, Path]:
+    """Return the kind, and the file that is meant by a folder which holds one table of captions."""
+    if not path.exists():  # a pattern that matches shards
+        return "webdataset", path
+    if not path.is_dir():
+        return _kind_of_file(path), path
+    if any((path / name).is_file() for name in _SAVED):
+        return "hf", path
+    if metadata_files(path):
+        return "imagefolder", path
+    if shard_files(path):
+        return "webdataset", path
+    if token_files(path):
+        return "flickr", path
+    if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
+        return "hf", path
+    if (table := table_in(path)) is not None:
+        try:
+            return _kind_of_file(table), table
+        except DatasetError:  # JSON of another kind beside the pictures
+            pass
+    return "folder", path
+
+
+def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix == ".tar" or path.name.lower().endswith((".tar.gz", ".tgz")):
         return "webdataset"
@@ -126,20 +177,21 @@ def _detect_file(path: Path) -> str:
     if suffix in SUFFIXES:
         raise DatasetError(f"{path} is a single picture; give its folder, or a table of captions")
     raise DatasetError(
-        f"cannot tell what {path} is by its suffix {suffix!r}; say with --kind, one of "
-        f"{', '.join(sorted(SOURCES))}"
+        f"cannot tell what {path} is by its suffix {suffix!r}; rename it, or give `clipkit data` its "
+        f"--kind, one of {', '.join(sorted(SOURCES))}"
     )
 
 
-def _detect_folder(path: Path) -> str:
-    if any((path / name).is_file() for name in _SAVED):
-        return "hf"
-    if metadata_files(path):
-        return "imagefolder"
-    if shard_files(path):
-        return "webdataset"
-    if token_files(path):
-        return "flickr"
-    if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
-        return "hf"
-    return "folder"
+def _exists(path: Path) -> bool:
+    return path.exists() or (glob.has_magic(str(path)) and bool(shard_files(path)))
+
+
+def _not_there(path: Path) -> DatasetError:
+    hint = "; give a file, a folder, shards, a benchmark's name such as cifar10, or hf:ORG/NAME"
+    if glob.has_magic(str(path)):
+        return DatasetError(f"nothing matches {path}{hint}")
+    if near := similar_benchmark(str(path)):
+        hint = f"; did you mean the benchmark {near}?"
+    elif len(path.parts) == 2 and not path.is_absolute():
+        hint = f"; for the hub's dataset write hf:{path}"
+    return DatasetError(f"{path} does not exist{hint}")

@@ -1,118 +1,225 @@
-"""Folders of pictures: with sidecar captions, or with metadata files as Hugging Face has them."""
+"""Folders of pictures: with captions beside them, with a folder per class, or with metadata files."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clipkit.errors import DatasetError
+from clipkit.errors import DatasetError, InputError
 from clipkit.images import SUFFIXES
-from clipkit.records import SPLITS, FolderCaptions
+from clipkit.records import METADATA, SPLITS, FolderCaptions
 from clipkit.sources.columns import Columns, choose
-from clipkit.sources.json_files import object_pairs, read_lines
-from clipkit.sources.rows import LISTS, Broken, Options, Pictures, RawPair, Source, split_name
-from clipkit.sources.tables import Row, Table
+from clipkit.sources.json_files import read_objects, sample_of
+from clipkit.sources.rows import (
+    LISTS,
+    Broken,
+    Options,
+    PictureFile,
+    PictureFinder,
+    Row,
+    Source,
+    split_name,
+)
+from clipkit.sources.tables import Table, filled
 
-_METADATA = ("metadata.jsonl", "metadata.csv")
+_METADATA = (METADATA, "metadata.csv")
 _ORDER: dict[str | None, int] = {split: n for n, split in enumerate(SPLITS)}
+# Names of split folders; evaluation takes the first that there is.
+_SPLIT_FOLDERS = ("test", "validation", "val", "valid", "dev", "train")
 
 
 def open_folder(path: Path, options: Options) -> Source:
-    """Pictures with NAME.txt (a caption a line) or NAME.json beside them, at any depth.
+    """Open pictures at any depth with NAME.txt (a caption a line) or NAME.json beside them.
 
-    Below folders named train, val, validation or test, these are the splits.
+    Folders named train, val, validation or test are the splits. Raises DatasetError if there are no
+    pictures.
     """
     pictures = options.pictures or path
     if not pictures.is_dir():
-        raise DatasetError(f"{pictures} is no folder")
-    total = sum(1 for _ in _walk(pictures))
+        raise DatasetError(f"{pictures} is no folder; give the folder of the pictures")
+    total = sum(isinstance(item, Path) for item in _walk(pictures))
     if not total:
         suffixes = " ".join(sorted(SUFFIXES))
         raise DatasetError(f"{pictures} holds no pictures; looked for {suffixes}")
 
-    def pairs() -> Iterator[RawPair | Broken]:
+    def rows() -> Iterator[Row | Broken]:
         beside = FolderCaptions()
         for file in _walk(pictures):
+            if isinstance(file, Broken):
+                yield file
+                continue
             texts = beside.for_picture(file)
             name = file.relative_to(pictures).as_posix()
             split = split_name(PurePosixPath(name).parts[0]) if "/" in name else None
             meta = {"keywords": list(texts.tags)} if texts.tags else {}
-            yield RawPair(file, name, name, texts.captions, split or options.split, meta)
+            split = split or options.split
+            yield Row(PictureFile(file), name, name, texts.captions, split=split, meta=meta)
 
-    says = f"folder of {total:,} pictures, captions from the files beside them"
-    return Source("folder", str(path), says, total, pairs)
+    description = f"folder of {total:,} pictures, captions from the files beside them"
+    return Source("folder", str(path), description, total, rows)
+
+
+def open_class_folders(path: Path, options: Options) -> Source:
+    """Open a folder per class; with options.domains they lie below a folder per domain.
+
+    The label is the class folder's name, the domain is in `meta`. Raises InputError if no class folder
+    holds a picture.
+    """
+    folders = [
+        (domain, folder)
+        for domain in (_subfolders(path) if options.domains else [path])
+        for folder in _subfolders(domain)
+    ]
+    total = sum(isinstance(item, Path) for _, folder in folders for item in _walk(folder))
+    if not total:
+        what = "domain folders with class folders" if options.domains else "class folders"
+        raise InputError(
+            f"{path} holds no {what} with pictures; put each class's pictures in a folder of its name"
+        )
+
+    def rows() -> Iterator[Row | Broken]:
+        for domain, folder in folders:
+            meta = {"domain": domain.name} if options.domains else {}
+            for file in _walk(folder):
+                if isinstance(file, Broken):
+                    yield file
+                    continue
+                name, split = file.relative_to(path).as_posix(), options.split
+                yield Row(PictureFile(file), name, name, (), folder.name, split, meta=meta)
+
+    classes = tuple(sorted({folder.name for _, folder in folders}))
+    description = f"{len(classes):,} class folders with {total:,} pictures"
+    return Source("classes", str(path), description, total, rows, classes)
 
 
 def open_imagefolder(path: Path, options: Options) -> Source:
-    """Hugging Face's imagefolder: a metadata file in each split's folder. Also what clipkit builds."""
+    """Open Hugging Face's imagefolder: a metadata file in each split's folder, as clipkit builds it.
+
+    Raises DatasetError if there is no metadata file, or its columns' roles cannot be told.
+    """
     files = metadata_files(path)
     if not files:
         raise DatasetError(f"{path} holds no {' and no '.join(_METADATA)}")
-    columns = [_columns(file, options) for file in files]
     tables = [Table.open(file) if file.suffix == ".csv" else None for file in files]
-    total = sum(_count(file) for file in files)
+    columns = [_columns(f, t, options) for f, t in zip(files, tables, strict=True)]
+    total = sum(_count_lines(file) for file in files)
 
-    def pairs() -> Iterator[RawPair | Broken]:
-        for file, chosen, table in zip(files, columns, tables, strict=True):
+    def rows() -> Iterator[Row | Broken]:
+        for file, table, roles in zip(files, tables, columns, strict=True):
             folder = file.parent.relative_to(path).as_posix()
-            finder = Pictures(file.parent, options.pictures)
-            for pair in object_pairs(
-                _table_rows(table) if table else read_lines(file),
-                chosen,
-                finder.pair,
-                split_name(folder) or options.split,
-            ):
-                yield _named(pair, folder)
+            split = split_name(folder) or options.split
+            finder = PictureFinder(file.parent, options)
+            for item in table.records() if table else read_objects(file):
+                if isinstance(item, Broken):
+                    yield _placed(item, folder)
+                    continue
+                place, fields = item
+                name = PurePosixPath(str(fields.get(roles.image)))
+                if name.is_absolute() or ".." in name.parts:
+                    detail = (
+                        f"{roles.image} {str(name)!r} must stay below the folder of {file.name}"
+                    )
+                    yield _placed(Broken(place, "outside", detail), folder)
+                    continue
+                cells = filled(fields, roles) if table else fields
+                yield _placed(roles.row(place, cells, finder.row, split), folder)
 
-    splits = [file.parent.relative_to(path).as_posix() for file in files]
-    says = f"imagefolder ({', '.join(splits)}): {columns[0]}"
-    return Source("imagefolder", str(path), says, total, pairs)
+    splits = ", ".join(file.parent.relative_to(path).as_posix() for file in files)
+    description = f"imagefolder ({splits}): {columns[0]}"
+    return Source("imagefolder", str(path), description, total, rows)
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """Those of the folder itself and of the folders one level down."""
-    below = [p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    below.sort(key=lambda p: (_ORDER.get(split_name(p.name), len(_ORDER)), p.name))
+    """Return the metadata files of the folder itself and of the folders one level below."""
+    below = sorted(
+        _subfolders(folder), key=lambda p: (_ORDER.get(split_name(p.name), len(_ORDER)), p.name)
+    )
     return [p / name for p in (folder, *below) for name in _METADATA if (p / name).is_file()]
 
 
-def _columns(file: Path, options: Options) -> Columns:
-    if file.suffix == ".csv":
-        rows = itertools.islice(Table.open(file).rows(), 200)
-        sample: list[dict[str, object]] = [dict(r.fields) for r in rows if isinstance(r, Row)]
+def split_folder(root: Path, split: str | None) -> tuple[Path, str | None]:
+    """Return the folder of one split and its name; (root, None) if the folder has no splits.
+
+    Folders are splits only if all have a split's name, or one of them holds metadata or shards:
+    CIFAR-100 has a class "train". Raises InputError if the split is not there.
+    """
+    below = _subfolders(root)
+    named = [folder for folder in below if folder.name in _SPLIT_FOLDERS]
+    if named and (
+        len(named) == len(below)
+        or any(any((f / m).is_file() for m in _METADATA) or any(f.glob("*.tar")) for f in named)
+    ):
+        name = choose_split([folder.name for folder in named], split, where=str(root))
+    elif split is not None and (root / split).is_dir():
+        name = split
     else:
-        lines = itertools.islice(read_lines(file), 200)
-        sample = [
-            {k: v[0] if isinstance(v, list) and v else v for k, v in fields.items()}
-            for _, fields in lines
-            if fields is not None
-        ]
+        return root, None
+    return root / name, name
+
+
+def choose_split(available: Sequence[str], split: str | None, *, where: str) -> str:
+    """Return the split to evaluate on: `split` ("val" is "validation"), or test, validation, train.
+
+    Raises InputError if it is not there.
+    """
+    if split is None:
+        return next((name for name in _SPLIT_FOLDERS if name in available), available[0])
+    if split in available:
+        return split
+    meaning = split_name(split)
+    for name in available:
+        if meaning is not None and split_name(name) == meaning:
+            return name
+    raise InputError(f"{where} has no split {split!r}; it has {', '.join(available)}")
+
+
+def table_in(folder: Path) -> Path | None:
+    """Return the one file in `folder` that can hold all captions: CSV, TSV, JSON lines, COCO.
+
+    None if there is no such file or there are several, or if captions lie beside the pictures.
+    """
+    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    pictures = {p.stem for p in files if p.suffix.lower() in SUFFIXES}
+    if any(p.suffix.lower() in (".txt", ".json") and p.stem in pictures for p in files):
+        return None
+    tables = [
+        p for p in files if p.suffix.lower() in (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+    ]
+    return tables[0] if len(tables) == 1 else None
+
+
+def _subfolders(root: Path) -> list[Path]:
+    return sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _columns(file: Path, table: Table | None, options: Options) -> Columns:
     if not options.image_column:
         options = replace(options, image_column="file_name")
+    sample = sample_of(table.records() if table else read_objects(file))
+    if not sample:  # an empty split
+        return Columns("file_name", ())
     return choose(sample, options, where=str(file))
 
 
-def _table_rows(table: Table) -> Iterator[tuple[str, dict[str, object] | None]]:
-    for row in table.rows():
-        yield (row.row, None) if isinstance(row, Broken) else (row.row, dict(row.fields))
-
-
-def _named(pair: RawPair | Broken, folder: str) -> RawPair | Broken:
-    """The row with its folder before it, as every split has a line 1, and meta as it was before."""
-    row = f"{folder}, {pair.row}"
-    if isinstance(pair, Broken):
-        return Broken(row, pair.reason, pair.detail)
-    meta = _unpacked(pair.meta) if "image_id" in pair.meta else pair.meta
-    return RawPair(pair.picture, pair.name, row, pair.captions, pair.split, meta)
+def _placed(row: Row | Broken, folder: str) -> Row | Broken:
+    """Put the split's folder before place and name, and restore `meta` as it was before a build."""
+    place = row.place if folder == "." else f"{folder}, {row.place}"
+    if isinstance(row, Broken):
+        return replace(row, place=place)
+    name = row.name if folder == "." else f"{folder}/{row.name}"
+    image_id = row.meta.get("image_id")
+    if not isinstance(image_id, str):
+        return replace(row, place=place, name=name)
+    meta = _unpacked(row.meta)
+    return replace(row, place=place, name=name, image_id=image_id or None, meta=meta)
 
 
 def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of a data set that data_prep.build wrote: what went into it; any other is left as it is."""
+    """Return the `meta` that data_prep.build wrote as JSON text; any other stays as it is."""
     try:
         inner = json.loads(meta.get("meta", ""))
     except (TypeError, ValueError):
@@ -123,15 +230,30 @@ def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
     return {name: texts for name, texts in lists.items() if texts} | inner
 
 
-def _count(file: Path) -> int:
+def _count_lines(file: Path) -> int:
     with file.open("rb") as lines:
         return sum(1 for _ in lines)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """Files with a picture's suffix, in a stable order; hidden ones and links to folders left out."""
-    for here, below, names in os.walk(folder):
+def _walk(folder: Path) -> Iterator[Path | Broken]:
+    """Yield the picture files below, in a stable order, and each folder that cannot be read.
+
+    Hidden names are left out. Links to folders are followed, each folder once.
+    """
+    problems: list[OSError] = []
+    visited: set[tuple[int, int]] = set()
+    for here, below, names in os.walk(folder, onerror=problems.append, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in visited:
+            below.clear()
+            detail = f"{here} links to a folder that was read already"
+            yield Broken(os.path.relpath(here, folder), "symlink-loop", detail)
+            continue
+        visited.add((status.st_dev, status.st_ino))
         below[:] = sorted(name for name in below if not name.startswith("."))
         for name in sorted(names):
             if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."):
                 yield Path(here, name)
+    for error in problems:
+        place = os.path.relpath(os.fsdecode(error.filename), folder)
+        yield Broken(place, "unreadable-folder", f"folder cannot be read: {error.strerror}")

@@ -1,64 +1,64 @@
-"""CSV, TSV and their relatives: whatever separates, quotes or encodes them."""
+"""CSV, TSV and similar tables, whatever their separator, quoting and encoding."""
 
 from __future__ import annotations
 
 import csv
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit.errors import DatasetError
-from clipkit.sources.columns import Columns, choose, looks_like_picture
-from clipkit.sources.rows import Broken, Options, Pictures, RawPair, Source, split_name
+from clipkit.sources.columns import SAMPLE, Columns, choose, looks_like_picture
+from clipkit.sources.json_files import sample_of
+from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-_MOST_LINES = 50  # of one row: more is a quote that was never closed
+_MOST_LINES = 50  # of one row: more means a quote that was never closed
 _MOST_CHARACTERS = 1 << 20
-_SAMPLE = 200  # rows that the guesses look at
 _BOMS = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
 def open_table(path: Path, options: Options) -> Source:
-    """A row per picture or per caption; see `Table` and `columns.choose` for what is guessed."""
+    """Open a table with a row per picture or per caption; `columns.choose` assigns the columns.
+
+    Raises DatasetError if the file has no rows or no columns, or their roles cannot be told.
+    """
     table = Table.open(path)
-    sample = [row for row in itertools.islice(table.rows(), _SAMPLE) if isinstance(row, Row)]
+    sample = sample_of(table.records())
     if not sample:
         raise DatasetError(f"{path} has no rows below its {len(table.names)} columns")
-    columns = choose([row.fields for row in sample], options, where=str(path))
-    pictures = Pictures(path.parent, options.pictures)
+    columns = choose(sample, options, where=str(path))
+    finder = PictureFinder(path.parent, options)
 
-    def pairs() -> Iterator[RawPair | Broken]:
-        for row in table.rows():
-            yield row if isinstance(row, Broken) else _pair(row, columns, pictures, options.split)
+    def rows() -> Iterator[Row | Broken]:
+        for item in table.records():
+            if isinstance(item, Broken):
+                yield item
+            else:
+                yield columns.row(item[0], filled(item[1], columns), finder.row, options.split)
 
-    return Source("table", str(path), f"{table}: {columns}", table.lines, pairs)
-
-
-def _pair(row: Row, columns: Columns, pictures: Pictures, usual: str | None) -> RawPair | Broken:
-    fields = dict(row.fields)
-    name = fields.pop(columns.image)
-    captions = tuple(fields.pop(column) for column in columns.captions)
-    captions = tuple(c for c in captions if c) or captions[:1]  # one empty caption says it is empty
-    split = split_name(fields.pop(columns.split)) if columns.split else None
-    meta: dict[str, object] = {}
-    if columns.tags and (said := fields.pop(columns.tags)):
-        meta["keywords"] = [tag.strip() for tag in re.split("[,;|]", said) if tag.strip()]
-    meta |= {key: value for key, value in fields.items() if value}
-    return pictures.pair(name, row.row, captions, split or usual, meta)
+    return Source("table", str(path), f"{table}: {columns}", table.lines, rows)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    row: str
-    fields: dict[str, str]
+def filled(fields: dict[str, str], columns: Columns) -> dict[str, object]:
+    """Return the cells that are not empty, a label of digits as a number.
+
+    A row without a caption keeps one empty caption, which is rejected by name when a dataset is built.
+    """
+    cells: dict[str, object] = {key: value for key, value in fields.items() if value}
+    if columns.captions and not any(name in cells for name in columns.captions):
+        cells[columns.captions[0]] = ""
+    label = fields.get(columns.label or "", "")
+    if columns.label and label.isascii() and label.isdigit() and str(int(label)) == label:
+        cells[columns.label] = int(label)
+    return cells
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A table's file and how it is written."""
+    """A table's file, and its encoding, separator and columns."""
 
     path: Path
     encoding: str
@@ -69,19 +69,21 @@ class Table:
 
     @classmethod
     def open(cls, path: Path) -> Table:
-        """DatasetError if the file is empty or nothing separates columns."""
+        """Detect how a file is written. Raises DatasetError if it is empty or has one column."""
         encoding, lines = _encoding(path)
         with path.open(encoding=encoding, errors="replace", newline="") as file:
-            head = list(itertools.islice(file, _SAMPLE))
+            head = list(itertools.islice(file, SAMPLE))
         if not any(line.strip() for line in head):
             raise DatasetError(f"{path} is empty; it needs a line of column names and rows below")
         separator = _separator(head)
         if separator is None:
             raise DatasetError(
-                f"{path} has one column only, {head[0].strip()[:80]!r}: its lines are split by none "
+                f"{path} has one column only, {head[0].strip()[:80]!r}: its lines contain none "
                 "of comma, semicolon, tab and bar"
             )
-        first = next(row for row in _records(iter(head), separator) if not isinstance(row, Broken))
+        first = next(
+            row for row in _cells_of_lines(iter(head), separator) if not isinstance(row, Broken)
+        )
         cells = [cell.strip() for cell in first[1]]
         headed = not any(looks_like_picture(cell) for cell in cells)
         names = cells if headed else []
@@ -91,11 +93,11 @@ class Table:
     def __str__(self) -> str:
         return f"{SEPARATORS[self.separator]}-separated, {self.encoding}"
 
-    def rows(self) -> Iterator[Row | Broken]:
-        """Every row below the names; blank lines are no rows."""
+    def records(self) -> Iterator[tuple[str, dict[str, str]] | Broken]:
+        """Yield ("line 7", cells by name) for every row below the names that is not blank."""
         with self.path.open(encoding=self.encoding, errors="replace", newline="") as file:
-            records = _records(file, self.separator, len(self.names))
-            for number, record in enumerate(records):
+            lines = _cells_of_lines(file, self.separator, len(self.names))
+            for number, record in enumerate(lines):
                 if isinstance(record, Broken):
                     yield record
                     continue
@@ -103,25 +105,25 @@ class Table:
                 if number == 0 and self.headed:
                     continue
                 if len(cells) != len(self.names):
-                    shown = self.separator.join(cells)[:120]
-                    detail = f"{len(cells)} fields instead of {len(self.names)}: {shown}"
+                    start = self.separator.join(cells)[:120]
+                    detail = f"{len(cells)} fields instead of {len(self.names)}: {start}"
                     yield Broken(f"line {line}", "wrong-field-count", detail)
                 else:
                     values = (cell.strip() for cell in cells)
-                    yield Row(f"line {line}", dict(zip(self.names, values, strict=True)))
+                    yield f"line {line}", dict(zip(self.names, values, strict=True))
 
 
-def _records(
+def _cells_of_lines(
     lines: Iterator[str], separator: str, width: int | None = None
 ) -> Iterator[tuple[int, list[str]] | Broken]:
-    """(line number, cells) of each row. A quote that is never closed costs its own line only.
+    """Yield (line number, cells) for each row, where an unclosed quote costs its own line only.
 
-    The csv module alone would read on to the next quote, which may be that of another row, or the end
-    of the file. So a row is read on only as long as it is strictly unfinished, and if what comes out
-    is no proper row, its first line is called broken and reading goes on with the second.
+    The csv module alone reads on to the next quote, which may be that of another row, or to the end
+    of the file. Here further lines are added to a row only while it is strictly unfinished; if the
+    result is not a proper row, its first line is broken and reading goes on with the second.
     """
-    number = 0  # of the line last taken
-    waiting: list[str] = []  # lines that were read ahead in vain
+    number = 0  # of the last line taken
+    waiting: list[str] = []  # lines read ahead that turned out not to belong to the row
     while True:
         line = waiting.pop(0) if waiting else next(lines, None)
         if line is None:
@@ -151,7 +153,7 @@ def _records(
 
 
 def _cells(lines: list[str], separator: str) -> list[str] | None:
-    """The cells of one row; None if a quoted cell is not closed."""
+    """Return the cells of one row; None if a quoted cell is not closed."""
     try:
         return next(csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True))
     except csv.Error as error:
@@ -164,10 +166,12 @@ def _cells(lines: list[str], separator: str) -> list[str] | None:
 
 
 def _separator(head: list[str]) -> str | None:
-    """The one that splits most of the first rows like the first of them, and into most columns."""
+    """Return the separator that splits most rows into as many columns as the first, and into most."""
     best: tuple[float, int, str] = (0.0, 1, "")
     for separator in SEPARATORS:
-        rows = [row for row in _records(iter(head), separator) if not isinstance(row, Broken)]
+        rows = [
+            row for row in _cells_of_lines(iter(head), separator) if not isinstance(row, Broken)
+        ]
         if rows and (width := len(rows[0][1])) > 1:
             widths = Counter(len(cells) for _, cells in rows)
             best = max(best, (widths[width] / len(rows), width, separator))
@@ -175,7 +179,10 @@ def _separator(head: list[str]) -> str | None:
 
 
 def _encoding(path: Path) -> tuple[str, int]:
-    """(encoding, number of lines): by its mark; UTF-8 if most lines beyond ASCII are; else Windows'."""
+    """Return (encoding, number of lines): by the byte order mark, else UTF-8 or Windows-1252.
+
+    UTF-8 if most of the lines that are not ASCII are valid UTF-8.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -199,8 +206,9 @@ def _encoding(path: Path) -> tuple[str, int]:
 
 
 def _distinct(names: Iterator[str]) -> tuple[str, ...]:
-    found: list[str] = []
+    """Number the names that occur again: "text", "text (2)"."""
+    distinct: list[str] = []
     for name in names:
-        again = sum(1 for n in found if n == name or n.startswith(f"{name} ("))
-        found.append(f"{name} ({again + 1})" if again else name)
-    return tuple(found)
+        again = sum(1 for n in distinct if n == name or n.startswith(f"{name} ("))
+        distinct.append(f"{name} ({again + 1})" if again else name)
+    return tuple(distinct)

@@ -7,7 +7,7 @@ Nothing here has a state: a run that goes on from epoch 3, batch 17 computes the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ import torch
 
 from clipkit.errors import DatasetError
 from clipkit.index import VectorIndex
-from clipkit.records import read_dataset
+from clipkit.records import METADATA, SPLITS, stripped
+from clipkit.sources import Broken, Options, Picture, PictureFile, Row, TarMember, open_source
 
 Vectors = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -74,37 +75,44 @@ class CaptionedPictures:
 
     folder: Path
     image_ids: tuple[str, ...]  # distinct
-    paths: tuple[str, ...]  # relative to `folder`
+    paths: tuple[str, ...]  # relative to `folder`; of a picture in a shard "train/00000/000000012"
     texts: tuple[str, ...]  # distinct, short ones first
     owned: tuple[Ints, ...]  # of each picture: its captions' numbers in `texts`
     meanings: Ints  # (texts,): equal for captions that differ in case, spaces or a full stop
     without_captions: int  # pictures left out
+    members: tuple[TarMember, ...] = ()  # the pictures in shards; empty: files below `folder`
 
     @classmethod
     def read(cls, folder: Path, split: str, *, most: int = 0) -> CaptionedPictures:
-        """The pictures of a split that have captions; files of equal content are one picture.
+        """Read the pictures of a split that have captions; equal files are one picture.
 
-        most: only so many of them, the same ones each time (0: all). DatasetError if there is none
-        or a file is missing.
+        `folder` is a dataset as `clipkit data build` writes it, with files or shards. At most `most`
+        pictures are taken, the same ones each time (0: all). Raises DatasetError if the split is not
+        there, a row is broken, a file is missing, or no picture has a caption.
         """
-        paths: dict[str, str] = {}
+        names: dict[str, str] = {}
+        pictures: dict[str, Picture] = {}
         captions: dict[str, list[str]] = {}
         without = 0
-        for record in read_dataset(folder, split):
-            if not record.captions:
+        for row in _rows(Path(folder), split):
+            texts = stripped(row.captions)
+            if not texts:
                 without += 1
                 continue
-            paths.setdefault(record.image_id, record.path)
-            captions.setdefault(record.image_id, []).extend(record.captions)
+            assert row.image_id is not None
+            names.setdefault(row.image_id, f"{split}/{row.name}")
+            pictures.setdefault(row.image_id, row.picture)
+            captions.setdefault(row.image_id, []).extend(texts)
         # Content hashes are as good as random, and stay when pictures are added.
-        chosen = sorted(paths)[:most] if most else list(paths)
+        chosen = sorted(names)[:most] if most else list(names)
         if not chosen:
             raise DatasetError(f"{folder} has no picture with a caption in split {split!r}")
         for image_id in chosen:
-            if not (Path(folder) / paths[image_id]).is_file():
+            path = pictures[image_id].path
+            if path is not None and not path.is_file():
                 raise DatasetError(
-                    f"{Path(folder) / paths[image_id]} is not there, but {split}/metadata.jsonl "
-                    "names it; restore it or make the dataset again"
+                    f"{path} is missing, but {split}/{METADATA} names it; restore it or build the "
+                    "dataset again"
                 )
         # By length: captions that are encoded together then need little padding.
         texts = sorted({text: None for i in chosen for text in captions[i]}, key=len)
@@ -121,11 +129,12 @@ class CaptionedPictures:
         return cls(
             Path(folder),
             tuple(chosen),
-            tuple(paths[i] for i in chosen),
+            tuple(names[i] for i in chosen),
             tuple(texts),
             owned,
             np.array(meant, np.int64),
             without,
+            tuple(p for i in chosen if isinstance(p := pictures[i], TarMember)),
         )
 
     def __len__(self) -> int:
@@ -201,6 +210,49 @@ class CaptionedPictures:
 
     def names(self, pictures: Sequence[int] | Ints) -> list[str]:
         return [self.paths[picture] for picture in pictures]
+
+    def picture(self, number: int) -> Picture:
+        """Return the picture of that number, to be read."""
+        return (
+            self.members[number] if self.members else PictureFile(self.folder / self.paths[number])
+        )
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Return whether a dataset folder has the split, as files or as shards."""
+    return (folder / split / METADATA).is_file() or any((folder / split).glob("*.tar"))
+
+
+def is_dataset(folder: Path) -> bool:
+    """Return whether `folder` is what `clipkit data build` writes: splits whose rows have image ids."""
+    split = next((name for name in SPLITS if has_split(folder, name)), None)
+    if split is None:
+        return False
+    rows = open_source(folder / split, options=Options(indexed=True)).rows()
+    first = next((row for row in rows if isinstance(row, Row)), None)
+    return first is None or first.image_id is not None
+
+
+def _rows(folder: Path, split: str) -> Iterator[Row]:
+    """Yield the rows of a split of a dataset. Raises DatasetError for a broken one, with its place."""
+    splits = [name for name in SPLITS if has_split(folder, name)]
+    if not splits:
+        raise DatasetError(
+            f"{folder} is not a dataset: none of train/, validation/, test/ holds a {METADATA} or "
+            "shards; build one: clipkit data build SOURCE --out DIR"
+        )
+    if split not in splits:
+        raise DatasetError(f"dataset {folder} has no split {split!r}; it has {', '.join(splits)}")
+    source = open_source(folder / split, options=Options(indexed=True, split=split))
+    for row in source.rows():
+        if isinstance(row, Broken):
+            raise DatasetError(f"{source.where(row.place)}: {row.detail}")
+        if row.image_id is None:
+            raise DatasetError(
+                f"{source.where(row.place)}: the row has no image_id; build a dataset of it: "
+                f"clipkit data build {folder} --out DIR"
+            )
+        yield row
 
 
 def fitted_batch(pictures: int, *, most: int) -> int:

@@ -14,7 +14,6 @@ and renamed, so a kill at any moment leaves the state before it.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipkit.durable import sync_folder
+from clipkit.durable import whole_file, write_whole
 from clipkit.errors import InputError
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
@@ -145,14 +144,11 @@ class RunFolder:
         folder = self.states / f"step_{state.step:06d}"
         folder.mkdir(parents=True, exist_ok=True)
         if best:
-            aside = folder / "best.partial"
-            save_file({n: t.detach().cpu().contiguous() for n, t in best.items()}, aside)
-            _settle(aside, folder / "best.safetensors")
-        aside = folder / "training_state.partial"
-        with aside.open("wb") as file:
+            with whole_file(folder / "best.safetensors") as temporary:
+                save_file({n: t.detach().cpu().contiguous() for n, t in best.items()}, temporary)
+        with whole_file(folder / "training_state.pt") as path, path.open("wb") as file:
             fields = {name: getattr(state, name) for name in State.__dataclass_fields__}
             torch.save({"format": _FORMAT, **fields}, file)
-        _settle(aside, folder / "training_state.pt")
         for other in self.states.iterdir():
             if other != folder and _STEP.fullmatch(other.name):
                 shutil.rmtree(other)
@@ -188,19 +184,10 @@ class RunFolder:
                     kept.append(line + "\n")
             except (ValueError, KeyError):
                 continue
-        self.metrics.write_text("".join(kept), encoding="utf-8")
+        write_whole(self.metrics, "".join(kept).encode("utf-8"))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write aside, flush, rename: the file is whole or not there."""
-    aside = path.with_suffix(".partial")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _settle(aside, path)
-
-
-def _settle(aside: Path, path: Path) -> None:
-    """Make a whole file durable, and give it its name."""
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
-    sync_folder(path.parent)
+    """Write indented JSON, all or nothing."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_whole(path, text.encode("utf-8"))

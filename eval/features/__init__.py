@@ -1,37 +1,38 @@
 """Many pictures or texts -> float32 unit rows, encoded only where the cache has none.
 
-Pictures are read and hashed first, which says what is missing; if nothing is, the towers are not even
-loaded. What is missing is decoded and resized in threads, a bounded number ahead of the tower. What is
-done is kept even if the run is stopped, so that the next one goes on from there.
+Features are found by what they are made from: encoder, precision, version, kind ("pictures", "texts",
+"pictures-..." under a transform) and the hash of a picture's bytes or of a text, never a path. A
+changed file is a miss, a renamed one a hit, an overwritten checkpoint another encoder. What was
+encoded before an error or Ctrl-C is kept; if nothing is missing the towers are not loaded.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
+import clipkit
 from clipkit import images
-from clipkit.errors import ImageError, InputError
-from eval.features.cache import FeatureCache
-from eval.features.encoding import (
-    Encoder,
-    Keeping,
-    Model,
-    OnProgress,
-    PicturePass,
-    Stopped,
-    Transform,
-    content_hash,
-)
-from eval.source import Pictures
+from clipkit.catalog import VectorStore
+from clipkit.embed import Encoded, Known, encode_pictures
+from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
+from clipkit.lazy_encoder import Encoder
+from eval.data import Pictures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clipkit.towers import DualEncoder
 
 __all__ = [
     "Encoder",
@@ -50,7 +51,40 @@ __all__ = [
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+OnProgress = Callable[[str, int, int], None]  # what, done, total
+
+STORE = "vectors-1.sqlite"  # the number changes with its schema
+# How bytes become vectors, beside the encoder. Raise the number when decoding or resizing changes.
+PREPROCESSING = f"{clipkit.__version__}-1"
 TEXT_BATCH = 128
+
+
+class Stopped(ClipkitError):
+    """The run was stopped on request; what it had encoded is in the cache."""
+
+
+class FeatureCache:
+    """Features of pictures and texts in `folder`; None keeps nothing. Processes may share it."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+
+    def store(self, space: str) -> VectorStore:
+        """Return the vectors of one encoder and kind."""
+        return VectorStore(None if self.folder is None else self.folder / STORE, space)
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """A change of the decoded picture before it is resized for the tower.
+
+    `name` states all that it depends on (kind, severity): features are cached under it. `apply` gets
+    an RGB picture, its shorter side at least twice the tower's where the original has that, and a
+    generator seeded by the picture's content, so that noise is the same in every order and every run.
+    """
+
+    name: str
+    apply: Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,18 +100,18 @@ class Features:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a report must say of these pictures."""
-        said = []
+        """Return the sentences that a report must show about these pictures."""
+        sentences = []
         if self.skipped:
             _, name, _, message = self.skipped[0]
             total = len(self.kept) + len(self.skipped)
-            said.append(
+            sentences.append(
                 f"{len(self.skipped):,} of {total:,} pictures were left out, "
                 f"the first {name}: {message}"
             )
         if self.repeated:
-            said.append(f"{self.repeated:,} pictures are copies of others, byte by byte")
-        return tuple(said)
+            sentences.append(f"{self.repeated:,} pictures are copies of others, byte by byte")
+        return tuple(sentences)
 
 
 def picture_features(
@@ -91,41 +125,65 @@ def picture_features(
     on_progress: OnProgress | None = None,
     stop: threading.Event | None = None,
 ) -> Features:
-    """The pictures' vectors; those that cannot be read are skipped and named.
+    """Encode pictures, each file read once; those that cannot be read are skipped and named.
 
     Raises Stopped once `stop` is set, InputError if no picture can be read or the model gives no
     finite vector, ModelError if it cannot be loaded.
     """
     started = time.monotonic()
     kind = "pictures" if transform is None else f"pictures-{fingerprint('', [transform.name])}"
-    model = Model(encoder, cache, kind)
-    run = PicturePass(
-        model,
-        pictures,
-        transform,
-        workers or max(2, os.cpu_count() or 1),
-        batch_size,
-        on_progress or (lambda *_: None),
-        stop or threading.Event(),
+    model = _Model(encoder, cache, kind)
+    keys: dict[int, bytes] = {}  # by row
+    vectors: dict[bytes, Float32] = {}
+    skipped: dict[int, ImageError] = {}
+
+    def lookup(image_id: str) -> Float32 | None:
+        key = bytes.fromhex(image_id)
+        return vectors[key] if key in vectors else model.store.get([key]).get(key)
+
+    def prepare(_: int, image_id: str, data: bytes) -> tuple[Any, None]:
+        # The side may be known from the cache: a broken picture alone does not load the towers.
+        picture = images.decode(data, target=int(model.fact("side"))).rgb
+        if transform is not None:
+            picture = transform.apply(picture, np.random.default_rng(int(image_id, 16)))
+        return model.towers().preprocess(picture), None
+
+    results = encode_pictures(
+        range(len(pictures)),
+        model.towers,
+        read=pictures.read,
+        lookup=lookup,
+        prepare=prepare,
+        workers=workers,
+        batch_size=batch_size,
     )
-    ids, skipped = run.read_all()
-    vectors = model.shelf.find(list(ids.values()))
-    first = {key: row for row, key in reversed(ids.items())}
-    missing = sorted(row for key, row in first.items() if key not in vectors)
-    for row, outcome in run.encode(missing, ids):
-        if isinstance(outcome, ImageError):
-            skipped[row] = outcome
-        else:
-            vectors[ids[row]] = outcome
-    # A copy of a picture that cannot be decoded cannot be decoded either.
-    skipped |= {row: skipped[first[key]] for row, key in ids.items() if key not in vectors}
-    kept = [row for row in ids if row not in skipped]
-    if not kept:
-        raise InputError(_nothing_read(pictures, skipped))
-    used = [ids[row] for row in kept]
+    with model, closing(results):
+        while True:
+            if stop is not None and stop.is_set():
+                raise Stopped("stopped while encoding pictures; what was done is kept")
+            if (result := next(results, None)) is None:
+                break
+            if isinstance(result, Known):
+                keys[result.item] = key = bytes.fromhex(result.image_id)
+                vectors[key] = result.stored
+            elif isinstance(result, Encoded):
+                new = {p.item: bytes.fromhex(p.image_id) for p in result.pictures}
+                for at in _not_finite(result.vectors):
+                    raise model.no_vector(pictures.name(result.pictures[at].item))
+                model.store.put(list(new.values()), result.vectors)
+                vectors.update(zip(new.values(), result.vectors, strict=True))
+                keys |= new
+            else:
+                skipped[result.item] = result.error
+            if on_progress is not None:
+                on_progress("encoding pictures", len(keys) + len(skipped), len(pictures))
+    if not keys:
+        raise InputError(_no_picture_read(pictures, skipped))
+    rows = sorted(keys)
+    used = [keys[row] for row in rows]
     return Features(
         np.stack([vectors[key] for key in used]),
-        np.array(kept, np.int64),
+        np.array(rows, np.int64),
         tuple((r, pictures.name(r), e.reason, str(e)) for r, e in sorted(skipped.items())),
         fingerprint("", used),
         len(used) - len(set(used)),
@@ -141,45 +199,107 @@ def text_features(
     on_progress: OnProgress | None = None,
     stop: threading.Event | None = None,
 ) -> Float32:
-    """Texts -> float32 (M, D), unit rows. Equal texts are encoded once, and texts of like length
-    together, so that little padding is computed. Raises as `picture_features` does."""
-    model = Model(encoder, cache, "texts")
-    if not texts:
-        return np.empty((0, int(model.fact("dim"))), np.float32)
-    ids = [content_hash(text.encode("utf-8", "surrogatepass")) for text in texts]
-    content = dict(zip(ids, texts, strict=True))
-    vectors = model.shelf.find(ids)
-    missing = sorted((key for key in content if key not in vectors), key=lambda k: len(content[k]))
-    with Keeping(model.shelf) as keeping:
+    """Encode texts to float32 (M, D), unit rows. Equal texts are encoded once, and texts of similar
+    length together, so that little padding is computed. Raises as `picture_features` does."""
+    with _Model(encoder, cache, "texts") as model:
+        if not texts:
+            return np.empty((0, int(model.fact("dim"))), np.float32)
+        keys = [
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            for text in texts
+        ]
+        content = dict(zip(keys, texts, strict=True))
+        vectors = model.store.get(keys)
+        missing = [key for key in content if key not in vectors]
+        missing.sort(key=lambda key: len(content[key]))
         for start in range(0, len(missing), TEXT_BATCH):
             if stop is not None and stop.is_set():
                 raise Stopped("stopped while encoding texts; what was done is kept")
             batch = missing[start : start + TEXT_BATCH]
             rows = model.towers().encode_texts([content[key] for key in batch])
-            if not np.isfinite(rows).all():
-                bad = content[batch[int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])]]
-                raise InputError(f"model {encoder.spec} gives no finite vector for {bad!r:.80}")
-            keeping.add(batch, rows)
+            for at in _not_finite(rows):
+                raise model.no_vector(f"{content[batch[at]]!r:.80}")
+            model.store.put(batch, rows)
             vectors.update(zip(batch, rows, strict=True))
             if on_progress is not None:
                 on_progress("encoding texts", start + len(batch), len(missing))
-    return np.stack([vectors[key] for key in ids])
+    return np.stack([vectors[key] for key in keys])
 
 
 def logit_scale(encoder: Encoder, cache: FeatureCache) -> float:
-    """What the model multiplies cosines by; its towers are loaded only if the cache lacks it."""
-    return float(Model(encoder, cache, "texts").fact("logit_scale"))
+    """Return the factor of the model's cosines; loads the towers only if the cache lacks it."""
+    with _Model(encoder, cache, "texts") as model:
+        return float(model.fact("logit_scale"))
+
+
+class _Model:
+    """An encoder and its vectors of one kind in the cache."""
+
+    def __init__(self, encoder: Encoder, cache: FeatureCache, kind: str) -> None:
+        self._encoder = encoder
+        self._identity = (encoder.encoder_id, encoder.precision)
+        self._name = "-".join((*self._identity, PREPROCESSING))
+        self._checked = False
+        self._facts: dict[str, Any] = {}
+        self.store = cache.store(f"{self._name}/{kind}")
+
+    def __enter__(self) -> Self:
+        self._facts = self.store.facts(self._name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.store.__exit__(*error)
+
+    def towers(self) -> DualEncoder:
+        """Load the towers. Raises ModelError if they are not those that the cache is searched for."""
+        towers = self._encoder.towers()
+        if not self._checked:
+            if (towers.encoder_id, towers.precision) != self._identity:
+                raise ModelError(
+                    f"model {self._encoder.spec} changed while it was evaluated; start again"
+                )
+            facts = {
+                "spec": self._encoder.spec,
+                "dim": towers.dim,
+                "logit_scale": towers.logit_scale,
+                "side": towers.preferred_side,
+            }
+            if self._facts != facts:
+                self.store.put_facts(self._name, facts)
+                self._facts = facts
+            self._checked = True
+        return towers
+
+    def fact(self, name: str) -> float:
+        """Return "dim", "logit_scale" or "side", from the cache or else from the towers."""
+        if name not in self._facts:
+            self.towers()
+        value: float = self._facts[name]
+        return value
+
+    def no_vector(self, name: str) -> InputError:
+        """Return the error for a picture or text whose vector is not finite."""
+        return InputError(
+            f"model {self._encoder.spec} gives no finite vector for {name}; its weights are damaged "
+            "or its precision is too low"
+        )
+
+
+def _not_finite(vectors: Float32) -> list[int]:
+    """Return the rows of `vectors` (N, D) that hold NaN or infinity."""
+    rows: list[int] = np.flatnonzero(~np.isfinite(vectors).all(axis=1)).tolist()
+    return rows
 
 
 def thumbnail_uri(pictures: Pictures, row: int, *, side: int = 160) -> str:
-    """A small JPEG of a picture as a data URI. ImageError if it cannot be read."""
+    """Return a small JPEG of a picture as a data URI. Raises ImageError if it cannot be read."""
     picture = images.decode(pictures.read(row), target=side)
     small = images.thumbnail(picture.rgb, side=side)
     return "data:image/jpeg;base64," + base64.b64encode(small).decode("ascii")
 
 
 def thumbnail_if_there(pictures: Pictures, row: int) -> str | None:
-    """`thumbnail_uri`; None for a picture that was read when it was encoded and is gone now."""
+    """Return `thumbnail_uri`, or None for a picture that cannot be read any more."""
     try:
         return thumbnail_uri(pictures, row)
     except ImageError:
@@ -187,7 +307,7 @@ def thumbnail_if_there(pictures: Pictures, row: int) -> str | None:
 
 
 def fingerprint(base: str, parts: Iterable[str | bytes]) -> str:
-    """Sixteen hex digits that change with any of the parts and with their order."""
+    """Return sixteen hex digits that depend on all parts and on their order."""
     state = hashlib.blake2b(base.encode(), digest_size=8)
     for part in parts:
         raw = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -195,7 +315,7 @@ def fingerprint(base: str, parts: Iterable[str | bytes]) -> str:
     return state.hexdigest()
 
 
-def _nothing_read(pictures: Pictures, skipped: dict[int, ImageError]) -> str:
+def _no_picture_read(pictures: Pictures, skipped: dict[int, ImageError]) -> str:
     if not skipped:
         return "there is no picture to encode; name data that has some"
     row, error = next(iter(sorted(skipped.items())))

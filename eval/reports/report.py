@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.metrics import Interval
+from eval.data import Pictures
 from eval.features import thumbnail_if_there
 from eval.reports.wording import (
     cell_text,
@@ -23,7 +24,6 @@ from eval.reports.wording import (
     to_json,
     value_text,
 )
-from eval.source import Pictures
 
 FORMAT = "clipkit-eval-report/1"
 TASKS = {

@@ -42,13 +42,13 @@ from PIL import Image
 
 from clipkit import checkpoint
 from clipkit.lazy_encoder import LazyEncoder
-from eval.data import Captioned, Labelled, open_captioned
+from clipkit.sources import PictureFile
+from eval.data import Captioned, Labelled, SourcePictures, open_captioned
 from eval.features import FeatureCache
 from eval.prompts import Templates, load_classes, load_templates
 from eval.reports import EvalReport
 from eval.retrieval import evaluate_retrieval
 from eval.session import Session
-from eval.source import Files
 from eval.zero_shot import evaluate_zero_shot
 
 KS = (1, 5, 10)
@@ -68,7 +68,9 @@ class Job:
     names: Mapping[str, str]  # clipkit's metric -> CLIP Benchmark's
 
 
-def zero_shot_job(files: Files, classes: Sequence[str], templates: Templates, seed: int) -> Job:
+def zero_shot_job(
+    files: SourcePictures, classes: Sequence[str], templates: Templates, seed: int
+) -> Job:
     labels = np.random.default_rng(seed).integers(0, len(classes), len(files))
     data = Labelled("bench", None, files, tuple(classes), labels, None)
     texts = [text.replace("{}", "{c}") for text in templates.texts]
@@ -127,9 +129,9 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
 
 def _path(files: Any, row: int) -> Path:
-    while not isinstance(files, Files):  # a subset of files
+    while not isinstance(files, SourcePictures):  # a subset of files
         files, row = files.pictures, files.rows[row]
-    return files.root / files.paths[row]
+    return files.pictures[row].path
 
 
 def _loader(data: Pictures, collate: Any = None) -> Any:
@@ -257,7 +259,7 @@ def compare(job: Job, spec: str, precisions: Sequence[str], *, repeats: int, amp
 # ---- pictures
 
 
-def made_pictures(folder: Path, count: int, side: int, seed: int) -> Files:
+def made_pictures(folder: Path, count: int, side: int, seed: int) -> SourcePictures:
     """`count` JPEGs of coloured squares under noise, `side` pixels."""
     names = []
     for number in range(count):
@@ -267,7 +269,7 @@ def made_pictures(folder: Path, count: int, side: int, seed: int) -> Files:
         noisy = pixels + rng.normal(0, 12, pixels.shape).astype(np.float32)
         names.append(f"{number:05}.jpg")
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / names[-1], quality=90)
-    return Files(folder, tuple(names))
+    return SourcePictures(tuple(names), tuple(PictureFile(folder / name) for name in names))
 
 
 def made_captions(count: int, seed: int) -> tuple[str, ...]:
@@ -285,11 +287,14 @@ def read_or_make(args: argparse.Namespace, scratch: Path) -> tuple[Any, Captione
         photos = open_captioned(f"{data}/flickr8k/train.jsonl", limit=args.pictures).pictures
         return photos, open_captioned(f"{data}/flickr8k/dev.jsonl", limit=args.retrieval)
     files = made_pictures(scratch, max(args.pictures, args.retrieval), args.side, args.seed)
-    first = Files(files.root, files.paths[: args.retrieval])
-    return Files(files.root, files.paths[: args.pictures]), Captioned(
+
+    def first(count: int) -> SourcePictures:
+        return SourcePictures(files.names[:count], files.pictures[:count])
+
+    return first(args.pictures), Captioned(
         "bench",
         None,
-        first,
+        first(args.retrieval),
         made_captions(5 * args.retrieval, args.seed),
         np.repeat(np.arange(args.retrieval), 5),
         ((),) * args.retrieval,

@@ -145,8 +145,7 @@ def clipkit_index(encoder: Any) -> Callable[[Sequence[Path]], Float32]:
             summary = index_folders(
                 catalog,
                 [paths[0].parent],
-                encoder_id=encoder.encoder_id,
-                load_encoder=lambda: encoder,
+                encoder=encoder,
             )
             if summary.skipped or summary.embedded != len(paths):
                 sys.exit(f"clipkit indexed {summary.embedded} of {len(paths)}: {summary.reasons}")
