@@ -17,10 +17,10 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
+from clipkit.wording import percent
 from eval.data import Labelled
 from eval.features import fingerprint
 from eval.reports.report import exhibit
-from eval.reports.wording import percent
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

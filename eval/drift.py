@@ -17,11 +17,12 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, TwoSampleTest, mean_interval
+from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, fingerprint
 from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
 from eval.reports.report import EvalReport, exhibit
-from eval.reports.wording import p_text, percent, percent_interval
+from eval.reports.wording import p_text, percent_interval
 from eval.session import Results, Session
 
 Float32 = npt.NDArray[np.float32]

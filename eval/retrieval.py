@@ -19,10 +19,11 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, Ranking
+from clipkit.wording import percent
 from eval.data import Captioned
 from eval.features import Encoder, fingerprint
 from eval.reports.report import EvalReport, exhibit
-from eval.reports.wording import percent, percent_interval
+from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
 Float32 = npt.NDArray[np.float32]

@@ -16,13 +16,14 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
+from clipkit.wording import percent
 from eval import classification
 from eval.corruptions import CORRUPTIONS, SIDE, corruption
 from eval.data import Captioned, Labelled
 from eval.features import Encoder, Features, fingerprint
 from eval.prompts import Templates, load_templates
 from eval.reports.report import EvalReport
-from eval.reports.wording import percent, percent_interval
+from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 from eval.zero_shot import class_vectors, cosines
 

@@ -21,12 +21,13 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
+from clipkit.wording import percent
 from eval import classification
 from eval.data import Labelled
 from eval.features import Encoder
 from eval.prompts import Templates, load_templates
 from eval.reports.report import EvalReport
-from eval.reports.wording import percent, percent_interval
+from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
 Float32 = npt.NDArray[np.float32]

@@ -269,7 +269,7 @@ def test_a_name_cannot_drive_a_terminal_or_markdown() -> None:
     told = made.to_markdown()
     for text in ("\n".join(made.lines()), told):
         assert "\x1b" not in text and "\u202e" not in text
-    assert "\\|\\[x\\](http://e)\\<b\\> z" in told
+    assert "\\|\\[x\\](http://e)\\<b\\>␊z" in told
     assert all(line.count("|") - line.count("\\|") in (0, 3, 4, 5) for line in told.splitlines())
 
 

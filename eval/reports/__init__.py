@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from eval.reports.comparison import Comparison
@@ -44,9 +44,7 @@ def save(result: EvalReport | Comparison, folder: Path) -> None:
     (folder / "report.json").unlink(missing_ok=True)
     for name, content in files.items():
         data = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
-        aside = folder / f".{name}.{os.getpid()}"
-        aside.write_bytes(data)
-        aside.replace(folder / name)
+        write_whole(folder / name, data, sync=False)
 
 
 def load(folder: Path) -> EvalReport:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clipkit.metrics import Interval, Paired
+from clipkit.wording import printable
 from eval.reports.report import EvalReport
 from eval.reports.wording import (
     cell_text,
@@ -16,7 +17,6 @@ from eval.reports.wording import (
     markdown,
     markdown_table,
     p_text,
-    printable,
     text_table,
     to_json,
     value_text,

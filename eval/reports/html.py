@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.metrics import Interval
+from clipkit.wording import percent, printable
 from eval.reports import plots
 from eval.reports.comparison import Comparison
 from eval.reports.report import EvalReport
@@ -37,8 +38,6 @@ from eval.reports.wording import (
     is_share,
     number_text,
     p_text,
-    percent,
-    printable,
     setting_text,
     value_text,
 )

@@ -16,7 +16,8 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from eval.reports.wording import is_share, printable
+from clipkit.wording import printable
+from eval.reports.wording import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,8 +182,8 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
     # parse_math: a name with two dollar signs is not a formula
-    axes.set_xlabel(printable(x_label), color=INK, fontsize=11, parse_math=False)
-    axes.set_ylabel(printable(y_label), color=INK, fontsize=11, parse_math=False)
+    axes.set_xlabel(_label(x_label), color=INK, fontsize=11, parse_math=False)
+    axes.set_ylabel(_label(y_label), color=INK, fontsize=11, parse_math=False)
     axes.tick_params(colors=INK, labelsize=10.5, length=0, pad=5, which="both")
     axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -190,6 +191,11 @@ def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(GRID)
+
+
+def _label(text: str) -> str:
+    # matplotlib measures text with a font that has no pictures of control characters
+    return printable(re.sub(r"[\x00-\x1f]", " ", text))
 
 
 def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
@@ -250,7 +256,7 @@ def _page_svg(figure: Figure, title: str) -> str:
 
 
 def _move_style(element: ET.Element) -> None:
-    """Its style as attributes; its stand-in colours as classes."""
+    """Turn the style into attributes, and placeholder colours into classes."""
     if element.tag != "text":
         element.text = None  # white space
     element.tail = None

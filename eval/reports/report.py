@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.metrics import Interval
+from clipkit.wording import duration, printable
 from eval.data import Pictures
 from eval.features import thumbnail_if_there
 from eval.reports.wording import (
@@ -18,7 +19,6 @@ from eval.reports.wording import (
     interval_text,
     markdown,
     markdown_table,
-    printable,
     setting_text,
     text_table,
     to_json,
@@ -81,7 +81,7 @@ class EvalReport:
             ("Data fingerprint", self.fingerprint),
             *counts,
             ("Created", self.created_at),
-            ("Time", ", ".join(f"{name} {time:.1f} s" for name, time in self.seconds.items())),
+            ("Time", ", ".join(f"{name} {duration(time)}" for name, time in self.seconds.items())),
             ("Versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())),
             ("Command", self.command),
         ]

@@ -1,6 +1,7 @@
-"""Text for reports: numbers, metrics and settings as people read them, safe in a terminal or Markdown.
+"""Text for reports: metrics, numbers, settings and tables, in a terminal, Markdown or JSON.
 
 A minus sign is U+2212, a share is written in percent, and no number is written with an exponent.
+Text from outside, such as a file's name, goes through `clipkit.wording.printable`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.metrics import Interval
+from clipkit.wording import percent, printable
 
 # Parts of a metric's name which say that its values are shares, or that smaller is better.
 _SHARE = re.compile(
@@ -67,12 +69,6 @@ def p_text(p_value: float) -> str:
 # ---- numbers
 
 
-def percent(share: float) -> str:
-    """Return a share in percent: 0.4534 -> "45.3 %"; two digits of a very small one: "0.0021 %"."""
-    small = 0 < abs(share) < 0.0005
-    return f"{_plain_decimal(100 * share, 2) if small else _signed(100 * share, 1)} %"
-
-
 def percent_interval(interval: Interval) -> str:
     """Return "95 % interval 43.1 % to 47.5 %"."""
     return f"95 % interval {percent(interval.low)} to {percent(interval.high)}"
@@ -122,17 +118,6 @@ def cell_text(value: Any, column: str = "") -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else value_text(column, value)
-
-
-def printable(text: object) -> str:
-    """Return text in one line without control, bidirectional or other invisible characters.
-
-    File and class names come from outside and may hold anything.
-    """
-    characters = (
-        " " if char.isspace() else char if char.isprintable() else "\ufffd" for char in str(text)
-    )
-    return "".join(characters)
 
 
 # ---- Markdown, tables, JSON
