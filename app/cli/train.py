@@ -261,6 +261,7 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
     from data_prep import gallery
     from eval.data import open_captioned, open_labelled
     from eval.features import FeatureCache, Stopped
+    from eval.session import Session
     from eval.training_report import training_report
 
     facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
@@ -288,9 +289,7 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
                 encoders,
                 own,
                 general,
-                cache=FeatureCache(features_folder(None)),
-                on_progress=show,
-                stop=stop,
+                session=Session(FeatureCache(features_folder(None)), on_progress=show, stop=stop),
             )
     except Stopped:
         print("stopped before the report was complete; the checkpoint is complete")
