@@ -8,7 +8,7 @@
     │   ├── DatasetError         a dataset's files do not follow its format
     │   └── EncoderMismatch      stored vectors and query are of different models
     ├── IndexDamaged             a file of the index is not what was written (CLI exit 1, HTTP 5xx)
-    └── CatalogBusy              another process is writing to this index (CLI exit 1, HTTP 5xx)
+    └── CatalogBusy              another process is writing to this index (CLI exit 1, HTTP 409)
 
 A message is one sentence with the cause, the value, the limit and the remedy:
 "picture is 212 MP; the limit is 100 MP; resize it or raise --max-megapixels".

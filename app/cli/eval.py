@@ -30,14 +30,17 @@ from app.cli.eval_options import (
     to_learn_from,
     with_options,
 )
+from app.cli.terminal import IndexOption, examples
 from app.paths import index_folder
 from clipkit.errors import InputError
 
 evaluate = typer.Typer(
     name="eval",
     help="Measure models and indexes: every figure with its n and a 95 % interval.",
-    epilog="Start with:  clipkit eval retrieval --data dataset   ·   clipkit eval compare builtin "
-    "runs/mine --data dataset",
+    epilog=examples(
+        "clipkit eval retrieval --data dataset",
+        "clipkit eval compare builtin runs/mine --data dataset",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -45,9 +48,11 @@ evaluate = typer.Typer(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval retrieval --data dataset   ·   clipkit eval retrieval --data "
-    "hf:nlphuji/flickr30k --model ViT-B-32/laion2b_s34b_b79k   ·   clipkit eval retrieval --data "
-    "~/Pictures --queries tags -k 5,20"
+    epilog=examples(
+        "clipkit eval retrieval --data dataset",
+        "clipkit eval retrieval --data hf:nlphuji/flickr30k --model ViT-B-32/laion2b_s34b_b79k",
+        "clipkit eval retrieval --data ~/Pictures --queries tags -k 5,20",
+    )
 )
 @with_options(OneModel)
 def retrieval(
@@ -78,9 +83,11 @@ def retrieval(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval zeroshot --data ./folder-per-class   ·   clipkit eval zeroshot "
-    "--data cifar10 --model ViT-B-32/openai   ·   clipkit eval zeroshot --data shards/ --classes "
-    "classes.txt --templates mine.txt"
+    epilog=examples(
+        "clipkit eval zeroshot --data ./folder-per-class",
+        "clipkit eval zeroshot --data cifar10 --model ViT-B-32/openai",
+        "clipkit eval zeroshot --data shards/ --classes classes.txt --templates mine.txt",
+    )
 )
 @with_options(OneModel)
 def zeroshot(
@@ -112,9 +119,11 @@ def zeroshot(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval probe --train cars/train --data cars/test   ·   clipkit eval "
-    "probe --train dataset --data dataset --kinds knn -k 1,20   ·   clipkit eval probe --train "
-    "train/ --data test/ --shots 1,2,4,8,16"
+    epilog=examples(
+        "clipkit eval probe --train cars/train --data cars/test",
+        "clipkit eval probe --train dataset --data dataset --kinds knn -k 1,20",
+        "clipkit eval probe --train train/ --data test/ --shots 1,2,4,8,16",
+    )
 )
 @with_options(OneModel)
 def probe(
@@ -156,9 +165,11 @@ def probe(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval robustness --data ./folder-per-class   ·   clipkit eval "
-    "robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5   ·   clipkit "
-    "eval robustness --data ./domain-folders --by-domain"
+    epilog=examples(
+        "clipkit eval robustness --data ./folder-per-class",
+        "clipkit eval robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5",
+        "clipkit eval robustness --data ./domain-folders --by-domain",
+    )
 )
 @with_options(OneModel)
 def robustness(
@@ -199,8 +210,11 @@ def robustness(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval space --data dataset   ·   clipkit eval space --index "
-    "~/my-index   ·   clipkit eval space --data dataset --model runs/mine"
+    epilog=examples(
+        "clipkit eval space --data dataset",
+        "clipkit eval space --index ~/my-index",
+        "clipkit eval space --data dataset --model runs/mine",
+    )
 )
 @with_options(OneModel)
 def space(
@@ -232,8 +246,10 @@ def space(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval drift --data dataset --model builtin --against runs/mine   ·   "
-    "clipkit eval drift --data ./photos-2025 --against-data ./photos-2026"
+    epilog=examples(
+        "clipkit eval drift --data dataset --model builtin --against runs/mine",
+        "clipkit eval drift --data ./photos-2025 --against-data ./photos-2026",
+    )
 )
 @with_options(OneModel)
 def drift(
@@ -270,15 +286,14 @@ def drift(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval index   ·   clipkit eval index --index ~/my-index --kinds "
-    "exact,rabitq --recall-goals 0.95,0.99"
+    epilog=examples(
+        "clipkit eval index",
+        "clipkit eval index --index ~/my-index --kinds exact,rabitq --recall-goals 0.95,0.99",
+    )
 )
 @with_options(Common)
 def index(
-    index: Annotated[
-        Path | None,
-        typer.Option("--index", metavar="DIR", envvar="CLIPKIT_INDEX", help="The index's folder."),
-    ] = None,
+    index: IndexOption = None,
     kinds: Annotated[str, typer.Option(metavar="KIND,...", help="Default: all of them.")] = "",
     recall_goals: Annotated[str, typer.Option(metavar="R,R,...")] = "0.9,0.95,0.99",
     k: CutsOption = "1,10,100",
@@ -310,9 +325,11 @@ def index(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval compare builtin runs/mine --data dataset   ·   clipkit eval "
-    "compare builtin ViT-B-32/openai --data cifar10 --data dataset   ·   clipkit eval compare "
-    "reports/a reports/b"
+    epilog=examples(
+        "clipkit eval compare builtin runs/mine --data dataset",
+        "clipkit eval compare builtin ViT-B-32/openai --data cifar10 --data dataset",
+        "clipkit eval compare reports/a reports/b",
+    )
 )
 @with_options(Encoding)
 def compare(

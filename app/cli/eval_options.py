@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from app.cli.terminal import progress_shown, stop_on_signal
+from app.cli.terminal import DeviceOption, PrecisionOption, progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
 from clipkit.wording import printable
@@ -33,8 +33,8 @@ DataOption = Annotated[
         "--data",
         metavar="DATA",
         show_default=False,
-        help="A dataset folder, pictures with captions beside them, a folder per class, a JSONL "
-        "file, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME.",
+        help="A dataset folder, pictures with captions beside them, a folder per class, a table, JSON "
+        "lines, COCO, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME.",
     ),
 ]
 ModelOption = Annotated[
@@ -50,8 +50,6 @@ SplitOption = Annotated[
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, help="Use a random sample of N pictures.")]
 SeedOption = Annotated[int, typer.Option(help="Random seed of splits and resampling.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
-PrecisionOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The report's folder. Default: a new one."),
@@ -67,7 +65,7 @@ TemplatesOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="A prompt set by name, or a file with a template a line. Default: the data's own.",
+        help="A prompt set by name, or a file with one template per line. Default: the data's own.",
     ),
 ]
 
