@@ -59,7 +59,10 @@ def retrieval(
     data: DataOption,
     k: CutsOption = "1,5,10",
     queries: Annotated[
-        str, typer.Option(help="captions, both ways; or tags, each a query for all that bear it.")
+        str,
+        typer.Option(
+            help="captions, in both directions; or tags, each a query for all pictures that have it."
+        ),
     ] = "captions",
     *,
     shared: OneModel,
@@ -96,7 +99,7 @@ def zeroshot(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A benchmark's class names, or a file with a name a line, in the labels' order.",
+            help="A benchmark's class names, or a file with one name per line, in the labels' order.",
         ),
     ] = None,
     templates: TemplatesOption = None,
@@ -130,20 +133,28 @@ def probe(
     data: DataOption,
     train: Annotated[
         str,
-        typer.Option(metavar="DATA", help="What the probes learn from.", show_default=False),
+        typer.Option(
+            metavar="DATA", help="The data that the probes learn from.", show_default=False
+        ),
     ],
     train_split: Annotated[
-        str | None, typer.Option(help="Of --train. Default: train, or all where there are none.")
+        str | None,
+        typer.Option(
+            help="The split of --train. Default: train, or all pictures if there are no splits."
+        ),
     ] = None,
-    kinds: Annotated[str, typer.Option(help="knn, linear")] = "knn,linear",
-    k: Annotated[str, typer.Option("-k", metavar="K,K,...", help="Neighbours.")] = "1,5,10,20",
+    kinds: Annotated[str, typer.Option(help="Which probes: knn, linear.")] = "knn,linear",
+    k: Annotated[
+        str, typer.Option("-k", metavar="K,K,...", help="Numbers of neighbours.")
+    ] = "1,5,10,20",
     shots: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Few-shot: so many pictures a class.")
+        str,
+        typer.Option(metavar="N,N,...", help="Few-shot: numbers of training pictures per class."),
     ] = "",
     *,
     shared: OneModel,
 ) -> None:
-    """How much the frozen image tower knows: k nearest neighbours, and a linear classifier on top."""
+    """Measure what the frozen image tower knows, by k nearest neighbours and a linear classifier."""
     from eval.data import open_labelled
     from eval.probes import evaluate_probe
 
@@ -185,7 +196,7 @@ def robustness(
     *,
     shared: OneModel,
 ) -> None:
-    """What noise, blur, weather and compression cost: accuracy, or recall where there are captions."""
+    """Measure what noise, blur, weather and compression cost in accuracy, or recall with captions."""
     from eval.corruptions import CORRUPTIONS
     from eval.data import open_labelled
     from eval.robustness import evaluate_robustness
@@ -227,7 +238,7 @@ def space(
     *,
     shared: OneModel,
 ) -> None:
-    """Health of the embedding space: spread, effective rank, alignment, modality gap, hubs."""
+    """Measure the embedding space: spread, effective rank, alignment, modality gap, hubs."""
     from eval.space import evaluate_space, space_of_vectors
 
     if (data is None) == (index is None):
@@ -264,7 +275,7 @@ def drift(
     *,
     shared: OneModel,
 ) -> None:
-    """What changed: between two models on the same pictures, or between two batches of pictures."""
+    """Compare two models on the same pictures, or one model on two batches of pictures."""
     from clipkit.lazy_encoder import LazyEncoder
     from eval.drift import drift_between_batches, drift_between_encoders
 
@@ -295,12 +306,14 @@ def drift(
 def index(
     index: IndexOption = None,
     kinds: Annotated[str, typer.Option(metavar="KIND,...", help="Default: all of them.")] = "",
-    recall_goals: Annotated[str, typer.Option(metavar="R,R,...")] = "0.9,0.95,0.99",
+    recall_goals: Annotated[
+        str, typer.Option(metavar="R,R,...", help="Recommend the fastest index that reaches these.")
+    ] = "0.9,0.95,0.99",
     k: CutsOption = "1,10,100",
     *,
     shared: Common,
 ) -> None:
-    """Recall, latency, memory, build and load time of every index kind on your own vectors."""
+    """Measure recall, latency, memory, build and load time of every index kind on your vectors."""
     from clipkit.index import KINDS
     from eval.index_quality import evaluate_index
 
@@ -335,21 +348,26 @@ def index(
 def compare(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="SPEC...", help="Models, the first is the yardstick; or reports."),
+        typer.Argument(
+            metavar="SPEC...",
+            help="Models, the first of which is the baseline; or folders of reports.",
+        ),
     ],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="DATA", help="What to measure on; may be given again."),
+        typer.Option(
+            "--data", metavar="DATA", help="The data to measure on; repeat the option for several."
+        ),
     ] = None,
     templates: TemplatesOption = None,
     k: CutsOption = "1,5,10",
     *,
     shared: Encoding,
 ) -> None:
-    """Models side by side on the same pictures: what differs, and whether that is more than chance.
+    """Compare models on the same pictures, with tests of whether the differences are chance.
 
-    Retrieval where the data has captions, zero-shot where it has classes. What was encoded before
-    is not encoded again. Folders of saved reports are compared as they are.
+    Data with captions is measured by retrieval, data with classes by zero-shot classification.
+    Without --data, the arguments are folders of saved reports.
     """
     from clipkit.lazy_encoder import LazyEncoder
     from eval.compare import compare as compare_models
