@@ -1,6 +1,7 @@
 # make demo                   set up, index the sample gallery, open the app
 # make demo PHOTOS=/folder    the same with your own pictures
-# make test                   set up, lint, types, tests
+# make test                   set up, lint, types, import contracts, tests
+# make quick                  the same with the tests that take a second or less: under a minute
 # make builtin DATA=DIR       make the built-in model anew in BUILD (see clipkit/builtin/MODEL_CARD.md)
 
 # The newest Python >= 3.11 that is here; PYTHON=... overrides.
@@ -16,7 +17,7 @@ FIRST := 6220dc6
 TUNE = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m app.cli train $(BUILD)/dataset \
 	--config data_prep/builtin_model/tune.toml --out $(BUILD)/runs --no-report
 
-.PHONY: demo test check builtin clean
+.PHONY: demo test quick check builtin clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.app
@@ -26,10 +27,14 @@ demo: .venv/.app
 test: check
 	$(BIN)/pytest -n auto --dist loadfile
 
+quick: check
+	$(BIN)/pytest -n auto --dist loadfile -m 'not (slow or browser or parity or end_to_end)'
+
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 builtin: .venv/.app
 	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[builtin-recipe]'
@@ -44,7 +49,7 @@ builtin: .venv/.app
 	$(BIN)/python -m data_prep.builtin_model.measure --data $(DATA) --model $(BUILD)/model --write
 
 clean:
-	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/pip:

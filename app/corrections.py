@@ -27,12 +27,12 @@ from typing import Any, Self
 
 import filelock
 
-from app.web.render import printable
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.durable import sync_folder
 from clipkit.errors import CatalogBusy, ClipkitError, InputError
 from clipkit.query import Query, Term, format, parse
 from clipkit.records import parse_object
+from clipkit.wording import printable
 from data_prep.clean import Rules, same_caption
 
 log = logging.getLogger(__name__)

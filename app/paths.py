@@ -1,23 +1,23 @@
-"""Where clipkit keeps things unless it is told otherwise."""
+"""Where clipkit keeps indexes and caches unless a folder is named."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 
-def index_folder(given: Path | None) -> Path:
-    """The index's folder: what was given, else one place in the user's data folder."""
-    if given is not None:
-        return given.expanduser()
-    from platformdirs import user_data_path
+def index_folder(named: Path | None) -> Path:
+    """Return the named index folder, else the default one (see `clipkit.library.default_index`)."""
+    if named is not None:
+        return named.expanduser()
+    from clipkit.library import default_index
 
-    return user_data_path("clipkit") / "index"
+    return default_index()
 
 
-def features_folder(given: Path | None) -> Path:
-    """The evaluators' feature cache: what was given, else one place in the user's cache folder."""
-    if given is not None:
-        return given.expanduser()
+def features_folder(named: Path | None) -> Path:
+    """Return the named feature cache, else one in the user's cache folder."""
+    if named is not None:
+        return named.expanduser()
     from platformdirs import user_cache_path
 
     return user_cache_path("clipkit") / "features"

@@ -1,10 +1,12 @@
-"""Contrastive losses over a batch of picture-caption pairs: pure functions, one dictionary.
+"""Contrastive losses over a batch of picture-caption pairs: pure functions, and their registry.
 
-All take unit rows `images` and `texts` (B, D), where row i of one belongs to row i of the other, and
-give a scalar. `same` bool (B, B) tells which other pairs belong together (see `matches`): an equal
-caption on another picture is no negative. With `block_rows` the (B, B) scores are made that many
-rows at a time and made again for the gradient, so that memory grows with B and not with its square;
-the value and the gradients are the same.
+Each takes unit rows `images` and `texts` (B, D), where row i of one belongs to row i of the other,
+and returns a scalar. `same`, bool (B, B), marks other pairs (picture i, caption j) that belong
+together, such as equal captions of two pictures, so that they are not taken for negatives. With
+`block_rows` the (B, B) scores are computed that many rows at a time, and again for the gradient, so
+that memory grows with B and not with its square; value and gradients stay the same.
+
+An entry in `LOSSES` makes a loss available to the configuration, the command line and training.
 """
 
 from __future__ import annotations
@@ -23,14 +25,6 @@ from clipkit.errors import InputError
 Duplicates = Literal["mask", "positive"]
 
 
-def matches(image_ids: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
-    """bool (B, B): pairs (picture i, caption j) that share their picture or their caption.
-
-    image_ids, text_ids: int64 (B,), equal where the content is.
-    """
-    return (image_ids[:, None] == image_ids) | (text_ids[:, None] == text_ids)
-
-
 def info_nce(
     images: torch.Tensor,
     texts: torch.Tensor,
@@ -43,16 +37,17 @@ def info_nce(
     debias: float = 0.0,
     block_rows: int | None = None,
 ) -> torch.Tensor:
-    """Symmetric InfoNCE (CLIP, arXiv 2103.00020): the mean over both directions of
-    -log softmax of the own pair. `logit_scale` is the logarithm of the inverse temperature.
+    """Compute symmetric InfoNCE (CLIP, arXiv 2103.00020): -log softmax of the own pair, averaged over
+    all rows and both directions. `logit_scale` is the logarithm of the inverse temperature.
 
-    duplicates: pairs of `same` are left out ("mask") or share the target evenly ("positive";
-        Khosla et al. 2020, arXiv 2004.11362, its L_out).
-    label_smoothing: this share of the target is spread evenly over all candidates.
-    hardness: beta of Robinson et al. 2021, arXiv 2010.04592: a negative weighs as
-        exp(beta * logit), the weights' mean being 1. 0 weighs all alike.
-    debias: tau+ of Chuang et al. 2020, arXiv 2007.00224: the share of the negatives that are
-        positives unknown; their expected part is taken out of the denominator.
+    duplicates: leave pairs of `same` out ("mask"), or share the target evenly among them
+        ("positive"; L_out of Khosla et al. 2020, arXiv 2004.11362).
+    label_smoothing: spread this share of the target evenly over all candidates.
+    hardness: beta of Robinson et al. 2021 (arXiv 2010.04592): weigh a negative by
+        exp(beta * logit), with weights of mean 1. 0 weighs all alike.
+    debias: tau+ of Chuang et al. 2020 (arXiv 2007.00224): the share of negatives that are in fact
+        positive; their expected part is subtracted from the denominator.
+    Raises InputError for mismatched shapes and for options outside their range.
     """
     _check(images, texts, same)
     _check_share("label_smoothing", label_smoothing)
@@ -61,22 +56,22 @@ def info_nce(
         raise InputError(f"hardness is {hardness}; it must be 0 (off) or positive, such as 0.5")
 
     def one_way(
-        start: int, rows: torch.Tensor, others: torch.Tensor, known: torch.Tensor | None
+        start: int, rows: torch.Tensor, others: torch.Tensor, same: torch.Tensor | None
     ) -> torch.Tensor:
         scale = logit_scale.exp()
         logits = scale * rows @ others.T
         own = _own_pairs(logits, start)
-        known = own if known is None else known | own
-        positive = known if duplicates == "positive" else own
+        true = own if same is None else same | own
+        positive = true if duplicates == "positive" else own
         target = _mean(logits, positive)
         if label_smoothing:
-            spread = _mean(logits, positive | ~known)
+            spread = _mean(logits, positive | ~true)
             target = (1 - label_smoothing) * target + label_smoothing * spread
         log_positive = _log_sum(logits, positive)
-        log_negative = _log_negative(logits, ~known, hardness)
+        log_negative = _log_negative(logits, ~true, hardness)
         if debias:
             log_negative = _debiased(
-                log_negative, log_positive - positive.sum(1).log(), ~known, scale, debias
+                log_negative, log_positive - positive.sum(1).log(), ~true, scale, debias
             )
         return (torch.logaddexp(log_positive, log_negative) - target).sum()
 
@@ -96,41 +91,37 @@ def siglip(
     duplicates: Duplicates = "mask",
     block_rows: int | None = None,
 ) -> torch.Tensor:
-    """Sigmoid loss (SigLIP, arXiv 2303.15343): every pair is one binary question; the sum over all
-    pairs, divided by B. Pairs of `same` are left out ("mask") or count as true ("positive")."""
+    """Compute the sigmoid loss (SigLIP, arXiv 2303.15343): binary cross-entropy of every pair, summed
+    over all pairs and divided by B. Pairs of `same` are left out ("mask") or positive ("positive").
+    """
     _check(images, texts, same)
 
     def block(
-        start: int, rows: torch.Tensor, others: torch.Tensor, known: torch.Tensor | None
+        start: int, rows: torch.Tensor, others: torch.Tensor, same: torch.Tensor | None
     ) -> torch.Tensor:
         logits = logit_scale.exp() * rows @ others.T + logit_bias
         own = _own_pairs(logits, start)
-        known = own if known is None else known | own
-        positive = known if duplicates == "positive" else own
-        asked = positive | ~known
-        return -F.logsigmoid(torch.where(positive, logits, -logits)).mul(asked).sum()
+        true = own if same is None else same | own
+        positive = true if duplicates == "positive" else own
+        counted = positive | ~true
+        return -F.logsigmoid(torch.where(positive, logits, -logits)).mul(counted).sum()
 
     return _over_rows(block, images, texts, same, block_rows) / len(images)
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A registered loss: how to call it, and what training must know about it."""
+    """A registered loss: its function, and what training must know about it."""
 
     function: Callable[..., torch.Tensor]
-    has_bias: bool  # takes logit_bias behind logit_scale
-    clamps_scale: bool  # the scale is kept within [1, 100]: CLIP, section 2.5
-    options: frozenset[str]  # keyword options beside same, duplicates and block_rows
+    has_bias: bool = False  # takes logit_bias after logit_scale
+    clamps_scale: bool = True  # keep the scale within [1, 100]: CLIP, section 2.5
+    options: frozenset[str] = frozenset()  # TrainConfig fields that it takes, besides `duplicates`
 
 
 LOSSES: dict[str, Loss] = {
-    "infonce": Loss(
-        info_nce,
-        has_bias=False,
-        clamps_scale=True,
-        options=frozenset({"label_smoothing", "hardness", "debias"}),
-    ),
-    "siglip": Loss(siglip, has_bias=True, clamps_scale=False, options=frozenset()),
+    "infonce": Loss(info_nce, options=frozenset({"label_smoothing", "hardness", "debias"})),
+    "siglip": Loss(siglip, has_bias=True, clamps_scale=False),
 }
 
 _Block = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -143,33 +134,33 @@ def _over_rows(
     same: torch.Tensor | None,
     block_rows: int | None,
 ) -> torch.Tensor:
-    """The sum of `block(first row, rows, others, same)` over blocks of rows."""
+    """Sum `block(first row, rows, others, same)` over blocks of rows."""
     if block_rows is None or block_rows >= len(rows):
         return block(0, rows, others, same)
     total = rows.new_zeros(())
     for start in range(0, len(rows), block_rows):
         end = start + block_rows
-        known = None if same is None else same[start:end]
+        marks = None if same is None else same[start:end]
         total = total + checkpoint(
-            block, start, rows[start:end], others, known, use_reentrant=False
+            block, start, rows[start:end], others, marks, use_reentrant=False
         )
     return total
 
 
 def _own_pairs(logits: torch.Tensor, start: int) -> torch.Tensor:
-    """bool (R, B): row r's own pair stands in column start + r."""
+    """Mark each row's own pair: bool (R, B), true in column start + r of row r."""
     columns = torch.arange(logits.shape[1], device=logits.device)
     rows = torch.arange(start, start + len(logits), device=logits.device)
     return rows[:, None] == columns
 
 
 def _mean(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """(R,): each row's mean over the chosen columns, of which there is at least one."""
+    """Average each row over the chosen columns, at least one per row: (R, B) -> (R,)."""
     return (logits * chosen).sum(1) / chosen.sum(1)
 
 
 def _log_sum(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """(R,): log of the sum of exp over the chosen columns; hugely negative where there are none.
+    """Compute logsumexp over the chosen columns, (R, B) -> (R,); hugely negative if there are none.
 
     Finite on purpose: the gradient of logsumexp over nothing but -inf is NaN.
     """
@@ -178,12 +169,12 @@ def _log_sum(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 def _log_negative(logits: torch.Tensor, negative: torch.Tensor, beta: float) -> torch.Tensor:
-    """(R,): log of the negatives' summed exp, reweighted by hardness."""
+    """Compute the log of the negatives' summed exp, reweighted by hardness: (R, B) -> (R,)."""
     if not beta:
         return _log_sum(logits, negative)
     count = negative.sum(1).clamp(min=1).to(logits.dtype).log()
     weighted = _log_sum((1 + beta) * logits, negative) - _log_sum(beta * logits, negative)
-    # Where there are no negatives the two cancel: nothing must stay nothing.
+    # Without negatives the two terms would cancel to 0 instead of log 0.
     return torch.where(negative.any(1), count + weighted, _log_sum(logits, negative))
 
 
@@ -194,15 +185,15 @@ def _debiased(
     scale: torch.Tensor,
     tau: float,
 ) -> torch.Tensor:
-    """(R,): log max((sum of negatives - tau N positive) / (1 - tau), N exp(-scale)).
+    """Compute log max((sum of negatives - tau N positive) / (1 - tau), N exp(-scale)): (R,).
 
-    In units of the greater of the two, so that a scale of 100 does not overflow.
+    In units of the greater of the two logarithms, so that a scale of 100 does not overflow.
     """
     count = negative.sum(1).to(log_negative.dtype)
     unit = torch.maximum(log_negative, log_positive).detach()
-    taken_out = (log_negative - unit).exp() - tau * count * (log_positive - unit).exp()
+    corrected = (log_negative - unit).exp() - tau * count * (log_positive - unit).exp()
     least = (count * (-scale - unit).exp()).clamp(min=torch.finfo(unit.dtype).tiny)
-    return torch.maximum(taken_out / (1 - tau), least).log() + unit
+    return torch.maximum(corrected / (1 - tau), least).log() + unit
 
 
 def _check(images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor | None) -> None:

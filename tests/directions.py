@@ -114,7 +114,7 @@ def path(name: str) -> str:
 def names(result: SearchResult) -> list[str]:
     ranks = [hit.rank for hit in result.hits]
     assert ranks == list(range(1, len(ranks) + 1)), ranks
-    return [Path(hit.path).stem for hit in result.hits]
+    return [Path(hit.picture.path).stem for hit in result.hits]
 
 
 @pytest.fixture

@@ -1,33 +1,35 @@
-"""The real command as a user runs it, in a process of its own."""
+"""The commands on an index as a user runs them, mostly in a process of their own."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from app.cli import terminal
 from clipkit.catalog import Catalog
 
-PICTURES = Path(__file__).parent.parent / "data_prep" / "gallery" / "pictures"
+pytestmark = pytest.mark.end_to_end
+
+ROOT = Path(__file__).parent.parent
+PICTURES = ROOT / "data_prep" / "gallery" / "pictures"
 
 
-def clipkit(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.cli", *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
 
 def hits(*arguments: object) -> list[dict[str, object]]:
-    done = clipkit("search", *arguments, "--json")
+    done = run("search", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     found: list[dict[str, object]] = json.loads(done.stdout)
     return found
@@ -56,14 +58,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def index(photos: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place") / "index"
-    done = clipkit("index", photos, "--index", place, "--model", model)
+    done = run("index", photos, "--index", place, "--model", model)
     assert done.returncode == 0, done.stderr
     assert "12 added, 2 skipped" in done.stdout
     return place
 
 
 def test_index_says_what_it_skipped_and_why(index: Path, photos: Path) -> None:
-    told = clipkit("status", "--skipped", "--index", index).stdout
+    told = run("status", "--skipped", "--index", index).stdout
     assert "12 in 12 files" in told
     assert f"{photos / 'empty.jpg'}: file is empty" in told or str(photos / "empty.jpg") in told
     assert str(photos / "text.png") in told
@@ -71,7 +73,7 @@ def test_index_says_what_it_skipped_and_why(index: Path, photos: Path) -> None:
 
 def test_a_second_run_changes_nothing(index: Path, photos: Path) -> None:
     """Without --model the index's own is meant; nothing is loaded, so it is quick."""
-    done = clipkit("index", photos, "--index", index)
+    done = run("index", photos, "--index", index)
     assert "12 unchanged, 2 skipped before in" in done.stdout, done.stdout + done.stderr
 
 
@@ -81,7 +83,7 @@ def test_words_give_hits_as_json_and_as_a_table(index: Path) -> None:
     assert set(found[0]) == {"rank", "path", "image_id", "score", "strength"}
     scores = [hit["score"] for hit in found]
     assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
-    table = clipkit("search", "red", "car", "--index", index, "-k", "5").stdout
+    table = run("search", "red", "car", "--index", index, "-k", "5").stdout
     assert all(str(hit["path"]) in table for hit in found)
     assert "5 of 12 pictures" in table
 
@@ -106,57 +108,68 @@ def test_filters_and_phrases_need_no_towers(index: Path, photos: Path) -> None:
 def test_deleted_and_forgotten(photos: Path, model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(photos, mine)
-    assert clipkit("index", mine, "--index", tmp_path / "i", "--model", model).returncode == 0
+    assert run("index", mine, "--index", tmp_path / "i", "--model", model).returncode == 0
     gone = sorted(mine.rglob("*/*.png"))[0]
     gone.unlink()
-    assert "1 removed" in clipkit("index", mine, "--index", tmp_path / "i").stdout
+    assert "1 removed" in run("index", mine, "--index", tmp_path / "i").stdout
     assert str(gone) not in {
         hit["path"] for hit in hits("car", "-k", 99, "--index", tmp_path / "i")
     }
     shutil.move(mine, tmp_path / "unplugged")
-    told = clipkit("index", mine, "--index", tmp_path / "i").stdout
+    told = run("index", mine, "--index", tmp_path / "i").stdout
     assert "nothing was removed from the index" in told
     assert (
-        "11 files forgotten" in clipkit("index", mine, "--forget", "--index", tmp_path / "i").stdout
+        "11 files removed from the index"
+        in run("index", mine, "--forget", "--index", tmp_path / "i").stdout
     )
     assert hits("car", "--index", tmp_path / "i") == []
 
 
+# Presses Ctrl-C when the third batch is written: at the same point on every machine.
+INTERRUPTED = """
+import os, signal
+from app.cli import main
+from app.cli import terminal
+from clipkit.catalog import Catalog
+
+batches = 0
+add_vectors = Catalog.add_vectors
+
+def add_and_interrupt(*arguments):
+    global batches
+    add_vectors(*arguments)
+    batches += 1
+    if batches == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+
+Catalog.add_vectors = add_and_interrupt
+main()
+"""
+
+
 def test_ctrl_c_ends_soundly_and_the_next_run_goes_on(model: Path, tmp_path: Path) -> None:
+    """3 batches of 8 are written, and at most the 4 x 2 + 8 files that were in work besides."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i in range(400):
-        Image.effect_noise((600, 450), 10 + i % 90).convert("RGB").save(photos / f"{i}.jpg")
+    for i in range(80):
+        Image.effect_noise((60, 45), 10 + i).convert("RGB").save(photos / f"{i}.png")
     arguments = ["index", photos, "--index", tmp_path / "i", "--model", model, "--batch-size", 8]
-    run = subprocess.Popen(
-        [sys.executable, "-m", "app.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+    arguments += ["--workers", 2]
+    stopped = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *map(str, arguments)],
+        capture_output=True,
         text=True,
+        cwd=ROOT,
+        timeout=120,
     )
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and pictures(tmp_path / "i") == 0:
-        time.sleep(0.05)
-    run.send_signal(signal.SIGINT)
-    told, warned = run.communicate(timeout=60)
-    assert run.returncode == 130, told + warned
-    assert "stopped; run the same command again to go on" in told
-    assert "Traceback" not in warned
-    kept = pictures(tmp_path / "i")
-    assert 0 < kept < 400
-    done = clipkit(*arguments)
-    assert f"{400 - kept} added" in done.stdout and f"{kept} unchanged" in done.stdout
-    assert pictures(tmp_path / "i") == 400
-
-
-def pictures(index: Path) -> int:
-    if not (index / "catalog.sqlite").exists():
-        return 0
-    try:
-        with Catalog.open(index) as catalog:
-            return catalog.stats().pictures
-    except Exception:  # the very first moments: a file, but no catalog in it yet
-        return 0
+    assert stopped.returncode == 130, stopped.stdout + stopped.stderr
+    assert "stopped; run the same command again to resume" in stopped.stdout
+    assert "stopping after this batch" in stopped.stderr and "Traceback" not in stopped.stderr
+    with Catalog.open(tmp_path / "i") as catalog:
+        kept = catalog.stats().pictures
+    assert 24 <= kept <= 40
+    done = run(*arguments)
+    assert f"{80 - kept} added" in done.stdout and f"{kept} unchanged" in done.stdout
 
 
 BAD_INPUT = {
@@ -175,7 +188,7 @@ BAD_INPUT = {
     "no picture": (["search", "--image", "/nowhere.png", "--index", "{index}"], "/nowhere.png"),
     "not a picture": (["search", "--image", "{photos}/text.png", "--index", "{index}"], "picture"),
     "device": (
-        ["search", "--image", "{picture}", "--device", "toaster", "--index", "{index}"],
+        ["search", "--image", "{other}", "--device", "toaster", "--index", "{index}"],
         "device 'toaster' is not usable here",
     ),
     "app without index": (["app", "--port", "99999"], "less than or equal to 65535"),
@@ -186,24 +199,49 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_a_sentence_and_exit_code_2(case: str, index: Path, photos: Path) -> None:
+def test_bad_input_is_a_sentence_and_exit_code_2(
+    case: str, index: Path, photos: Path, clipkit: Callable[..., tuple[int, str, str]]
+) -> None:
     arguments, sentence = BAD_INPUT[case]
     values = {
         "{index}": str(index),
         "{photos}": str(photos),
-        "{picture}": str(sorted(photos.rglob("*/*.png"))[0]),
+        "{other}": str(PICTURES / "party" / "birthday-cake.png"),
         "{caption}": next(photos.rglob("metadata.jsonl")).parent.name,
     }
     for name, value in values.items():
         arguments = [argument.replace(name, value) for argument in arguments]
-    done = clipkit(*arguments)
-    told = " ".join(done.stderr.replace("│", " ").split())
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert sentence in told
-    assert "Traceback" not in told
+    code, out, err = clipkit(*arguments)
+    assert code == 2, out + err
+    assert sentence in " ".join(err.replace("│", " ").split())
+
+
+def test_a_process_ends_with_the_sentence_and_the_code() -> None:
+    done = run("index", "/nowhere", "--index", "/nowhere/index")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "clipkit: folder /nowhere does not exist; name a folder that holds pictures\n"
+    )
 
 
 def test_every_command_has_help_with_an_example() -> None:
     for command in ("index", "search", "app", "status"):
-        told = clipkit(command, "--help").stdout
+        told = run(command, "--help").stdout
         assert f"clipkit {command}" in told and "Examples:" in told
+
+
+def test_progress_is_a_line_of_text_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "LINE_SECONDS", -1)
+    with terminal.progress_shown() as show:
+        show("walking", 1234, 0)
+        show("indexing", 5, 1000, "2 skipped")
+    assert capsys.readouterr().err.splitlines() == [
+        "walking: 1,234",
+        "indexing: 5 of 1,000, 2 skipped",
+    ]
+
+
+def test_sizes_are_shown_in_decimal_units() -> None:
+    assert [terminal.size(n) for n in (999, 1_234_567, 2.5e12)] == ["999 B", "1 MB", "2.5 TB"]

@@ -1,4 +1,4 @@
-"""A batch on a CPU's cores: the same rows in the same order, and nobody else's threads changed."""
+"""Batches spread over a CPU's cores: rows stay in order, and other threads keep their settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from clipkit.towers.cores import PART, Cores
+from clipkit.towers.encoder import PART, Cores
 
 
 @pytest.fixture
@@ -21,16 +21,16 @@ def four_threads() -> Iterator[None]:
 
 def in_new_thread() -> int:
     """The threads that torch uses for what a thread started now computes."""
-    found: list[int] = []
+    counts: list[int] = []
 
     def compute() -> None:
         torch.ones(64, 64) @ torch.ones(64, 64)
-        found.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
 
     thread = threading.Thread(target=compute)
     thread.start()
     thread.join()
-    return found[0]
+    return counts[0]
 
 
 @pytest.mark.parametrize("rows", [0, 1, PART, PART + 1, 5 * PART - 3])

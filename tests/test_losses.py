@@ -11,12 +11,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
-from clipkit.losses import LOSSES, info_nce, matches, siglip
+from clipkit.losses import LOSSES, info_nce, siglip
 
 
 def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(count, dim, generator=generator, dtype=torch.float64), dim=1)
+
+
+def matches(image_ids: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
+    """Mark pairs (picture i, caption j) that share their picture or their caption: bool (B, B)."""
+    return (image_ids[:, None] == image_ids) | (text_ids[:, None] == text_ids)
 
 
 IMAGES, TEXTS = unit_rows(6, 4, 1), unit_rows(6, 4, 2)

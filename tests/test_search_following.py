@@ -95,7 +95,7 @@ def test_a_moved_picture_shows_its_new_path(writer: Writer, searcher: Searcher) 
     writer.catalog.remove_places([path("run")])
     writer.catalog.add_place(num, "/pictures/new/jog.jpg", size=1000, mtime_ns=0)
     writer.catalog.commit()
-    assert searcher.search("dog", k=1).hits[0].path == "/pictures/new/jog.jpg"
+    assert searcher.search("dog", k=1).hits[0].picture.path == "/pictures/new/jog.jpg"
 
 
 def test_a_new_vector_replaces_the_old_one(writer: Writer, searcher: Searcher) -> None:

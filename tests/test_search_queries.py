@@ -171,7 +171,7 @@ def test_a_phrase_must_match_and_is_fused_by_reciprocal_rank(
     tied = sorted(["short", "long"], key=key)
     result = searcher.search('dog "red harbour"')
     assert (names(result), result.total) == ([*tied, "middle"], 3)
-    scores = {Path(hit.path).stem: hit.score for hit in result.hits}
+    scores = {Path(hit.picture.path).stem: hit.score for hit in result.hits}
     assert scores == pytest.approx({"long": 1, "middle": 0.7071, "short": 0.4472}, abs=1e-3)
     assert names(searcher.search('dog "red harbour"^3')) == ["short", "middle", "long"]
     assert names(searcher.search('dog "red harbour"^3', k=1)) == ["short"]  # the last by cosine

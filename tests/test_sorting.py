@@ -381,8 +381,8 @@ def test_sorting_in_a_real_browser(
         assert page.locator("#ask form[data-do=search]").is_hidden()
         cells = page.eval_on_selector_all(".shares tbody tr", "all => all.map(r => r.innerText)")
         assert [" ".join(cell.split()) for cell in cells] == [
-            "red 30 73 % 99.9 %",
-            "blue 10 24 % 99.9 %",
+            "red 30 73.2 % 99.9 %",
+            "blue 10 24.4 % 99.9 %",
             "white 1 2.4 % 99.9 %",
         ]
         assert page.evaluate("document.documentElement.scrollWidth") == 390

@@ -100,7 +100,7 @@ def test_what_a_run_adds_is_found_at_once(workspace: Workspace, photos: Path) ->
     paint(photos / "red.png", "red")
     workspace.index([str(photos)])
     assert finished(workspace).state == "done"
-    assert [row.path for row in workspace.search(Ask(words="red")).rows] == [
+    assert [hit.picture.path for hit in workspace.search(Ask(words="red")).hits] == [
         str(photos / "red.png")
     ]
     paint(photos / "blue.png", "blue")
@@ -180,7 +180,7 @@ def test_a_folder_with_an_odd_name_can_be_chosen(workspace: Workspace, photos: P
     keys = {folder: folder_key(folder) for folder, _ in workspace.folders()}
     assert len(set(keys.values())) == len(keys) == 3
     found = workspace.search(Ask(words="red", folder=keys[str(odd)]))
-    assert [row.path for row in found.rows] == [str(odd / "a.png")]
+    assert [hit.picture.path for hit in found.hits] == [str(odd / "a.png")]
     with pytest.raises(InputError, match="choose another one"):
         workspace.search(Ask(words="red", folder="0" * 16))
 

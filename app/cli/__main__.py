@@ -1,4 +1,4 @@
-"""`python -m app.cli`: the command line without the installed script, as torchrun needs it."""
+"""Run the command line as `python -m app.cli`, without the installed script: torchrun needs it."""
 
 from app.cli import main
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.terminal import duration, printable, progress_shown
+from app.cli.terminal import progress_shown
 from clipkit.errors import InputError
+from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from clipkit.sources import Source

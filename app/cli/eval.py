@@ -1,4 +1,4 @@
-"""`clipkit eval ...`: numbers to trust, each with its n and an interval, as a table and as a report."""
+"""`clipkit eval ...`: measure models and indexes, print a table and save a report."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from app.cli.eval_options import (
     one_of,
     prompts_for,
     report_folder,
+    running,
     say,
-    stoppable,
+    some_of,
     to_learn_from,
     with_options,
 )
-from app.cli.terminal import progress_shown, stop_on_signal
 from app.paths import index_folder
 from clipkit.errors import InputError
 
@@ -66,14 +66,13 @@ def retrieval(
     one_of("--queries", queries, ("captions", "tags"))
     cuts = numbers("-k", k)
     captioned = open_captioned(data, split=shared.split, limit=shared.limit)
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         report = evaluate_retrieval(
-            job.encoder,
+            encoder,
             captioned,
             ks=cuts,
             queries=queries,  # type: ignore[arg-type]
-            seed=shared.seed,
-            **job.options,
+            session=session,
         )
     finish(report, shared)
 
@@ -107,10 +106,8 @@ def zeroshot(
     prompts = prompts_for(templates, data)
     names = None if classes is None else load_classes(classes)
     labelled = open_labelled(data, split=shared.split, classes=names, limit=shared.limit)
-    with measuring(shared.model, shared) as job:
-        report = evaluate_zero_shot(
-            job.encoder, labelled, templates=prompts, ks=cuts, seed=shared.seed, **job.options
-        )
+    with measuring(shared.model, shared) as (encoder, session):
+        report = evaluate_zero_shot(encoder, labelled, templates=prompts, ks=cuts, session=session)
     finish(report, shared)
 
 
@@ -141,22 +138,19 @@ def probe(
     from eval.data import open_labelled
     from eval.probes import evaluate_probe
 
-    chosen = tuple(part.strip() for part in kinds.split(",") if part.strip())
-    for kind in chosen:
-        one_of("--kinds", kind, ("knn", "linear"))
+    chosen = some_of("--kinds", kinds, ("knn", "linear"))
     neighbours, few = numbers("-k", k), numbers("--shots", shots) if shots else ()
     learning = to_learn_from(train, train_split)
     testing = open_labelled(data, split=shared.split, limit=shared.limit)
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         report = evaluate_probe(
-            job.encoder,
+            encoder,
             learning,
             testing,
             kinds=chosen,
             knn_ks=neighbours,
             shots=few,
-            seed=shared.seed,
-            **job.options,
+            session=session,
         )
     finish(report, shared)
 
@@ -185,24 +179,21 @@ def robustness(
     from eval.data import open_labelled
     from eval.robustness import evaluate_robustness
 
-    names = tuple(part.strip() for part in corruptions.split(",") if part.strip())
-    for name in names:
-        one_of("--corruptions", name, tuple(CORRUPTIONS))
+    names = some_of("--corruptions", corruptions, tuple(CORRUPTIONS))
     levels = numbers("--severities", severities)
     opened: Any = (
         open_labelled(data, split=shared.split, limit=shared.limit, by_domain=True)
         if by_domain
         else captioned_or_labelled(data, shared.split, shared.limit)
     )
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         report = evaluate_robustness(
-            job.encoder,
+            encoder,
             opened,
             corruptions=names or tuple(CORRUPTIONS),
             severities=levels,
             templates=prompts_for(templates, data),
-            seed=shared.seed,
-            **job.options,
+            session=session,
         )
     finish(report, shared)
 
@@ -229,13 +220,14 @@ def space(
         raise InputError("name what to look at: either --data DATA or --index DIR")
     if index is not None:
         spec, encoder_id, _, vectors = library(index)
-        report = space_of_vectors(
-            vectors, model=spec, encoder_id=encoder_id, dataset=str(index), seed=shared.seed
-        )
+        with running(shared) as session:
+            report = space_of_vectors(
+                vectors, model=spec, encoder_id=encoder_id, dataset=str(index), session=session
+            )
     else:
         opened = captioned_or_labelled(str(data), shared.split, shared.limit)
-        with measuring(shared.model, shared) as job:
-            report = evaluate_space(job.encoder, opened, seed=shared.seed, **job.options)
+        with measuring(shared.model, shared) as (encoder, session):
+            report = evaluate_space(encoder, opened, session=session)
     finish(report, shared)
 
 
@@ -268,16 +260,12 @@ def drift(
         if against_data is None
         else captioned_or_labelled(against_data, shared.split, shared.limit)
     )
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         if second is not None:
-            report = drift_between_batches(
-                job.encoder, first, second, seed=shared.seed, **job.options
-            )
+            report = drift_between_batches(encoder, first, second, session=session)
         else:
             other = LazyEncoder(str(against), device=shared.device, precision=shared.precision)
-            report = drift_between_encoders(
-                job.encoder, other, first, seed=shared.seed, **job.options
-            )
+            report = drift_between_encoders(encoder, other, first, session=session)
     finish(report, shared)
 
 
@@ -301,14 +289,12 @@ def index(
     from clipkit.index import KINDS
     from eval.index_quality import evaluate_index
 
-    names = tuple(part.strip() for part in kinds.split(",") if part.strip())
-    for name in names:
-        one_of("--kinds", name, tuple(KINDS))
+    names = some_of("--kinds", kinds, tuple(KINDS))
     goals = fractions("--recall-goals", recall_goals)
     cuts = numbers("-k", k)
     place = index_folder(index)
     spec, encoder_id, ids, vectors = library(place)
-    with stoppable(), stop_on_signal() as stop, progress_shown() as show:
+    with running(shared) as session:
         report = evaluate_index(
             ids,
             vectors,
@@ -318,9 +304,7 @@ def index(
             model=spec,
             encoder_id=encoder_id,
             dataset=str(place),
-            seed=shared.seed,
-            on_progress=show,
-            stop=stop,
+            session=session,
         )
     finish(report, shared)
 
@@ -354,32 +338,31 @@ def compare(
     from eval.compare import compare as compare_models
     from eval.compare import compare_reports
     from eval.prompts import load_templates
-    from eval.reports.report import EvalReport
+    from eval.reports import load, save
 
     if not data:
         folders = [Path(model).expanduser() for model in models]
         if not all((folder / "report.json").is_file() for folder in folders):
             raise InputError("name what to measure on with --data DATA, or give saved reports")
-        reports = [[EvalReport.load(folder)] for folder in folders]
+        reports = [[load(folder)] for folder in folders]
         result = compare_reports(reports, command=command_line(), seed=shared.seed)
     else:
         if len(models) < 2:
             raise InputError(f"{len(models)} model to compare; name at least two")
         cuts = numbers("-k", k)
         opened = [captioned_or_labelled(name, shared.split, shared.limit) for name in data]
-        with measuring(models[0], shared) as job:
+        with measuring(models[0], shared) as (encoder, session):
             others = [
                 LazyEncoder(m, device=shared.device, precision=shared.precision) for m in models[1:]
             ]
             result = compare_models(
-                [job.encoder, *others],
+                [encoder, *others],
                 opened,
                 templates=load_templates(templates) if templates else None,
                 ks=cuts,
                 command=command_line(),
-                seed=shared.seed,
-                **job.options,
+                session=session,
             )
     folder = report_folder(shared.out, "compare", *models)
-    result.save(folder)
+    save(result, folder)
     say(result, folder, shared)

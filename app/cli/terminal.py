@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: progress, Ctrl-C, names and figures that are safe to print."""
+"""What the commands share: common options, examples in the help, the progress bar, Ctrl-C, sizes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,60 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import typer
+
+from clipkit.wording import duration
+
+LINE_SECONDS = 10  # between two lines of progress where stderr is not a terminal
+
+IndexOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--index",
+        metavar="DIR",
+        envvar="CLIPKIT_INDEX",
+        help="The index's folder. Default: clipkit/index in your user data folder.",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help="auto, float32, bfloat16 or float16; CLIPKIT_PRECISION overrides auto.",
+    ),
+]
+
+
+def examples(*commands: str) -> str:
+    """Return the epilog of a command's help: one example a line."""
+    return "\n\n".join(["Examples:", *commands])
+
+
+class ShowProgress(Protocol):
+    """Show how far the work `what` is: `done` of `total` (0: unknown), and a short note."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
 @contextmanager
 def stop_on_signal(
-    words: str = "stopping after this batch; once more to stop at once",
+    message: str = "stopping after this batch; press Ctrl-C again to stop at once",
 ) -> Iterator[threading.Event]:
-    """Ctrl-C or a polite kill ends the run after the current batch; a second one ends it at once."""
+    """Set the event on Ctrl-C or SIGTERM, so that the run ends soundly; a second one ends it at once."""
     stop = threading.Event()
 
     def handle(number: int, _frame: object) -> None:
         stop.set()
         signal.signal(number, signal.default_int_handler)
-        print(f"\n{words}", file=sys.stderr)
+        print(f"\n{message}", file=sys.stderr)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -31,9 +70,11 @@ def stop_on_signal(
 
 
 @contextmanager
-def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
-    """show(what, done, total): a bar for each kind of work, with its time left (total 0: unknown);
-    where there is no terminal, a line every ten seconds."""
+def progress_shown() -> Iterator[ShowProgress]:
+    """Show progress on stderr: a bar for each kind of work, with the time left.
+
+    Where stderr is not a terminal, a line every LINE_SECONDS.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -50,6 +91,7 @@ def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
     )
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
@@ -57,38 +99,26 @@ def progress_shown() -> Iterator[Callable[[str, int, int], None]]:
         tasks: dict[str, TaskID] = {}
         last_line = time.monotonic()
 
-        def show(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int, note: str = "") -> None:
             nonlocal last_line
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total or None)
-            bars.update(tasks[what], completed=done, total=total or None)
-            if not console.is_terminal and time.monotonic() - last_line > 10:
+                tasks[what] = bars.add_task(what, total=total or None, note=note)
+            bars.update(tasks[what], completed=done, total=total or None, note=note)
+            if not console.is_terminal and time.monotonic() - last_line > LINE_SECONDS:
                 last_line = time.monotonic()
                 of = f" of {total:,}" if total else ""
-                print(f"{what}: {done:,}{of}", file=sys.stderr)
+                task = next(task for task in bars.tasks if task.id == tasks[what])
+                left = task.time_remaining
+                parts = ("" if left is None else f"{duration(left)} left", note)
+                print(", ".join((f"{what}: {done:,}{of}", *filter(None, parts))), file=sys.stderr)
 
         yield show
 
 
-def printable(text: str) -> str:
-    """File names need not be UTF-8, and may hold control characters that drive a terminal."""
-    shown = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() else "?" for c in shown)
-
-
 def size(count: float) -> str:
-    """Bytes as people read them: 1234567 -> "1 MB"."""
+    """Return a number of bytes as people read it: 1234567 -> "1 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: 75 -> "1 min 15 s"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.terminal import duration, printable, progress_shown, stop_on_signal
+from app.cli.terminal import progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
+from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from clipkit.training import Progress, RunSummary, TrainConfig
@@ -257,6 +258,7 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
     from data_prep import gallery
     from eval.data import open_captioned, open_labelled
     from eval.features import FeatureCache, Stopped
+    from eval.session import Session
     from eval.training_report import training_report
 
     facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
@@ -284,9 +286,7 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
                 encoders,
                 own,
                 general,
-                cache=FeatureCache(features_folder(None)),
-                on_progress=show,
-                stop=stop,
+                session=Session(FeatureCache(features_folder(None)), on_progress=show, stop=stop),
             )
     except Stopped:
         print("stopped before the report was complete; the checkpoint is complete")

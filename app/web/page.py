@@ -124,13 +124,13 @@ class Page:
             return render.failure(FAULT, ticket=ticket)
         cards = [
             _card(
-                row,
+                hit.picture,
                 rank=hit.rank,
                 score=hit.score,
                 strength=hit.strength,
-                marks=render.buttons(hit.rank, found.said, found.marks.get(hit.image_id)),
+                marks=render.buttons(hit.rank, found.said, found.marks.get(hit.picture.image_id)),
             )
-            for hit, row in zip(found.hits, found.rows, strict=True)
+            for hit in found.hits
         ]
         return render.results(
             cards,

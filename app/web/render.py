@@ -10,12 +10,13 @@ evaluates what came out of it as a JavaScript template literal.
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
+
+from clipkit.wording import count, duration, printable
 
 if TYPE_CHECKING:
     from app.web.indexing import Run
@@ -53,10 +54,6 @@ BANDS: Mapping[str, str] = {
     "weak": "Hardly above the rest of the library",
 }
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
-# Unicode's bidirectional controls: in a file name they would reorder the text around it.
-_BIDI = frozenset(
-    map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,38 +72,9 @@ class Card:
     marks: str = ""  # safe HTML: the buttons of render_marks.py
 
 
-def printable(value: str) -> str:
-    """Any text as text that can be sent and shown: a lone surrogate (a byte that is not UTF-8) and
-    what reorders text become U+FFFD, a control character its picture: a newline is seen as "␊"."""
-    shown = []
-    for char in value:
-        code = ord(char)
-        if code < 0x20:
-            shown.append(chr(0x2400 + code))
-        elif char in _BIDI or unicodedata.category(char) in ("Cc", "Cs"):
-            shown.append("\ufffd")
-        else:
-            shown.append(char)
-    return "".join(shown)
-
-
 def text(value: str) -> str:
     """`value` printable and escaped, for an element's content and for quoted attributes."""
     return html.escape(printable(value), quote=True)
-
-
-def count(number: int, noun: str = "picture") -> str:
-    """1 -> "1 picture", 1234 -> "1,234 pictures"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: "8 s", "3 min", "2 h 5 min"."""
-    whole = max(0, round(seconds))
-    if whole < 90:
-        return f"{whole} s"
-    minutes = round(whole / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def facts(pairs: Sequence[tuple[int, str]]) -> str:
@@ -253,7 +221,7 @@ def results(
     return (
         f'<found-{key} class="results" data-view="results" data-ticket="{text(ticket)}" '
         f'data-query="{text(query)}"><div class="summary"><h2>{question}</h2><p>{len(cards):,} of '
-        f"{count(total)}, {_took(seconds)}{corrections}</p></div>{body}</found-{key}>"
+        f"{count(total)}, {duration(seconds)}{corrections}</p></div>{body}</found-{key}>"
     )
 
 
@@ -263,10 +231,6 @@ def failure(sentence: str, *, ticket: str = "") -> str:
         '<div class="results failure" role="alert" data-view="results" '
         f'data-ticket="{text(ticket)}"><p>{text(sentence)}</p></div>'
     )
-
-
-def _took(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _tile(card: Card, *, bare: bool = False) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from app.web.render import NARROWEST, WIDEST, count, text
+from app.web.render import NARROWEST, WIDEST, text
 from app.web.sorting import (
     BEST_SHOWN,
     CHOICES,
@@ -24,6 +24,7 @@ from app.web.sorting import (
     Sorting,
 )
 from clipkit.errors import ClipkitError
+from clipkit.wording import count, percent
 
 log = logging.getLogger(__name__)
 
@@ -106,18 +107,18 @@ def _sorting(sorting: Sorting) -> str:
 
 
 def _share(group: Group, largest: float) -> str:
-    sure = "–" if group.confidence is None else _percent(group.confidence)
+    sure = "–" if group.confidence is None else percent(group.confidence)
     width = 100 * group.share / largest
     return (
         f'<tr><th scope="row">{text(group.word)}<i class="bar" style="width:{width:.1f}%"></i></th>'
-        f"<td>{group.count:,}</td><td>{_percent(group.share)}</td><td>{sure}</td></tr>"
+        f"<td>{group.count:,}</td><td>{percent(group.share)}</td><td>{sure}</td></tr>"
     )
 
 
 def _group(group: Group) -> str:
     shown = "" if group.count <= BEST_SHOWN else f", the surest {len(group.best)}"
     tiles = "".join(
-        _tile(guess, f"{_percent(guess.probability)}", f"{group.word}, {number}")
+        _tile(guess, f"{percent(guess.probability)}", f"{group.word}, {number}")
         for number, guess in enumerate(group.best, 1)
     )
     return (
@@ -132,8 +133,8 @@ def _close(sorting: Sorting) -> str:
     tiles = "".join(
         _tile(
             guess,
-            f"{guess.word} {_percent(guess.probability)}, {guess.second} "
-            f"{_percent(guess.second_probability)}",
+            f"{guess.word} {percent(guess.probability)}, {guess.second} "
+            f"{percent(guess.second_probability)}",
             f"Close call {number}",
         )
         for number, guess in enumerate(sorting.close, 1)
@@ -143,7 +144,7 @@ def _close(sorting: Sorting) -> str:
     )
     return (
         f'<section class="word close"><h2>Unsure <small>{count(sorting.close_total)}{shown}: the first '
-        f"word leads by less than {_percent(CLOSE)}</small></h2>"
+        f"word leads by less than {100 * CLOSE:.0f} %</small></h2>"
         f'<ol class="grid">{tiles}</ol></section>'
     )
 
@@ -162,13 +163,6 @@ def _tile(guess: Guess, under: str, label: str) -> str:
         f'loading="lazy" decoding="async"></button><div class="under"><span class="said" '
         f'title="{text(under)}">{text(under)}</span></div></li>'
     )
-
-
-def _percent(share: float) -> str:
-    """0.4321 -> "43 %", 0.004 -> "0.4 %", and never 100 % for what is not all."""
-    shown = 100 * share
-    digits = 0 if 10 <= shown < 99.5 or shown in (0, 100) else 1
-    return f"{min(shown, 99.9) if shown < 100 else shown:.{digits}f} %"
 
 
 # ---- reports

@@ -19,7 +19,6 @@ from typing import Any
 
 from app.corrections import Corrections, Mark, export, said
 from app.web.indexing import Indexer, Run
-from app.web.render import printable
 from app.web.requests import Ask, DroppedPictures, UnknownPictureError
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
@@ -27,6 +26,7 @@ from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes,
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
 from clipkit.search import Searcher, SearchHit
+from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,9 @@ class PictureGoneError(InputError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """The answer to an Ask. `rows` follows `hits`: same pictures, same order."""
+    """The answer to an Ask."""
 
     hits: tuple[SearchHit, ...]
-    rows: tuple[PictureRow, ...]
     total: int  # pictures that pass the filters
     seconds: float
     said: str | None = None  # the words that a mark of a hit speaks of; None: nothing to mark
@@ -125,8 +124,8 @@ class Workspace:
         begun = time.perf_counter()
         opened = self._open()
         if opened is None:
-            return Found((), (), 0, 0.0)
-        catalog, searcher = opened
+            return Found((), 0, 0.0)
+        _, searcher = opened
         filters = self._filters(ask)
         words = None
         if ask.similar:
@@ -137,11 +136,8 @@ class Workspace:
             result = searcher.search(query, k=ask.k, image=picture, filters=filters)
             words = None if picture else said(query)
         kept = self._readable() if words else None
-        # A picture may leave the catalog between the two looks: it is left out then.
-        found = [(hit, row) for hit in result.hits if (row := catalog.row(hit.image_id))]
         return Found(
-            hits=tuple(hit for hit, _ in found),
-            rows=tuple(row for _, row in found),
+            hits=result.hits,
             total=result.total,
             seconds=time.perf_counter() - begun,
             said=words if kept else None,
@@ -162,7 +158,7 @@ class Workspace:
         # Listing sorts every row of the library: half a second at this size, too long beyond.
         if self.status().pictures > NEWEST_UP_TO:
             return ()
-        return self.search(Ask(k=number)).rows
+        return tuple(hit.picture for hit in self.search(Ask(k=number)).hits)
 
     def folders(self) -> list[tuple[str, int]]:
         """Folders and how many pictures lie below each, for the filter."""

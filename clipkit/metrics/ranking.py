@@ -54,10 +54,6 @@ class Ranking:
         everyone = np.full(self.queries, self.candidates)
         return _any_drawn(everyone, self._relevant(), np.minimum(k, everyone))
 
-    def recall_at(self, k: int) -> Float64:
-        """Share of a query's relevant candidates that are among the first k."""
-        return self._mean(np.clip((k - self.greater) / (self.tied + 1), 0.0, 1.0))
-
     def best_rank(self) -> Float64:
         """Position, from 1, of the first relevant candidate."""
         greater, tie, relevant = self._best()

@@ -38,14 +38,13 @@ Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)
 
 @dataclass(frozen=True, slots=True)
 class SearchHit:
-    """`score` is the cosine, `strength` its band: "strong", "fair" or "weak". Both are None where
-    nothing was compared: pictures listed by filters or phrases alone."""
+    """One picture of a result. `score` and `strength` are None where nothing was compared, as in
+    pictures that filters or phrases alone list."""
 
     rank: int  # from 1
-    image_id: str
-    score: float | None
-    strength: str | None
-    path: str
+    score: float | None  # cosine
+    strength: str | None  # its band: "strong", "fair" or "weak"
+    picture: PictureRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +262,7 @@ class Searcher:
         found = [by_num[row.num] for row in rows]
         bands = strengths(np.array(found, dtype=np.float32), sample)
         hits = tuple(
-            SearchHit(rank, row.image_id, score, band, row.path)
+            SearchHit(rank, score, band, row)
             for rank, (row, score, band) in enumerate(zip(rows, found, bands, strict=True), 1)
         )
         clock.lap("rows")
@@ -283,9 +282,7 @@ class Searcher:
             newest = self.catalog.newest(k, among=allowed)
             found = self.catalog.rows(newest)
             rows = [found[num] for num in newest if num in found]
-        hits = tuple(
-            SearchHit(rank, row.image_id, None, None, row.path) for rank, row in enumerate(rows, 1)
-        )
+        hits = tuple(SearchHit(rank, None, None, row) for rank, row in enumerate(rows, 1))
         clock.lap("rows")
         return SearchResult(hits, len(nums), clock.seconds)
 

@@ -1,4 +1,4 @@
-"""The towers: the only place that knows OpenCLIP. A model is named by a spec:
+"""Load and run the two towers of a model; no other package imports OpenCLIP. A spec names the model:
 
 builtin                            ships inside clipkit; needs no network
 ViT-B-32/laion2b_s34b_b79k         an OpenCLIP architecture and pretrained tag
@@ -9,7 +9,7 @@ encoder = load("builtin")
 encoder.encode_texts(["birthday cake"]) @ encoder.encode_images(pictures).T
 """
 
-from clipkit.towers.encoder import DualEncoder, Precision
+from clipkit.towers.encoder import DTYPES, DualEncoder, Precision
 from clipkit.towers.loading import choose_device, choose_precision, load
 
-__all__ = ["DualEncoder", "Precision", "choose_device", "choose_precision", "load"]
+__all__ = ["DTYPES", "DualEncoder", "Precision", "choose_device", "choose_precision", "load"]

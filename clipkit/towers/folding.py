@@ -1,11 +1,10 @@
-"""Batch norms at rest, folded into the convolutions before them: the same numbers, sooner.
+"""Fold batch norms with fixed statistics into the convolutions before them.
 
-A batch norm with fixed statistics multiplies each channel and adds to it. A convolution can do both
-by itself, with its kernel multiplied and a bias added, which saves passes over the largest tensors
-there are. The usual folding (torch's `fuse_conv_bn_eval`) writes new weights; here the weights stay
-what the checkpoint holds and the product is formed in every pass, a small matter, so that training
-changes the convolution and the norm as it would without folding. The algebra is that of Jacob et al.
-2018 (arXiv 1712.05877, section 3.2).
+Such a norm multiplies each channel and adds to it. A convolution can do both itself, with its kernel
+multiplied and a bias added, which saves passes over the largest tensors. The usual folding (torch's
+`fuse_conv_bn_eval`) writes new weights; here the weights stay those of the checkpoint and the product
+is formed in every pass, at little cost, so that training changes the convolution and the norm as it
+would without folding. The algebra is that of Jacob et al. 2018 (arXiv 1712.05877, section 3.2).
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
-    """Fold every batch norm whose input comes straight from a convolution; how many there were.
+    """Fold every batch norm whose input comes straight from a convolution; return how many.
 
-    run: passes something small through `model` and gives what comes out, of any shape. It is watched
-    to see what follows what, and repeated to see that nothing changed: if something else reads a
-    convolution's output, nothing is folded. A norm
-    in training mode, or without running statistics, is not folded while it is so.
+    run: pass something small through `model` and return the output, of any shape. It is called once
+        to see which norm follows which convolution, and again to check the result: if another module
+        reads a convolution's output too, nothing is folded.
+    A norm in training mode, or without running statistics, computes as usual while it is so.
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     if not norms:
@@ -47,7 +46,7 @@ def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) ->
 def _watched(
     model: torch.nn.Module, norms: list[_BatchNorm], run: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, list[tuple[torch.nn.Conv2d, _BatchNorm]]]:
-    """What `run` gives, and each convolution with the one norm that its output went to."""
+    """Return the output of `run`, and each convolution with the only norm that reads its output."""
     made: list[tuple[torch.nn.Conv2d, torch.Tensor]] = []  # the outputs stay alive: `is` is certain
     taken: list[tuple[_BatchNorm, torch.Tensor]] = []
     hooks = [
@@ -72,14 +71,14 @@ def _watched(
     return result, pairs
 
 
-def _at_rest(norm: _BatchNorm) -> bool:
+def _is_fixed(norm: _BatchNorm) -> bool:
     return not norm.training and norm.running_mean is not None
 
 
 def _convolve(
     conv: torch.nn.Conv2d, norm: _BatchNorm, plain: Callable[..., torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    if not _at_rest(norm):
+    if not _is_fixed(norm):
         return plain(x)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
@@ -99,8 +98,8 @@ def _convolve(
 
 
 def _activate(norm: Any, plain: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """What of a norm is left: timm's BatchNormAct2d also drops and activates."""
-    if not _at_rest(norm):
+    """Apply what is left of a folded norm: timm's BatchNormAct2d also drops and activates."""
+    if not _is_fixed(norm):
         return plain(x)
     for name in ("drop", "act"):
         if (part := getattr(norm, name, None)) is not None:

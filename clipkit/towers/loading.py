@@ -1,4 +1,4 @@
-"""From a model's spec to its towers: builtin, OpenCLIP pairs, hub repositories, folders."""
+"""Load towers by spec: builtin, OpenCLIP architecture and tag, hub repository, folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from clipkit.towers.encoder import DTYPES, DualEncoder, Precision, write_setting
 
 
 def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> DualEncoder:
-    """Load the towers that `spec` names (see the module's docstring).
+    """Load the towers that `spec` names (see the package's docstring).
 
     device: "auto" (a CUDA GPU, else Apple's MPS, else the CPU) or any torch device.
     precision: "auto" (bfloat16 where the device computes in it, else float32) or a dtype's name, of the
@@ -33,7 +33,7 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(chosen_device, precision)
     folder = checkpoint.find_folder(spec)
-    with _quiet_open_clip(), _asking_if_need_be(folder):
+    with _quiet_open_clip(), _hub_unless_local(folder):
         if folder is None and spec.startswith("hf-hub:"):
             folder = _snapshot(spec)
         if folder is not None:
@@ -63,12 +63,15 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     )
 
 
-def _asking_if_need_be(folder: Path | None) -> contextlib.AbstractContextManager[None]:
+def _hub_unless_local(folder: Path | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if folder is not None else asking_the_hub()
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """The device to compute on; "auto" prefers CUDA, then MPS, then the CPU."""
+    """Return the device to compute on; "auto" prefers CUDA, then MPS, then the CPU.
+
+    Raises InputError if torch cannot use the device here.
+    """
     if device != "auto":
         try:
             chosen = torch.device(device)
@@ -112,7 +115,7 @@ def _folder_builder(folder: Path, model_cfg: Mapping[str, Any]) -> Callable[[], 
         "hf_model_name" in model_cfg["text_cfg"]
         and (folder / checkpoint.TEXT_CONFIG_FILE).is_file()
     ):
-        # The text transformer's settings lie beside the weights: no hub is asked for them.
+        # The text transformer's settings are in the folder: the hub is not needed for them.
         overrides["text_cfg"] = {
             **model_cfg["text_cfg"],
             "hf_model_name": str(folder.resolve()),
@@ -161,8 +164,10 @@ def _pretrained_builder(
 
 
 def _snapshot(spec: str) -> Path:
-    """A hub repository's checkpoint in the local cache, fetched if need be: safetensors, or else
-    the .bin that OpenCLIP reads without unpickling code."""
+    """Fetch a hub repository's checkpoint into the local cache, unless it is there; return its folder.
+
+    Safetensors are preferred; else the .bin, which OpenCLIP reads without unpickling code.
+    """
     from huggingface_hub import snapshot_download
 
     settings = ["*.json", "*.txt", "*.model"]
@@ -216,7 +221,7 @@ def _identify_loaded(
 
 @contextlib.contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """Keep what OpenCLIP logs to the root logger away from the user; errors are raised anyway."""
+    """Hide what OpenCLIP logs to the root logger; errors are raised anyway."""
     root = logging.getLogger()
     drop = _DropOpenClip()
     handlers = list(root.handlers)

@@ -1,28 +1,28 @@
-"""One frozen, typed configuration of a training run, from a TOML file, from flags, or from both.
+"""The configuration of a training run: one frozen, typed dataclass, read from TOML, flags, or both.
 
-Every option is a field that carries its help, its limits and its default; what depends on the recipe
-is in `RECIPES`. A command line can be made from `dataclasses.fields(TrainConfig)` alone.
+Every option is a field that carries its help, its limits and its default; defaults that depend on the
+recipe are in `RECIPES`. A command line can be made from `dataclasses.fields(TrainConfig)` alone.
 """
 
-# ruff: noqa: RUF009  what `_option` makes is a field
+# ruff: noqa: RUF009  `_option` returns a field
 from __future__ import annotations
 
 import difflib
 import operator
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from clipkit.errors import InputError
 from clipkit.losses import LOSSES, Duplicates
+from clipkit.towers import Precision
 
 Recipe = Literal["heads", "lit", "lora", "full"]
-LossName = Literal["auto", "infonce", "siglip"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
-# What finishes well without tuning on 500 to 50,000 pairs. A picture is seen once an epoch.
+# Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
+# every picture.
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     "heads": {
         "epochs": 20,
@@ -60,7 +60,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def _option(
-    words: str,
+    help_text: str,
     default: Any = MISSING,
     *,
     low: float | None = None,
@@ -68,82 +68,82 @@ def _option(
     below: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A field with its help and its limits: low <= value <= high, above < value < below."""
+    """Make a field with its help and its limits: low <= value <= high, above < value < below."""
     limits = {"low": low, "high": high, "below": below, "above": above}
-    return field(default=default, metadata={"help": words, "limits": limits})
+    return field(default=default, metadata={"help": help_text, "limits": limits})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """All that decides a run. Made by `from_mapping` or `from_toml`, which know the recipes' defaults.
+    """All options of a run. Use `from_mapping` or `from_toml`, which fill in the recipe's defaults.
 
-    InputError, with what, value, limit and remedy, for what cannot be trained as asked.
+    Raises InputError, naming the option, its value, its limit and the remedy.
     """
 
-    data: str = _option("dataset folder with train/ and, if there is one, validation/")
-    out: str = _option("folder of runs", "runs")
-    name: str = _option("the run's folder in it (default: the recipe and the time)", "")
-    start: str = _option("the model to start from", "builtin")
-    recipe: Recipe = _option("what is trained: heads, lit (texts), lora (adapters), full", "heads")
+    data: str = _option("dataset folder with train/ and, optionally, validation/")
+    out: str = _option("folder for runs", "runs")
+    name: str = _option("name of the run's folder in it (default: recipe and time)", "")
+    start: str = _option("model to start from", "builtin")
+    recipe: Recipe = _option("what to train: heads, lit (texts), lora (adapters), full", "heads")
 
-    loss: LossName = _option("infonce, siglip, or auto: what the model was made with", "auto")
-    duplicates: Duplicates = _option("equal captions: mask them, or take them as positive", "mask")
+    loss: str = _option(f"{', '.join(LOSSES)}, or auto: the loss of the starting model", "auto")
+    duplicates: Duplicates = _option("equal captions in a batch: mask, or positive", "mask")
     label_smoothing: float = _option("share of the target spread evenly", 0.0, low=0, below=1)
     hardness: float = _option("weight of hard negatives (Robinson 2021)", 0.0, low=0)
     debias: float = _option("share of false negatives (Chuang 2020)", 0.0, low=0, below=1)
 
-    epochs: int = _option("times that every picture is seen", low=1)
-    max_steps: int = _option("stop after so many steps (0: no such limit)", 0, low=0)
+    epochs: int = _option("passes over all pictures", low=1)
+    max_steps: int = _option("stop after this many steps (0: no limit)", 0, low=0)
     batch: int = _option("pairs compared with each other (0: fitted to the data)", 0, low=0)
     chunk: int = _option("pairs in memory at a time (0: fitted to the device)", 0, low=0)
-    learning_rate: float = _option("the highest, reached after warm-up", above=0, high=1)
-    image_rate: float = _option("times learning_rate, for the image tower", 1.0, low=0)
-    text_rate: float = _option("times learning_rate, for the text tower", 1.0, low=0)
-    head_rate: float = _option("times learning_rate, for the two projections", 1.0, low=0)
-    layer_decay: float = _option("each layer learns so much of the one above", above=0, high=1)
-    weight_decay: float = _option("AdamW's, on matrices only", low=0)
+    learning_rate: float = _option("highest rate, reached after warm-up", above=0, high=1)
+    image_rate: float = _option("factor of learning_rate for the image tower", 1.0, low=0)
+    text_rate: float = _option("factor of learning_rate for the text tower", 1.0, low=0)
+    head_rate: float = _option("factor of learning_rate for the two projections", 1.0, low=0)
+    layer_decay: float = _option("factor of the rate per layer, from the top down", above=0, high=1)
+    weight_decay: float = _option("AdamW's weight decay, on matrices only", low=0)
     drift: float = _option(
-        "furthest that matrices move, as a share of their size at the start "
-        "(0: any; -1: fitted to the data)",
+        "limit of a matrix's change, as a share of its size at the start "
+        "(0: no limit; -1: fitted to the data)",
         -1.0,
         low=-1,
     )
-    beta2: float = _option("AdamW's memory of squared gradients", 0.98, above=0, below=1)
+    beta2: float = _option("AdamW's decay of squared gradients", 0.98, above=0, below=1)
     warmup: float = _option("share of the run over which the rate rises", 0.1, low=0, below=1)
-    clip_norm: float = _option("longest gradient (0: any)", 1.0, low=0)
+    clip_norm: float = _option("largest norm of the gradient (0: no limit)", 1.0, low=0)
 
-    train_image_layers: int = _option("only the last so many (-1: all)", -1, low=-1)
-    train_text_layers: int = _option("only the last so many (-1: all)", -1, low=-1)
+    train_image_layers: int = _option("train only the last N layers (-1: all)", -1, low=-1)
+    train_text_layers: int = _option("train only the last N layers (-1: all)", -1, low=-1)
     lora_rank: int = _option("rank of the adapters", 16, low=1)
     lora_alpha: float = _option("adapters are scaled by alpha / rank", 16.0, above=0)
-    dropout: bool = _option("the towers' own dropout and patch dropout act", False)
-    feature_dropout: float = _option("of frozen features, in recipe heads", low=0, below=1)
-    crop: float = _option("least share of a picture that crops keep", 0.5, above=0, high=1)
+    dropout: bool = _option("use the towers' own dropout and patch dropout", False)
+    feature_dropout: float = _option("dropout of frozen features, in recipe heads", low=0, below=1)
+    crop: float = _option("smallest share of a picture that crops keep", 0.5, above=0, high=1)
     flip: bool = _option("mirror half of the pictures", True)
 
-    hard_negatives: int = _option("look-alikes put into a batch together (0: off)", 0, low=0)
+    hard_negatives: int = _option("similar pictures added to a picture's batch (0: off)", 0, low=0)
     hard_negatives_every: int = _option("epochs between two searches for them", 1, low=1)
     hard_negatives_margin: float = _option(
-        "who matches a caption better than this share of its own picture is spared",
+        "skip pictures that match a caption better than this share of its own picture's score",
         0.95,
         above=0,
         high=1,
     )
 
     ema: float = _option("decay of the running mean of the weights (0: off)", low=0, below=1)
-    interpolate: bool = _option("mix with the start as validation says (WiSE-FT)", True)
+    interpolate: bool = _option("mix with the start as validation suggests (WiSE-FT)", True)
     eval_every: int = _option("steps between evaluations (0: once an epoch)", 0, low=0)
-    eval_pictures: int = _option("most validation pictures looked at (0: all)", 5000, low=0)
-    patience: int = _option("evaluations without a better one before stopping (0: any)", 5, low=0)
+    eval_pictures: int = _option("most validation pictures to use (0: all)", 5000, low=0)
+    patience: int = _option("stop after N evaluations without improvement (0: never)", 5, low=0)
     checkpoint_every: int = _option("steps between resumable states (0: at evaluations)", 0, low=0)
 
     device: str = _option("auto, cpu, cuda, mps", "auto")
-    precision: Precision = _option("of the towers' arithmetic", "auto")
+    precision: Precision = _option("precision of the towers' arithmetic", "auto")
     activation_checkpointing: bool = _option("less memory, a third more time", False)
-    workers: int = _option("decode threads (0: one a core)", 0, low=0)
-    seed: int = _option("of orders, crops, captions, adapters", 0, low=0)
+    workers: int = _option("decode threads (0: one per core)", 0, low=0)
+    seed: int = _option("seed of orders, crops, captions and adapters", 0, low=0)
     tensorboard: bool = _option("write TensorBoard events", True)
-    trackers: str = _option("report to these, too: wandb, mlflow, ... (by accelerate)", "")
+    trackers: str = _option("also report to wandb, mlflow, ... (through accelerate)", "")
 
     def __post_init__(self) -> None:
         hints = get_type_hints(TrainConfig)
@@ -151,6 +151,7 @@ class TrainConfig:
             value = getattr(self, item.name)
             _check_type(item.name, value, hints[item.name])
             _check_limits(item.name, value, item.metadata["limits"])
+        _check_choice("loss", self.loss, ("auto", *LOSSES))
         if -1 < self.drift < 0:
             raise InputError(f"drift is {self.drift:g}; it must be 0 or more, or -1 to be fitted")
         if self.loss != "auto":
@@ -158,24 +159,30 @@ class TrainConfig:
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> TrainConfig:
-        """From names and values; the recipe's defaults fill what is not given."""
+        """Make a configuration from names and values, with the recipe's defaults for the rest.
+
+        Raises InputError for unknown names, values outside their limits, and missing `data`.
+        """
         names = [item.name for item in fields(cls)]
         for key in options:
             if key not in names:
-                raise InputError(f"unknown key {key!r}{_nearest(key, names)}")
+                raise InputError(f"unknown key {key!r}; {_hint(key, names, 'the keys are')}")
         if "data" not in options:
             raise InputError(
-                "data is not given; name a dataset folder, as `clipkit data` writes it"
+                "data is not set; name a dataset folder, as `clipkit data build` writes it"
             )
         hints = get_type_hints(cls)
-        given = {key: _converted(value, hints[key]) for key, value in options.items()}
-        recipe = given.get("recipe", "heads")
+        values = {key: _converted(value, hints[key]) for key, value in options.items()}
+        recipe = values.get("recipe", "heads")
         _check_type("recipe", recipe, Recipe)
-        return cls(**{**RECIPES[recipe], **given})
+        return cls(**{**RECIPES[recipe], **values})
 
     @classmethod
     def from_toml(cls, path: Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-        """From a TOML file of `key = value` lines; `overrides`, such as flags, win."""
+        """Read a TOML file of `key = value` lines; `overrides`, such as flags, take precedence.
+
+        Raises InputError, naming the file, if it cannot be read or holds an invalid option.
+        """
         try:
             options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -188,15 +195,18 @@ class TrainConfig:
             raise InputError(f"{path}: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for config.json; `from_mapping` reads them back."""
+        """Return plain values, for config.json; `from_mapping` reads them back."""
         return asdict(self)
 
     def loss_options(self, loss: str) -> dict[str, float]:
-        """The options of `loss` by name; InputError where one is set that it does not have."""
-        every = {name for known in LOSSES.values() for name in known.options}
+        """Return the options of `loss` by name.
+
+        Raises InputError if an option is set that `loss` does not have.
+        """
+        every = {name for entry in LOSSES.values() for name in entry.options}
         for name in sorted(every - LOSSES[loss].options):
             if getattr(self, name):
-                able = ", ".join(k for k, known in LOSSES.items() if name in known.options)
+                able = ", ".join(k for k, entry in LOSSES.items() if name in entry.options)
                 raise InputError(
                     f"{name} is {getattr(self, name)}, but loss {loss} has no such option; "
                     f"leave it at 0 or use loss {able}"
@@ -204,14 +214,8 @@ class TrainConfig:
         return {name: getattr(self, name) for name in sorted(LOSSES[loss].options)}
 
 
-def _nearest(key: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}"
-
-
 def _converted(value: Any, kind: Any) -> Any:
-    """TOML and JSON write 1 for 1.0, and paths come as Path."""
+    """Convert whole numbers to float and paths to str where the field asks for it."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     return str(value) if kind is str and isinstance(value, Path) else value
@@ -219,13 +223,21 @@ def _converted(value: Any, kind: Any) -> Any:
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if choices := get_args(kind):
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(choices)}"
-            raise InputError(f"{name} is {value!r}; {hint}")
+        _check_choice(name, value, choices)
     elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise InputError(f"{name} is {value!r}, {type(value).__name__}; it must be {wanted[kind]}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} is {value!r}; {_hint(str(value), choices, 'use one of')}")
+
+
+def _hint(text: str, choices: Sequence[str], otherwise: str) -> str:
+    """Name the choice nearest to `text`, or all of them."""
+    near = difflib.get_close_matches(text, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(choices)}"
 
 
 _LIMITS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -237,7 +249,7 @@ _LIMITS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
 
 
 def _check_limits(name: str, value: Any, limits: Mapping[str, float | None]) -> None:
-    asked = {kind: limit for kind, limit in limits.items() if limit is not None}
-    if not all(_LIMITS[kind][1](value, limit) for kind, limit in asked.items()):  # NaN fails too
-        words = " and ".join(f"{_LIMITS[k][0]} {asked[k]:g}" for k in _LIMITS if k in asked)
-        raise InputError(f"{name} is {value}; it must be {words}")
+    limits = {kind: limit for kind, limit in limits.items() if limit is not None}
+    if not all(_LIMITS[kind][1](value, limit) for kind, limit in limits.items()):  # NaN fails too
+        bounds = " and ".join(f"{_LIMITS[k][0]} {limits[k]:g}" for k in _LIMITS if k in limits)
+        raise InputError(f"{name} is {value}; it must be {bounds}")

@@ -1,0 +1,383 @@
+"""One index of pictures as a Python object: open it, add folders, search, look at the hits.
+
+    library = clipkit.Library.open("my-index")
+    library.add("~/Pictures")
+    for hit in library.search("a red car", k=5):
+        print(hit.rank, hit.score, hit.picture.path)
+
+The command line's `clipkit index` and `clipkit search` are thin layers over this class.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePath
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, overload
+
+from clipkit import images
+from clipkit.catalog import Catalog, PictureRow
+from clipkit.errors import ClipkitError, ImageError, InputError
+from clipkit.lazy_encoder import LazyEncoder
+from clipkit.query import Example, Query, format, parse
+from clipkit.search import Searcher, SearchHit, SearchResult
+from clipkit.wording import duration, printable
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from PIL import Image
+
+    from clipkit.embed import Progress, Summary
+
+AnyPath = str | os.PathLike[str]
+
+SHOWN_HITS = 60  # hits that `repr` and a notebook show; their thumbnails are some 15 kB each
+
+# Inline styles only: several notebook viewers drop <style> elements.
+_GALLERY = """\
+<div style="font: 13px system-ui, sans-serif">
+<p style="margin: 0 0 8px">{{ heading }}</p>
+<div style="display: flex; flex-wrap: wrap; gap: 10px">
+{%- for card in cards %}
+<figure style="width: 160px; margin: 0" title="{{ card.path }}">
+{%- if card.source %}
+<img src="{{ card.source }}" alt="{{ card.name }}"
+ style="width: 160px; height: 120px; object-fit: contain">
+{%- else %}
+<div style="width: 160px; height: 120px; line-height: 120px; text-align: center">no preview</div>
+{%- endif %}
+<figcaption style="overflow-wrap: anywhere">{{ card.name }}<br>{{ card.details }}</figcaption>
+</figure>
+{%- endfor %}
+</div>
+{%- if hidden %}
+<p style="margin: 8px 0 0">and {{ hidden }} more</p>
+{%- endif %}
+</div>"""
+
+
+def default_index() -> Path:
+    """Return the index folder that is used when none is named.
+
+    That is CLIPKIT_INDEX if it is set, else `clipkit/index` in the user's data folder.
+    """
+    if named := os.environ.get("CLIPKIT_INDEX"):
+        return Path(named).expanduser()
+    from platformdirs import user_data_path
+
+    return user_data_path("clipkit") / "index"
+
+
+class Hits(Sequence[SearchHit]):
+    """The pictures that a search returned, best first: a sequence of `SearchHit`.
+
+    `hit.picture` is the catalog's row: `path`, `width`, `height`, `captions`, `tags`, `dated`, ...
+    `hit.score` is the cosine and `hit.strength` its band ("strong", "fair" or "weak"); both are None
+    where pictures were only filtered. A notebook shows the first SHOWN_HITS as a gallery.
+
+    `total` counts all pictures that passed the filters, `seconds` times the search by stage, and
+    `query` is what was searched for.
+    """
+
+    def __init__(self, result: SearchResult, *, query: str, folder: Path) -> None:
+        self.query = query
+        self.total = result.total
+        self.seconds = result.seconds
+        self._result = result
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return len(self._result.hits)
+
+    @overload
+    def __getitem__(self, at: int) -> SearchHit: ...
+    @overload
+    def __getitem__(self, at: slice) -> Hits: ...
+    def __getitem__(self, at: int | slice) -> SearchHit | Hits:
+        if isinstance(at, int):
+            return self._result.hits[at]
+        part = replace(self._result, hits=self._result.hits[at])
+        return Hits(part, query=self.query, folder=self._folder)
+
+    def __repr__(self) -> str:
+        width = len(str(len(self)))
+        lines = [self._heading()]
+        lines += [
+            f"{hit.rank:>{width}}  {_details(hit):<12}  {printable(hit.picture.path)}"
+            for hit in self._result.hits[:SHOWN_HITS]
+        ]
+        if len(self) > SHOWN_HITS:
+            lines.append(f"and {len(self) - SHOWN_HITS:,} more")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return the gallery that a notebook shows, with the thumbnails inside."""
+        from jinja2 import Environment
+
+        shown = self._result.hits[:SHOWN_HITS]
+        sources = _thumbnail_sources([hit.picture for hit in shown], self._folder)
+        cards = [
+            {
+                "path": printable(hit.picture.path),
+                "name": printable(PurePath(hit.picture.path).name),
+                "details": f"{hit.rank}  {_details(hit)}",
+                "source": source,
+            }
+            for hit, source in zip(shown, sources, strict=True)
+        ]
+        template = Environment(autoescape=True).from_string(_GALLERY)
+        hidden = f"{len(self) - len(shown):,}" if len(self) > len(shown) else ""
+        return template.render(heading=self._heading(), cards=cards, hidden=hidden)
+
+    def _heading(self) -> str:
+        subject = f" for {printable(self.query)!r}" if self.query else ""
+        seconds = duration(sum(self.seconds.values()))
+        return f"{len(self):,} of {self.total:,} pictures{subject}, {seconds}"
+
+
+class Library:
+    """One index: its pictures, and the model that they are searched with.
+
+    Open it with `Library.open`. Any number of processes and threads may search an index, also while
+    one of them adds to it. Close it with `close()`, or use it as a context manager.
+    """
+
+    def __init__(self, folder: Path, model: str | None, device: str, precision: str) -> None:
+        self.folder = folder
+        self._model = model
+        self._device = device
+        self._precision = precision
+        self._lock = threading.RLock()
+        self._encoder: LazyEncoder | None = None
+        self._catalog: Catalog | None = None
+        self._searcher: Searcher | None = None
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        path: AnyPath | None = None,
+        *,
+        model: str | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> Self:
+        """Open the index in the folder `path` (default: see `default_index`).
+
+        `model` is a spec as `clipkit.load` takes it; the default is the index's own model, or
+        "builtin" for a new index. It is loaded by the first search or `add` that needs it. A folder
+        without an index is an empty library: `add` creates the index.
+
+            library = clipkit.Library.open()                                   # the default index
+            library = clipkit.Library.open("my-index", model="ViT-B-32/openai", device="cuda")
+        """
+        folder = default_index() if path is None else Path(path).expanduser()
+        return cls(folder, model, device, precision)
+
+    @property
+    def encoder(self) -> LazyEncoder:
+        """The model that pictures are added and searched with."""
+        with self._lock:
+            if self._encoder is None:
+                spec = self._model or self._own_model() or "builtin"
+                self._encoder = LazyEncoder(spec, device=self._device, precision=self._precision)
+            return self._encoder
+
+    def __len__(self) -> int:
+        """Return the number of pictures in the index, 0 where there is no index yet."""
+        return self._open().stats().pictures if self._exists() else 0
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return f"<clipkit.Library at {printable(str(self.folder))}, closed>"
+        return f"<clipkit.Library at {printable(str(self.folder))}, {len(self):,} pictures>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the index's files. Closing twice is fine; hits stay usable."""
+        with self._lock:
+            self._closed = True
+            if self._catalog is not None:
+                self._catalog.close()
+            self._catalog = self._searcher = None
+
+    # ---- searching
+
+    def search(
+        self,
+        query: str | Query = "",
+        *,
+        k: int = 12,
+        image: AnyPath | bytes | Image.Image | None = None,
+    ) -> Hits:
+        """Return the k best pictures for a query, an example picture, or both.
+
+        `query` is the query language of the page and the command line (see `clipkit.query`);
+        `image` is a file, a file's bytes, or an RGB picture. Without either, the newest pictures.
+
+            library.search("a red car")
+            library.search("dog on a beach -leash after:2023 sort:date", k=50)
+            library.search("but at night", image="castle.jpg")
+
+        Raises QueryError if the query cannot be parsed, ImageError if the example cannot be read,
+        EncoderMismatch if the index holds other models' vectors only, and InputError without an index.
+        """
+        parsed = parse(query) if isinstance(query, str) else query
+        text = query if isinstance(query, str) else format(query)
+        if isinstance(image, str | os.PathLike):
+            text = ", ".join(filter(None, (text, f"like {PurePath(image).name}")))
+            # Absolute, so that no file name is taken for the image_id of a picture in the index.
+            example = Example(os.path.abspath(os.path.expanduser(os.fspath(image))))
+            parsed = replace(parsed, examples=(*parsed.examples, example))
+            image = None
+        result = self._search().search(parsed, k=k, image=image)
+        return Hits(result, query=text, folder=self.folder)
+
+    def similar(self, picture: SearchHit | PictureRow | str, *, k: int = 12) -> Hits:
+        """Return the k pictures nearest to one of the library, which is itself left out.
+
+        `picture` is a hit, its `picture`, or an image_id. No model is loaded for it. For a file that
+        is not in the library use `search(image=...)`.
+
+            hit = library.search("a red car")[0]
+            library.similar(hit)
+
+        Raises InputError if the library does not have the picture.
+        """
+        row = picture.picture if isinstance(picture, SearchHit) else picture
+        image_id = row if isinstance(row, str) else row.image_id
+        name = image_id if isinstance(row, str) else PurePath(row.path).name
+        result = self._search().similar(image_id, k=k)
+        return Hits(result, query=f"like {name}", folder=self.folder)
+
+    # ---- changing
+
+    def add(
+        self,
+        *folders: AnyPath,
+        on_progress: Callable[[Progress], None] | None = None,
+        stop: Event | None = None,
+        workers: int | None = None,
+        batch_size: int | None = None,
+        limits: images.Limits | None = None,
+    ) -> Summary:
+        """Index folders, or bring the index up to date with them; the next search finds the result.
+
+        New and changed pictures are embedded, moved ones recognised by content, deleted ones
+        forgotten; what cannot be read is skipped and counted in the summary. `on_progress` is called
+        with a `clipkit.embed.Progress` after every picture; `stop`, once set, ends the run after the
+        current batch, and a later `add` resumes there.
+
+            summary = library.add("~/Pictures", on_progress=lambda p: print(p.done, "of", p.total))
+            print(summary.added, summary.skipped)
+
+        Raises InputError for a folder that does not exist, CatalogBusy while another process or
+        thread writes to the index, and ModelError if the model cannot be loaded.
+        """
+        from clipkit.embed import distinct_roots, index_folders
+
+        self._check_open()
+        if not self._exists():
+            distinct_roots(folders)  # a mistyped folder must not leave an empty index behind
+        encoder = self.encoder
+        _ = encoder.encoder_id  # nor may a model that cannot be loaded
+        with Catalog.open(self.folder, write=True) as catalog:
+            return index_folders(
+                catalog,
+                folders,
+                encoder=encoder,
+                workers=workers,
+                batch_size=batch_size,
+                limits=limits,
+                on_progress=on_progress,
+                stop=stop,
+            )
+
+    def remove(self, *folders: AnyPath) -> int:
+        """Take folders out of the index and return how many files that was; no file is touched.
+
+        Raises InputError without an index, CatalogBusy while another process writes to it.
+        """
+        self._open()
+        with Catalog.open(self.folder, write=True) as catalog:
+            return sum(catalog.remove_root(os.path.expanduser(folder)) for folder in folders)
+
+    # ---- the catalog
+
+    def _exists(self) -> bool:
+        return (self.folder / "catalog.sqlite").is_file()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InputError(f"the library at {self.folder} was closed; open it again")
+
+    def _open(self) -> Catalog:
+        """Return the catalog, open for reading. Raises InputError without an index."""
+        with self._lock:
+            self._check_open()
+            if self._catalog is None:
+                self._catalog = Catalog.open(self.folder)
+            return self._catalog
+
+    def _search(self) -> Searcher:
+        with self._lock:
+            catalog = self._open()
+            if self._searcher is None:
+                self._searcher = Searcher(catalog, self.encoder)
+            return self._searcher
+
+    def _own_model(self) -> str | None:
+        """Return the spec of the model that was registered last, None in an empty index."""
+        newest = self._open().newest_encoder() if self._exists() else None
+        return newest.spec if newest else None
+
+
+def _details(hit: SearchHit) -> str:
+    """Return score and strength, such as "0.305 strong"; empty where nothing was compared."""
+    return "" if hit.score is None else f"{hit.score:.3f} {hit.strength}"
+
+
+def _thumbnail_sources(pictures: Sequence[PictureRow], folder: Path) -> list[str]:
+    """Return a data URI for each picture, "" for one that has no thumbnail and cannot be read.
+
+    The index is opened anew: the library may have been closed since the search.
+    """
+    try:
+        with Catalog.open(folder) as catalog:
+            found = [_thumbnail(catalog, picture) for picture in pictures]
+    except ClipkitError:  # the index is gone: the names can still be shown
+        return [""] * len(pictures)
+    return [
+        f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data else ""
+        for data in found
+    ]
+
+
+def _thumbnail(catalog: Catalog, picture: PictureRow) -> bytes | None:
+    """Return the catalog's thumbnail (JPEG), or make it from the file if its content is the same."""
+    if (data := catalog.thumbnail(picture.image_id)) is not None:
+        return data
+    try:
+        content = images.read_bytes(Path(picture.path))
+        if images.image_id(content) != picture.image_id:
+            return None
+        data = images.thumbnail(images.decode(content, target=320).rgb)
+    except ImageError:
+        return None
+    catalog.put_thumbnail(picture.image_id, data)
+    return data
