@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.terminal import progress_shown, stop_on_signal
+from app.cli.terminal import examples, progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
 from clipkit.wording import duration, printable
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from clipkit.training import Progress, RunSummary, TrainConfig
     from data_prep.build import Progress as BuildProgress
 
-EPILOG = (
-    "Examples:  clipkit train dataset   ·   clipkit train dataset --recipe lora --epochs 4   ·   "
-    "clipkit train dataset --config run.toml --batch 4096   ·   clipkit train --resume runs/mine   ·   "
-    "torchrun --nproc-per-node 4 -m app.cli train dataset --recipe full   ·   clipkit train --options"
+EPILOG = examples(
+    "clipkit train dataset",
+    "clipkit train dataset --recipe lora --epochs 4",
+    "clipkit train dataset --config run.toml --batch 4096",
+    "clipkit train --resume runs/mine",
+    "torchrun --nproc-per-node 4 -m app.cli train dataset --recipe full",
+    "clipkit train --options",
 )
 
 # Every field of TrainConfig is a flag, so that none is listed twice.
@@ -52,14 +55,14 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="SPEC", help="Where to start. Default: builtin."),
+        typer.Option("--model", metavar="SPEC", help="The model to start from. Default: builtin."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A TOML file of options; flags win.")
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of options; flags override it.")
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run that was stopped or killed."),
+        typer.Option(metavar="RUN", help="Resume a run that was stopped or killed."),
     ] = None,
     generic: Annotated[
         str | None,
@@ -69,10 +72,10 @@ def train(
         ),
     ] = None,
     no_report: Annotated[
-        bool, typer.Option("--no-report", help="Leave out the comparison with the start.")
+        bool, typer.Option("--no-report", help="Do not compare the result with the start model.")
     ] = False,
     options: Annotated[
-        bool, typer.Option("--options", help="List every option of a run, and its default.")
+        bool, typer.Option("--options", help="List every option of a run with its default.")
     ] = False,
 ) -> None:
     """Fine-tune the towers on your own captions, and measure the gain.
