@@ -20,6 +20,7 @@ from clipkit.metrics import Interval
 from clipkit.wording import percent
 from eval.data import Labelled
 from eval.features import fingerprint
+from eval.reports.html import MOST_CLASSES
 from eval.reports.report import exhibit
 
 Float32 = npt.NDArray[np.float32]
@@ -27,7 +28,6 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
-_LARGEST_CONFUSION = 64  # classes; for more, the table of pairs is easier to read
 _SHOWN_PAIRS = 20
 _SHOWN_MISTAKES = 24
 
@@ -155,7 +155,7 @@ def confused_table(classes: Sequence[str], counts: Int64) -> dict[str, Any]:
 
 def confusion_matrix(classes: Sequence[str], counts: Int64) -> dict[str, Any] | None:
     """Return a report's `confusion`, None where there are too many classes to read it."""
-    if len(classes) > _LARGEST_CONFUSION:
+    if len(classes) > MOST_CLASSES:
         return None
     return {"classes": list(classes), "counts": counts.tolist()}
 

@@ -21,7 +21,7 @@ from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, fingerprint
 from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
-from eval.reports.report import EvalReport, exhibit
+from eval.reports.report import EvalReport, exhibit, histogram_series
 from eval.reports.wording import p_text, percent_interval
 from eval.session import Results, Session
 
@@ -46,7 +46,7 @@ def drift_between_encoders(
 ) -> EvalReport:
     """Measure how two models, such as two checkpoints, differ in the pictures' embeddings.
 
-    Raises what `picture_features` and `drift_of_embeddings` raise.
+    Raises what `picture_features` and `add_model_drift` raise.
     """
     session, results = session or Session(), Results("drift")
     a = session.picture_features(encoder_a, data.pictures)
@@ -55,7 +55,9 @@ def drift_between_encoders(
     kept, in_a, in_b = np.intersect1d(a.kept, b.kept, return_indices=True)
     results.warnings += [*data.warnings, *a.warnings]
     pictures = data.select(kept).pictures
-    _compare_embeddings(a.vectors[in_a], b.vectors[in_b], pictures, ks, session, results)
+    add_model_drift(
+        results, a.vectors[in_a], b.vectors[in_b], pictures=pictures, ks=ks, session=session
+    )
     if encoder_a.encoder_id != encoder_b.encoder_id:
         results.sentences.append(
             "An index built with one model must be rebuilt before the other can search it."
@@ -76,32 +78,19 @@ def drift_between_encoders(
     )
 
 
-def drift_of_embeddings(
+def add_model_drift(
+    results: Results,
     a: Float32,
     b: Float32,
     *,
     pictures: Pictures | None = None,
     ks: Sequence[int] = (1, 10, 50),
-    session: Session | None = None,
-) -> EvalReport:
-    """Compare unit rows a (N, Da) and b (N, Db), row by row of the same pictures.
+    session: Session,
+) -> None:
+    """Add the comparison of unit rows a (N, Da) and b (N, Db), row by row of the same pictures.
 
     Raises InputError for shapes that do not match, fewer than 4 pictures, or rows of another length.
     """
-    session, results = session or Session(), Results("drift")
-    _compare_embeddings(a, b, pictures, ks, session, results)
-    print_of_both = fingerprint("", (a.tobytes(), b.tobytes()))
-    return results.report(session, n={"pictures": len(a)}, fingerprint=print_of_both)
-
-
-def _compare_embeddings(
-    a: Float32,
-    b: Float32,
-    pictures: Pictures | None,
-    ks: Sequence[int],
-    session: Session,
-    results: Results,
-) -> None:
     if a.ndim != 2 or b.ndim != 2 or len(a) != len(b) or len(a) < 4:
         raise InputError(
             f"embeddings have shapes {a.shape} and {b.shape}; the same pictures, at least 4, are "
@@ -122,7 +111,7 @@ def _compare_embeddings(
     }
     results.metrics = {name: mean_interval(values, seed=seed) for name, values in samples.items()}
     cka = linear_cka(a, b)
-    results.metrics["linear_cka"] = Interval(cka, math.nan, math.nan, n)
+    results.metrics["linear_cka"] = Interval.without_bounds(cka, n)
     k = 10 if 10 in ks else ks[-1]
     overlap = results.metrics[f"neighbour_overlap@{k}"]
     same = [k * x for x in (overlap.value, overlap.low, overlap.high, k / (n - 1))]
@@ -198,23 +187,25 @@ def drift_between_batches(
 ) -> EvalReport:
     """Test whether the pictures of `after` are distributed like those of `before`, in one model's space.
 
-    Raises what `picture_features` and `drift_of_vectors` raise.
+    Raises what `picture_features` and `add_batch_drift` raise.
     """
     session, results = session or Session(), Results("drift")
     old, new = (session.picture_features(encoder, data.pictures) for data in (before, after))
     results.lap("encoding")
     results.warnings += [*before.warnings, *after.warnings, *old.warnings, *new.warnings]
     known, pictures = before.select(old.kept).pictures, after.select(new.kept).pictures
-    test = metrics.compare_batches(
+    add_batch_drift(
+        results,
         old.vectors,
         new.vectors,
+        known=known,
+        pictures=pictures,
         level=level,
         permutations=permutations,
         sample=sample,
-        seed=session.seed,
+        session=session,
     )
-    _describe_batches(old.vectors, new.vectors, test, level, known, pictures, session, results)
-    results.settings |= {"permutations": permutations, "precision": encoder.precision}
+    results.settings["precision"] = encoder.precision
     return results.report(
         session,
         n={"pictures_before": len(old.vectors), "pictures_after": len(new.vectors)},
@@ -226,7 +217,8 @@ def drift_between_batches(
     )
 
 
-def drift_of_vectors(
+def add_batch_drift(
+    results: Results,
     before: Float32,
     after: Float32,
     *,
@@ -235,36 +227,16 @@ def drift_of_vectors(
     level: float = 0.05,
     permutations: int = 499,
     sample: int = 2000,
-    session: Session | None = None,
-) -> EvalReport:
-    """Compare unit rows before (N, D) and after (M, D); `known` and `pictures` are their pictures.
+    session: Session,
+) -> None:
+    """Add the two-sample test of unit rows before (N, D) and after (M, D), the share of novel pictures,
+    the dimensions that moved and the most novel pictures; `known` and `pictures` are the rows'.
 
     Raises InputError for rows of another length, and what `compare_batches` raises.
     """
-    session, results = session or Session(), Results("drift")
     test = metrics.compare_batches(
         before, after, level=level, permutations=permutations, sample=sample, seed=session.seed
     )
-    _describe_batches(before, after, test, level, known, pictures, session, results)
-    results.settings["permutations"] = permutations
-    return results.report(
-        session,
-        n={"pictures_before": len(before), "pictures_after": len(after)},
-        fingerprint=fingerprint("", (before.tobytes(), after.tobytes())),
-    )
-
-
-def _describe_batches(
-    before: Float32,
-    after: Float32,
-    test: TwoSampleTest,
-    level: float,
-    known: Pictures | None,
-    pictures: Pictures | None,
-    session: Session,
-    results: Results,
-) -> None:
-    """Add the test, the share of novel pictures, the dimensions that moved and the rarest pictures."""
     check_unit("vector before", before)
     check_unit("vector after", after)
     random = np.random.default_rng(session.seed)
@@ -276,10 +248,14 @@ def _describe_batches(
     smaller = min(test.sizes)
     values = {"p_value": test.p_value} | {name: s.value for name, s in test.statistics.items()}
     results.metrics = {
-        name: Interval(value, math.nan, math.nan, smaller) for name, value in values.items()
+        name: Interval.without_bounds(value, smaller) for name, value in values.items()
     }
     results.metrics["novel_share"] = novel
-    results.settings |= {"level": level, "compared": list(test.sizes)}
+    results.settings |= {
+        "level": level,
+        "permutations": permutations,
+        "compared": list(test.sizes),
+    }
     spread = math.sqrt(metrics.variance(np.concatenate([before, after])))
     results.sentences += _batch_sentences(test, level, spread, novel)
     results.tables += [_test_table(test), _dimension_table(before, after)]
@@ -350,17 +326,12 @@ def _dimension_table(before: Float32, after: Float32) -> dict[str, Any]:
 
 def _nearest_curve(usual: Float32, cosines: Float32) -> dict[str, Any]:
     bins = np.linspace(min(usual.min(), cosines.min()) - 1e-3, 1.0, 41)
-    series = (("known pictures, to each other", usual), ("new pictures", cosines))
     return {
         "title": "Cosine to the nearest known picture",
         "x_label": "cosine",
         "y_label": "share of the pictures",
         "series": [
-            {
-                "name": name,
-                "x": ((bins[1:] + bins[:-1]) / 2).tolist(),
-                "y": (np.histogram(np.minimum(values, 1), bins)[0] / len(values)).tolist(),
-            }
-            for name, values in series
+            histogram_series("known pictures, to each other", np.minimum(usual, 1), bins),
+            histogram_series("new pictures", np.minimum(cosines, 1), bins),
         ],
     }

@@ -9,7 +9,6 @@ Percentiles and intervals are over queries: they do not cover how busy the machi
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -381,9 +380,6 @@ def _intervals(
 ) -> dict[str, Interval]:
     """Return recall and p50 with intervals over queries; what was measured once has no bounds."""
 
-    def without_bounds(value: float, n: int) -> Interval:
-        return Interval(float(value), math.nan, math.nan, n)
-
     metrics: dict[str, Interval] = {}
     for o in outcomes:
         ms, count = o.ms, len(o.ms)
@@ -394,14 +390,14 @@ def _intervals(
         for k, hits in o.recall.items():
             metrics[f"{o.name}/recall@{k}"] = mean_interval(hits, seed=seed)
         metrics[f"{o.name}/p50_ms"] = statistic_interval(median, count, seed=seed)
-        metrics[f"{o.name}/p95_ms"] = without_bounds(o.p95, count)
-        metrics[f"{o.name}/p99_ms"] = without_bounds(float(np.quantile(ms, 0.99)), count)
-        metrics[f"{o.name}/batched_per_second"] = without_bounds(o.batched, count)
-        metrics[f"{o.kind}/bytes"] = without_bounds(o.bytes, size)
-        metrics[f"{o.kind}/build_seconds"] = without_bounds(o.build_seconds, size)
+        metrics[f"{o.name}/p95_ms"] = Interval.without_bounds(o.p95, count)
+        metrics[f"{o.name}/p99_ms"] = Interval.without_bounds(float(np.quantile(ms, 0.99)), count)
+        metrics[f"{o.name}/batched_per_second"] = Interval.without_bounds(o.batched, count)
+        metrics[f"{o.kind}/bytes"] = Interval.without_bounds(o.bytes, size)
+        metrics[f"{o.kind}/build_seconds"] = Interval.without_bounds(o.build_seconds, size)
     for kind, (saving, loading) in times.items():
-        metrics[f"{kind}/save_seconds"] = without_bounds(saving, size)
-        metrics[f"{kind}/load_seconds"] = without_bounds(loading, size)
+        metrics[f"{kind}/save_seconds"] = Interval.without_bounds(saving, size)
+        metrics[f"{kind}/load_seconds"] = Interval.without_bounds(loading, size)
     return metrics
 
 

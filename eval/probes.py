@@ -24,7 +24,7 @@ from clipkit.wording import percent
 from eval import classification
 from eval.data import Labelled
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport
+from eval.reports.report import EvalReport, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
@@ -267,13 +267,7 @@ def _measure(task: _Task, scores: Mapping[str, Floats], results: Results) -> Non
     ks = sorted(int(name.removeprefix("knn@")) for name in scores if name.startswith("knn@"))
     if ks:
         points = [results.metrics[f"knn@{k}/acc@1"] for k in ks]
-        series = {
-            "name": "95 % interval",
-            "x": ks,
-            "y": [point.value for point in points],
-            "low": [point.low for point in points],
-            "high": [point.high for point in points],
-        }
+        series = interval_series("95 % interval", ks, points)
         results.curves.append(_curve("k nearest neighbours", "k", series))
 
 

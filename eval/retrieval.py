@@ -22,7 +22,7 @@ from clipkit.metrics import Interval, Ranking
 from clipkit.wording import percent
 from eval.data import Captioned
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, exhibit
+from eval.reports.report import EvalReport, exhibit, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
@@ -307,15 +307,8 @@ def _curve(directions: Sequence[Direction]) -> dict[str, Any]:
         end = min(ranking.candidates, CURVE_END)
         ks = np.unique(np.geomspace(1, end, CURVE_POINTS).round().astype(int)).tolist()
         points = [metrics.mean_interval(ranking.hit_at(k), groups=direction.unit) for k in ks]
-        one = points[0].n == 1  # no bounds
         series += [
-            {
-                "name": direction.title,
-                "x": ks,
-                "y": [i.value for i in points],
-                "low": [i.value if one else i.low for i in points],
-                "high": [i.value if one else i.high for i in points],
-            },
+            interval_series(direction.title, ks, points),
             {
                 "name": f"{direction.title}, chance",
                 "x": ks,

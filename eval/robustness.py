@@ -22,7 +22,7 @@ from eval.corruptions import CORRUPTIONS, SIDE, corruption
 from eval.data import Captioned, Labelled
 from eval.features import Encoder, Features, fingerprint
 from eval.prompts import Templates, load_templates
-from eval.reports.report import EvalReport
+from eval.reports.report import EvalReport, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 from eval.zero_shot import class_vectors, cosines
@@ -162,21 +162,9 @@ def _summary(
 def _curve(
     intervals: Intervals, metric: str, names: Sequence[str], severities: Sequence[int]
 ) -> dict[str, Any]:
-    series = []
-    for name in names:
-        points = [
-            intervals[f"clean/{metric}"],
-            *(intervals[f"{name}@{s}/{metric}"] for s in severities),
-        ]
-        series.append(
-            {
-                "name": name,
-                "x": [0, *severities],
-                "y": [point.value for point in points],
-                "low": [point.low for point in points],
-                "high": [point.high for point in points],
-            }
-        )
+    clean = intervals[f"clean/{metric}"]
+    points = {name: [intervals[f"{name}@{s}/{metric}"] for s in severities] for name in names}
+    series = [interval_series(name, [0, *severities], [clean, *points[name]]) for name in names]
     return {
         "title": f"{metric} by severity",
         "x_label": "severity (0 is clean)",

@@ -108,6 +108,20 @@ class Results:
         self.seconds[name] = now - self._lap_began
         self._lap_began = now
 
+    @property
+    def details(self) -> dict[str, Any]:
+        """Return what the HTML page shows beside the metrics."""
+        details = {
+            "words": self.sentences,
+            "tables": self.tables,
+            "curves": self.curves,
+            "reliability": self.reliability,
+            "scatter": self.scatter,
+            "confusion": self.confusion,
+            "mistakes": self.mistakes,
+        }
+        return {key: value for key, value in details.items() if value}
+
     def report(
         self,
         session: Session,
@@ -121,15 +135,6 @@ class Results:
     ) -> EvalReport:
         """Return the report; the time since the last lap counts as "figures"."""
         self.lap("figures")
-        details = {
-            "words": self.sentences,
-            "tables": self.tables,
-            "curves": self.curves,
-            "reliability": self.reliability,
-            "scatter": self.scatter,
-            "confusion": self.confusion,
-            "mistakes": self.mistakes,
-        }
         return EvalReport(
             task=self.task,
             dataset=dataset,
@@ -141,7 +146,7 @@ class Results:
             settings={**self.settings, "seed": session.seed},
             fingerprint=fingerprint,
             warnings=tuple(dict.fromkeys(self.warnings)),
-            details={key: value for key, value in details.items() if value},
+            details=self.details,
             seconds=self.seconds,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             samples=self.samples,

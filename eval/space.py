@@ -9,7 +9,6 @@ than any honest sample.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, fingerprint
 from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
-from eval.reports.report import EvalReport, exhibit
+from eval.reports.report import EvalReport, exhibit, histogram_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
@@ -161,10 +160,6 @@ def _checked(
     return vectors, texts, owner
 
 
-def _without_bounds(value: float, n: int) -> Interval:
-    return Interval(value, math.nan, math.nan, n)
-
-
 def _cosines(left: Float32, right: Float32) -> Float64:
     """Return the cosines of matching unit rows, float64 (N,)."""
     cosines: Float64 = np.einsum("ij,ij->i", left, right, dtype=np.float64)
@@ -174,16 +169,6 @@ def _cosines(left: Float32, right: Float32) -> Float64:
 def _curve(title: str, x_label: str, y_label: str, *, log_x: bool = False) -> dict[str, Any]:
     labels = {"title": title, "x_label": x_label, "y_label": y_label}
     return {**labels, "log_x": log_x, "series": []}
-
-
-def _add_histogram(name: str, cosines: Float64, results: Results) -> None:
-    results.curves[1]["series"].append(
-        {
-            "name": name,
-            "x": ((_BINS[1:] + _BINS[:-1]) / 2).round(4).tolist(),
-            "y": (np.histogram(cosines, _BINS)[0] / len(cosines)).tolist(),
-        }
-    )
 
 
 def _spread(name: str, vectors: Float32, seed: int, results: Results) -> None:
@@ -222,10 +207,10 @@ def _spread(name: str, vectors: Float32, seed: int, results: Results) -> None:
     results.metrics |= {
         f"{name}/variance": mean_interval(distances, fraction=False, seed=seed),
         f"{name}/random_cosine": cosine,
-        f"{name}/effective_rank": _without_bounds(rank, n),
-        f"{name}/uniformity": _without_bounds(metrics.uniformity(vectors, seed=seed), n),
+        f"{name}/effective_rank": Interval.without_bounds(rank, n),
+        f"{name}/uniformity": Interval.without_bounds(metrics.uniformity(vectors, seed=seed), n),
     }
-    _add_histogram(f"two {name}", cosines, results)
+    results.curves[1]["series"].append(histogram_series(f"two {name}", cosines, _BINS))
     results.curves[0]["series"].append(
         {"name": name, "x": list(range(1, len(shares) + 1)), "y": shares.tolist()}
     )
@@ -277,8 +262,10 @@ def _pairs(vectors: Float32, texts: Float32, owner: Int64, seed: int, results: R
         results.warnings.append("captions are no nearer to their own picture than to another")
     if len(captioned) == len(vectors):
         results.samples |= samples
-    _add_histogram("a caption and its picture", own, results)
-    _add_histogram("a caption and another picture", other, results)
+    results.curves[1]["series"] += [
+        histogram_series("a caption and its picture", own, _BINS),
+        histogram_series("a caption and another picture", other, _BINS),
+    ]
 
 
 def _hubs(
@@ -295,8 +282,8 @@ def _hubs(
     counts = np.bincount(near.ravel(), minlength=n)
     worst = np.argsort(-counts, kind="stable")[:_SHOWN_HUBS]
     mean, most, never = asked * k / n, int(counts[worst[0]]), float((counts == 0).mean())
-    results.metrics[f"{name}/hubness@{k}"] = _without_bounds(skewness, asked)
-    results.metrics[f"{name}/never_found@{k}"] = _without_bounds(never, n)
+    results.metrics[f"{name}/hubness@{k}"] = Interval.without_bounds(skewness, asked)
+    results.metrics[f"{name}/never_found@{k}"] = Interval.without_bounds(never, n)
     results.sentences.append(
         f"One picture is among the {k} nearest of {most:,} of {asked:,} {queries} (mean: {mean:.1f}); "
         f"{percent(never)} of the pictures are among the nearest of none."

@@ -11,8 +11,8 @@ reliability, ECE and NLL are measured on the other half, before and after.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ def add_calibration(results: Results, logits: Float32, labels: Int64, *, seed: i
     """Add temperature, ECE, NLL and reliability diagrams of logits (N, C), N >= 2, labels (N,)."""
     fitted_on, measured_on = classification.stratified_halves(labels, seed=seed)
     temperature = metrics.fit_temperature(logits[fitted_on], labels[fitted_on])
-    results.metrics["temperature"] = Interval(temperature, math.nan, math.nan, len(fitted_on))
+    results.metrics["temperature"] = Interval.without_bounds(temperature, len(fitted_on))
     held_out, truth = logits[measured_on].astype(np.float64), labels[measured_on]
     for title, prefix, divisor in (
         ("As the model gives it", "", 1.0),
@@ -165,10 +165,7 @@ def add_calibration(results: Results, logits: Float32, labels: Int64, *, seed: i
         loss = np.logaddexp.reduce(scaled, axis=1) - scaled[np.arange(len(truth)), truth]
         results.metrics[f"{prefix}NLL"] = metrics.mean_interval(loss, seed=seed, fraction=False)
         bins = metrics.reliability(probabilities, truth, bins=_BINS)
-        names = ("low", "high", "confidence", "accuracy", "n")
-        results.reliability.append(
-            {"title": title, "bins": [{k: getattr(b, k) for k in names} for b in bins]}
-        )
+        results.reliability.append({"title": title, "bins": [asdict(b) for b in bins]})
     accuracy = float((held_out.argmax(axis=1) == truth).mean())
     confidence = float(_softmax(held_out).max(axis=1).mean())
     results.sentences.append(_calibration_sentence(results.metrics, confidence, accuracy))

@@ -357,8 +357,8 @@ def test_ids_are_unique_and_references_lead_somewhere() -> None:
     assert set(used) == set(ids)
 
 
-def test_beyond_a_heat_map_the_most_confused_pairs_are_listed() -> None:
-    """A class more than fits: the largest cell off the diagonal is 7 of the 17 pictures of c3."""
+def test_a_heat_map_has_a_limit() -> None:
+    """With a class more than fits nothing is drawn; the evaluators' table lists the pairs."""
     size = MOST_CLASSES + 1
     counts = np.eye(size, dtype=int) * 10
     counts[3, 5] = 7
@@ -366,9 +366,6 @@ def test_beyond_a_heat_map_the_most_confused_pairs_are_listed() -> None:
     names = [f"c{number}" for number in range(size)]
     confusion = {"classes": names, "counts": counts.tolist()}
     page = render_report(report(details={"confusion": confusion}))
-    said = " ".join(Page(page).said.split())
-    assert "The most confused pairs" in said and "41.2 %" in said
-    assert said.index("c3") < said.index("c4")
     assert not [s for s in Page(page).of("svg") if "Confusion" in (s.get("aria-label") or "")]
     smaller = {"classes": names[:-1], "counts": counts[:-1, :-1].tolist()}
     cells = render_report(report(details={"confusion": smaller})).count("<title>c")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipkit.metrics import Interval, Paired
@@ -198,25 +198,13 @@ def _cells(row: Row, *, tested: bool) -> list[str]:
 
 
 def _row_fields(row: Row) -> Mapping[str, Any]:
-    def fields(interval: Interval | None) -> Mapping[str, Any] | None:
-        names = ("value", "low", "high", "n")
-        return None if interval is None else {name: getattr(interval, name) for name in names}
-
-    return {
-        "metric": row.metric,
-        "models": [fields(interval) for interval in row.intervals],
-        "best": row.best,
-        "tests": [
-            {
-                "first": pair.first,
-                "second": pair.second,
-                "difference": pair.paired.difference,
-                "low": pair.paired.low,
-                "high": pair.paired.high,
-                "n": pair.paired.n,
-                "p_value": pair.paired.p_value,
-                "p_value_corrected": pair.p_value,
-            }
-            for pair in row.pairs
-        ],
-    }
+    tests = [
+        {
+            **asdict(pair.paired),
+            "first": pair.first,
+            "second": pair.second,
+            "p_value_corrected": pair.p_value,
+        }
+        for pair in row.pairs
+    ]
+    return {"metric": row.metric, "models": row.intervals, "best": row.best, "tests": tests}

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.metrics import Interval
-from clipkit.wording import percent, printable
+from clipkit.wording import printable
 from eval.reports import plots
 from eval.reports.comparison import Comparison
 from eval.reports.report import EvalReport
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 MOST_CLASSES = 50  # in a heat map
-MOST_CONFUSED = 30
 MOST_PICTURES = 48  # of each group of mistakes
 MOST_ROWS = 2_000  # of a table
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -90,7 +89,6 @@ def render_report(report: EvalReport) -> str:
         strips=any(is_share(name) for name, _ in metrics),
         plots=figures(details),
         confusion=_heat_map(classes, counts),
-        confused=_most_confused(classes, counts) if len(classes) > MOST_CLASSES else None,
         tables=_tables(details),
         mistakes=_pictures(details.get("mistakes", ())),
     )
@@ -177,23 +175,6 @@ def _heat_map(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> list[F
     title = "True class by row, predicted class by column"
     note = "The darker a cell, the larger its share of the row; cells off the diagonal are errors."
     return [Figure("confusion", title, Markup(plots.confusion(classes, counts)), (), note)]
-
-
-def _most_confused(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the largest cells off the diagonal as a table."""
-    cells = [
-        (number, row, column)
-        for row, numbers in enumerate(counts)
-        for column, number in enumerate(numbers)
-        if number and row != column
-    ]
-    cells.sort(key=lambda cell: (-cell[0], cell[1:]))
-    rows = [
-        [classes[row], classes[column], number, percent(number / sum(counts[row]))]
-        for number, row, column in cells[:MOST_CONFUSED]
-    ]
-    columns = ["truth", "predicted", "pictures", "of the class"]
-    return {"title": "The most confused pairs", "columns": columns, "rows": rows, "note": ""}
 
 
 def _tables(details: Mapping[str, Any]) -> list[dict[str, Any]]:

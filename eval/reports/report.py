@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -94,10 +95,6 @@ class EvalReport:
     def to_json(self) -> str:
         """Return everything but the samples as strict JSON; numbers that are not finite are null."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "samples"}
-        content["metrics"] = {
-            name: {"value": i.value, "low": i.low, "high": i.high, "n": i.n}
-            for name, i in self.metrics.items()
-        }
         return to_json({"format": FORMAT, "title": self.title, **content})
 
     def to_markdown(self) -> str:
@@ -153,6 +150,23 @@ def exhibit(
         "score": score,
         "thumbnail": (pictures and thumbnail_if_there(pictures, row)) or "",
     }
+
+
+def interval_series(name: str, x: Sequence[float], intervals: Sequence[Interval]) -> dict[str, Any]:
+    """Return a curve's series of figures over x with their bounds as a band."""
+    series: dict[str, Any] = {"name": name, "x": list(x), "y": [i.value for i in intervals]}
+    for bound in ("low", "high"):
+        ends = [(getattr(i, bound), i.value) for i in intervals]
+        series[bound] = [value if math.isnan(end) else end for end, value in ends]
+    return series
+
+
+def histogram_series(
+    name: str, values: npt.NDArray[np.floating], bins: npt.NDArray[np.float64]
+) -> dict[str, Any]:
+    """Return a curve's series with the share of the values in each bin."""
+    shares = np.histogram(values, bins)[0] / len(values)
+    return {"name": name, "x": ((bins[1:] + bins[:-1]) / 2).round(4).tolist(), "y": shares.tolist()}
 
 
 def _label(name: str) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -149,11 +150,13 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 def to_json(content: Mapping[str, Any]) -> str:
-    """Return nested mappings, sequences and arrays as strict JSON; NaN and infinity become null."""
+    """Return nested mappings, dataclasses and arrays as strict JSON; NaN and infinity become null."""
     return json.dumps(_json_value(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
 def _json_value(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, Mapping):
