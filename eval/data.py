@@ -11,6 +11,7 @@ hash of their names: as good as random, and the same ones wherever and in whatev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import reprlib
@@ -277,11 +278,10 @@ def _collect_labelled(
 ) -> tuple[Source, list[list[Row]], tuple[str, ...]]:
     """Collect rows with labels: those of the source itself, else of its class folders."""
     path = Path(data).expanduser()
-    folder = split_folder(path, split)[0] if path.is_dir() and detect(path) != "hf" else path
-    kind = detect(folder) if folder.is_dir() else None
+    kind = detect(split_folder(path, split)[0]) if path.is_dir() and detect(path) != "hf" else None
     if by_domain or kind == "folder":
         return _collect(data, split, kind="classes", by_domain=by_domain)
-    refusal: InputError = InputError(
+    refusal = InputError(
         f"{data} names no classes; give a folder per class, or a table, JSONL file or hub dataset "
         "with a label column"
     )
@@ -290,14 +290,12 @@ def _collect_labelled(
         if any(row.label is not None for group in collected[1] for row in group):
             return collected
     except DatasetError as error:
-        if kind in (None, "imagefolder", "webdataset", "hf"):
+        if kind in (None, "imagefolder", "webdataset"):
             raise
         refusal = error  # a table beside class folders need not be about them
-    if folder.is_dir() and kind not in ("webdataset", "hf"):
-        try:
+    if kind is not None:
+        with contextlib.suppress(InputError):
             return _collect(data, split, kind="classes")
-        except InputError:
-            raise refusal from None
     raise refusal
 
 
