@@ -94,7 +94,7 @@ class Inputs(Protocol):
 
 
 class PictureInputs:
-    """Reads pictures from a dataset folder; see `Inputs`."""
+    """Read the pictures of a dataset, in files or shards; see `Inputs`."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ class PictureInputs:
         jobs = ((plan, int(p)) for plan in plans for p in plan.pictures[self._own(plan)])
         with closing(self._ahead(lambda job: self._view(*job), jobs)) as views:
             for plan in plans:
-                words = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
-                pixels = self._gathered(views, len(words))
-                order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
-                yield Batch(plan, pixels, self._towers.tokenize(words), order)
+                captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
+                pixels = self._gathered(views, len(captions))
+                order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
+                yield Batch(plan, pixels, self._towers.tokenize(captions), order)
 
     def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))][first:]
