@@ -35,12 +35,11 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +48,15 @@ from clipkit.embed import in_order
 from clipkit.errors import DatasetError, InputError
 from clipkit.images import Limits
 from clipkit.records import METADATA, SPLITS
-from clipkit.sources import Broken, Picture, Row, Source, TarMember, open_source
+from clipkit.sources import (
+    Broken,
+    Picture,
+    PictureBytes,
+    Row,
+    Source,
+    TarMember,
+    open_source,
+)
 from clipkit.sources.rows import LISTS
 from data_prep.clean import Rules, caption_fault, mend, same_caption
 from data_prep.load import Fault, Loaded, Loader
@@ -102,8 +109,7 @@ def build(
                 run.read(source, workers or os.cpu_count() or 1)
             lists = run.merge()
             splits = run.split(fractions, seed)
-            writer: Writer = ShardWriter(folder) if shards else FolderWriter(folder, lists=lists)
-            with writer:
+            with closing(ShardWriter(folder) if shards else FolderWriter(folder, lists)) as writer:
                 run.write(writer, splits, pool)
         shutil.rmtree(pool)
         for name in (_SPOOL, _MERGED):
@@ -171,15 +177,14 @@ def _rows_hash(source: Source) -> str:
 
 
 def _stamp(picture: Picture) -> tuple[object, ...]:
+    """Return what changes with a picture: its place, and its file's size and time, or its content."""
+    if isinstance(picture, PictureBytes):
+        return (blake2b(picture.data).hexdigest(),)
     file = picture.tar if isinstance(picture, TarMember) else picture.path
-    if file is None:
-        return (blake2b(picture.read()).hexdigest(),)
-    try:
-        status = os.stat(file)
-    except OSError:
+    if file is None or not file.exists():
         return (str(file),)
-    place = (picture.offset, picture.size) if isinstance(picture, TarMember) else ()
-    return (str(file), *place, status.st_size, status.st_mtime_ns)
+    status = file.stat()
+    return (repr(picture), status.st_size, status.st_mtime_ns)
 
 
 class _Build:
@@ -368,7 +373,9 @@ class _Build:
 
     # ---- the second pass
 
-    def write(self, writer: Writer, splits: list[str | None], pool: Path) -> None:
+    def write(
+        self, writer: FolderWriter | ShardWriter, splits: list[str | None], pool: Path
+    ) -> None:
         """Write every picture that still has a caption. Raises DatasetError if there is none."""
         self._merged.seek(0)
         most = self.rules.max_repeats or len(splits)
@@ -444,31 +451,15 @@ def _print(split: str, record: Record) -> int:
 # ---- the dataset's files
 
 
-class Writer(Protocol):
-    """Move pictures from the same disk into the dataset, each to its split."""
-
-    def add(self, split: str, record: Record, picture: Path) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 class FolderWriter:
-    """Write an imagefolder below `folder`, with the list columns `lists` on every line."""
+    """Move pictures into an imagefolder below `folder`, with the list columns `lists` on every line."""
 
-    def __init__(self, folder: Path, *, lists: Sequence[str]) -> None:
+    def __init__(self, folder: Path, lists: Sequence[str]) -> None:
         self._folder = folder
         self._lists = tuple(lists)
         self._files: dict[str, TextIO] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for file in self._files.values():
             file.close()
 
@@ -502,10 +493,7 @@ class ShardWriter:
         self._counts: dict[str, int] = {}
         self._tars: dict[str, tarfile.TarFile] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for tar in self._tars.values():
             tar.close()
 

@@ -36,7 +36,7 @@ class Leaks:
     """Leaks between splits. Equal captions are listed apart: two pictures may both be "A dog runs."."""
 
     pictures: dict[str, int]  # by split
-    found: tuple[Leak, ...]
+    pairs: tuple[Leak, ...]  # pictures
     shared_captions: tuple[Leak, ...]
     unreadable: tuple[tuple[str, str], ...]  # picture or row, why
 

@@ -69,10 +69,10 @@ def evaluate_robustness(
         if conditions:
             corrupted = [samples[f"{name}@{s}/{metric}"] for name, s, _ in conditions]
             results.metrics |= _summary(samples[f"clean/{metric}"], corrupted, metric, session.seed)
-            shown = (results.metrics, metric, corruptions, severities)
-            results.curves.append(_curve(*shown))
-            results.tables.append(_table(*shown))
-            results.sentences.append(_sentence(*shown))
+            arguments = (results.metrics, metric, corruptions, severities)
+            results.curves.append(_curve(*arguments))
+            results.tables.append(_table(*arguments))
+            results.sentences.append(_sentence(*arguments))
         if isinstance(data, Labelled) and data.domains is not None:
             domains = _domains(samples[f"clean/{metric}"], data.domains, session.seed)
             results.metrics |= {f"domain {d}/{metric}": i for d, i in domains.items()}

@@ -277,15 +277,15 @@ def _hubs(
     results: Results,
 ) -> None:
     """Add the pictures that are neighbours of very many; near (Q, K) are positions in `rows` (N,)."""
-    (asked, k), n = near.shape, len(rows)
+    (count, k), n = near.shape, len(rows)
     skewness = metrics.hubness(near, n)
     counts = np.bincount(near.ravel(), minlength=n)
     worst = np.argsort(-counts, kind="stable")[:_SHOWN_HUBS]
-    mean, most, never = asked * k / n, int(counts[worst[0]]), float((counts == 0).mean())
-    results.metrics[f"{name}/hubness@{k}"] = Interval.without_bounds(skewness, asked)
+    mean, most, never = count * k / n, int(counts[worst[0]]), float((counts == 0).mean())
+    results.metrics[f"{name}/hubness@{k}"] = Interval.without_bounds(skewness, count)
     results.metrics[f"{name}/never_found@{k}"] = Interval.without_bounds(never, n)
     results.sentences.append(
-        f"One picture is among the {k} nearest of {most:,} of {asked:,} {queries} (mean: {mean:.1f}); "
+        f"One picture is among the {k} nearest of {most:,} of {count:,} {queries} (mean: {mean:.1f}); "
         f"{percent(never)} of the pictures are among the nearest of none."
     )
     if skewness > _HUBBY:

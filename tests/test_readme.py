@@ -71,11 +71,11 @@ def test_the_python_of_the_readme_works(home: Path) -> None:
     assert len(done.stdout.splitlines()) == 5
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", range(4))
 def test_the_examples_for_contributors_work(number: int, tmp_path: Path) -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     done = run([sys.executable, "-W", "error", "-c", blocks[number]], tmp_path)
     assert done.returncode == 0, done.stderr
 

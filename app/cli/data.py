@@ -1,4 +1,4 @@
-"""`clipkit data`: build a dataset from any source, check its splits, describe it."""
+"""`clipkit data`: build a dataset from captioned pictures, check its splits, show its statistics."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from clipkit.errors import InputError
 from clipkit.wording import count, duration, printable
 
 if TYPE_CHECKING:
-    from clipkit.sources import Source
     from data_prep.build import Built, Progress
     from data_prep.leaks import Leaks
 
 data = typer.Typer(
     name="data",
-    help="Build a dataset of captioned pictures, check its splits, describe it.",
-    epilog=examples("clipkit data build captions.csv --out dataset", "clipkit data check dataset"),
+    help="Build a dataset from captions, check its splits, show its statistics.",
+    epilog=examples(
+        "clipkit data build captions.csv --out dataset",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,7 +52,7 @@ KindOption = Annotated[
         "--kind",
         metavar="KIND",
         help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or "
-        "webdataset. Default: detected from the files.",
+        "webdataset. Default: detected.",
     ),
 ]
 ImageColumn = Annotated[
@@ -60,19 +61,16 @@ ImageColumn = Annotated[
 ]
 CaptionColumn = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="A column of captions; repeat the option for several. Default: detected.",
-    ),
+    typer.Option(metavar="NAME", help="A column of captions; may be repeated. Default: detected."),
 ]
 PicturesOption = Annotated[
     Path | None,
     typer.Option(
-        "--pictures", metavar="DIR", help="The folder of the pictures. Default: beside the table."
+        "--pictures", metavar="DIR", help="The pictures' folder. Default: beside the table."
     ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Threads that decode. Default: one per core.")
+    int | None, typer.Option(min=1, help="Decode threads. Default: one a core.")
 ]
 
 
@@ -93,36 +91,33 @@ def build(
     caption_column: CaptionColumn = None,
     pictures: PicturesOption = None,
     split: Annotated[
-        Split | None,
-        typer.Option(help="The split of rows that name none. Default: by content hash."),
+        Split | None, typer.Option(help="The split of rows that name none. Default: by content.")
     ] = None,
-    validation: Annotated[float, typer.Option(help="Share of the pictures for validation.")] = 0.1,
-    test: Annotated[float, typer.Option(help="Share of the pictures for the test.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    validation: Annotated[float, typer.Option(help="Fraction for validation.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Fraction for the test.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed gives other splits.")] = 0,
     resize: Annotated[
         int | None,
-        typer.Option(metavar="SIDE", min=16, help="Shrink the shorter side to this, as JPEG."),
+        typer.Option(
+            metavar="SIDE", min=16, help="Shrink the shorter side to these pixels, as JPEG."
+        ),
     ] = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="Write WebDataset tars, for very many pictures.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing dataset.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset.")] = False,
     near: Annotated[
         Near,
-        typer.Option(
-            help="Look-alikes: group them in one split, drop all but one, or ignore them."
-        ),
+        typer.Option(help="Look-alikes: keep in one split, keep one of each, or ignore."),
     ] = Near.group,
     radius: Annotated[
-        int, typer.Option(help="Most bits of 256 in which the hashes of look-alikes differ.")
+        int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")
     ] = 15,
-    min_side: Annotated[int, typer.Option(help="Shortest side in pixels; 0: any.")] = 32,
-    min_chars: Annotated[int, typer.Option(help="Shortest caption in characters; 0: any.")] = 2,
-    max_chars: Annotated[int, typer.Option(help="Longest caption in characters; 0: any.")] = 1000,
+    min_side: Annotated[int, typer.Option(help="Smallest side in pixels; 0: any.")] = 32,
+    min_chars: Annotated[int, typer.Option(help="Shortest caption; 0: any.")] = 2,
+    max_chars: Annotated[int, typer.Option(help="Longest caption; 0: any.")] = 1000,
     max_repeats: Annotated[
-        int, typer.Option(help="Most pictures that may share a caption; 0: any number.")
+        int, typer.Option(help="Pictures that may share a caption; 0: any number.")
     ] = 100,
     script: Annotated[
         list[str] | None,
@@ -132,18 +127,18 @@ def build(
         list[str] | None,
         typer.Option(
             metavar="REASON",
-            help="Switch off a rule: blank, url, file-name, placeholder, no-letters, mojibake, "
+            help="Switch a rule off: blank, url, file-name, placeholder, no-letters, mojibake, "
             "marked-wrong.",
         ),
     ] = None,
     max_megapixels: Annotated[float, typer.Option(min=0.1, help="Reject larger pictures.")] = 100.0,
     workers: WorkersOption = None,
 ) -> None:
-    """Build a dataset from one or more tables, folders, JSON files, shards or hub datasets.
+    """Build a dataset from tables, folders, JSON, shards or the hub, all sources together.
 
     Captions are repaired and filtered, equal pictures become one with all their captions, look-alikes
-    stay in one split. Rejections are counted and listed in DIR/rejected.jsonl. Pictures are hard links
-    where the file system allows it. DIR appears when the build is complete, or not at all.
+    stay in one split. Everything rejected is counted and listed in DIR/rejected.jsonl. Pictures are
+    hard-linked where the file system can. DIR appears when the dataset is complete, or not at all.
     """
     from clipkit.images import Limits
     from clipkit.sources import Options, open_sources
@@ -163,16 +158,17 @@ def build(
     )
     fractions = Fractions(validation, test)
     limits = Limits(max_megapixels=max_megapixels)
-    named = split.value if split else None
-    options = Options(image_column, tuple(caption_column or ()), pictures, named)
+    named_split = split.value if split else None
+    options = Options(image_column, tuple(caption_column or ()), pictures, named_split)
     start = time.monotonic()
     opened = open_sources(sources, kind=kind, options=options)
     for source in opened:
-        print(_description(source))
+        kind, path = f"{source.kind:<10}", printable(source.path)
+        print(f"{kind} {path}: {printable(source.description)}")
     with _stopping(f"stopped; {out} was not touched"), progress_shown() as show:
 
         def on_progress(progress: Progress) -> None:
-            show(progress.phase, progress.done, _total(progress.total, progress.done))
+            show(progress.phase, progress.done, progress.total or progress.done)
 
         built = build_dataset(
             opened,
@@ -203,20 +199,20 @@ def check(
     kind: KindOption = None,
     pictures: PicturesOption = None,
     radius: Annotated[
-        int, typer.Option(help="Most bits of 256 in which the hashes of look-alikes differ.")
+        int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")
     ] = 15,
     strict: Annotated[
         bool, typer.Option("--strict", help="Count equal captions in two splits as leaks.")
     ] = False,
-    shown: Annotated[
-        int, typer.Option("--show", min=0, help="How many of each kind to list; 0: all.")
+    most: Annotated[
+        int, typer.Option("--show", min=0, help="How many to list of each kind; 0: all.")
     ] = 20,
     workers: WorkersOption = None,
 ) -> None:
-    """Find pictures that are in two splits: the same file, or one that looks alike.
+    """Find pictures that are in two splits: the same file, or a look-alike.
 
-    Equal captions are listed, too, but are not leaks: "A dog runs." may describe two pictures. The
-    exit code is 1 if there are leaks.
+    Equal captions are listed, too, but are not leaks in themselves: two pictures may both be "A dog
+    runs.". Exit code 1 if there are leaks.
     """
     from clipkit.sources import Options, open_source
     from data_prep.leaks import find_leaks
@@ -230,15 +226,18 @@ def check(
             source,
             radius=radius,
             workers=workers,
-            on_progress=lambda done, total: show("reading", done, _total(total, done)),
+            on_progress=lambda done, total: show("reading", done, total or done),
         )
-    _print_leaks(leaks, shown or sys.maxsize)
-    if leaks.found or (strict and leaks.shared_captions):
+    _print_leaks(leaks, most or sys.maxsize)
+    if leaks.pairs or (strict and leaks.shared_captions):
         raise typer.Exit(1)
 
 
 @data.command(
-    epilog=examples("clipkit data stats dataset", "clipkit data stats dataset --out dataset.png")
+    epilog=examples(
+        "clipkit data stats dataset",
+        "clipkit data stats dataset --out dataset.png",
+    )
 )
 def stats(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", show_default=False)],
@@ -247,7 +246,7 @@ def stats(
         typer.Option(
             "--out",
             metavar="FILE|DIR",
-            help="Draw the figures: a .png, .pdf or .svg file, or a folder.",
+            help="Draw it: a .png, .pdf, .svg or a folder.",
         ),
     ] = None,
     kind: KindOption = None,
@@ -256,7 +255,7 @@ def stats(
     pictures: PicturesOption = None,
     workers: WorkersOption = None,
 ) -> None:
-    """Describe a dataset, or any source of one: captions, words, sizes, splits."""
+    """Show the statistics of a dataset or of any source: captions, words, sizes, splits."""
     from clipkit.sources import Options, open_source
     from data_prep.stats import collect, lines
 
@@ -266,40 +265,31 @@ def stats(
     options = Options(image_column, tuple(caption_column or ()), pictures)
     source = open_source(dataset, kind=kind, options=options)
     with _stopping("stopped"), progress_shown() as show:
-        collected = collect(
+        statistics = collect(
             source,
             workers=workers,
-            on_progress=lambda done, total: show("reading", done, _total(total, done)),
+            on_progress=lambda done, total: show("reading", done, total or done),
         )
-    for line in lines(collected):
+    for line in lines(statistics):
         print(printable(line))
     if out is not None:
         from data_prep.stats import draw
 
-        draw(collected, out, title=Path(dataset).name or dataset)
+        draw(statistics, out, title=Path(dataset).name or dataset)
         print(f"drawn      {printable(str(out))}")
 
 
-# ---- what the commands share
+# ---- shared by the commands
 
 
 @contextmanager
 def _stopping(message: str) -> Iterator[None]:
-    """Turn Ctrl-C into a message and exit code 130."""
+    """Turn Ctrl-C into `message` and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"\n{message}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _total(total: int | None, done: int) -> int:
-    """Return the total, or `done` for a stream whose total is unknown."""
-    return done if total is None else total
-
-
-def _description(source: Source) -> str:
-    return f"{source.kind:<10} {printable(source.path)}: {printable(source.description)}"
 
 
 def _print_built(built: Built, seconds: float) -> None:
@@ -308,11 +298,11 @@ def _print_built(built: Built, seconds: float) -> None:
     repaired = f", {built.mended:,} repaired" if built.mended else ""
     print(f"captions   {built.captions:,}{repaired}")
     if built.groups:
-        divided = f", {built.parted:,} divided by official splits: see clipkit data check"
-        print(f"look-alike {count(built.groups, 'group')}{divided if built.parted else ''}")
+        parted = f", {built.parted:,} split up by official splits: see clipkit data check"
+        print(f"look-alike {count(built.groups, 'group')}{parted if built.parted else ''}")
     for what, reasons in built.rejected.items():
-        listed = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
-        print(f"rejected   {count(sum(reasons.values()), what)}: {listed}")
+        counts = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
+        print(f"rejected   {count(sum(reasons.values()), what)}: {counts}")
     if built.rejected:
         print(
             f"           each with its reason in {printable(str(built.folder / 'rejected.jsonl'))}"
@@ -329,14 +319,14 @@ def _print_leaks(leaks: Leaks, most: int) -> None:
         print(f"unreadable {printable(name)}: {printable(why)}")
     if len(leaks.unreadable) > most:
         print(f"           and {len(leaks.unreadable) - most:,} more unreadable")
-    for title, pairs in (("leaks", leaks.found), ("captions", leaks.shared_captions)):
-        counts = count_by_splits(pairs)
-        listed = ", ".join(f"{n:,} {kind} in {a} and {b}" for (kind, a, b), n in counts.items())
-        print(f"{title:<10} {listed or 'none across splits'}")
-        for leak in pairs[:most]:
+    for title, listed in (("leaks", leaks.pairs), ("captions", leaks.shared_captions)):
+        counts = count_by_splits(listed)
+        summary = ", ".join(f"{n:,} {kind} in {a} and {b}" for (kind, a, b), n in counts.items())
+        print(f"{title:<10} {summary or 'none across splits'}")
+        for leak in listed[:most]:
             names = " | ".join(
                 f"{s}: {printable(p)}" for s, p in zip(leak.splits, leak.pictures, strict=True)
             )
             print(f"  {leak.kind:<13} {names}  ({printable(leak.detail)})")
-        if len(pairs) > most:
-            print(f"  and {len(pairs) - most:,} more; --show 0 lists all")
+        if len(listed) > most:
+            print(f"  and {len(listed) - most:,} more; --show 0 lists all")

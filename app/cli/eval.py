@@ -307,7 +307,7 @@ def index(
     index: IndexOption = None,
     kinds: Annotated[str, typer.Option(metavar="KIND,...", help="Default: all of them.")] = "",
     recall_goals: Annotated[
-        str, typer.Option(metavar="R,R,...", help="Recommend the fastest index that reaches these.")
+        str, typer.Option(metavar="R,R,...", help="For each, find the fastest setting.")
     ] = "0.9,0.95,0.99",
     k: CutsOption = "1,10,100",
     *,

@@ -33,8 +33,8 @@ DataOption = Annotated[
         "--data",
         metavar="DATA",
         show_default=False,
-        help="A dataset folder, pictures with captions beside them, a folder per class, a table, JSON "
-        "lines, COCO, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME.",
+        help="A dataset, pictures with captions beside them, a folder per class, a table, JSONL or COCO "
+        "file, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME/CONFIG.",
     ),
 ]
 ModelOption = Annotated[

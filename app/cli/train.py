@@ -89,13 +89,13 @@ def train(
     from clipkit.training import resume as resume_run
     from clipkit.training import train as train_run
 
-    given = _flags(arguments or [], TrainConfig)
+    flags = _flags(arguments or [], TrainConfig)
     if options:
         print("\n".join(_listed(TrainConfig, recipe or "heads")))
         return
     named = {"recipe": recipe, "start": model}
-    given |= {key: value for key, value in named.items() if value is not None}
-    if resume is not None and (given or config is not None):
+    flags |= {key: value for key, value in named.items() if value is not None}
+    if resume is not None and (flags or config is not None):
         raise InputError("--resume goes on with the run's own options; give no others")
     command = shlex.join(["clipkit", *sys.argv[1:]])
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
@@ -104,9 +104,9 @@ def train(
                 summary = resume_run(resume.expanduser(), on_progress=show, stop=stop)
         else:
             chosen = (
-                TrainConfig.from_toml(config, given)
+                TrainConfig.from_toml(config, flags)
                 if config is not None
-                else TrainConfig.from_mapping(given)
+                else TrainConfig.from_mapping(flags)
             )
             chosen = replace(chosen, data=_dataset(chosen, command, stop))
             with _progress() as show:
@@ -163,30 +163,30 @@ def _flags(arguments: list[str], config: type[TrainConfig]) -> dict[str, Any]:
     Raises InputError for a second dataset and for a flag without its value.
     """
     switches = {item.name for item in fields(config) if item.type == "bool"}
-    given: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            if "data" in given:
+            if "data" in flags:
                 raise InputError(
-                    f"{flag!r} is not understood beside dataset {given['data']!r}; "
+                    f"{flag!r} is not understood beside dataset {flags['data']!r}; "
                     "options are written --batch 64"
                 )
-            given["data"] = flag
+            flags["data"] = flag
             continue
         key, equals, _ = flag[2:].replace("-", "_").partition("=")
         if equals:
-            given[key] = _value(flag.partition("=")[2])
+            flags[key] = _value(flag.partition("=")[2])
         elif key in switches:
-            given[key] = True
+            flags[key] = True
         elif key.removeprefix("no_") in switches:
-            given[key.removeprefix("no_")] = False
+            flags[key.removeprefix("no_")] = False
         elif rest:
-            given[key] = _value(rest.pop(0))
+            flags[key] = _value(rest.pop(0))
         else:
             raise InputError(f"{flag} needs a value, such as {flag} 1")
-    return given
+    return flags
 
 
 def _value(text: str) -> Any:

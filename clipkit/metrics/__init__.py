@@ -5,17 +5,15 @@ Importing this loads numpy alone; scipy is imported by the functions that need i
 
 from __future__ import annotations
 
-from clipkit.metrics.calibration import (
-    ReliabilityBin,
-    fit_temperature,
-    reliability,
-)
 from clipkit.metrics.classification import (
+    ReliabilityBin,
     average_precision,
     confusion,
+    fit_temperature,
     knn_predict,
     per_class_recall,
     predictions,
+    reliability,
     topk_hits,
 )
 from clipkit.metrics.intervals import (

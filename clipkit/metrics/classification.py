@@ -1,6 +1,13 @@
-"""Classification: top-k hits, confusion, recall per class, average precision, k-NN votes."""
+"""Classification: top-k hits, confusion, recall per class, average precision, k-NN votes, calibration.
+
+Calibration of probabilities, by a reliability diagram and a temperature: Guo, Pleiss, Sun, Weinberger
+2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +17,7 @@ from clipkit.errors import InputError
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
+_LIMIT = math.log(1e4)  # of |log temperature|
 
 
 def topk_hits(scores: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> Float64:
@@ -18,7 +26,7 @@ def topk_hits(scores: npt.ArrayLike, labels: npt.ArrayLike, k: int) -> Float64:
     Ties count by their expectation under random order: a constant classifier hits k / C. The mean
     is acc@k.
     """
-    values, truth = check_labelled(scores, labels)
+    values, truth = _labelled(scores, labels)
     own = values[np.arange(len(truth)), truth][:, None]
     greater, tie = (values > own).sum(axis=1), (values == own).sum(axis=1)
     return np.asarray(np.clip((k - greater) / tie, 0.0, 1.0), np.float64)
@@ -98,6 +106,72 @@ def knn_predict(
     return np.asarray(votes.reshape(len(labels), classes), np.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class ReliabilityBin:
+    """The n predictions with a confidence in (low, high]: their mean confidence and accuracy."""
+
+    low: float
+    high: float
+    confidence: float
+    accuracy: float
+    n: int
+
+
+def reliability(
+    probabilities: npt.ArrayLike, labels: npt.ArrayLike, bins: int = 15
+) -> list[ReliabilityBin]:
+    """Group predictions by confidence into `bins` of equal width; empty bins are left out.
+
+    Edges are as in sklearn.calibration.calibration_curve, (low, high], 0 going to the first. A
+    prediction is the first of the most probable classes.
+    """
+    values, truth = _labelled(probabilities, labels)
+    confidence = values.max(axis=1).astype(np.float64)
+    right = predictions(values) == truth
+    edges = np.linspace(0.0, 1.0, bins + 1)
+    of = np.searchsorted(edges[1:-1], confidence)
+    n = np.bincount(of, minlength=bins)
+    sure, correct = np.bincount(of, confidence, bins), np.bincount(of, right, bins)
+    return [
+        ReliabilityBin(
+            float(edges[b]),
+            float(edges[b + 1]),
+            float(sure[b] / n[b]),
+            float(correct[b] / n[b]),
+            int(n[b]),
+        )
+        for b in np.flatnonzero(n)
+    ]
+
+
+def fit_temperature(logits: npt.ArrayLike, labels: npt.ArrayLike) -> float:
+    """Return the temperature T that minimises the NLL of softmax(logits / T), logits (N, C).
+
+    The NLL is convex in 1/T, so its minimum is the root of its slope, searched by Brent's method.
+    Where there is no root, the result is a limit: 1e-4 if every label has the largest logit, 1e4 if
+    the logits are worse than chance. 1 if the logits say nothing.
+    """
+    from scipy.optimize import brentq
+    from scipy.special import softmax
+
+    values, truth = _labelled(logits, labels)
+    gaps = values.astype(np.float64)
+    gaps -= gaps[np.arange(len(truth)), truth][:, None]
+
+    def slope(log_inverse: float) -> float:
+        """Return the derivative of the mean NLL by 1/T: the mean logit less the label's own."""
+        probabilities = softmax(gaps * math.exp(log_inverse), axis=1)
+        return float(np.einsum("ij,ij->i", probabilities, gaps).mean())
+
+    if not gaps.any():
+        return 1.0
+    if slope(-_LIMIT) >= 0:
+        return math.exp(_LIMIT)
+    if slope(_LIMIT) <= 0:
+        return math.exp(-_LIMIT)
+    return math.exp(-float(brentq(slope, -_LIMIT, _LIMIT, xtol=1e-12)))
+
+
 def _ap(scores: Float64, targets: Bool) -> float:
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)  # of each threshold
@@ -123,7 +197,7 @@ def _finite(scores: npt.ArrayLike) -> npt.NDArray[np.floating]:
     return values
 
 
-def check_labelled(
+def _labelled(
     scores: npt.ArrayLike, labels: npt.ArrayLike
 ) -> tuple[npt.NDArray[np.floating], Int64]:
     """Return scores (N, C) and labels (N,) as arrays. Raises InputError if they are unfit."""

@@ -22,6 +22,7 @@ from clipkit.sources.rows import (
     PictureFinder,
     Row,
     Source,
+    count_lines,
     split_name,
 )
 from clipkit.sources.tables import Table, filled
@@ -106,7 +107,7 @@ def open_imagefolder(path: Path, options: Options) -> Source:
         raise DatasetError(f"{path} holds no {' and no '.join(_METADATA)}")
     tables = [Table.open(file) if file.suffix == ".csv" else None for file in files]
     columns = [_columns(f, t, options) for f, t in zip(files, tables, strict=True)]
-    total = sum(_count_lines(file) for file in files)
+    total = sum(map(count_lines, files))
 
     def rows() -> Iterator[Row | Broken]:
         for file, table, roles in zip(files, tables, columns, strict=True):
@@ -228,11 +229,6 @@ def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
         return meta
     lists = {name: [text for text in meta.get(name, ()) if text] for name in LISTS}
     return {name: texts for name, texts in lists.items() if texts} | inner
-
-
-def _count_lines(file: Path) -> int:
-    with file.open("rb") as lines:
-        return sum(1 for _ in lines)
 
 
 def _walk(folder: Path) -> Iterator[Path | Broken]:

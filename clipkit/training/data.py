@@ -1,7 +1,7 @@
-"""Which pairs stand in which batch: decided by (seed, epoch) alone, before anything is read.
+"""Plan batches of pairs from (seed, epoch) alone, before any picture is read.
 
 A picture appears once an epoch, with one of its captions, so that no batch holds a picture twice.
-Nothing here has a state: a run that goes on from epoch 3, batch 17 computes the same plans again.
+Plans have no state: a run that is resumed at epoch 3, batch 17 computes the same plans again.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from clipkit.sources import Broken, Options, Picture, PictureFile, Row, TarMembe
 Vectors = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-_SEARCHED = 10  # candidates looked at for each one asked for
+_SEARCHED = 10  # candidates for each hard negative
 
 
 def mine(
     pictures: Vectors, texts: Vectors, data: CaptionedPictures, *, count: int, margin: float = 0.95
 ) -> Ints:
-    """int64 (N, count): each picture's hardest negatives, hardest first; -1 where there are fewer.
+    """Return int64 (N, count): each picture's hardest negatives, hardest first; -1 if there are fewer.
 
-    pictures (N, D) and texts (distinct captions, D) are unit rows, `data` what they are of.
+    pictures float32 (N, D) and texts (distinct captions, D) are unit rows of the pictures and captions
+    of `data`. Pictures with a caption of the same meaning, and those closer to a caption than `margin`
+    of its own picture's similarity, are no negatives.
     """
     index = VectorIndex.build(np.arange(len(pictures)), pictures)
     having: dict[int, set[int]] = {}  # pictures that have a caption of this meaning
@@ -40,28 +42,28 @@ def mine(
             having.setdefault(int(data.meanings[number]), set()).add(picture)
     result = np.full((len(data), count), -1, np.int64)
     for picture, numbers in enumerate(data.owned):
-        found: dict[int, float] = {}
-        spared = {picture}
+        candidates: dict[int, float] = {}
+        excluded = {picture}
         for number, (ids, scores) in zip(
             numbers, index.search(texts[numbers], _SEARCHED * count + 1), strict=True
         ):
             own = float(texts[number] @ pictures[picture])
             limit = own - (1 - margin) * abs(own)
-            spared |= having[int(data.meanings[number])]
-            spared |= set(ids[scores > limit].tolist())
+            excluded |= having[int(data.meanings[number])]
+            excluded |= set(ids[scores > limit].tolist())
             for candidate, score in zip(ids.tolist(), scores.tolist(), strict=True):
-                found[candidate] = max(score, found.get(candidate, -2.0))
-        hardest = sorted((-s, c) for c, s in found.items() if c not in spared)[:count]
+                candidates[candidate] = max(score, candidates.get(candidate, -2.0))
+        hardest = sorted((-s, c) for c, s in candidates.items() if c not in excluded)[:count]
         result[picture, : len(hardest)] = [c for _, c in hardest]
     return result
 
 
-_ORDER, _CAPTION = 0, 1  # what a random stream is for, beside seed and epoch
+_ORDER, _CAPTION = 0, 1  # the purpose of a random stream, beside seed and epoch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One batch over all processes: pictures and their captions, by number."""
+    """One batch over all processes: numbers of pictures and of their captions."""
 
     epoch: int
     number: int  # of the batch within its epoch
@@ -71,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionedPictures:
-    """A split of a dataset: its pictures, its distinct captions, and which belong together."""
+    """A split of a dataset: its pictures, its distinct captions, and their pairs."""
 
     folder: Path
     image_ids: tuple[str, ...]  # distinct
@@ -142,24 +144,24 @@ class CaptionedPictures:
 
     @property
     def owner(self) -> Ints:
-        """(captions,): the picture of each of `captions`."""
+        """Return int64 (captions,): the picture of each of `captions`."""
         return np.repeat(np.arange(len(self)), [len(texts) for texts in self.owned])
 
     @property
     def captions(self) -> Ints:
-        """(captions,): every picture's captions' numbers, in the order of the pictures."""
+        """Return int64 (captions,): the numbers of all captions, in the order of the pictures."""
         return np.concatenate(self.owned)
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with the pictures' content, captions and order."""
+        """Return 16 hex digits that change with the pictures' content, captions and order."""
         digest = hashlib.sha256()
         for image_id, numbers in zip(self.image_ids, self.owned, strict=True):
-            words = "\x1f".join(self.texts[n] for n in numbers)
-            digest.update(f"{image_id}\x1e{words}\x1d".encode())
+            captions = "\x1f".join(self.texts[n] for n in numbers)
+            digest.update(f"{image_id}\x1e{captions}\x1d".encode())
         return digest.hexdigest()[:16]
 
     def check_batch(self, batch: int) -> None:
-        """DatasetError if there are fewer pictures than one batch: an epoch would have no step."""
+        """Raise DatasetError if there are fewer pictures than a batch: an epoch would have no step."""
         if len(self) < batch:
             raise DatasetError(
                 f"{self.folder} has {len(self)} training pictures with captions, fewer than one "
@@ -167,11 +169,11 @@ class CaptionedPictures:
             )
 
     def plans(self, *, epoch: int, batch: int, seed: int, alike: Ints | None = None) -> list[Plan]:
-        """One epoch's batches. Every epoch has its own order; what is left over behind the last
-        whole batch is different pictures each time.
+        """Return one epoch's batches, in an order of its own.
 
-        alike: (N, K) hard negatives, pictures to be in one batch with each; -1 where there are
-        fewer. Every picture still appears once.
+        The pictures behind the last whole batch are left out, different ones each epoch. `alike` (N, K)
+        are hard negatives, to be put into one batch with each picture; -1 if there are fewer. Every
+        picture still appears once. Raises DatasetError if there are fewer pictures than a batch.
         """
         self.check_batch(batch)
         order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self))
@@ -189,8 +191,10 @@ class CaptionedPictures:
         return plans
 
     def same(self, plan: Plan) -> torch.Tensor | None:
-        """bool (B, B): other pairs (picture i, caption j) of a batch that are true, since picture i
-        has a caption that says the same as j. None if there are none."""
+        """Return bool (B, B): pairs (picture i, caption j), i != j, that are true all the same.
+
+        Picture i has a caption of the same meaning as j. None if there are no such pairs.
+        """
         columns: dict[int, list[int]] = {}
         for j, text in enumerate(plan.texts):
             columns.setdefault(int(self.meanings[text]), []).append(j)
@@ -256,12 +260,12 @@ def _rows(folder: Path, split: str) -> Iterator[Row]:
 
 
 def fitted_batch(pictures: int, *, most: int) -> int:
-    """The greatest power of two that leaves an epoch at least four batches, at most `most`."""
+    """Return the greatest power of two that leaves an epoch four batches or more, at most `most`."""
     return max(2, min(most, 1 << ((pictures // 4).bit_length() - 1) if pictures >= 8 else 2))
 
 
 def _together(order: Ints, alike: Ints) -> Ints:
-    """The order, but each picture is followed by those of its look-alikes not placed before it."""
+    """Return the order with each picture followed by its hard negatives that are not placed yet."""
     placed = np.zeros(len(order), bool)
     result: list[int] = []
     for picture in order:

@@ -93,7 +93,7 @@ class Inputs(Protocol):
 
 
 class PictureInputs:
-    """Reads pictures from a dataset folder; see `Inputs`."""
+    """Read the pictures of a dataset, in files or shards; see `Inputs`."""
 
     def __init__(
         self,
@@ -116,10 +116,10 @@ class PictureInputs:
         views = ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=_AHEAD)
         with closing(views):
             for plan in plans:
-                words = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
-                pixels = self._gathered(views, len(words))
-                order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
-                yield Batch(plan, pixels, self._towers.tokenize(words), order)
+                captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
+                pixels = self._gathered(views, len(captions))
+                order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
+                yield Batch(plan, pixels, self._towers.tokenize(captions), order)
 
     def pictures(self) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
