@@ -1,4 +1,4 @@
-"""An OpenCLIP checkpoint folder, read without torch: its layout, its settings, its identity.
+"""Read an OpenCLIP checkpoint folder without torch: its layout, its settings, its identity.
 
     open_clip_config.json         {"model_cfg": {...}, "preprocess_cfg": {...}}, OpenCLIP's own
     open_clip_model.safetensors   the weights
@@ -28,17 +28,17 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 PROVENANCE_FILE = "clipkit.json"
 TEXT_CONFIG_FILE = "config.json"
-RUN_RESULT = "checkpoint"  # where a training run keeps it
-# What decides how a text becomes tokens: the first of these that exists is hashed.
+RUN_RESULT = "checkpoint"  # in the folder of a training run
+# These files decide how a text becomes tokens; the first that exists is hashed.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
-# What a config says about how it was loaded, not about what the towers compute.
+# Keys about how a model was loaded, not about what the towers compute.
 _VOLATILE_KEYS = frozenset({"timm_model_pretrained", "hf_model_pretrained"})
 
 
 @dataclass(frozen=True, slots=True)
 class TowerConfig:
-    """What an encoder expects of a picture and of a text.
+    """The settings of an encoder: how it takes a picture and a text.
 
     `image_size` is (height, width) in pixels; `mean` and `std` are per channel, in [0, 1] units;
     `fill` is the grey level that pads a picture in resize mode "longest".
@@ -59,7 +59,7 @@ class TowerConfig:
     def from_open_clip(
         cls, model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any]
     ) -> TowerConfig:
-        """Read OpenCLIP's two dictionaries, with OpenCLIP's defaults for what they leave out."""
+        """Read OpenCLIP's two dictionaries, with OpenCLIP's defaults for missing keys."""
         vision, text = model_cfg["vision_cfg"], model_cfg["text_cfg"]
         size = preprocess_cfg.get("size") or vision.get("image_size", 224)
         height, width = (size, size) if isinstance(size, int) else size
@@ -102,14 +102,14 @@ def _triple(values: float | Iterable[float]) -> tuple[float, float, float]:
 
 
 def builtin_folder() -> Path:
-    """Where the built-in model's checkpoint lies."""
+    """Return the folder of the built-in model's checkpoint."""
     return Path(__file__).parent / "builtin"
 
 
 def find_folder(spec: str) -> Path | None:
-    """The folder that a spec names, or None where the spec names a model of a hub.
+    """Return the folder that a spec names, or None if it names a model of a hub.
 
-    A training run's folder stands for the checkpoint that it ended with.
+    The folder of a training run stands for its final checkpoint.
     """
     if spec == "builtin":
         return builtin_folder()
@@ -121,7 +121,7 @@ def find_folder(spec: str) -> Path | None:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The folder's model_cfg and preprocess_cfg."""
+    """Return the folder's model_cfg and preprocess_cfg. Raises ModelError if it has none."""
     path = folder / CONFIG_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -139,9 +139,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def identify(spec: str) -> str | None:
-    """The `encoder_id` of a safetensors checkpoint folder; None for what must be loaded first.
+    """Return the `encoder_id` of a safetensors checkpoint folder; None if only loading tells it.
 
-    Costs one read of the files and no torch, so that an unchanged library is seen as such at once.
+    It reads the files once and imports no torch, so that an unchanged library is recognised at once.
     """
     folder = find_folder(spec)
     if folder is None or not (folder / WEIGHTS_FILE).is_file():
@@ -156,7 +156,7 @@ def identify(spec: str) -> str | None:
 def combine_identity(
     model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], tokenizer: str, weights: str
 ) -> str:
-    """Sixteen hex digits that change with all that changes an embedding, and with nothing else."""
+    """Return sixteen hex digits that depend on everything that affects an embedding, and no more."""
     resolved = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
     settings = {
         "model": _without_volatile(model_cfg),
@@ -182,7 +182,7 @@ def _without_volatile(value: Any) -> Any:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """A digest of the tokenizer; empty for OpenCLIP's own, which the config describes."""
+    """Return a digest of the tokenizer; empty for OpenCLIP's own, which the config describes."""
     for name in TOKENIZER_FILES:
         path = folder / name
         if not path.is_file():
@@ -190,8 +190,8 @@ def tokenizer_digest(folder: Path) -> str:
         if name != "tokenizer.json":
             return hashlib.sha256(path.read_bytes()).hexdigest()
         content = json.loads(path.read_text(encoding="utf-8"))
-        # Written along, but not part of encoding: the last caller's padding and truncation, and the
-        # way back from tokens to text, which transformers fills in when it saves.
+        # Saved, but not part of encoding: the last caller's padding and truncation, and the decoder
+        # from tokens to text, which transformers adds when it saves.
         for other in ("padding", "truncation", "decoder"):
             content.pop(other, None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -199,10 +199,10 @@ def tokenizer_digest(folder: Path) -> str:
 
 
 def weights_digest(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
-    """A digest of named arrays, given in the order of their names.
+    """Return a digest of named arrays, which come in the order of their names.
 
-    Half-precision values are hashed as float32, so that the same values stored in either are the
-    same encoder. bfloat16, which numpy lacks, arrives widened to float32.
+    Half-precision values are hashed as float32, so that the same values stored as either are the
+    same encoder. bfloat16, which numpy lacks, is already widened to float32.
     """
     digest = hashlib.sha256()
     for name, array in tensors:
@@ -228,9 +228,9 @@ _SAFETENSORS_DTYPES = {
 def read_weights(
     path: Path, prefixes: str | tuple[str, ...] = ""
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """A safetensors file's tensors whose names begin so, in the order of their names.
+    """Yield the tensors of a safetensors file whose names begin with `prefixes`, ordered by name.
 
-    bfloat16 is widened to float32.
+    bfloat16 is widened to float32. Raises ModelError if the file is damaged.
 
     The format (https://huggingface.co/docs/safetensors): a little-endian u64 header length, a JSON
     header of name -> dtype, shape, offsets, then the bytes. Read here because the library's numpy
@@ -254,5 +254,5 @@ def read_weights(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{path} is not a whole safetensors file ({type(error).__name__}: {error}); "
-            "copy it anew"
+            "copy it again"
         ) from error

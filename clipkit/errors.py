@@ -1,16 +1,16 @@
-"""Every error that clipkit raises on purpose, and nothing else.
+"""The errors that clipkit raises on purpose.
 
-    ClipkitError                 the root: catch this one
-    ├── InputError               what was asked cannot be done (CLI exit 2, HTTP 4xx)
-    │   ├── ImageError           a picture cannot be read, or is beyond a limit; carries a short `reason`
-    │   ├── QueryError           a search cannot be understood
-    │   ├── ModelError           a model spec is unknown, unreachable or unfit
-    │   ├── DatasetError         a dataset's files are not as its format says
-    │   └── EncoderMismatch      vectors of one encoder, a query of another
+    ClipkitError                 root of all: catch this one
+    ├── InputError               the input or the request is invalid (CLI exit 2, HTTP 4xx)
+    │   ├── ImageError           a picture cannot be read or exceeds a limit; has a short `reason`
+    │   ├── QueryError           a query cannot be parsed
+    │   ├── ModelError           a model spec is unknown, unreachable or unsuitable
+    │   ├── DatasetError         a dataset's files do not follow its format
+    │   └── EncoderMismatch      stored vectors and query are of different models
     ├── IndexDamaged             a file of the index is not what was written (CLI exit 1, HTTP 5xx)
-    └── CatalogBusy              another process writes to this index now
+    └── CatalogBusy              another process is writing to this index (CLI exit 1, HTTP 409)
 
-A message is one sentence that says what, the value, the limit and the remedy:
+A message is one sentence with the cause, the value, the limit and the remedy:
 "picture is 212 MP; the limit is 100 MP; resize it or raise --max-megapixels".
 """
 
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 
 class ClipkitError(Exception):
-    """The root of clipkit's errors."""
+    """Root of clipkit's errors."""
 
 
 class InputError(ClipkitError):
-    """What was asked cannot be done as asked."""
+    """The input or the request is invalid."""
 
 
 class ImageError(InputError):
-    """A picture cannot be read. `reason` is a short stable word to count by, such as "truncated"."""
+    """A picture cannot be read. `reason` is a short, stable word for counting, such as "truncated"."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -34,19 +34,19 @@ class ImageError(InputError):
 
 
 class QueryError(InputError):
-    """A search cannot be understood."""
+    """A query cannot be parsed."""
 
 
 class ModelError(InputError):
-    """A model spec is unknown, unreachable or unfit for the job."""
+    """A model spec is unknown, unreachable or unsuitable."""
 
 
 class DatasetError(InputError):
-    """A dataset's files are not as its format says."""
+    """A dataset's files do not follow its format."""
 
 
 class EncoderMismatch(InputError):
-    """Vectors of one encoder cannot be compared with a query of another."""
+    """Stored vectors and query are of different models and cannot be compared."""
 
 
 class IndexDamaged(ClipkitError):

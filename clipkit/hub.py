@@ -1,4 +1,4 @@
-"""The Hugging Face hub, asked only where it can be found."""
+"""Requests to the Hugging Face hub, offline if its host cannot be resolved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 
 @contextmanager
 def asking_the_hub() -> Iterator[None]:
-    """Within, the hub's clients warn of nothing, and work offline if its host has no address.
+    """Silence the hub's clients, and put them offline if the hub's host cannot be resolved.
 
-    Offline they answer from their cache or fail at once; else they would retry for half a minute a
-    file, each time with a line of their own. What fails is the caller's to say.
+    Offline they answer from their cache or fail at once, instead of retrying for half a minute a file
+    with a warning each time. Errors pass through to the caller.
     """
     from huggingface_hub import constants
 
@@ -40,7 +40,7 @@ def asking_the_hub() -> Iterator[None]:
 
 
 def _has_address(endpoint: str) -> bool:
-    """Whether the host is known here; behind a proxy only the proxy knows."""
+    """Return whether the host can be resolved, or a proxy is set, which resolves names itself."""
     if any(os.environ.get(name) for name in _PROXIES):
         return True
     place = urlsplit(endpoint)

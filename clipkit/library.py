@@ -289,13 +289,13 @@ class Library:
         Raises InputError for a folder that does not exist, CatalogBusy while another process or
         thread writes to the index, and ModelError if the model cannot be loaded.
         """
-        from clipkit.embed import index_folders
-        from clipkit.embed.walk import distinct_roots
+        from clipkit.embed import distinct_roots, index_folders
 
         self._check_open()
         if not self._exists():
             distinct_roots(folders)  # a mistyped folder must not leave an empty index behind
         encoder = self.encoder
+        _ = encoder.encoder_id  # nor may a model that cannot be loaded
         with Catalog.open(self.folder, write=True) as catalog:
             return index_folders(
                 catalog,
@@ -338,8 +338,7 @@ class Library:
         with self._lock:
             catalog = self._open()
             if self._searcher is None:
-                encoder = self.encoder
-                self._searcher = Searcher(catalog, encoder, encoder_id=encoder.known_id)
+                self._searcher = Searcher(catalog, self.encoder)
             return self._searcher
 
     def _own_model(self) -> str | None:

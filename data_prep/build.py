@@ -29,28 +29,37 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TextIO
+from typing import Any, Literal, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipkit.errors import DatasetError
+from clipkit.embed import in_order
+from clipkit.errors import DatasetError, InputError
 from clipkit.images import Limits
 from clipkit.records import METADATA, SPLITS
-from clipkit.sources import Broken, Row, Source
+from clipkit.sources import (
+    Broken,
+    Picture,
+    PictureBytes,
+    Row,
+    Source,
+    TarMember,
+    open_source,
+)
 from clipkit.sources.rows import LISTS
 from data_prep.clean import Rules, caption_fault, mend, same_caption
-from data_prep.load import Fault, Loaded, Loader, in_order
+from data_prep.load import Fault, Loaded, Loader
 from data_prep.split import HASH_BYTES, Fractions, assign, groups_of, near_pairs
 from data_prep.staging import MANIFEST, Built, Progress, aside, check_out, swap, write_manifest
 
@@ -100,8 +109,7 @@ def build(
                 run.read(source, workers or os.cpu_count() or 1)
             lists = run.merge()
             splits = run.split(fractions, seed)
-            writer: Writer = ShardWriter(folder) if shards else FolderWriter(folder, lists=lists)
-            with writer:
+            with closing(ShardWriter(folder) if shards else FolderWriter(folder, lists)) as writer:
                 run.write(writer, splits, pool)
         shutil.rmtree(pool)
         for name in (_SPOOL, _MERGED):
@@ -125,6 +133,58 @@ def build(
         write_manifest(folder / MANIFEST, built, sources, options=options, command=command)
         swap(folder, out)
     return built
+
+
+def build_once(
+    data: str,
+    below: Path,
+    *,
+    command: str = "",
+    on_progress: Callable[[Progress], None] | None = None,
+) -> tuple[Path, Built | None]:
+    """Build a dataset of the source `data` in a folder below `below`, unless that was done before.
+
+    The folder's name holds a hash of the rows and of the files' sizes and times: a changed source
+    gives another folder, and runs that began on the former one can be resumed. Of a hub dataset only
+    the name counts. Several processes may call this at once; one builds. Returns the folder, and the
+    result of the build, or None if the dataset was there. Raises InputError as `build` does.
+    """
+    from filelock import FileLock
+
+    source = open_source(data)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(data).stem).strip("-.") or "data"
+    out = below / f"{name[:40]}-{_rows_hash(source)}"
+    try:
+        below.mkdir(parents=True, exist_ok=True)
+        with FileLock(below / f".{out.name}.lock"):
+            if (out / MANIFEST).is_file():
+                return out, None
+            return out, build([source], out, command=command, on_progress=on_progress)
+    except OSError as error:
+        raise InputError(f"cannot write into {below}: {error.strerror or error}") from error
+
+
+def _rows_hash(source: Source) -> str:
+    """Return 12 hex digits that change with the rows of a source and with their files."""
+    digest = blake2b(f"{source.kind} {source.path}".encode("utf-8", "surrogateescape"))
+    for row in () if source.path.startswith("hf:") else source.rows():
+        if isinstance(row, Broken):
+            content: list[Any] = [row.place, row.reason]
+        else:
+            content = [row.name, row.captions, row.split, dict(row.meta), *_stamp(row.picture)]
+        digest.update(json.dumps(content, default=str).encode())
+    return digest.hexdigest()[:12]
+
+
+def _stamp(picture: Picture) -> tuple[object, ...]:
+    """Return what changes with a picture: its place, and its file's size and time, or its content."""
+    if isinstance(picture, PictureBytes):
+        return (blake2b(picture.data).hexdigest(),)
+    file = picture.tar if isinstance(picture, TarMember) else picture.path
+    if file is None or not file.exists():
+        return (str(file),)
+    status = file.stat()
+    return (repr(picture), status.st_size, status.st_mtime_ns)
 
 
 class _Build:
@@ -313,7 +373,9 @@ class _Build:
 
     # ---- the second pass
 
-    def write(self, writer: Writer, splits: list[str | None], pool: Path) -> None:
+    def write(
+        self, writer: FolderWriter | ShardWriter, splits: list[str | None], pool: Path
+    ) -> None:
         """Write every picture that still has a caption. Raises DatasetError if there is none."""
         self._merged.seek(0)
         most = self.rules.max_repeats or len(splits)
@@ -389,31 +451,15 @@ def _print(split: str, record: Record) -> int:
 # ---- the dataset's files
 
 
-class Writer(Protocol):
-    """Move pictures from the same disk into the dataset, each to its split."""
-
-    def add(self, split: str, record: Record, picture: Path) -> None: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
-
-
 class FolderWriter:
-    """Write an imagefolder below `folder`, with the list columns `lists` on every line."""
+    """Move pictures into an imagefolder below `folder`, with the list columns `lists` on every line."""
 
-    def __init__(self, folder: Path, *, lists: Sequence[str]) -> None:
+    def __init__(self, folder: Path, lists: Sequence[str]) -> None:
         self._folder = folder
         self._lists = tuple(lists)
         self._files: dict[str, TextIO] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for file in self._files.values():
             file.close()
 
@@ -447,10 +493,7 @@ class ShardWriter:
         self._counts: dict[str, int] = {}
         self._tars: dict[str, tarfile.TarFile] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         for tar in self._tars.values():
             tar.close()
 

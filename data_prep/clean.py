@@ -1,23 +1,23 @@
-"""What is no caption and no picture to learn from, each for a reason that is counted and listed.
+"""Rules that reject captions and pictures; every rejection has a reason code.
 
     blank                 a picture of one colour: a placeholder
     too-small             a picture with a side below `min_side` pixels
     near-duplicate        a picture that looks like one before it (only with near="drop")
-    no-caption            nothing that was said of the picture is left
-    empty                 nothing but white space
+    no-caption            none of the picture's captions is left
+    empty                 only white space
     too-short, too-long   below `min_chars`, above `max_chars` characters
     url, file-name        "https://...", "IMG_1234.JPG", "DSC00042"
     placeholder           "no description", "untitled", "n/a"
     no-letters            fewer than three in ten of its characters are letters: "****", "12-345"
-    mojibake              letters that were lost: "caf\\ufffd", or garbled beyond mending
-    script                with `scripts` given: most of its letters are of others
+    mojibake              lost letters: "caf\\ufffd", or garbled beyond repair
+    script                with `scripts` set: most letters belong to other scripts
     repeated              the picture has the caption already
-    repeated-on-many      the caption stands on more than `max_repeats` pictures
-    marked-wrong          somebody said that the caption does not fit the picture
+    repeated-on-many      more than `max_repeats` pictures have the caption
+    marked-wrong          a correction says that the caption does not fit the picture
 
-Pictures that cannot be read bring `clipkit.images`' own reasons (truncated, broken, ...). Captions are
-mended first: HTML entities and tags, control characters, text decoded the wrong way (by ftfy), runs of
-white space. Nothing else about them is changed: case and punctuation stay.
+Pictures that cannot be read have the reasons of `clipkit.images` (truncated, broken, ...). Captions are
+repaired first: HTML entities and tags, control characters, text decoded the wrong way (by ftfy), runs of
+white space. Case and punctuation stay.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     import ftfy
     from PIL import Image
 
-# Reasons without a number to set: these are switched off by name.
+# Reasons without a limit: these are switched off by name.
 ALLOWABLE = ("blank", "url", "file-name", "placeholder", "no-letters", "mojibake", "marked-wrong")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What is asked of pictures and captions; 0 switches a number's rule off."""
+    """Limits for pictures and captions; 0 switches a limit off. Raises InputError for a bad limit."""
 
     min_side: int = 32  # pixels
     min_chars: int = 2
     max_chars: int = 1000
     max_repeats: int = 100  # pictures that may share a caption
     scripts: tuple[str, ...] = ()  # Unicode's names, such as LATIN; none: any
-    near: Literal["group", "drop", "ignore"] = "group"  # near-duplicates: kept in one split, or one
+    near: Literal["group", "drop", "ignore"] = "group"  # near-duplicates: in one split, or only one
     radius: int = 15  # bits of 256 in which near-duplicates' hashes may differ, see split.py
     allow: frozenset[str] = frozenset()  # of ALLOWABLE
 
@@ -63,7 +63,7 @@ class Rules:
         if self.near not in ("group", "drop", "ignore"):
             raise InputError(f"near is {self.near!r}; it must be group, drop or ignore")
         for name in sorted(self.allow - set(ALLOWABLE)):
-            raise InputError(f"cannot allow {name!r}; what can be is {', '.join(ALLOWABLE)}")
+            raise InputError(f"cannot allow {name!r}; use one of {', '.join(ALLOWABLE)}")
 
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,200}>")
@@ -99,9 +99,9 @@ def _ftfy_config() -> ftfy.TextFixerConfig:
 
 
 def mend(caption: str) -> str:
-    """The caption as it was meant: one line, entities and wrong decodings undone."""
+    """Return the caption on one line, with HTML entities and wrong decodings undone."""
     if caption.isascii() and caption.isprintable() and not ("&" in caption or "<" in caption):
-        return " ".join(caption.split())  # most captions: nothing below would change them
+        return " ".join(caption.split())  # most captions need no repair
     import ftfy
 
     # JSON can escape half a surrogate pair, which no tokenizer takes
@@ -111,14 +111,17 @@ def mend(caption: str) -> str:
 
 
 def _shows(character: str) -> bool:
-    """Neither a control character nor a mark of order or width; joiners make letters and emoji."""
+    """Return whether a character is visible: no control character, no mark of order or width.
+
+    Joiners stay: they form letters and emoji.
+    """
     return unicodedata.category(character) not in ("Cc", "Co", "Cn", "Cs") and character not in (
         "\u200b\u200e\u200f\u2060\ufeff"
     )
 
 
 def caption_fault(caption: str, rules: Rules) -> str | None:
-    """Why a mended caption is none, a reason of the list above; None if it is one."""
+    """Return the reason code why a repaired caption is rejected, or None."""
     if not caption:
         return "empty"
     bare = caption.casefold().strip(" .,:;!?-_–—()[]<>{}\"'*#/…")
@@ -155,16 +158,16 @@ def _garbled(caption: str) -> bool:
 
 
 def same_caption(caption: str) -> str:
-    """What two captions have in common that are the same but for case, accents' form and full stop."""
+    """Return a key that is equal for captions that differ in case, Unicode form or full stop only."""
     return unicodedata.normalize("NFKC", caption).casefold().rstrip(" .!")
 
 
 def picture_fault(
     rgb: Image.Image, width: int, height: int, rules: Rules
 ) -> tuple[str, str] | None:
-    """(reason, detail) why a picture that decodes is not wanted. `width` x `height` of the original."""
+    """Return (reason, detail) why a decoded picture is rejected, or None; sizes are the original's."""
     if min(width, height) < rules.min_side:
-        return "too-small", f"{width} x {height} pixels; the least side is {rules.min_side}"
+        return "too-small", f"{width} x {height} pixels; the minimum side is {rules.min_side}"
     if "blank" not in rules.allow:
         levels = np.asarray(rgb.resize((32, 32)))  # uint8 (32, 32, 3)
         spread = int(np.ptp(levels, axis=(0, 1)).max())

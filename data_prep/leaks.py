@@ -10,12 +10,12 @@ from itertools import combinations
 
 import numpy as np
 
+from clipkit.embed import in_order
 from clipkit.errors import DatasetError, ImageError
 from clipkit.images import decode, image_id
 from clipkit.records import SPLITS
 from clipkit.sources import Broken, Picture, Row, Source
 from data_prep.clean import same_caption
-from data_prep.load import in_order
 from data_prep.split import HASH_BYTES, MAX_RADIUS, near_pairs, perceptual_hash
 
 _Look = tuple[str, bytes]  # image_id, perceptual hash
@@ -36,7 +36,7 @@ class Leaks:
     """Leaks between splits. Equal captions are listed apart: two pictures may both be "A dog runs."."""
 
     pictures: dict[str, int]  # by split
-    found: tuple[Leak, ...]
+    pairs: tuple[Leak, ...]  # pictures
     shared_captions: tuple[Leak, ...]
     unreadable: tuple[tuple[str, str], ...]  # picture or row, why
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from PIL import Image
 
@@ -25,30 +21,6 @@ _SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP
 _SUFFIXES |= {"TIFF": ".tiff", "AVIF": ".avif"}  # what others open too; HEIF is written as JPEG
 _HASHED_SIDE = 128  # pixels that a picture is decoded to at least: the hash looks at 64
 _QUALITY = 92
-
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-def in_order(
-    items: Iterable[T],
-    start: Callable[[ThreadPoolExecutor, T], Future[R] | None],
-    workers: int | None = None,
-) -> Iterator[tuple[T, Future[R] | None]]:
-    """Each item with what `start` set going for it, in order, a bounded number of items ahead."""
-    workers = workers or os.cpu_count() or 1
-    waiting: deque[tuple[T, Future[R] | None]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for item in items:
-            waiting.append((item, start(pool, item)))
-            if len(waiting) > 4 * workers + 16:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:  # an interrupted caller waits for the few that run, not for those that wait
-        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)

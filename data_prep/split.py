@@ -1,11 +1,12 @@
-"""Which pictures train, which validate, which test: by content, look-alikes together, and leaks told.
+"""Assign pictures to train, validation and test by their content, look-alikes together.
 
-A picture's place follows from its content alone: hash (with the seed), read as a number in [0, 1),
+A picture's split follows from its content alone: its hash (with the seed), read as a number in [0, 1),
 falls into one of three ranges. Adding data moves nothing. Pictures that look alike form groups, and a
-group goes where its most trainward member falls. So a picture that was trained on never comes to be
-tested on when data is added: it can only move the other way, and only with a new look-alike.
+group goes to the split, in the order train, validation, test, that comes first among its members. So a
+training picture never becomes a test picture when data is added; the reverse can happen, with a new
+look-alike.
 
-Look-alikes are told by a perceptual hash of 256 bits (pHash, Zauner 2010, by imagehash): of 6,091
+Look-alikes are found by a perceptual hash of 256 bits (pHash, Zauner 2010, by imagehash): of 6,091
 photos saved again smaller or as worse JPEGs all but 1 % stay within 8 bits, brightened by 15 % within
 14, while no two different ones come within 60. The common 64 bits put different photos 8 apart.
 """
@@ -33,7 +34,10 @@ _BLOCK = 1 << 22  # pairs compared at once
 
 @dataclass(frozen=True, slots=True)
 class Fractions:
-    """How much of what has no official split goes where; the rest trains."""
+    """The fractions of pictures without an official split that go to validation and test.
+
+    The rest trains. Raises InputError if a fraction is not in [0, 1) or nothing is left to train.
+    """
 
     validation: float = 0.1
     test: float = 0.1
@@ -47,19 +51,20 @@ class Fractions:
                 )
         if self.validation + self.test >= 1:
             raise InputError(
-                f"{self.validation:g} to validate and {self.test:g} to test leave nothing to train"
+                f"fractions {self.validation:g} (validation) and {self.test:g} (test) leave no "
+                "training data; their sum must be below 1"
             )
 
 
 def perceptual_hash(rgb: Image.Image) -> bytes:
-    """32 bytes that differ in few bits between pictures that look alike."""
+    """Return 32 bytes that differ in few bits between pictures that look alike."""
     import imagehash
 
     return np.packbits(imagehash.phash(rgb, hash_size=16).hash).tobytes()
 
 
 def near_pairs(hashes: NDArray[np.uint8], radius: int) -> NDArray[np.int64]:
-    """Every pair of rows that differ in at most `radius` bits: int64 (P, 2), first < second.
+    """Return every pair of rows that differ in at most `radius` bits: int64 (P, 2), first < second.
 
     `hashes` is uint8 (N, 32), radius 0..15. Exact, by the pigeonhole: 15 differing bits leave one of
     the 16 words of 16 bits untouched, so only rows that share a word are compared. Equal rows are
@@ -68,7 +73,7 @@ def near_pairs(hashes: NDArray[np.uint8], radius: int) -> NDArray[np.int64]:
     unique, first, back = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
     rows = np.arange(len(hashes))
     chained = np.stack([first[back.ravel()], rows], 1)
-    found = [chained[chained[:, 0] != rows]]
+    parts = [chained[chained[:, 0] != rows]]
     bits = np.ascontiguousarray(unique).view(np.uint64)  # (U, 4)
     words = bits.view(np.uint16)  # (U, 16)
     for word in words.T if radius else ():
@@ -84,13 +89,13 @@ def near_pairs(hashes: NDArray[np.uint8], radius: int) -> NDArray[np.int64]:
                 one = order[left[start : start + _BLOCK]]
                 two = order[left[start : start + _BLOCK] + gap]
                 near = np.bitwise_count(bits[one] ^ bits[two]).sum(1) <= radius
-                found.append(np.stack([first[one[near]], first[two[near]]], 1))
-    pairs = np.sort(np.concatenate(found).astype(np.int64), axis=1)
+                parts.append(np.stack([first[one[near]], first[two[near]]], 1))
+    pairs = np.sort(np.concatenate(parts).astype(np.int64), axis=1)
     return np.unique(pairs, axis=0)
 
 
 def groups_of(count: int, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64 (count,): the number of each row's group, rows that pairs connect being one group."""
+    """Return int64 (count,): the number of each row's group; rows that pairs connect form a group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -108,10 +113,10 @@ def assign(
     fractions: Fractions,
     seed: int = 0,
 ) -> list[str]:
-    """A split for each picture: its official one; else that of its group.
+    """Return a split for each picture: its official one, else that of its group.
 
-    A group with official members follows them (the most trainward, if they disagree: official splits
-    are never changed, and the leak between them is told by the check).
+    A group with official members follows them; if they disagree, the first of train, validation, test.
+    Official splits are never changed: `leaks` reports look-alikes between them.
     """
     places = np.array([_place(image_id, seed) for image_id in image_ids])  # 0..1
     edges = (1 - fractions.test - fractions.validation, 1 - fractions.test)

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from clipkit.embed import in_order
 from clipkit.errors import ImageError, InputError
 from clipkit.images import decode, image_id
 from clipkit.records import SPLITS
 from clipkit.sources import Broken, Picture, Row, Source
-from data_prep.load import in_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,22 +83,37 @@ def collect(
     # A heap of the smallest content hashes: a sample that does not depend on the order of rows.
     sample: list[tuple[int, int, Image.Image]] = []
     order = itertools.count()
-    for done, (row, future) in enumerate(in_order(source.rows(), _start, workers), 1):
+    started: set[Path] = set()
+    numbers: dict[Path, int] = {}  # place in per_picture of each file: it may have several rows
+
+    def start(pool: ThreadPoolExecutor, row: Row | Broken) -> Future[_Thumbnail | None] | None:
+        if isinstance(row, Broken) or row.picture.path in started:
+            return None
+        if row.picture.path is not None:
+            started.add(row.picture.path)
+        return pool.submit(_thumbnail, row.picture)
+
+    for done, (row, future) in enumerate(in_order(source.rows(), start, workers), 1):
         if isinstance(row, Broken):
             first = first or row
             unreadable += 1
         else:
-            pictures[row.split or ""] += 1
-            per_picture.append(len(row.captions))
+            number, path = len(per_picture), row.picture.path
+            if path is not None:
+                number = numbers.setdefault(path, number)
+            if number == len(per_picture):
+                pictures[row.split or ""] += 1
+                per_picture.append(0)
+            per_picture[number] += len(row.captions)
             for caption in row.captions:
                 tokens = re.findall(r"\w+(?:['’]\w+)?", caption.casefold())
                 lengths.append(len(tokens))
                 words.update(token for token in tokens if _is_telling(token))
                 distinct.add(hash(caption.casefold()))
             thumbnail = future.result() if future else None
-            if thumbnail is None:
+            if future and thumbnail is None:
                 unreadable += 1
-            else:
+            elif thumbnail is not None:
                 sizes.append(thumbnail.size)
                 rank = -int(thumbnail.image_id[:12], 16)
                 heapq.heappush(sample, (rank, next(order), thumbnail.rgb))
@@ -124,10 +139,6 @@ def collect(
 def _is_telling(word: str) -> bool:
     """Return whether a word is no number, no single Latin letter and no stop word."""
     return word not in _STOP and not word.isdigit() and (len(word) > 1 or not word.isascii())
-
-
-def _start(pool: ThreadPoolExecutor, row: Row | Broken) -> Future[_Thumbnail | None] | None:
-    return None if isinstance(row, Broken) else pool.submit(_thumbnail, row.picture)
 
 
 def _thumbnail(picture: Picture) -> _Thumbnail | None:

@@ -1,4 +1,4 @@
-"""What scores of pictures against classes say: the part that zero-shot and probes share.
+"""Figures, tables and examples from scores of pictures against classes, for zero-shot and probes.
 
 Ties count by expectation: of m classes that share the best score, each is a hit in 1/m of the cases,
 so a model that has collapsed to one vector gets chance, not 0 or 100 %. Accuracy and mean per-class
@@ -17,29 +17,26 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
+from clipkit.wording import percent
 from eval.data import Labelled
-from eval.features import fingerprint, thumbnail_if_there
+from eval.features import fingerprint
+from eval.reports.html import MOST_CLASSES
+from eval.reports.report import exhibit
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 
-_LARGEST_CONFUSION = 64  # classes; a larger matrix cannot be read, the table of pairs can
 _SHOWN_PAIRS = 20
 _SHOWN_MISTAKES = 24
 
 
-def percent(share: float) -> str:
-    """0.4534 -> 45.3 %, as text."""
-    return f"{100 * share:.1f} %"
-
-
-# ---- what was given
+# ---- data
 
 
 def check_labels(data: Labelled) -> None:
-    """InputError where class names and labels do not fit together."""
+    """Raise InputError if class names and labels do not match."""
     classes = len(data.classes)
     if (data.labels is None) == (data.targets is None):
         raise InputError(f"{data.name} must have either one label per picture or targets, not both")
@@ -60,35 +57,27 @@ def check_labels(data: Labelled) -> None:
 
 
 def emptied_classes(data: Labelled, kept: Int64) -> tuple[str, ...]:
-    """A warning if unreadable pictures were all that some classes had."""
-    every, left = _pictures(data, np.arange(len(data.pictures))), _pictures(data, kept)
-    names = [name for name, a, b in zip(data.classes, every, left, strict=True) if a and not b]
+    """Return a warning if a class has lost all its pictures; `kept` (N,) are the rows left."""
+    before, after = data.pictures_per_class(), data.select(kept).pictures_per_class()
+    names = [name for name, a, b in zip(data.classes, before, after, strict=True) if a and not b]
     if not names:
         return ()
     shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if names[5:] else "")
     return (f"no picture of {shown} can be read; means per class are over the others",)
 
 
-def _pictures(data: Labelled, rows: Int64) -> Int64:
-    """Pictures per class, int64 (C,)."""
-    if data.targets is not None:
-        return np.asarray(data.targets[rows].sum(axis=0), np.int64)
-    assert data.labels is not None
-    return np.bincount(data.labels[rows], minlength=len(data.classes)).astype(np.int64)
-
-
 def data_fingerprint(features: str, data: Labelled, kept: Int64) -> str:
-    """Of the pictures (the fingerprint of their features), the class names and the labels."""
-    answers = data.labels if data.labels is not None else data.targets
-    assert answers is not None
-    return fingerprint(features, [*data.classes, answers[kept].tobytes()])
+    """Return a hash of the pictures (the fingerprint of their features), class names and labels."""
+    labels = data.labels if data.labels is not None else data.targets
+    assert labels is not None
+    return fingerprint(features, [*data.classes, labels[kept].tobytes()])
 
 
 def stratified_halves(labels: Int64, *, share: float = 0.5, seed: int = 0) -> tuple[Int64, Int64]:
-    """Two sorted sets of row numbers, every class divided by `share`; classes of one by turns."""
+    """Split rows into two sorted sets, every class by `share`; classes of one picture in turn."""
     rng = np.random.default_rng(seed)
     order = np.lexsort((rng.random(len(labels)), labels))  # by class, shuffled inside it
-    # Going on where the last class stopped, rather than starting each at 0, divides singles too.
+    # Continuing where the last class stopped, not starting each at 0, splits classes of one too.
     first = np.diff(np.floor(np.arange(len(labels) + 1) * share)) > 0
     return np.sort(order[first]), np.sort(order[~first])
 
@@ -99,19 +88,17 @@ def stratified_halves(labels: Int64, *, share: float = 0.5, seed: int = 0) -> tu
 def label_metrics(
     scores: Float32, labels: Int64, *, ks: Sequence[int], seed: int = 0
 ) -> tuple[dict[str, Interval], dict[str, Float64]]:
-    """Of scores (N, C) and labels (N,): acc@k for every k up to C, and mean per-class recall.
-
-    Returns (metrics, samples); each sample (N,) has its metric as mean.
-    """
-    found: dict[str, Interval] = {}
+    """Return (metrics, samples) of scores (N, C) and labels (N,): acc@k for every k up to C, and mean
+    per-class recall. The mean of each sample (N,) is its metric."""
+    intervals: dict[str, Interval] = {}
     samples: dict[str, Float64] = {}
     for k in ks:
         if k <= scores.shape[1]:
             samples[f"acc@{k}"] = metrics.topk_hits(scores, labels, k)
-            found[f"acc@{k}"] = metrics.mean_interval(samples[f"acc@{k}"], seed=seed)
+            intervals[f"acc@{k}"] = metrics.mean_interval(samples[f"acc@{k}"], seed=seed)
     hits = samples["acc@1"] if "acc@1" in samples else metrics.topk_hits(scores, labels, 1)
     classes = scores.shape[1]
-    found["mean_per_class_recall"] = metrics.statistic_interval(
+    intervals["mean_per_class_recall"] = metrics.statistic_interval(
         lambda rows: float(np.nanmean(metrics.per_class_recall(labels[rows], hits[rows], classes))),
         len(labels),
         seed=seed,
@@ -119,76 +106,82 @@ def label_metrics(
     counts = np.bincount(labels)
     weight = len(labels) / (counts[labels] * np.count_nonzero(counts))
     samples["mean_per_class_recall"] = hits * weight
-    return found, samples
+    return intervals, samples
 
 
 def class_table(
     classes: Sequence[str], labels: Int64, hits: Float64, counts: Int64
 ) -> dict[str, Any]:
-    """A row per class that has pictures, the least recalled first; `counts` (C, C) is the confusion."""
+    """Return a table with a row per class that has pictures, lowest recall first.
+
+    hits are (N,), `counts` is the confusion matrix (C, C).
+    """
     n = counts.sum(axis=1)
     recall = metrics.per_class_recall(labels, hits, len(classes))
-    said = counts.sum(axis=0)
+    predicted = counts.sum(axis=0)
     wrong = counts - np.diag(np.diag(counts))
     rows = []
     for c in np.argsort(recall, kind="stable"):
         if n[c] == 0:
             continue
         other = int(wrong[c].argmax())
-        precision = percent(counts[c, c] / said[c]) if said[c] else None
-        taken = f"{classes[other]} ({wrong[c, other]})" if wrong[c, other] else None
-        rows.append([classes[c], int(n[c]), percent(recall[c]), precision, taken])
+        precision = percent(counts[c, c] / predicted[c]) if predicted[c] else None
+        confused = f"{classes[other]} ({wrong[c, other]})" if wrong[c, other] else None
+        rows.append([classes[c], int(n[c]), percent(recall[c]), precision, confused])
     return {
         "title": "Classes",
-        "columns": ["class", "pictures", "recall", "precision", "most often taken for"],
+        "columns": ["class", "pictures", "recall", "precision", "most often confused with"],
         "rows": rows,
-        "note": "Recall: of the class's pictures, how many are named so. Precision: of what is named "
-        "so, how much is of the class; – where nothing is.",
+        "note": "Recall: the share of the class's pictures that are classified correctly. Precision: "
+        "the share of the pictures classified as this class that belong to it.",
     }
 
 
 def confused_table(classes: Sequence[str], counts: Int64) -> dict[str, Any]:
-    """The pairs of classes that are confused most often."""
+    """Return a table of the pairs of classes that are confused most often."""
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_SHOWN_PAIRS]
     rows = []
-    for true, said in zip(*np.unravel_index(order, wrong.shape), strict=True):
-        if n := int(wrong[true, said]):
+    for true, predicted in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        if n := int(wrong[true, predicted]):
             share = percent(n / counts[true].sum())
-            rows.append([classes[true], classes[said], n, share])
+            rows.append([classes[true], classes[predicted], n, share])
     return {
         "title": "Most confused pairs",
-        "columns": ["is", "taken for", "pictures", "of the class"],
+        "columns": ["class", "classified as", "pictures", "of the class"],
         "rows": rows,
     }
 
 
-def confusion_detail(classes: Sequence[str], counts: Int64) -> dict[str, Any]:
-    """{"confusion": ...} for a report's details, or nothing where it would be too large to read."""
-    if len(classes) > _LARGEST_CONFUSION:
-        return {}
-    return {"confusion": {"classes": list(classes), "counts": counts.tolist()}}
+def confusion_matrix(classes: Sequence[str], counts: Int64) -> dict[str, Any] | None:
+    """Return a report's `confusion`, None where there are too many classes to read it."""
+    if len(classes) > MOST_CLASSES:
+        return None
+    return {"classes": list(classes), "counts": counts.tolist()}
 
 
 def mistakes(
     data: Labelled, kept: Int64, probabilities: Float32, labels: Int64
-) -> list[dict[str, Any]]:
-    """The most confident wrong answers, with their pictures; probabilities (N, C) of the rows kept."""
+) -> list[Mapping[str, Any]]:
+    """Return the wrong predictions of highest confidence; probabilities (N, C) and labels (N,) are of
+    the pictures `kept` (N,)."""
     predicted = metrics.predictions(probabilities)
     confidence = probabilities[np.arange(len(labels)), predicted]
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_SHOWN_MISTAKES]
     items = [
-        {
-            "name": data.pictures.name(int(kept[row])),
-            "expected": data.classes[labels[row]],
-            "got": data.classes[predicted[row]],
-            "score": float(confidence[row]),
-            "thumbnail": thumbnail_if_there(data.pictures, int(kept[row])),
-        }
+        exhibit(
+            data.pictures,
+            int(kept[row]),
+            expected=data.classes[labels[row]],
+            got=data.classes[predicted[row]],
+            score=float(confidence[row]),
+        )
         for row in worst
     ]
-    return [{"title": "Surest mistakes", "items": items}] if items else []
+    labels_shown = ("True class", "Predicted")
+    title = "Most confident mistakes"
+    return [{"title": title, "items": items, "labels": labels_shown}] if items else []
 
 
 # ---- several labels per picture
@@ -197,8 +190,7 @@ def mistakes(
 def multi_label_metrics(
     scores: Float32, targets: Bool, classes: Sequence[str], *, seed: int = 0
 ) -> tuple[dict[str, Interval], Mapping[str, Any]]:
-    """Of scores and targets (N, C): (metrics, a table of AP per class)."""
-
+    """Return (metrics, a table of AP per class) of scores and targets (N, C)."""
     if not targets.any():
         raise InputError("no picture has any of the classes, so there is no average precision")
 
@@ -206,8 +198,8 @@ def multi_label_metrics(
         per_class = metrics.average_precision(scores[rows], targets[rows])
         return float(per_class[~np.isnan(per_class)].mean()) if targets[rows].any() else 0.0
 
-    # Each resampling sorts every class anew.
-    found = {"mAP": metrics.statistic_interval(mean_ap, len(targets), resamples=200, seed=seed)}
+    # 200 resamples, because each one sorts every class again
+    intervals = {"mAP": metrics.statistic_interval(mean_ap, len(targets), resamples=200, seed=seed)}
     counts = targets.sum(axis=0)
     present = np.flatnonzero(counts)
     values = metrics.average_precision(scores[:, present], targets[:, present])
@@ -216,4 +208,4 @@ def multi_label_metrics(
         for i in np.argsort(values, kind="stable")
     ]
     table = {"title": "Classes", "columns": ["class", "pictures", "AP"], "rows": rows}
-    return found, table
+    return intervals, table

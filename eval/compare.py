@@ -1,76 +1,68 @@
-"""Models side by side: the same figures on the same pictures, and which differences are real.
+"""Compare models: the same figures on the same pictures, and which differences are significant.
 
-    compare(encoders, datasets)          evaluates what is missing, then compares
-    compare_reports([[report, ...] per model])        compares reports that are there, saved ones too
+    compare(encoders, datasets)                 evaluates each model on each dataset, then compares
+    compare_reports([[report, ...] per model])  compares reports that are there, saved ones too
 
-Two models are tested against each other only where their reports have the data's fingerprint in
-common; p-values are corrected together for all tests of one data set and task.
+Two models are tested against each other only where their reports have the same data fingerprint;
+p-values are corrected together for all tests of one dataset and task.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from clipkit.errors import InputError
 from clipkit.metrics import corrected_p, paired_test
-from eval.reports.comparison import Comparison, Pair, Row, Section, change_text, p_text
-from eval.reports.report import EvalReport, direction, setting_text, value_text
+from eval.data import Captioned, Labelled
+from eval.features import Encoder
+from eval.prompts import Templates, default_templates
+from eval.reports.comparison import Comparison, Pair, Row, Section, list_text
+from eval.reports.report import EvalReport, exhibit
+from eval.reports.wording import change_text, direction, p_text, setting_text, value_text
+from eval.retrieval import evaluate_retrieval, unit_weights
+from eval.session import Session
+from eval.zero_shot import evaluate_zero_shot
 
-if TYPE_CHECKING:
-    from eval.data import Captioned, Labelled
-    from eval.features import Encoder, FeatureCache
-    from eval.prompts import Templates
+Float64 = npt.NDArray[np.float64]
 
-CHANGED = 12  # pictures shown of each kind
+EXAMPLES = 12  # pictures of each kind
 # settings that must be equal for two models' figures to mean the same
 COMPARED = frozenset(("templates", "queries", "ks", "ties", "tie_rule", "seed", "relevance"))
-Show = Callable[[int], Mapping[str, Any]]  # a picture's row -> {name, expected, thumbnail}
 
 
-def compare_reports(
-    models: Sequence[Sequence[EvalReport]],
-    *,
-    names: Sequence[str] | None = None,
-    title: str = "",
-    pictures: Mapping[str, Show] | None = None,
-    command: str = "",
-    seed: int = 0,
-) -> Comparison:
-    """Compare models by their reports, one list per model; the first model is the yardstick.
+@dataclass(frozen=True, slots=True, eq=False)
+class Examples:
+    """The pictures of a dataset, whose rows are those of its reports' samples."""
 
-    Reports belong together by task, data set and split. `names` are the models' (default: their
-    specs). `pictures` shows single pictures, by the data's fingerprint: see `shower`. InputError:
-    fewer than two models, a model without reports, names that do not fit.
-    """
-    if len(models) < 2 or not all(models):
-        raise InputError(f"{len(models)} models to compare, with {[len(m) for m in models]} reports; "
-                         "at least two models with one report each are needed")  # fmt: skip
-    names = tuple(names) if names is not None else _names(models)
-    if len(names) != len(models) or len(set(names)) != len(names):
-        raise InputError(f"{len(models)} models but names {list(names)}; give each its own name")
-    keys = {(r.task, r.dataset, r.split): None for reports in models for r in reports}
-    sections = []
-    for key in keys:
-        found = tuple(
-            next((r for r in reports if (r.task, r.dataset, r.split) == key), None)
-            for reports in models
-        )
-        sections.append(_section(found, names, pictures or {}, seed))
-    return Comparison(
-        title=title or _title(names),
-        names=names,
-        sections=tuple(sections),
-        words=tuple(_summary(section, names) for section in sections if section.tested),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=command,
-        encoder_ids=tuple(reports[0].encoder_id for reports in models),
-    )
+    data: Captioned | Labelled
+
+    def own_means(self, metric: str, samples: Float64) -> Float64:
+        """Return each picture's own mean of a metric from its samples (N,).
+
+        A sample of text-to-image retrieval is weighted by the number of the picture's captions.
+        """
+        if isinstance(self.data, Captioned) and metric.startswith("text_to_image/"):
+            return samples / unit_weights(self.data.owner)
+        return samples
+
+    def card(self, row: int, got: str) -> Mapping[str, Any]:
+        """Return a picture with its first caption or its class."""
+        data = self.data
+        if isinstance(data, Captioned):
+            expected = "".join(data.captions[i] for i in np.flatnonzero(data.owner == row)[:1])
+        elif data.labels is not None:
+            expected = data.classes[int(data.labels[row])]
+        else:
+            present = np.flatnonzero(() if data.targets is None else data.targets[row])
+            expected = ", ".join(data.classes[int(i)] for i in present)
+        return exhibit(data.pictures, row, expected=expected, got=got)
 
 
 def compare(
@@ -81,77 +73,84 @@ def compare(
     ks: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     title: str = "",
-    cache: FeatureCache | None = None,
     command: str = "",
-    seed: int = 0,
-    on_progress: Callable[[str, int, int], None] | None = None,
-    stop: threading.Event | None = None,
+    session: Session | None = None,
 ) -> Comparison:
-    """Evaluate each model on each data set, retrieval where there are captions, zero-shot where
-    there are classes, and compare. What the cache holds is not encoded again.
+    """Evaluate each model on each dataset and compare: retrieval where there are captions, zero-shot
+    where there are classes. Cached features are not encoded again.
 
-    `templates` None: those that go with each data set's name. Raises what the evaluators raise.
+    `templates` None: those that belong to each dataset's name. Raises what the evaluators raise.
     """
-    from eval.data import Captioned
-    from eval.features import FeatureCache
-    from eval.prompts import default_templates
-    from eval.retrieval import evaluate_retrieval
-    from eval.zero_shot import evaluate_zero_shot
-
-    shared: dict[str, Any] = {
-        "cache": cache or FeatureCache(None),
-        "seed": seed,
-        "on_progress": on_progress,
-        "stop": stop,
-    }
-    if ks is not None:
-        shared["ks"] = tuple(ks)
+    session = session or Session()
+    cuts: dict[str, Any] = {} if ks is None else {"ks": tuple(ks)}
     models: list[list[EvalReport]] = []
-    pictures: dict[str, Show] = {}
+    examples: dict[str, Examples] = {}
     for encoder in encoders:
         models.append([])
         for data in datasets:
             if isinstance(data, Captioned):
                 queries: Literal["captions", "tags"] = "captions" if data.captions else "tags"
-                report = evaluate_retrieval(encoder, data, queries=queries, **shared)
+                report = evaluate_retrieval(encoder, data, queries=queries, session=session, **cuts)
             else:
-                chosen = templates or default_templates(data.name)
-                report = evaluate_zero_shot(encoder, data, templates=chosen, **shared)
+                prompts = templates or default_templates(data.name)
+                report = evaluate_zero_shot(
+                    encoder, data, templates=prompts, session=session, **cuts
+                )
             models[-1].append(report)
             if report.n["pictures"] == len(data.pictures) and "tags" not in report.n:
-                pictures[report.fingerprint] = shower(data)  # the samples' rows are the data's
+                examples[report.fingerprint] = Examples(data)
     return compare_reports(
-        models, names=names, title=title, pictures=pictures, command=command, seed=seed
+        models, names=names, title=title, examples=examples, command=command, seed=session.seed
     )
 
 
-def shower(data: Captioned | Labelled) -> Show:
-    """Shows single pictures of a data set: row -> name, what is expected, thumbnail."""
-    from eval.data import Captioned
-    from eval.features import thumbnail_if_there
+def compare_reports(
+    models: Sequence[Sequence[EvalReport]],
+    *,
+    names: Sequence[str] | None = None,
+    title: str = "",
+    examples: Mapping[str, Examples] | None = None,
+    command: str = "",
+    seed: int = 0,
+) -> Comparison:
+    """Compare models by their reports, one list per model, with the first model as the baseline.
 
-    def show(row: int) -> Mapping[str, Any]:
-        if isinstance(data, Captioned):
-            first = np.flatnonzero(data.owner == row)[:1]
-            expected = "".join(data.captions[i] for i in first)
-        elif data.labels is not None:
-            expected = data.classes[int(data.labels[row])]
-        else:
-            held = np.zeros(0) if data.targets is None else np.flatnonzero(data.targets[row])
-            expected = ", ".join(data.classes[int(i)] for i in held)
-        thumbnail = thumbnail_if_there(data.pictures, row)
-        return {"name": data.pictures.name(row), "expected": expected, "thumbnail": thumbnail}
+    Reports belong together by task, dataset and split. `names` are the models' (default: their
+    specs); `examples` show single pictures, by the data's fingerprint. Raises InputError for fewer
+    than two models, a model without reports, or names that do not match.
+    """
+    if len(models) < 2 or not all(models):
+        raise InputError(f"{len(models)} models to compare, with {[len(m) for m in models]} reports; "
+                         "at least two models with one report each are needed")  # fmt: skip
+    names = tuple(names) if names is not None else _names(models)
+    if len(names) != len(models) or len(set(names)) != len(names):
+        raise InputError(f"{len(models)} models but names {list(names)}; give each its own name")
+    keys = {(r.task, r.dataset, r.split): None for reports in models for r in reports}
+    sections = []
+    for key in keys:
+        matching = tuple(
+            next((r for r in reports if (r.task, r.dataset, r.split) == key), None)
+            for reports in models
+        )
+        sections.append(_section(matching, names, examples or {}, seed))
+    return Comparison(
+        title=title or _title(names),
+        names=names,
+        sections=tuple(sections),
+        sentences=tuple(_summary(section, names) for section in sections if section.tested),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+        encoder_ids=tuple(reports[0].encoder_id for reports in models),
+    )
 
-    return show
 
-
-# ---- one task on one data set
+# ---- one task on one dataset
 
 
 def _section(
     reports: tuple[EvalReport | None, ...],
     names: Sequence[str],
-    pictures: Mapping[str, Show],
+    examples: Mapping[str, Examples],
     seed: int,
 ) -> Section:
     there = [(at, report) for at, report in enumerate(reports) if report is not None]
@@ -174,8 +173,8 @@ def _section(
         rows=tuple(rows),
         curves=tuple(_overlaid(there, names)),
         reliability=tuple(diagrams),
-        changed=tuple(_changed(there, names, pictures)),
-        made=_made(reports, names),
+        changed=tuple(_changed(there, names, examples)),
+        settings=_settings(reports, names),
         warnings=tuple(_warnings(there, names)),
     )
 
@@ -188,10 +187,10 @@ def _comparable(first: EvalReport, second: EvalReport, metric: str) -> bool:
 
 
 def _tests(there: Sequence[tuple[int, EvalReport]], seed: int) -> Mapping[str, list[Pair]]:
-    """Every pair of models in every metric that both measured on the same units.
+    """Test every pair of models in every metric that both measured on the same units.
 
-    A pair's metrics are corrected together (see `corrected_p`), and for the number of such families:
-    pairs, and where metrics are of pictures and of classes, kinds of units (Bonferroni).
+    The metrics of a pair, and of one kind of unit (pictures or classes), are a family: corrected
+    together by `corrected_p`, and for the number of families by Bonferroni.
     """
     families = []
     for (a, first), (b, second) in combinations(there, 2):
@@ -205,13 +204,13 @@ def _tests(there: Sequence[tuple[int, EvalReport]], seed: int) -> Mapping[str, l
         changes = [second.samples[metric] - first.samples[metric] for metric in metrics]
         for metric, p_value in zip(metrics, corrected_p(changes, seed=seed), strict=True):
             paired = paired_test(first.samples[metric], second.samples[metric], seed=seed)
-            found = Pair(a, b, paired, min(1.0, float(p_value) * len(families)))
-            pairs.setdefault(metric, []).append(found)
+            pair = Pair(a, b, paired, min(1.0, float(p_value) * len(families)))
+            pairs.setdefault(metric, []).append(pair)
     return pairs
 
 
 def _best(metric: str, pairs: Sequence[Pair], models: set[int]) -> int | None:
-    """The model that wins its test against every other model that has the metric."""
+    """Return the model that wins its test against every other model that has the metric."""
     good = direction(metric)
     won: dict[int, set[int]] = {at: set() for at in models}
     for pair in pairs:
@@ -226,7 +225,7 @@ def _best(metric: str, pairs: Sequence[Pair], models: set[int]) -> int | None:
 def _overlaid(
     there: Sequence[tuple[int, EvalReport]], names: Sequence[str]
 ) -> list[Mapping[str, Any]]:
-    """Curves of one title in one figure, each series under its model's name."""
+    """Draw curves of one title in one plot, each series under its model's name."""
     curves: dict[str, dict[str, Any]] = {}
     for at, report in there:
         for curve in report.details.get("curves", ()):
@@ -240,73 +239,77 @@ def _overlaid(
 
 
 def _changed(
-    there: Sequence[tuple[int, EvalReport]], names: Sequence[str], pictures: Mapping[str, Show]
+    there: Sequence[tuple[int, EvalReport]],
+    names: Sequence[str],
+    examples: Mapping[str, Examples],
 ) -> list[Mapping[str, Any]]:
-    """The pictures that the last model gets better, and worse, than the first, with most to tell."""
+    """Return the pictures that changed most from the first model to the last, better and worse."""
     (a, first), (b, second) = there[0], there[-1]
-    shared = [m for m in first.samples if m in second.samples and _comparable(first, second, m)]
-    show = pictures.get(first.fingerprint)
-    if a == b or not shared or show is None:
+    # Means over classes weigh a picture by the size of its class: no figure of one picture.
+    shared = [
+        m
+        for m in first.samples
+        if m in second.samples
+        and _comparable(first, second, m)
+        and not m.endswith("mean_per_class_recall")
+    ]
+    shown = examples.get(first.fingerprint)
+    if a == b or not shared or shown is None:
         return []
     # a graded figure tells pictures apart that all count as one hit
     metric = next((m for m in shared if m.endswith("MRR")), shared[0])
-    before, after = first.samples[metric], second.samples[metric]
+    before, after = (shown.own_means(metric, report.samples[metric]) for report in (first, second))
     gain = (after - before) * (direction(metric) or 1)
     groups: list[Mapping[str, Any]] = []
     for word, sign in (("better", 1), ("worse", -1)):
-        order = np.argsort(-sign * gain, kind="stable")[:CHANGED]
-        items = [
+        rows = [int(r) for r in np.argsort(-sign * gain, kind="stable")[:EXAMPLES]]
+        change = {r: [value_text(metric, float(v[r])) for v in (before, after)] for r in rows}
+        groups.append(
             {
-                **show(int(row)),
-                "got": f"{value_text(metric, float(before[row]))} → "
-                f"{value_text(metric, float(after[row]))}",
-                "score": None,
+                "title": f"{names[b]} does {word} than {names[a]} ({metric} of the picture)",
+                "items": [shown.card(r, " → ".join(change[r])) for r in rows if sign * gain[r] > 0],
+                "labels": ("Expected", "Change"),
             }
-            for row in order
-            if sign * gain[row] > 0
-        ]
-        title = f"{names[b]} does {word} than {names[a]} ({metric} of the picture)"
-        groups.append({"title": title, "items": items})
+        )
     return groups
 
 
-def _made(reports: Sequence[EvalReport | None], names: Sequence[str]) -> Mapping[str, Any]:
-    """How each model's figures came about, as a table."""
-    told = [dict([*r.provenance(), *r.chosen()]) if r is not None else {} for r in reports]
+def _settings(reports: Sequence[EvalReport | None], names: Sequence[str]) -> Mapping[str, Any]:
+    """Return a table of each model's provenance and settings."""
+    models = [dict([*r.provenance(), *r.chosen()]) if r is not None else {} for r in reports]
     columns = ["", *names]
-    keys = {key: None for column in told for key in column if key not in ("Data", "Command")}
-    rows = [[key, *(column.get(key, "–") for column in told)] for key in keys]
-    return {"title": "How it was made", "columns": columns, "rows": rows, "note": ""}
+    keys = {key: None for pairs in models for key in pairs if key not in ("Data", "Command")}
+    rows = [[key, *(pairs.get(key, "–") for pairs in models)] for key in keys]
+    return {"title": "Settings and data", "columns": columns, "rows": rows, "note": ""}
 
 
 def _warnings(there: Sequence[tuple[int, EvalReport]], names: Sequence[str]) -> list[str]:
-    """What makes the figures of two models less than comparable, and each model's own warnings."""
-    _, yardstick = there[0]
-    found = []
+    """Return what makes two models' figures less comparable, and each model's own warnings."""
+    at_first, baseline = there[0]
+    messages = []
     for at, report in there[1:]:
-        if report.fingerprint != yardstick.fingerprint:
-            found.append(
-                f"{names[at]} was measured on other data than {names[there[0][0]]} (fingerprint "
-                f"{report.fingerprint[:12]}, not {yardstick.fingerprint[:12]}): their difference "
-                "was not tested"
+        if report.fingerprint != baseline.fingerprint:
+            messages.append(
+                f"{names[at]} was measured on different data than {names[at_first]} (fingerprint "
+                f"{report.fingerprint[:12]}, not {baseline.fingerprint[:12]}): their difference was "
+                "not tested"
             )
-        both = sorted(report.settings.keys() & yardstick.settings.keys())
-        for key in both:
-            mine, theirs = setting_text(report.settings[key]), setting_text(yardstick.settings[key])
-            if mine != theirs and key in COMPARED:
-                found.append(
-                    f"{key} differs: {theirs} for {names[there[0][0]]}, {mine} for {names[at]}"
+        for key in sorted(report.settings.keys() & baseline.settings.keys() & COMPARED):
+            value, usual = setting_text(report.settings[key]), setting_text(baseline.settings[key])
+            if value != usual:
+                messages.append(
+                    f"{key} differs: {usual} for {names[at_first]}, {value} for {names[at]}"
                 )
     for at, report in there:
-        found += [f"{names[at]}: {warning}" for warning in report.warnings]
-    return found
+        messages += [f"{names[at]}: {warning}" for warning in report.warnings]
+    return messages
 
 
-# ---- told
+# ---- names and sentences
 
 
 def _names(models: Sequence[Sequence[EvalReport]]) -> tuple[str, ...]:
-    """The models' specs; where two are the same, with the encoder's id."""
+    """Return the models' specs, with the encoder's id where two are equal."""
     specs = [reports[0].model for reports in models]
     if len(set(specs)) == len(specs):
         return tuple(specs)
@@ -317,32 +320,27 @@ def _names(models: Sequence[Sequence[EvalReport]]) -> tuple[str, ...]:
 
 
 def _title(names: Sequence[str]) -> str:
-    said = " and ".join(names)
-    return (
-        f"{said} compared"
-        if len(names) == 2 and len(said) <= 40
-        else f"{len(names)} models compared"
-    )
+    both = " and ".join(names)
+    short = len(names) == 2 and len(both) <= 40
+    return f"{both} compared" if short else f"{len(names)} models compared"
 
 
 def _summary(section: Section, names: Sequence[str]) -> str:
-    """For each model after the first: the section's first tested figure, and what else moved."""
+    """Return, for each model after the first, the change of the section's first tested metric, and
+    the other metrics that changed significantly."""
     row = next(row for row in section.rows if row.pairs)
-    said = []
+    verdicts = []
     for at in range(1, len(names)):
         pair = row.against_first(at)
         if pair is None:
             continue
-        moved = change_text(row.metric, pair.paired.difference)
+        change = f"({change_text(row.metric, pair.paired.difference)}, {p_text(pair.p_value)})"
+        verdict = f"not significantly different from {names[0]} {change}"
         if pair.significant:
             gain = pair.paired.difference * (row.direction or 1) > 0
-            verdict = (
-                f"{'better' if gain else 'worse'} than {names[0]} ({moved}, {p_text(pair.p_value)})"
-            )
-        else:
-            verdict = f"not shown to differ from {names[0]} ({moved}, {p_text(pair.p_value)})"
-        for way, told in zip(("better", "worse"), section.moved(at), strict=True):
-            if others := [words for words in told if not words.startswith(f"{row.metric} ")]:
-                verdict += f", {way} in {', '.join(others)}"
-        said.append(f"{names[at]} is {verdict}")
-    return f"{section.title}, {row.metric}: {'; '.join(said) or 'not tested'}."
+            verdict = f"{'better' if gain else 'worse'} than {names[0]} {change}"
+        for way, changes in zip(("better", "worse"), section.changes(at), strict=True):
+            if others := [text for text in changes if not text.startswith(f"{row.metric} ")]:
+                verdict += f", {way} in {list_text(others)}"
+        verdicts.append(f"{names[at]} is {verdict}")
+    return f"{section.title}, {row.metric}: {'; '.join(verdicts) or 'not tested'}."

@@ -32,7 +32,7 @@ _VERSION = 1  # raise it when a corruption's result changes: features are cached
 
 
 def corruption(name: str, severity: int) -> Transform:
-    """The corruption as a change of decoded pictures. InputError: unknown, or severity not 1 to 5."""
+    """Return a corruption as a Transform. Raises InputError if it is unknown, or severity not 1 to 5."""
     if name not in CORRUPTIONS:
         near = difflib.get_close_matches(name, CORRUPTIONS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -51,7 +51,7 @@ def corruption(name: str, severity: int) -> Transform:
 
 
 def _at_standard_size(picture: Image.Image, most: int = 16) -> Image.Image:
-    """The shorter side SIDE pixels; of a strip only the middle, `most` times as long as wide."""
+    """Resize so that the shorter side has SIDE pixels; crop a strip to `most` times its width."""
     width, height = picture.size
     keep_w, keep_h = min(width, most * height), min(height, most * width)
     left, top = (width - keep_w) // 2, (height - keep_h) // 2
@@ -85,7 +85,7 @@ def _shot_noise(picture: Image.Image, photons: float, rng: np.random.Generator) 
 
 
 def _impulse_noise(picture: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
-    """Salt and pepper in equal parts, in each channel for itself."""
+    """Add salt and pepper in equal parts, per channel."""
     x = _unit(picture)
     hit = rng.random(x.shape) < amount
     return _picture(np.where(hit, rng.integers(0, 2, x.shape), x))
@@ -118,7 +118,7 @@ def _defocus_blur(
 
 
 def _convolved(x: Unit, kernel: npt.NDArray[np.float64], reach: int) -> Unit:
-    """x (H, W, 3) with a symmetric kernel (2 reach + 1, 2 reach + 1), mirrored at the border."""
+    """Convolve x (H, W, 3) with a kernel (2 reach + 1, 2 reach + 1), mirrored at the border."""
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
     size = padded.shape[:2]
     spectrum = np.fft.rfft2(padded, axes=(0, 1)) * np.fft.rfft2(kernel, size)[:, :, None]
@@ -129,7 +129,7 @@ def _convolved(x: Unit, kernel: npt.NDArray[np.float64], reach: int) -> Unit:
 def _motion_blur(
     picture: Image.Image, motion: tuple[int, float], rng: np.random.Generator
 ) -> Image.Image:
-    """A one-sided Gaussian trail at an angle within 45 degrees of the horizontal."""
+    """Blur along a one-sided Gaussian trail within 45 degrees of the horizontal."""
     radius, sigma = motion
     width = 2 * radius + 1
     weights = np.exp(-(np.arange(width) ** 2) / (2 * sigma**2))
@@ -158,7 +158,7 @@ def _zoom_blur(picture: Image.Image, zooms: Sequence[float], _: np.random.Genera
 
 
 def _brightness(picture: Image.Image, added: float, _: np.random.Generator) -> Image.Image:
-    """More of HSV's value."""
+    """Add to HSV's value."""
     x = _unit(picture)
     value = x.max(axis=2, keepdims=True)
     wanted = np.minimum(value + added, 1)
@@ -175,7 +175,7 @@ def _contrast(picture: Image.Image, factor: float, _: np.random.Generator) -> Im
 def _saturate(
     picture: Image.Image, line: tuple[float, float], _: np.random.Generator
 ) -> Image.Image:
-    """HSV's saturation s becomes factor x s + added; grey, having no hue, goes towards red."""
+    """Set HSV's saturation s to factor x s + added; grey, which has no hue, turns red."""
     factor, added = line
     x = _unit(picture)
     value, least = x.max(axis=2, keepdims=True), x.min(axis=2, keepdims=True)

@@ -11,6 +11,7 @@ hash of their names: as good as random, and the same ones wherever and in whatev
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import reprlib
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.errors import DatasetError, InputError
+from clipkit.records import stripped
 from clipkit.sources import Broken, Options, Picture, Row, Source, detect, open_source
 from clipkit.sources.folders import choose_split, split_folder
 
@@ -83,19 +85,19 @@ class Subset:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captioned:
-    """Pictures, and texts that are true of them."""
+    """Pictures with their captions and tags."""
 
-    name: str  # as it was asked for
+    name: str  # `data` as the user wrote it
     split: str | None
     pictures: Pictures
     captions: tuple[str, ...]
     owner: Int64  # (M,) the row of each caption's picture
     tags: tuple[tuple[str, ...], ...]  # one per picture, maybe empty
-    subset: str | None = None  # what `limit` took, in words
+    subset: str | None = None  # which pictures `limit` took
     warnings: tuple[str, ...] = ()
 
     def select(self, rows: Sequence[int] | Int64) -> Captioned:
-        """Only these pictures, in this order, with their captions and tags."""
+        """Return only these pictures, in this order, with their captions and tags."""
         chosen = np.asarray(rows, np.int64)
         order = np.argsort(self.owner, kind="stable")
         starts = np.searchsorted(self.owner[order], chosen)
@@ -112,7 +114,7 @@ class Captioned:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Labelled:
-    """Pictures, and the class or the classes of each: exactly one of labels and targets is there."""
+    """Pictures with a class each (`labels`), or with several (`targets`): one of the two is None."""
 
     name: str
     split: str | None
@@ -125,14 +127,14 @@ class Labelled:
     warnings: tuple[str, ...] = ()
 
     def pictures_per_class(self) -> Int64:
-        """How many pictures each class has, int64 (C,)."""
+        """Return the number of pictures of each class, int64 (C,)."""
         if self.targets is not None:
             return np.asarray(self.targets.sum(axis=0), np.int64)
         assert self.labels is not None
         return np.bincount(self.labels, minlength=len(self.classes))
 
     def select(self, rows: Sequence[int] | Int64) -> Labelled:
-        """Only these pictures, in this order; the classes stay."""
+        """Return only these pictures, in this order, with all the classes."""
         chosen = np.asarray(rows, np.int64)
         return replace(
             self,
@@ -146,11 +148,9 @@ class Labelled:
 def open_captioned(data: str, *, split: str | None = None, limit: int | None = None) -> Captioned:
     """Collect pictures with captions or tags. Raises InputError if there are none."""
     source, groups, warnings = _collect(data, split)
-    captions = [_stripped(itertools.chain(*(row.captions for row in g))) for g in groups]
-    tags = [
-        tuple(dict.fromkeys(_stripped(itertools.chain(*(_tags(row) for row in group)))))
-        for group in groups
-    ]
+    # Repeated captions stay: the field counts each as a query.
+    captions = [stripped(text for row in group for text in row.captions) for group in groups]
+    tags = [stripped(tag for row in group for tag in _tags(row)) for group in groups]
     if not any(tags) and all(_has_no_caption(source, row) for group in groups for row in group):
         raise InputError(
             f"no picture of {data} has a caption; captions are read from a caption column, from "
@@ -164,7 +164,7 @@ def open_captioned(data: str, *, split: str | None = None, limit: int | None = N
         pictures,
         tuple(itertools.chain(*captions)),
         np.repeat(np.arange(len(groups)), [len(texts) for texts in captions]),
-        tuple(tags),
+        tuple(tuple(dict.fromkeys(own)) for own in tags),
         subset,
         warnings,
     )
@@ -278,11 +278,10 @@ def _collect_labelled(
 ) -> tuple[Source, list[list[Row]], tuple[str, ...]]:
     """Collect rows with labels: those of the source itself, else of its class folders."""
     path = Path(data).expanduser()
-    folder = split_folder(path, split)[0] if path.is_dir() and detect(path) != "hf" else path
-    kind = detect(folder) if folder.is_dir() else None
+    kind = detect(split_folder(path, split)[0]) if path.is_dir() and detect(path) != "hf" else None
     if by_domain or kind == "folder":
         return _collect(data, split, kind="classes", by_domain=by_domain)
-    refusal: InputError = InputError(
+    refusal = InputError(
         f"{data} names no classes; give a folder per class, or a table, JSONL file or hub dataset "
         "with a label column"
     )
@@ -291,26 +290,17 @@ def _collect_labelled(
         if any(row.label is not None for group in collected[1] for row in group):
             return collected
     except DatasetError as error:
-        if kind in (None, "imagefolder", "webdataset", "hf"):
+        if kind in (None, "imagefolder", "webdataset"):
             raise
         refusal = error  # a table beside class folders need not be about them
-    if folder.is_dir() and kind not in ("webdataset", "hf"):
-        try:
+    if kind is not None:
+        with contextlib.suppress(InputError):
             return _collect(data, split, kind="classes")
-        except InputError:
-            raise refusal from None
     raise refusal
 
 
 def _pictures(groups: Sequence[Sequence[Row]]) -> SourcePictures:
     return SourcePictures(tuple(g[0].name for g in groups), tuple(g[0].picture for g in groups))
-
-
-def _stripped(texts: Iterator[str]) -> tuple[str, ...]:
-    # JSON can escape half a surrogate pair, which no tokenizer takes. Repeated captions stay: the
-    # field counts each as a query.
-    clean = (text.encode("utf-8", "replace").decode().strip() for text in texts)
-    return tuple(filter(None, clean))
 
 
 def _tags(row: Row) -> Sequence[str]:
@@ -340,11 +330,11 @@ def _label(source: Source, row: Row) -> Label | None:
     return tuple(several) if isinstance(row.label, list) else several[0]
 
 
-# ---- which of it
+# ---- limit
 
 
 def _limited(pictures: Pictures, limit: int | None) -> tuple[Int64 | None, str | None]:
-    """The rows with the smallest hashes of their names, in order; None for all of them."""
+    """Return the `limit` rows with the smallest hashes of their names, in order; None for all."""
     total = len(pictures)
     if limit is not None and limit < 1:
         raise InputError(f"the limit is {limit} pictures; it must be at least 1")
@@ -359,39 +349,44 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-# ---- which classes
+# ---- classes
 
 
 def _classes(
-    data: str, labels: Sequence[Label], known: Sequence[str] | None, given: Sequence[str] | None
+    data: str,
+    labels: Sequence[Label],
+    own_names: Sequence[str] | None,
+    new_names: Sequence[str] | None,
 ) -> tuple[tuple[str, ...], list[tuple[int, ...]], list[str]]:
-    """The classes' names, each picture's class numbers, and what to be warned of."""
+    """Return the classes' names, each picture's class numbers, and warnings."""
     several = [label if isinstance(label, tuple) else (label,) for label in labels]
     items = {item for label in several for item in label}
-    given = None if given is None else [name.strip() for name in given]
-    if given is not None and (not given or not all(given)):
+    new_names = None if new_names is None else [name.strip() for name in new_names]
+    if new_names is not None and (not new_names or not all(new_names)):
         raise InputError("a class has no name; give one name a line and no empty lines")
     if all(isinstance(item, int) for item in items):
-        names = _numbered(data, {item for item in items if isinstance(item, int)}, known, given)
+        names = _numbered(
+            data, {item for item in items if isinstance(item, int)}, own_names, new_names
+        )
         return names, [tuple(int(item) for item in label) for label in several], []
-    old = list(known or sorted({str(item) for item in items}))
-    names, place, notes = _named(data, old, given)
+    old = list(own_names or sorted({str(item) for item in items}))
+    names, place, notes = _named(data, old, new_names)
     try:
         return names, [tuple(place[str(item)] for item in label) for label in several], notes
     except KeyError as error:
-        raise DatasetError(f"{data} has a label {error} that is none of its classes") from None
+        raise DatasetError(f"{data} has a label {error} that is not one of its classes") from None
 
 
 def _numbered(
-    data: str, numbers: set[int], known: Sequence[str] | None, given: Sequence[str] | None
+    data: str, numbers: set[int], own_names: Sequence[str] | None, new_names: Sequence[str] | None
 ) -> tuple[str, ...]:
-    names = given or known
+    names = new_names or own_names
     if names is None:
         raise InputError(f"{data} numbers its classes and does not name them; add --classes FILE")
-    if known and given and len(known) != len(given):
+    if own_names and new_names and len(own_names) != len(new_names):
         raise InputError(
-            f"{len(given)} classes were given, but {data} has {len(known)} "
-            f"({_some(known)}); give one name for each, in its order"
+            f"{len(new_names)} classes were given, but {data} has {len(own_names)} "
+            f"({_some(own_names)}); give one name for each, in its order"
         )
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(names):
         raise InputError(
@@ -402,18 +397,18 @@ def _numbered(
 
 
 def _named(
-    data: str, old: Sequence[str], given: Sequence[str] | None
+    data: str, old: Sequence[str], new_names: Sequence[str] | None
 ) -> tuple[tuple[str, ...], dict[str, int], list[str]]:
-    """Names for the classes that the data calls `old`, and each one's number."""
-    if given is None:
+    """Return names for the classes that the data calls `old`, the number of each, and warnings."""
+    if new_names is None:
         return tuple(map(_spoken, old)), {name: at for at, name in enumerate(old)}, []
-    at = {_spoken(name).casefold(): number for number, name in reversed(list(enumerate(given)))}
+    at = {_spoken(name).casefold(): number for number, name in reversed(list(enumerate(new_names)))}
     missing = [name for name in old if _spoken(name).casefold() not in at]
     if not missing:
-        return tuple(given), {name: at[_spoken(name).casefold()] for name in old}, []
-    if len(given) != len(old):
+        return tuple(new_names), {name: at[_spoken(name).casefold()] for name in old}, []
+    if len(new_names) != len(old):
         raise InputError(
-            f"{len(given)} classes were given, but {data} has {len(old)}, and "
+            f"{len(new_names)} classes were given, but {data} has {len(old)}, and "
             f"{len(missing)} are none of them ({_some(missing)}); give a name for each"
         )
     if len(missing) < len(old):
@@ -421,19 +416,21 @@ def _named(
             f"{len(missing)} of {data}'s {len(old)} classes are none of those given "
             f"({_some(missing)}); spell them alike, or give other names for all, in their order"
         )
-    note = f"classes were named in order: {old[0]} is {given[0]!r}, {old[-1]} is {given[-1]!r}"
-    return tuple(given), {name: number for number, name in enumerate(old)}, [note]
+    note = (
+        f"classes were named in order: {old[0]} is {new_names[0]!r}, {old[-1]} is {new_names[-1]!r}"
+    )
+    return tuple(new_names), {name: number for number, name in enumerate(old)}, [note]
 
 
 def _spoken(name: str) -> str:
-    """A folder's name as a class's name: golden_retriever is a golden retriever."""
+    """Return a folder's name as a class name: golden_retriever -> golden retriever."""
     return name.replace("_", " ").strip()
 
 
 def _class_warnings(data: Labelled) -> Iterator[str]:
     counts = Counter(name.casefold() for name in data.classes)
     if twice := [name for name, count in counts.items() if count > 1]:
-        yield f"class names given more than once: {_some(twice)}; no model tells those apart"
+        yield f"class names given more than once: {_some(twice)}; no model can distinguish those"
     counted = data.pictures_per_class()
     if empty := [name for name, count in zip(data.classes, counted, strict=True) if not count]:
         yield f"{len(empty)} of {len(data.classes)} classes have no picture: {_some(empty)}"

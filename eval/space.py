@@ -1,20 +1,15 @@
-"""Health of an embedding space: is it used, do captions lie with their pictures, are there hubs?
+"""Health of an embedding space: is it used, are captions near their pictures, are there hubs?
 
-The measures are the field's (clipkit.metrics.space names the papers). What they mean for a search is
-said in words, with warnings where a space is far from what trained towers give (`_NARROW` and so on,
-each with its reason). An interval is over pictures, by bootstrap, where a figure is a mean over them;
-effective rank, uniformity and hubness have none: drawing a picture twice makes a space that is
-narrower and has closer neighbours than any honest sample.
+The measures are the field's (clipkit/metrics/space.py names the papers). Warnings are given where a
+space is far from what trained towers give (`_NARROW` and so on, each with its reason). Where a figure
+is a mean over pictures its interval is a bootstrap over them; effective rank, uniformity and hubness
+have no interval: drawing a picture twice makes a space that is narrower and has closer neighbours
+than any honest sample.
 """
 
 from __future__ import annotations
 
-import math
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -23,18 +18,13 @@ import numpy.typing as npt
 from clipkit import metrics
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
+from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
-from eval.features import (
-    Encoder,
-    FeatureCache,
-    OnProgress,
-    fingerprint,
-    picture_features,
-    text_features,
-)
+from eval.features import Encoder, fingerprint
 from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
-from eval.reports.exhibits import exhibit
-from eval.reports.report import EvalReport
+from eval.reports.report import EvalReport, exhibit, histogram_series
+from eval.reports.wording import percent_interval
+from eval.session import Results, Session
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -59,44 +49,27 @@ def evaluate_space(
     *,
     k: int = 10,
     sample: int = LOOKED_AT,
-    cache: FeatureCache | None = None,
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
-    stop: threading.Event | None = None,
+    session: Session | None = None,
 ) -> EvalReport:
-    """The space that a model makes of these pictures, and of their captions where they have some.
+    """Measure the space that a model makes of pictures, and of their captions where they have some.
 
-    Raises as `picture_features` and `space_of_vectors` do.
+    Raises what `picture_features` and `space_of_vectors` raise.
     """
-    started = time.perf_counter()
-    cache = cache or FeatureCache(None)
-    options: dict[str, Any] = {"on_progress": on_progress, "stop": stop}
-    features = picture_features(encoder, data.pictures, cache=cache, **options)
+    session, results = session or Session(), Results("space")
+    features = session.picture_features(encoder, data.pictures)
     read = data.select(features.kept)
     captions: Sequence[str] = read.captions if isinstance(read, Captioned) else ()
-    texts = text_features(encoder, captions, cache=cache, **options) if captions else None
-    encoded = time.perf_counter()
-    report = space_of_vectors(
-        features.vectors,
-        texts,
-        read.owner if isinstance(read, Captioned) and captions else None,
-        pictures=read.pictures,
-        k=k,
-        sample=sample,
-        seed=seed,
-        dataset=data.name,
-        model=encoder.spec,
-        encoder_id=encoder.encoder_id,
-        **options,
-    )
-    return replace(
-        report,
-        split=data.split,
-        settings={**report.settings, "precision": encoder.precision}
-        | ({"subset": data.subset} if data.subset else {}),
+    texts = session.text_features(encoder, captions) if captions else None
+    owner = read.owner if isinstance(read, Captioned) else None
+    results.lap("encoding")
+    _measure(features.vectors, texts, owner, read.pictures, k, sample, session, results)
+    return results.report_on(
+        session,
+        encoder,
+        data,
+        features,
+        n={"captions": len(captions)} if captions else {},
         fingerprint=fingerprint(features.fingerprint, captions),
-        warnings=(*data.warnings, *features.warnings, *report.warnings),
-        seconds={"encoding": encoded - started, **report.seconds},
     )
 
 
@@ -111,80 +84,61 @@ def space_of_vectors(
     dataset: str = "vectors",
     model: str = "",
     encoder_id: str = "",
-    seed: int = 0,
-    on_progress: OnProgress | None = None,
-    stop: threading.Event | None = None,
+    session: Session | None = None,
 ) -> EvalReport:
-    """The same of picture vectors (N, D) and, if given, texts (M, D) whose pictures are `owner` (M,).
+    """Measure the space of picture vectors (N, D) and, if given, texts (M, D) of pictures `owner` (M,).
 
     All are unit rows; `pictures` are shown where given. Neighbours are looked for among at most
-    `sample` pictures, drawn at random. InputError: fewer than 3 pictures, shapes that do not fit,
-    values that are not finite, rows that are not of unit length.
+    `sample` pictures, drawn at random. Raises InputError for fewer than 3 pictures, shapes that do
+    not match, values that are not finite, or rows that are not of unit length.
     """
-    started = time.perf_counter()
-    vectors, texts, owner = _checked(vectors, texts, owner)
-    parts = [_side("pictures", vectors, seed)]
-    if texts is not None and owner is not None:
-        parts += [_side("texts", texts, seed), _pairs(vectors, texts, owner, seed)]
-    random = np.random.default_rng(seed)
-    rows = np.sort(random.permutation(len(vectors))[:sample])
-    k = min(k, len(rows) - 1)
-    looked: dict[str, Any] = {"on_progress": on_progress, "stop": stop}
-    if parts[0].metrics["pictures/variance"].value > _SAME:  # else who is near whom is chance
-        found = neighbours(vectors[rows], k, **looked)[0]
-        parts.append(_hubs("pictures", "pictures", found, rows, pictures))
-        if texts is not None:
-            asking = np.sort(random.permutation(len(texts))[:sample])
-            found = nearest_known(texts[asking], vectors[rows], k, **looked)[0]
-            parts.append(_hubs("searches", "captions", found, rows, pictures))
-    return EvalReport(
-        task="space",
+    session, results = session or Session(), Results("space")
+    _measure(vectors, texts, owner, pictures, k, sample, session, results)
+    return results.report(
+        session,
+        n={"pictures": len(vectors)} | ({} if texts is None else {"captions": len(texts)}),
+        fingerprint=fingerprint("", (v.tobytes() for v in (vectors, texts) if v is not None)),
         dataset=dataset,
-        split=None,
         model=model,
         encoder_id=encoder_id,
-        n={"pictures": len(vectors)} | ({} if texts is None else {"captions": len(texts)}),
-        metrics={name: value for part in parts for name, value in part.metrics.items()},
-        settings={"k": k, "neighbours_among": len(rows), "seed": seed},
-        fingerprint=fingerprint("", (v.tobytes() for v in (vectors, texts) if v is not None)),
-        warnings=tuple(warning for part in parts for warning in part.warnings),
-        details={
-            "words": [sentence for part in parts for sentence in part.words],
-            "tables": [
-                {
-                    "title": "Variance per dimension",
-                    "columns": [
-                        "",
-                        "dimensions",
-                        "least",
-                        "median",
-                        "most",
-                        "under 1 % of the mean",
-                    ],
-                    "rows": [part.row for part in parts if part.row],
-                }
-            ],
-            "curves": [_spectra(parts), _histograms(parts)],
-            "mistakes": [group for part in parts for group in part.shown],
-        },
-        seconds={"figures": time.perf_counter() - started},
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        samples={name: values for part in parts for name, values in part.samples.items()},
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """What one measure adds to the report."""
-
-    metrics: dict[str, Interval]
-    words: list[str]
-    warnings: list[str] = field(default_factory=list)
-    samples: dict[str, Float64] = field(default_factory=dict)
-    cosines: dict[str, Float64] = field(default_factory=dict)  # what the histogram shows
-    spectrum: dict[str, Float64] = field(default_factory=dict)  # shares of the variance, descending
-    row: list[Any] = field(default_factory=list)  # of the table of dimensions
-    shown: list[dict[str, Any]] = field(default_factory=list)
+def _measure(
+    vectors: Float32,
+    texts: Float32 | None,
+    owner: Int64 | None,
+    pictures: Pictures | None,
+    k: int,
+    sample: int,
+    session: Session,
+    results: Results,
+) -> None:
+    vectors, texts, owner = _checked(vectors, texts, owner)
+    seed = session.seed
+    results.curves = [
+        _curve(
+            "Covariance spectrum", "direction, by variance", "share of the variance", log_x=True
+        ),
+        _curve("Cosines of pairs", "cosine", "share of the pairs"),
+    ]
+    columns = ["", "dimensions", "lowest", "median", "highest", "under 1 % of the mean"]
+    results.tables = [{"title": "Variance per dimension", "columns": columns, "rows": []}]
+    _spread("pictures", vectors, seed, results)
+    if texts is not None and owner is not None:
+        _spread("texts", texts, seed, results)
+        _pairs(vectors, texts, owner, seed, results)
+    random = np.random.default_rng(seed)
+    rows = np.sort(random.permutation(len(vectors))[:sample])
+    k = min(k, len(rows) - 1)
+    results.settings |= {"k": k, "neighbours_among": len(rows)}
+    if results.metrics["pictures/variance"].value > _SAME:  # else neighbours are chance
+        near = neighbours(vectors[rows], k, **session.callbacks)[0]
+        _hubs("pictures", "pictures", near, rows, pictures, results)
+        if texts is not None:
+            queries = texts[np.sort(random.permutation(len(texts))[:sample])]
+            near = nearest_known(queries, vectors[rows], k, **session.callbacks)[0]
+            _hubs("searches", "captions", near, rows, pictures, results)
 
 
 def _checked(
@@ -206,18 +160,19 @@ def _checked(
     return vectors, texts, owner
 
 
-def _bare(value: float, n: int) -> Interval:
-    return Interval(value, math.nan, math.nan, n)
-
-
 def _cosines(left: Float32, right: Float32) -> Float64:
-    """float64 (N,) of matching rows."""
-    found: Float64 = np.einsum("ij,ij->i", left, right, dtype=np.float64)
-    return found
+    """Return the cosines of matching unit rows, float64 (N,)."""
+    cosines: Float64 = np.einsum("ij,ij->i", left, right, dtype=np.float64)
+    return cosines
 
 
-def _side(name: str, vectors: Float32, seed: int) -> _Part:
-    """How far pictures, or texts, spread."""
+def _curve(title: str, x_label: str, y_label: str, *, log_x: bool = False) -> dict[str, Any]:
+    labels = {"title": title, "x_label": x_label, "y_label": y_label}
+    return {**labels, "log_x": log_x, "series": []}
+
+
+def _spread(name: str, vectors: Float32, seed: int, results: Results) -> None:
+    """Add how far pictures, or texts, spread over the space."""
     n, dim = vectors.shape
     spectrum = metrics.covariance_spectrum(vectors)
     total, rank, most = float(spectrum.sum()), metrics.effective_rank(spectrum), min(dim, n - 1)
@@ -228,49 +183,52 @@ def _side(name: str, vectors: Float32, seed: int) -> _Part:
     cosine = mean_interval(cosines, fraction=False, seed=seed)
     each = vectors.var(axis=0, dtype=np.float64)
     distances = ((vectors - vectors.mean(axis=0, dtype=np.float64)) ** 2).sum(axis=1)
-    words = (
-        f"Two random {name} have cosine {cosine.value:.2f}; {n:,} {name} fill {rank:.0f} of at most "
-        f"{most} dimensions effectively, half of their variance lies in {half}, 90 % in {nearly}."
+    sentence = (
+        f"Two random {name} have a cosine of {cosine.value:.2f} on average. {n:,} {name} have an "
+        f"effective rank of {rank:.0f} of at most {most}; half of their variance lies in {half} "
+        f"directions, 90 % in {nearly}."
     )
-    warnings = []
     if total < _SAME:
-        words = f"All {n:,} {name} have the same vector."
-        warnings = [f"the {name} have collapsed into one vector: nothing can be told apart"]
+        sentence = f"All {n:,} {name} have the same vector."
+        results.warnings.append(
+            f"the {name} have collapsed into one vector and cannot be told apart"
+        )
     elif total < _NARROW:
-        warnings = [
+        results.warnings.append(
             f"the {name} lie in a narrow cone: two random ones have cosine {cosine.value:.3f} "
             f"(variance {total:.3f}, of 1); the model is collapsing, or was never trained"
-        ]
+        )
     elif rank < _FLAT * most:
-        warnings = [
+        results.warnings.append(
             f"the {name} use few directions: effective rank {rank:.1f} of at most {most}; "
-            "the model is collapsing, or they are much alike"
-        ]
-    return _Part(
-        metrics={
-            f"{name}/variance": mean_interval(distances, fraction=False, seed=seed),
-            f"{name}/random_cosine": cosine,
-            f"{name}/effective_rank": _bare(rank, n),
-            f"{name}/uniformity": _bare(metrics.uniformity(vectors, seed=seed), n),
-        },
-        words=[words],
-        warnings=warnings,
-        cosines={f"two {name}": cosines},
-        spectrum={name: shares},
-        row=[name, dim, *(float(np.quantile(each, q)) for q in (0, 0.5, 1)),
-             int((each < 0.01 * each.mean()).sum())],
-    )  # fmt: skip
+            "the model is collapsing, or they are very similar"
+        )
+    results.sentences.append(sentence)
+    results.metrics |= {
+        f"{name}/variance": mean_interval(distances, fraction=False, seed=seed),
+        f"{name}/random_cosine": cosine,
+        f"{name}/effective_rank": Interval.without_bounds(rank, n),
+        f"{name}/uniformity": Interval.without_bounds(metrics.uniformity(vectors, seed=seed), n),
+    }
+    results.curves[1]["series"].append(histogram_series(f"two {name}", cosines, _BINS))
+    results.curves[0]["series"].append(
+        {"name": name, "x": list(range(1, len(shares) + 1)), "y": shares.tolist()}
+    )
+    variances = [float(np.quantile(each, q)) for q in (0, 0.5, 1)]
+    low = int((each < 0.01 * each.mean()).sum())
+    results.tables[0]["rows"].append([name, dim, *variances, low])
 
 
-def _pairs(vectors: Float32, texts: Float32, owner: Int64, seed: int) -> _Part:
-    """Captions and their pictures; all figures are means over pictures of means over captions."""
+def _pairs(vectors: Float32, texts: Float32, owner: Int64, seed: int, results: Results) -> None:
+    """Add how near captions are to their pictures; figures are means over pictures of means over
+    captions."""
     captioned = np.unique(owner)
     counts = np.bincount(owner)[captioned]
 
     def per_picture(values: Float64) -> Float64:
         return np.asarray(np.bincount(owner, values)[captioned] / counts, np.float64)
 
-    # a caption of one picture, another picture: the next one after a random turn
+    # a caption with another picture: the one after a random shift
     turn = np.random.default_rng(seed).integers(1, len(vectors), len(owner))
     own = _cosines(texts, vectors[owner])
     other = _cosines(texts, vectors[(owner + turn) % len(vectors)])
@@ -280,7 +238,7 @@ def _pairs(vectors: Float32, texts: Float32, owner: Int64, seed: int) -> _Part:
         "pairs/alignment": per_picture(2 - 2 * own),
         "pairs/accuracy": per_picture((own > other) + 0.5 * (own == other)),
     }
-    found = {
+    results.metrics |= {
         name: mean_interval(values, fraction=name == "pairs/accuracy", seed=seed)
         for name, values in samples.items()
     }
@@ -290,87 +248,57 @@ def _pairs(vectors: Float32, texts: Float32, owner: Int64, seed: int) -> _Part:
     # along the gap's direction the gap is a mean over pictures, which can be resampled
     apart = vectors[captioned] - means
     along = apart @ (apart.mean(axis=0) / (gap or 1.0))
-    found["pairs/modality_gap"] = mean_interval(along, fraction=False, seed=seed)
-    right = found["pairs/accuracy"]
-    words = [
-        f"A caption lies closer to its own picture than to another in {100 * right.value:.1f} % of "
-        f"the cases (95 %: {100 * right.low:.1f} to {100 * right.high:.1f}; chance 50): cosine "
-        f"{found['pairs/matched_cosine'].value:.3f} against {found['pairs/random_cosine'].value:.3f}.",
-        f"Pictures and captions lie {gap:.2f} apart (CLIP's about 0.8, Liang et al. 2022), which "
-        "matters only where both are ranked in one list.",
+    results.metrics["pairs/modality_gap"] = mean_interval(along, fraction=False, seed=seed)
+    accuracy = results.metrics["pairs/accuracy"]
+    matched, random = samples["pairs/matched_cosine"].mean(), samples["pairs/random_cosine"].mean()
+    results.sentences += [
+        f"A caption is nearer to its own picture than to another in {percent(accuracy.value)} of "
+        f"the cases ({percent_interval(accuracy)}; chance is 50 %): their mean cosines are "
+        f"{matched:.3f} and {random:.3f}.",
+        f"The modality gap, between the means of pictures and captions, is {gap:.2f} (CLIP: about 0.8, "
+        "Liang et al. 2022). It matters only where both are ranked in one list.",
     ]
-    blind = not right.low > 0.5
-    return _Part(
-        metrics=found,
-        words=words,
-        warnings=["captions are no closer to their own picture than to another"] if blind else [],
-        samples=samples if len(captioned) == len(vectors) else {},
-        cosines={"a caption and its picture": own, "a caption and another picture": other},
-    )
+    if not accuracy.low > 0.5:
+        results.warnings.append("captions are no nearer to their own picture than to another")
+    if len(captioned) == len(vectors):
+        results.samples |= samples
+    results.curves[1]["series"] += [
+        histogram_series("a caption and its picture", own, _BINS),
+        histogram_series("a caption and another picture", other, _BINS),
+    ]
 
 
-def _hubs(name: str, asking: str, found: Int64, rows: Int64, pictures: Pictures | None) -> _Part:
-    """Pictures that are among the nearest of too many; found (Q, K) are places in `rows` (N,)."""
-    (asked, k), n = found.shape, len(rows)
-    skewness = metrics.hubness(found, n)
-    counts = np.bincount(found.ravel(), minlength=n)
+def _hubs(
+    name: str,
+    queries: str,
+    near: Int64,
+    rows: Int64,
+    pictures: Pictures | None,
+    results: Results,
+) -> None:
+    """Add the pictures that are neighbours of very many; near (Q, K) are positions in `rows` (N,)."""
+    (count, k), n = near.shape, len(rows)
+    skewness = metrics.hubness(near, n)
+    counts = np.bincount(near.ravel(), minlength=n)
     worst = np.argsort(-counts, kind="stable")[:_SHOWN_HUBS]
-    usual, most, never = asked * k / n, int(counts[worst[0]]), float((counts == 0).mean())
-    words = (
-        f"One picture is among the {k} nearest of {most:,} of {asked:,} {asking} ({usual:.1f} would "
-        f"be even); {100 * never:.0f} % of the pictures are among those of none."
+    mean, most, never = count * k / n, int(counts[worst[0]]), float((counts == 0).mean())
+    results.metrics[f"{name}/hubness@{k}"] = Interval.without_bounds(skewness, count)
+    results.metrics[f"{name}/never_found@{k}"] = Interval.without_bounds(never, n)
+    results.sentences.append(
+        f"One picture is among the {k} nearest of {most:,} of {count:,} {queries} (mean: {mean:.1f}); "
+        f"{percent(never)} of the pictures are among the nearest of none."
     )
-    warning = (
-        f"a few pictures come up for very many {asking} (hubness {skewness:.1f}, one is among the {k} "
-        f"nearest of {most:,}): others are crowded out"
-    )
-    items = [
-        exhibit(
-            pictures,
-            int(rows[place]),
-            expected=f"among the nearest of {usual:.0f}",
-            got=f"of {counts[place]:,}",
+    if skewness > _HUBBY:
+        results.warnings.append(
+            f"a few pictures are found for very many {queries} (hubness {skewness:.1f}, one is among "
+            f"the {k} nearest of {most:,}) and crowd out others"
         )
-        for place in worst
-    ]
-    return _Part(
-        metrics={
-            f"{name}/hubness@{k}": _bare(skewness, asked),
-            f"{name}/never_found@{k}": _bare(never, n),
-        },
-        words=[words],
-        warnings=[warning] if skewness > _HUBBY else [],
-        shown=[{"title": f"Hubs among {asking}", "items": items}] if pictures is not None else [],
-    )
-
-
-def _spectra(parts: Sequence[_Part]) -> dict[str, Any]:
-    return {
-        "title": "Covariance spectrum",
-        "x_label": "direction, by variance",
-        "y_label": "share of the variance",
-        "log_x": True,
-        "series": [
-            {"name": name, "x": list(range(1, len(shares) + 1)), "y": shares.tolist()}
-            for part in parts
-            for name, shares in part.spectrum.items()
-        ],
-    }
-
-
-def _histograms(parts: Sequence[_Part]) -> dict[str, Any]:
-    series = [
-        {
-            "name": name,
-            "x": ((_BINS[1:] + _BINS[:-1]) / 2).round(4).tolist(),
-            "y": (np.histogram(cosines, _BINS)[0] / len(cosines)).tolist(),
-        }
-        for part in parts
-        for name, cosines in part.cosines.items()
-    ]
-    return {
-        "title": "Cosines of pairs",
-        "x_label": "cosine",
-        "y_label": "share of the pairs",
-        "series": series,
-    }
+    if pictures is not None:
+        usual, labels = f"{mean:.1f} {queries}", ("On average", "Among the nearest of")
+        items = [
+            exhibit(pictures, int(rows[at]), expected=usual, got=f"{counts[at]:,} {queries}")
+            for at in worst
+        ]
+        results.mistakes.append(
+            {"title": f"Hubs among {queries}", "items": items, "labels": labels}
+        )

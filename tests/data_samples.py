@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,3 +49,24 @@ def told(rows: list[Row | Broken]) -> list[tuple[object, ...]]:
         (r.place, r.reason) if isinstance(r, Broken) else (r.name, r.captions, r.split)
         for r in rows
     ]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a built dataset's metadata, as it stands in the file."""
+
+    image_id: str
+    path: str
+    captions: tuple[str, ...]
+    split: str
+    meta: dict[str, Any]  # every other column
+
+
+def read_dataset(folder: Path) -> Iterator[Record]:
+    """Read a built dataset without clipkit's own readers."""
+    for split in ("train", "validation", "test"):
+        path = folder / split / "metadata.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            fields = json.loads(line)
+            name, captions = fields.pop("file_name"), tuple(fields.pop("captions"))
+            yield Record(fields.pop("image_id"), f"{split}/{name}", captions, split, fields)

@@ -7,14 +7,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 
-from app.cli import terminal
+from app.cli import cli, terminal
 from clipkit.catalog import Catalog
+
+pytestmark = pytest.mark.end_to_end
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "data_prep" / "gallery" / "pictures"
@@ -127,7 +131,7 @@ def test_deleted_and_forgotten(photos: Path, model: Path, tmp_path: Path) -> Non
 INTERRUPTED = """
 import os, signal
 from app.cli import main
-from app.cli import terminal
+from app.cli import cli, terminal
 from clipkit.catalog import Catalog
 
 batches = 0
@@ -222,10 +226,22 @@ def test_a_process_ends_with_the_sentence_and_the_code() -> None:
     )
 
 
-def test_every_command_has_help_with_an_example() -> None:
-    for command in ("index", "search", "app", "status"):
-        told = run(command, "--help").stdout
-        assert f"clipkit {command}" in told and "Examples:" in told
+def test_every_command_has_help_with_examples_and_explains_its_options() -> None:
+    commands = dict(leaves(typer.main.get_command(cli), "clipkit"))
+    assert {"clipkit search", "clipkit data build", "clipkit eval compare"} <= set(commands)
+    for name, command in commands.items():
+        assert command.help, name
+        assert "Examples:" in (command.epilog or "") and name in command.epilog, name
+        for option in command.params:
+            assert option.param_type_name == "argument" or option.help, f"{name} {option.name}"
+
+
+def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The commands below a group, by their full names."""
+    if not hasattr(command, "commands"):
+        yield name, command
+    for child, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, f"{name} {child}")
 
 
 def test_progress_is_a_line_of_text_where_there_is_no_terminal(

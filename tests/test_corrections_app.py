@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from colours import ColourModel, paint
+from data_samples import read_dataset
 from starlette.testclient import TestClient
 
 from app.corrections import Mark
@@ -24,7 +25,6 @@ from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 from clipkit.errors import ClipkitError
 from clipkit.images import image_id
-from clipkit.records import read_dataset
 
 HOST = "http://127.0.0.1:7860"
 ONE, TWO = "1" * 32, "2" * 32

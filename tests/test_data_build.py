@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import picture, save, save_all
+from data_samples import picture, read_dataset, save, save_all
 from PIL import Image
 
 from clipkit.errors import DatasetError, InputError
 from clipkit.images import image_id
-from clipkit.records import read_dataset
 from clipkit.sources import Broken, Options, PictureBytes, Row, Source, open_source
 from data_prep.build import Built, Progress, build
 from data_prep.clean import Rules

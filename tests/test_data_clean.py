@@ -92,7 +92,7 @@ def test_scripts() -> None:
     [
         ({"min_side": -1}, "min_side is -1; it must be at least 0"),
         ({"radius": 16}, "radius is 16; it must be 0 to 15"),
-        ({"allow": frozenset({"urls"})}, "cannot allow 'urls'; what can be is blank, url"),
+        ({"allow": frozenset({"urls"})}, "cannot allow 'urls'; use one of blank, url"),
         ({"near": "both"}, "near is 'both'; it must be group, drop or ignore"),
     ],
 )
@@ -106,7 +106,7 @@ def test_pictures() -> None:
     assert picture_fault(picture(0), 96, 64, Rules()) is None
     assert picture_fault(picture(0), 31, 640, Rules()) == (
         "too-small",
-        "31 x 640 pixels; the least side is 32",
+        "31 x 640 pixels; the minimum side is 32",
     )
     assert picture_fault(picture(0), 31, 640, Rules(min_side=0)) is None
     assert (picture_fault(grey, 64, 64, Rules()) or ("",))[0] == "blank"

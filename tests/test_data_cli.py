@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from data_samples import save, save_all
+from data_samples import read_dataset, save, save_all
 from PIL import Image
 from typer.testing import CliRunner
 
 from app.cli.data import data
 from clipkit.errors import InputError
-from clipkit.records import read_dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +56,7 @@ def test_from_an_odd_table_to_a_data_set(
     assert (
         "semicolon-separated, utf-8-sig: pictures from 'Bilddatei', captions from 'Bildbes" in flat
     )
-    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 mended" in flat
+    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 repaired" in flat
     assert "rejected 3 rows: wrong-field-count 1, unclosed-quote 1, missing 1" in flat
     assert "rejected 1 picture: duplicate 1" in flat
     assert len(list(read_dataset(tmp_path / "dataset"))) == 20

@@ -105,7 +105,7 @@ def test_official_splits_are_kept_and_look_alikes_follow_them() -> None:
 
 @pytest.mark.parametrize(("validation", "test"), [(0.5, 0.5), (-0.1, 0.1), (0.1, 1.0)])
 def test_fractions_that_leave_nothing(validation: float, test: float) -> None:
-    with pytest.raises(InputError, match=r"fraction is|leave nothing to train"):
+    with pytest.raises(InputError, match=r"fraction is|leave no training data"):
         Fractions(validation, test)
 
 
@@ -131,7 +131,7 @@ def test_leaks_are_found_and_named(tmp_path: Path) -> None:
     """Pictures in two splits, by the bytes and by the look; look-alikes inside a split are none."""
     leaks = find_leaks(open_source(leaky(tmp_path)))
     assert leaks.pictures == {"train": 4, "test": 4}
-    assert [(leak.kind, leak.splits, leak.pictures) for leak in leaks.found] == [
+    assert [(leak.kind, leak.splits, leak.pictures) for leak in leaks.pairs] == [
         ("same-file", ("train", "test"), ("train/a.png", "test/e.png")),
         ("look-alike", ("train", "test"), ("train/b.png", "test/f.jpg")),
     ]
@@ -149,7 +149,7 @@ def test_equal_hashes_leak_though_a_chain_links_them_within_splits(tmp_path: Pat
         lines = [json.dumps({"file_name": n, "text": "A dog"}) + "\n" for n in names]
         (tmp_path / split / "metadata.jsonl").write_text("".join(lines))
     leaks = find_leaks(open_source(tmp_path), radius=0)
-    assert [(x.kind, x.pictures) for x in leaks.found] == [
+    assert [(x.kind, x.pictures) for x in leaks.pairs] == [
         ("look-alike", ("train/a.png", "test/c.webp"))
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from clipkit import images
 from clipkit.catalog import Catalog
 from clipkit.embed import Progress, Summary, index_folders
 from clipkit.errors import InputError
@@ -102,6 +104,30 @@ def test_pictures_are_added_with_their_vectors(
         np.testing.assert_allclose(vector, expected / np.linalg.norm(expected), atol=1e-3)
         assert (rows[num].width, rows[num].height, rows[num].format) == (20, 10, "PNG")
         assert catalog.thumbnail(rows[num].image_id) is not None
+
+
+def test_no_decoded_original_waits_for_its_batch(
+    run: Callable[..., Summary], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of ten is encoded when all ten are resized: the 100 MP originals are gone by then, but
+    for the one that a thread may still hold. Fails for a pass that keeps them beside the pixels: ten."""
+    decode, originals = images.decode, []
+    alive: list[int] = []
+
+    def recording(*args: Any, **options: Any) -> images.Picture:
+        picture = decode(*args, **options)
+        originals.append(weakref.ref(picture.rgb))
+        return picture
+
+    class Counting(MeanColour):
+        def encode_images(self, images: Sequence[Any]) -> npt.NDArray[np.float32]:
+            alive.append(sum(original() is not None for original in originals))
+            return super().encode_images(images)
+
+    monkeypatch.setattr(images, "decode", recording)
+    assert run(photos, using=Counting(), workers=1, batch_size=10).added == 10
+    assert len(originals) == 10
+    assert len(alive) == 1 and alive[0] <= 1
 
 
 def test_an_unchanged_folder_loads_no_towers(

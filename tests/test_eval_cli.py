@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from eval.reports.report import EvalReport
+from eval.reports import load
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -56,7 +56,7 @@ def test_the_real_command_measures_keeps_and_repeats(
         assert done.returncode == 0, done.stderr
         assert "text_to_image/R@3" in done.stdout and "6 pictures" in done.stdout
         assert f"report: {out / 'report.html'}" in done.stdout
-        reports.append(EvalReport.load(out))
+        reports.append(load(out))
     assert reports[0].metrics == reports[1].metrics
     assert reports[0].n["captions"] == 12
     assert "--data" in reports[0].command

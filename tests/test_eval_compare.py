@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from colours import ColourModel, paint
+from numbered import Numbered, Told, labelled, one_hot, oracle
 
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
 from clipkit.sources import PictureFile
-from eval.compare import compare, compare_reports
+from eval.compare import Examples, compare, compare_reports
 from eval.data import Captioned, Labelled, SourcePictures
 from eval.features import FeatureCache
 from eval.prompts import Templates
+from eval.reports import EvalReport, load, save
 from eval.reports.comparison import Comparison
-from eval.reports.report import EvalReport
+from eval.session import Session
 
 N = 200
 
@@ -65,7 +67,7 @@ def test_a_real_difference_is_found_and_marked() -> None:
     gain = hits(0.7).mean() - hits(0.5).mean()
     assert row.against_first(1).paired.difference == pytest.approx(gain)
     assert row.against_first(1).significant and row.best == 1
-    assert made.words == (
+    assert made.sentences == (
         f"Retrieval on photos, t/R@1: b is better than a (+{100 * gain:.1f}, p < 0.001).",
     )
 
@@ -77,11 +79,11 @@ def test_what_else_moved_is_told_with_its_direction() -> None:
     second = report({"R@1": hits(0.5, 2), "R@10": hits(0.7), "mean_rank": ranks - 2}, "b")
     made = compare_reports([[first], [second]])
     gain = 100 * (hits(0.7).mean() - hits(0.5).mean())
-    assert "b is not shown to differ from a" in made.words[0]
-    assert made.words[0].endswith(f", better in R@10 +{gain:.1f}, mean_rank −2.")
-    assert made.sections[0].moved(1) == ([f"R@10 +{gain:.1f}", "mean_rank −2"], [])
+    assert "b is not significantly different from a" in made.sentences[0]
+    assert made.sentences[0].endswith(f", better in R@10 +{gain:.1f}, mean_rank −2.")
+    assert made.sections[0].changes(1) == ([f"R@10 +{gain:.1f}", "mean_rank −2"], [])
     other = compare_reports([[second], [first]], names=("a", "b"))
-    assert other.words[0].endswith(f", worse in R@10 −{gain:.1f}, mean_rank +2.")
+    assert other.sentences[0].endswith(f", worse in R@10 −{gain:.1f}, mean_rank +2.")
 
 
 def test_a_difference_by_chance_is_not_marked() -> None:
@@ -89,7 +91,7 @@ def test_a_difference_by_chance_is_not_marked() -> None:
     made = compare_reports([[report({"R@1": hits(0.5, 1)})], [report({"R@1": hits(0.5, 2)}, "b")]])
     row = rows(made)["R@1"]
     assert not row.against_first(1).significant and row.best is None
-    assert "not shown to differ from a" in made.words[0]
+    assert "not significantly different from a" in made.sentences[0]
     assert " *" not in made.to_markdown() and "★" not in made.to_markdown()
 
 
@@ -135,7 +137,7 @@ def test_other_data_is_never_tested_against() -> None:
     section = made.sections[0]
     assert section.tested == 0 and section.rows[0].best is None
     assert section.warnings == (
-        "b was measured on other data than a (fingerprint 000000000000, not ffffffffffff): "
+        "b was measured on different data than a (fingerprint 000000000000, not ffffffffffff): "
         "their difference was not tested",
     )
     assert "No difference was tested" in made.to_markdown()
@@ -208,11 +210,29 @@ def test_pictures_that_changed_most_are_shown() -> None:
     after[[7, 9]], after[3] = (1.0, 0.8), 0.1
     made = compare_reports(
         [[report({"R@1": before, "MRR": before})], [report({"R@1": before, "MRR": after}, "b")]],
-        pictures={"f" * 16: lambda row: {"name": f"p{row}", "expected": "x", "thumbnail": ""}},
+        examples={"f" * 16: Examples(labelled([0] * N, 1))},
     )
     better, worse = made.sections[0].changed
-    assert [item["name"] for item in better["items"]] == ["p7", "p9"]
-    assert [(item["name"], item["got"]) for item in worse["items"]] == [("p3", "50.0 % → 10.0 %")]
+    assert [item["name"] for item in better["items"]] == ["7.png", "9.png"]
+    assert [(item["name"], item["got"]) for item in worse["items"]] == [
+        ("3.png", "50.0 % → 10.0 %")
+    ]
+
+
+def test_a_card_shows_the_pictures_own_mean() -> None:
+    """Picture 0 has five captions, the others one each. The first model ranks all pictures in one
+    tie, the second the right one first: MRR goes from (1 + 1/2 + 1/3) / 3 to 1. Picture 0 weighs
+    5 x 3 / 7 = 2.14 in the sample, whose mean over pictures is the mean over captions."""
+    owner = np.array([0, 0, 0, 0, 0, 1, 2])
+    texts = tuple(f"kind{i} {letter}" for i, letter in zip(owner, "abcdefg", strict=True))
+    data = Captioned("uneven", None, Numbered([(i, i) for i in range(3)]), texts, owner, ((),) * 3)
+    tied = Told(lambda *_: one_hot(0, 3), lambda _: one_hot(0, 3), name="tied")
+    made = compare([tied, oracle(3)], [data], ks=(1,))
+    sample = made.sections[0].reports[1].samples["text_to_image/MRR"]
+    assert sample == pytest.approx([15 / 7, 3 / 7, 3 / 7]) and sample.mean() == pytest.approx(1)
+    (better,) = made.sections[0].changed[:1]
+    assert {item["got"] for item in better["items"]} == {"61.1 % → 100.0 %"}
+    assert len(better["items"]) == 3
 
 
 def test_a_comparison_is_three_files(tmp_path: Path) -> None:
@@ -220,7 +240,7 @@ def test_a_comparison_is_three_files(tmp_path: Path) -> None:
     second = report({"R@1": hits(0.7)}, evil, details={"curves": [curve(evil, 0.2)]})
     first = report({"R@1": hits(0.5)}, details={"curves": [curve("x", 0.1)]})
     made = compare_reports([[first], [second]], command="clipkit eval compare a b")
-    made.save(tmp_path)
+    save(made, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["report.html", "report.json", "report.md"]
     page = (tmp_path / "report.html").read_text()
@@ -231,14 +251,14 @@ def test_a_comparison_is_three_files(tmp_path: Path) -> None:
     (row,) = told["sections"][0]["rows"]
     assert row["best"] == 1 and row["tests"][0]["p_value_corrected"] < 0.001
     with pytest.raises(InputError, match="not a report of one evaluation"):
-        EvalReport.load(tmp_path)
+        load(tmp_path)
 
 
 def test_saved_reports_compare_like_new_ones(tmp_path: Path) -> None:
     made = [report({"R@1": hits(0.5)}), report({"R@1": hits(0.7)}, "b")]
     for number, one in enumerate(made):
-        one.save(tmp_path / str(number))
-    again = [[EvalReport.load(tmp_path / str(number))] for number in (0, 1)]
+        save(one, tmp_path / str(number))
+    again = [[load(tmp_path / str(number))] for number in (0, 1)]
     new = compare_reports([[one] for one in made]).lines()
     assert compare_reports(again).lines() == new
     assert "*" in new[4]
@@ -285,7 +305,11 @@ def test_models_are_measured_and_compared(data: tuple[Captioned, Labelled], tmp_
     that differ has p = 2 / 2^8. The second run encodes no picture."""
     models = [Model("blind", blind=True), Model("seeing")]
     cache = FeatureCache(tmp_path / "cache")
-    options: dict[str, Any] = {"ks": (1,), "cache": cache, "templates": Templates("plain", ("{}",))}
+    options: dict[str, Any] = {
+        "ks": (1,),
+        "session": Session(cache),
+        "templates": Templates("plain", ("{}",)),
+    }
     made = compare(models, data, **options)
     assert [section.title for section in made.sections] == [
         "Retrieval on captions",

@@ -216,7 +216,7 @@ def test_class_names_given_twice_and_empty_classes_are_warned_of(tmp_path: Path)
     root = classed(tmp_path, bird=2, machine=0)
     data = open_labelled(root, classes=["crane", "Crane"])
     assert data.warnings[1:] == (
-        "class names given more than once: crane; no model tells those apart",
+        "class names given more than once: crane; no model can distinguish those",
         "1 of 2 classes have no picture: Crane",
     )
 

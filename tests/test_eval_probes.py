@@ -19,6 +19,7 @@ from eval.probes import (
     knn_scores,
     linear_scores,
 )
+from eval.session import Session
 
 
 def blobs(
@@ -172,7 +173,7 @@ def test_shots_that_a_class_cannot_give_are_left_out() -> None:
     rows, said = few_shot_rows(labels, (4, 2, 1, 2))
     assert list(rows) == [1, 2]
     assert said == [
-        "4 shots are left out: they take 8 training pictures per class, and the smallest class has 6"
+        "4 shots are left out: they need 8 training pictures per class, and the smallest class has 6"
     ]
     for fit, held_out in rows[2]:
         assert len(set(fit) | set(held_out)) == 8, "no picture is in both"
@@ -245,8 +246,7 @@ def test_stopping_between_probes() -> None:
             labelled([0, 1] * 4, 2),
             labelled([0, 1], 2),
             knn_ks=(1,),
-            on_progress=stopping,
-            stop=stop,
+            session=Session(on_progress=stopping, stop=stop),
         )
 
 

@@ -18,6 +18,7 @@ from eval.data import Labelled
 from eval.features import FeatureCache
 from eval.prompts import Templates
 from eval.robustness import evaluate_robustness
+from eval.session import Session
 
 PLAIN = Templates("plain", ("a photo of {}",))
 Picture = Callable[..., Image.Image]
@@ -182,7 +183,7 @@ def test_what_brightness_takes_away() -> None:
     assert [s["name"] for s in curve["series"]] == ["brightness", "jpeg_compression"]
     assert curve["series"][0]["x"] == [0, 1, 5]
     assert curve["series"][0]["y"][0] == 1 and curve["series"][0]["y"][-1] == 0
-    assert "brightness harms most" in report.details["words"][0]
+    assert "brightness lowers it most" in report.details["words"][0]
 
 
 def test_relative_is_to_the_clean_figure() -> None:
@@ -258,16 +259,20 @@ def test_domains() -> None:
         ["photo", 12, "100.0 %"],
         ["sketch", 12, "0.0 %"],
     ]
-    assert "least on “sketch” (0.0 %) and best on “photo” (100.0 %)" in report.details["words"][0]
+    assert (
+        "lowest on “sketch” (0.0 %) and highest on “photo” (100.0 %)" in report.details["words"][0]
+    )
 
 
 def test_corrupted_features_are_kept_apart(tmp_path: Path) -> None:
     """A cache that ignores the corruption would give the clean figure for all of them."""
     data = reds(list(range(10)) * 2)
     options = {"corruptions": ("brightness",), "severities": (5,), "templates": PLAIN}
-    first = evaluate_robustness(oracle(25), data, cache=FeatureCache(tmp_path), **options)
+    first = evaluate_robustness(
+        oracle(25), data, session=Session(FeatureCache(tmp_path)), **options
+    )
     again = oracle(25)
-    second = evaluate_robustness(again, data, cache=FeatureCache(tmp_path), **options)
+    second = evaluate_robustness(again, data, session=Session(FeatureCache(tmp_path)), **options)
     assert again.loads == 0
     assert first.metrics["brightness@5/acc@1"].value == 0
     assert dict(second.metrics) == dict(first.metrics)

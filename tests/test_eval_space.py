@@ -18,6 +18,7 @@ from clipkit.errors import InputError
 from eval.data import open_captioned, open_labelled
 from eval.features import FeatureCache, Stopped
 from eval.features.neighbours import nearest_known, neighbours
+from eval.session import Session
 from eval.space import evaluate_space, space_of_vectors
 
 Float32 = npt.NDArray[np.float32]
@@ -55,7 +56,7 @@ def test_axes_are_as_even_as_can_be() -> None:
     assert value["pictures/uniformity"] == pytest.approx(uniformity)
     assert report.details["curves"][0]["series"][0]["y"] == pytest.approx([0.25] * 4)
     assert report.details["tables"][0]["rows"] == [["pictures", 4, 0.25, 0.25, 0.25, 0]]
-    assert "fill 4 of at most 4 dimensions" in report.details["words"][0]
+    assert "effective rank of 4 of at most 4" in report.details["words"][0]
     assert math.isnan(report.metrics["pictures/effective_rank"].low), "no honest interval"
 
 
@@ -69,7 +70,9 @@ def test_pairs_across_a_gap() -> None:
     assert value["pairs/alignment"] == pytest.approx(1.44) == metrics.alignment(pictures, texts)
     assert value["pairs/matched_cosine"] == pytest.approx(0.28)
     assert value["pairs/modality_gap"] == pytest.approx(1.2)
-    assert "Pictures and captions lie 1.20 apart" in " ".join(report.details["words"])
+    assert "The modality gap, between the means of pictures and captions, is 1.20" in " ".join(
+        report.details["words"]
+    )
 
 
 def test_figures_are_means_over_pictures() -> None:
@@ -109,9 +112,9 @@ def test_a_collapsed_model_is_at_chance_and_called_so() -> None:
     assert report.metrics["pictures/variance"].value == pytest.approx(0, abs=1e-9)
     assert not any("hubness" in name for name in report.metrics), "neighbours would be chance"
     assert report.warnings == (
-        "the pictures have collapsed into one vector: nothing can be told apart",
-        "the texts have collapsed into one vector: nothing can be told apart",
-        "captions are no closer to their own picture than to another",
+        "the pictures have collapsed into one vector and cannot be told apart",
+        "the texts have collapsed into one vector and cannot be told apart",
+        "captions are no nearer to their own picture than to another",
     )
 
 
@@ -121,7 +124,7 @@ def test_shuffled_captions_are_at_chance_within_the_interval() -> None:
     report = space_of_vectors(pictures, shuffled, owner)
     accuracy = report.metrics["pairs/accuracy"]
     assert accuracy.low < 0.5 < accuracy.high
-    assert report.warnings == ("captions are no closer to their own picture than to another",)
+    assert report.warnings == ("captions are no nearer to their own picture than to another",)
     assert space_of_vectors(pictures, texts, owner).warnings == ()
 
 
@@ -155,15 +158,13 @@ def test_the_worst_hub_is_named_and_counted() -> None:
     assert of > 200, "the premise: far more than ten"
     report = space_of_vectors(rows, k=10, pictures=Named())
     words = report.details["words"][1]
-    assert (
-        f"One picture is among the 10 nearest of {of} of 300 pictures (10.0 would be even)" in words
-    )
+    assert f"One picture is among the 10 nearest of {of} of 300 pictures (mean: 10.0)" in words
     assert report.metrics["pictures/hubness@10"].value == pytest.approx(
         metrics.hubness(listed, 300), abs=0.05
     ), "but for what half-precision codes swap"
     (group,) = report.details["mistakes"]
-    assert group["items"][0]["name"] == "299.jpg" and group["items"][0]["got"] == f"of {of}"
-    assert any("others are crowded out" in warning for warning in report.warnings)
+    assert group["items"][0]["name"] == "299.jpg" and group["items"][0]["got"] == f"{of} pictures"
+    assert any("and crowd out others" in warning for warning in report.warnings)
 
 
 class Named:
@@ -250,7 +251,7 @@ def test_stopping() -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
-        space_of_vectors(directions(20, 4), stop=stop)
+        space_of_vectors(directions(20, 4), session=Session(stop=stop))
 
 
 # ---- with a model
@@ -284,8 +285,8 @@ def test_captions_stay_with_their_pictures_when_one_is_skipped(
     """The colour model is perfect on "a red wall"; "a wall" says nothing. Had the skipped picture
     shifted the owners by one, every named colour would miss its picture."""
     data = open_captioned(str(pictures))
-    report = evaluate_space(Colours(), data, cache=FeatureCache(tmp_path / "cache"))
-    assert report.n == {"pictures": 4, "captions": 8}
+    report = evaluate_space(Colours(), data, session=Session(FeatureCache(tmp_path / "cache")))
+    assert report.n == {"pictures": 4, "captions": 8, "skipped": 1}
     wall = (
         Colours().encode_texts(["a wall"])
         @ Colours().encode_texts("red green blue yellow".split()).T

@@ -14,7 +14,7 @@ from PIL import Image
 from textured import textured
 
 from clipkit.images import decode, thumbnail
-from clipkit.images.pixels import upright_rgb
+from clipkit.images.reading import upright_rgb
 
 
 def pixels(data: bytes) -> list[object]:
@@ -28,7 +28,7 @@ def pixels(data: bytes) -> list[object]:
 
 def test_alpha_goes_onto_white() -> None:
     """out = (colour * a + 255 * (255 - a)) / 255: red at a = 128 gives (255, 127, 127), black at 64
-    gives 255 * 191 / 255 = 191, and clear gives white whatever lies beneath (trap 14)."""
+    gives 255 * 191 / 255 = 191, and clear gives white whatever lies beneath."""
     image = Image.new("RGBA", (4, 1))
     image.putdata([(255, 0, 0, 128), (0, 0, 0, 64), (9, 9, 9, 0), (1, 2, 3, 255)])
     expected = [(255, 127, 127), 191, 255, (1, 2, 3)]

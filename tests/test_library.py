@@ -79,6 +79,7 @@ def test_import_clipkit_loads_no_heavy_module() -> None:
     )
 
 
+@pytest.mark.end_to_end
 def test_a_library_needs_no_torch_to_search_by_text(party: Path) -> None:
     code = (
         "import sys, clipkit\n"
@@ -343,6 +344,7 @@ def test_long_results_are_cut_short(tmp_path: Path) -> None:
 # ---- whole
 
 
+@pytest.mark.end_to_end
 def test_the_builtin_model_from_folder_to_hits(party: Path) -> None:
     with clipkit.Library.open(party) as library:
         hits = library.search("balloons", k=3)

@@ -70,7 +70,6 @@ def test_pictures_find_their_texts_as_worked_by_hand() -> None:
     assert ranking.hit_at(1).tolist() == [1, 0, 1, 1]
     assert ranking.hit_at(2).tolist() == [1, 1, 1, 1]
     assert ranking.best_rank().tolist() == [1, 2, 1, 1]
-    assert ranking.recall_at(3).tolist() == [0.5, 0.75, 1, 0.5]
     assert ranking.reciprocal_rank().tolist() == [1, 0.5, 1, 1]
     ap = [(1 + 2 / 4) / 2, (1 / 2 + 7 / 12) / 2, (1 + 2 / 3) / 2, (1 + 2 / 8) / 2]
     assert ranking.average_precision().tolist() == pytest.approx(ap)
@@ -87,7 +86,7 @@ def every_order(scores: Sequence[float]) -> list[tuple[int, ...]]:
 
 
 def measured(order: tuple[int, ...], relevant: set[int], k: int) -> list[float]:
-    """[hit, recall, best rank, reciprocal rank, AP, nDCG@k, nDCG] of one order, as defined."""
+    """[hit, best rank, reciprocal rank, AP, nDCG@k, nDCG] of one order, as defined."""
     places = [place for place, item in enumerate(order, 1) if item in relevant]
     precision = [found / place for found, place in enumerate(places, 1)]
 
@@ -97,7 +96,6 @@ def measured(order: tuple[int, ...], relevant: set[int], k: int) -> list[float]:
     ideal = range(1, len(relevant) + 1)
     return [
         float(places[0] <= k),
-        sum(place <= k for place in places) / len(places),
         places[0],
         1 / places[0],
         sum(precision) / len(precision),
@@ -124,7 +122,6 @@ def test_ties_count_by_the_mean_over_every_order(scores: Float32, data: st.DataO
     found = np.stack(
         [
             ranking.hit_at(k),
-            ranking.recall_at(k),
             ranking.best_rank(),
             ranking.reciprocal_rank(),
             ranking.average_precision(),

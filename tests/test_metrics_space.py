@@ -11,16 +11,15 @@ import pytest
 
 from clipkit.errors import InputError
 from clipkit.metrics import (
+    TwoSampleTest,
     alignment,
+    compare_batches,
     covariance_spectrum,
     effective_rank,
-    energy_distance,
     hubness,
     mean_shift,
-    mmd2,
     modality_gap,
     neighbour_overlap,
-    permutation_p,
     uniformity,
     variance,
 )
@@ -76,48 +75,41 @@ def test_alignment_and_gap_by_hand() -> None:
     assert mean_shift(np.zeros((3, 2)), np.full((9, 2), [3.0, 4.0])) == 5
 
 
-@pytest.mark.parametrize("statistic", [mmd2, energy_distance])
-def test_one_distribution_is_not_far_from_itself(statistic: partial[float]) -> None:
+def compared(x: npt.ArrayLike, y: npt.ArrayLike, *, seed: int = 0) -> TwoSampleTest:
+    return compare_batches(np.asarray(x, float), np.asarray(y, float), permutations=99, seed=seed)
+
+
+def test_one_distribution_is_not_far_from_itself() -> None:
+    """Of 99 shuffles none comes near a real shift, so p is the smallest possible, 1 / 100."""
     x, y = normal(400, 6), normal(400, 6, seed=1)
-    shifted = y + 0.5
-    same, other = statistic(x, y), statistic(x, shifted)
-    assert abs(same) < 0.03 < other
-    assert permutation_p(statistic, x[:100], shifted[:100], permutations=99) == 0.01
-    assert permutation_p(statistic, x[:100], x[:100], permutations=49) > 0.9
-    assert permutation_p(statistic, np.ones((9, 2)), np.ones((9, 2)), permutations=19) == 1.0
-
-
-def test_p_is_uniform_where_nothing_differs() -> None:
-    """150 pairs of batches of one distribution: 5 % below .05 and half below .5, within error."""
-    p = [
-        permutation_p(
-            energy_distance, normal(15, 2, seed=s), normal(15, 2, seed=s + 999), permutations=39
-        )
-        for s in range(150)
-    ]
-    assert np.mean(np.array(p) <= 0.05) <= 0.1
-    assert 0.38 <= np.mean(np.array(p) <= 0.5) <= 0.62
+    same, other = compared(x, y).statistics, compared(x, y + 0.5).statistics
+    for name in ("mmd2", "energy_distance"):
+        assert abs(same[name].value) < 0.03 < other[name].value
+        assert other[name].p_value == pytest.approx(0.01)
+        assert compared(x, x).statistics[name].p_value > 0.9
+        assert compared(np.ones((9, 2)), np.ones((9, 2))).statistics[name].p_value == 1.0
 
 
 def test_energy_distance_by_hand() -> None:
     """Points {0, 2} and {1, 3}: E|X-Y| = (1+3+1+1)/4, within each (0+2+2+0)/4: 3 - 1 - 1 = 1."""
-    assert energy_distance(np.array([[0.0], [2]]), np.array([[1.0], [3]])) == pytest.approx(1)
+    statistics = compared([[0.0], [2]], [[1.0], [3]]).statistics
+    assert statistics["energy_distance"].value == pytest.approx(1)
 
 
 def test_mmd_by_hand() -> None:
     """Two points twice: distances within 0, across d; the median among (0, 0, d x 4) is d, so
     sigma = d and MMD2 = 1 + 1 - 2 exp(-1/2). Unbiased: it may fall below 0."""
-    x, y = np.zeros((2, 1)), np.full((2, 1), 3.0)
-    assert mmd2(x, y) == pytest.approx(2 - 2 * math.exp(-0.5))
-    assert mmd2(np.array([[0.0], [1]]), np.array([[0.0], [1]])) < 0
-    assert mmd2(np.ones((4, 2)), np.ones((4, 2))) == 0
+    apart = compared(np.zeros((2, 1)), np.full((2, 1), 3.0)).statistics["mmd2"]
+    assert apart.value == pytest.approx(2 - 2 * math.exp(-0.5))
+    assert compared([[0.0], [1]], [[0.0], [1]]).statistics["mmd2"].value < 0
+    assert compared(np.ones((4, 2)), np.ones((4, 2))).statistics["mmd2"].value == 0
 
 
 def test_large_batches_are_sampled() -> None:
     x = normal(50_000, 4).astype(np.float16)
-    assert mmd2(x, x[::-1], seed=3) == mmd2(x, x[::-1], seed=3)
-    assert abs(mmd2(x, x[::-1])) < 0.01
-    assert permutation_p(mean_shift, x, x + np.float16(1)) == 1 / 200
+    first, again = (compare_batches(x, x[::-1], permutations=19, seed=3) for _ in range(2))
+    assert first == again and first.sizes == (2000, 2000)
+    assert abs(first.statistics["mmd2"].value) < 0.01
 
 
 def test_hubness_by_hand() -> None:
@@ -144,14 +136,13 @@ def test_vectors_that_are_not_finite_are_named() -> None:
         uniformity,
         partial(alignment, normal(10, 2)),
         partial(mean_shift, normal(10, 2)),
-        partial(mmd2, normal(10, 2)),
-        partial(permutation_p, mmd2, normal(10, 2)),
+        partial(compare_batches, normal(10, 2)),
     ):
         with pytest.raises(InputError, match="vector 7 is not finite"):
             call(broken)
     with pytest.raises(InputError, match="2 and 3 dimensions"):
-        mmd2(normal(5, 2), normal(5, 3))
+        compare_batches(normal(5, 2), normal(5, 3))
     with pytest.raises(InputError, match="at least 2"):
-        energy_distance(normal(1, 2), normal(5, 2))
+        compare_batches(normal(1, 2), normal(5, 2))
     with pytest.raises(InputError, match="none 0"):
         variance(np.zeros((0, 3)))

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand."""
+"""The commands and examples of README and CONTRIBUTING, run as they stand; their links and paths."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.end_to_end
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "eval/RESULTS.md")
 COMMANDS = [
     line
     for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -62,24 +65,48 @@ def test_a_command_of_the_readme_works(command: str, home: Path) -> None:
 
 def test_the_python_of_the_readme_works(home: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    index = home / "python" / "index"
-    index.parent.mkdir()
-    done = run(["clipkit", "index", str(home / "Pictures"), "--index", str(index)], home)
-    assert done.returncode == 0, done.stderr
-    done = run([sys.executable, "-c", f"import os; os.chdir({str(index.parent)!r})\n{code}"], home)
+    code += "\nassert len(library) == 15 and len(similar) == 12 and vectors.shape == (1, 512)"
+    done = run([sys.executable, "-c", code], home)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 5
 
 
-def test_make_targets_of_the_readme_exist() -> None:
+@pytest.mark.parametrize("number", range(4))
+def test_the_examples_for_contributors_work(number: int, tmp_path: Path) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    done = run([sys.executable, "-W", "error", "-c", blocks[number]], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_paths_that_contributors_are_sent_to_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:app|clipkit|data_prep|eval|tests)/[\w./]*)`", text)
+    assert len(paths) > 30
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 180
+    (results,) = re.findall(r"^## Results$(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    assert results.count("\n|") - 2 <= 12  # rows, without the heading and its rule
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_make_targets_it_names_exist(document: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", README):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for target in re.findall(r"`make (\w+)|^make (\w+)", text, re.MULTILINE):
+        assert re.search(rf"^{''.join(target)}:", makefile, re.MULTILINE), target
 
 
-def test_what_the_readme_links_to_exists() -> None:
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_what_it_links_to_exists(document: str) -> None:
+    folder = (ROOT / document).parent
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / document).read_text("utf-8")):
+        assert (folder / link).exists(), link
 
 
 def test_every_path_of_its_tree_exists() -> None:

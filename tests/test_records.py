@@ -1,4 +1,4 @@
-"""Dataset folders and the captions beside pictures: what is read, and what is said of bad files."""
+"""Captions beside pictures: what is read, and what is said of bad files."""
 
 from __future__ import annotations
 
@@ -9,123 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from clipkit import records
-from clipkit.errors import DatasetError
-from clipkit.records import FolderCaptions, ImageRecord, Texts, read_dataset
-
-GOOD = {"file_name": "a.jpg", "image_id": "00ff", "captions": ["A dog.", "One dog."]}
-
-
-def write_split(folder: Path, split: str, *rows: Any) -> Path:
-    """A split's metadata.jsonl of objects, or of raw lines where a row is bytes."""
-    path = folder / split / "metadata.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-    return path
-
-
-# ---- datasets
-
-
-def test_records_of_all_splits_in_order(tmp_path: Path) -> None:
-    write_split(tmp_path, "test", {"file_name": "t.jpg", "image_id": "3", "captions": []})
-    more = {"file_name": "sub/b.png", "image_id": "2", "caption": "A cat.", "label": 7, "tags": [1]}
-    write_split(tmp_path, "train", GOOD, b"", more)
-    first, second, third = read_dataset(tmp_path)
-    assert first == ImageRecord("00ff", "train/a.jpg", ("A dog.", "One dog."), "train", {})
-    assert second.path == "train/sub/b.png"
-    assert second.captions == ("A cat.",)
-    assert second.meta == {"label": 7, "tags": [1]}  # any other column, of any kind
-    assert (third.image_id, third.split, third.captions) == ("3", "test", ())
-    assert [record.image_id for record in read_dataset(tmp_path, "test")] == ["3"]
-
-
-def test_an_empty_split_has_no_records(tmp_path: Path) -> None:
-    write_split(tmp_path, "train")
-    assert list(read_dataset(tmp_path, "train")) == []
-
-
-def test_reading_is_by_the_line(tmp_path: Path) -> None:
-    """The first record comes before the bad second line is looked at."""
-    write_split(tmp_path, "train", GOOD, b"{")
-    reading = read_dataset(tmp_path)
-    assert next(reading).image_id == "00ff"
-    with pytest.raises(DatasetError):
-        next(reading)
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (b'{"file_name": ', "not JSON: Expecting value"),
-        (b"[1, 2]", "expected a JSON object, got list"),
-        (b"\xff\xfe", "not UTF-8 at byte 0"),
-        (b"[" * 100_000, "not JSON: nested too deeply"),
-        ({**GOOD, "image_id": 5}, "image_id must be a string of at least one character, got 5"),
-        ({"file_name": "a.jpg", "captions": []}, "image_id must be .* got None"),
-        ({"image_id": "1", "captions": []}, "file_name must be .* got None"),
-        ({**GOOD, "file_name": ""}, "file_name must be .* got ''"),
-        ({**GOOD, "file_name": "a\0.jpg"}, "file_name must be"),
-        ({**GOOD, "file_name": "../secret"}, r"file_name '\.\./secret' must stay below the folder"),
-        (
-            {**GOOD, "file_name": "/etc/passwd"},
-            "file_name '/etc/passwd' must stay below the folder",
-        ),
-        ({**GOOD, "captions": [3]}, "captions must hold strings only, got int"),
-        (
-            {**GOOD, "captions": {"en": "a"}},
-            "captions must be a string or a list of strings, got dict",
-        ),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path: Path, line: Any, says: str) -> None:
-    write_split(tmp_path, "train", GOOD, line)
-    with pytest.raises(DatasetError, match=rf"train.metadata\.jsonl, line 2: {says}"):
-        list(read_dataset(tmp_path))
-
-
-def test_a_line_without_end_is_refused_before_memory_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(records, "MAX_LINE", 2**20)
-    write_split(tmp_path, "train", GOOD, b"x" * (2**20 + 1))
-    with pytest.raises(DatasetError, match="line 2: the line is longer than 1 MB"):
-        list(read_dataset(tmp_path))
-
-
-def test_no_dataset_and_no_such_split(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="none of train/, validation/, test/ holds a metadata"):
-        read_dataset(tmp_path)  # at once, not at the first record
-    write_split(tmp_path, "train", GOOD)
-    write_split(tmp_path, "test", GOOD)
-    with pytest.raises(DatasetError, match="has no split 'dev'; it has train, test"):
-        read_dataset(tmp_path, "dev")
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200) | st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["file_name", "image_id", "captions", "text", "tags", "x"]), inner, max_size=4
-    ),
-    max_leaves=8,
-))  # fmt: skip
-def test_any_line_is_a_record_or_a_dataset_error(tmp_path_factory: Any, row: Any) -> None:
-    folder = tmp_path_factory.mktemp("set")
-    write_split(folder, "train", row)
-    try:
-        for record in read_dataset(folder):
-            assert record.image_id
-            assert record.path.startswith("train/")
-            assert all(isinstance(caption, str) and caption for caption in record.captions)
-    except DatasetError as error:
-        assert "line " in str(error)
-
+from clipkit.records import FolderCaptions, Texts
 
 # ---- captions beside pictures
 

@@ -89,11 +89,11 @@ def test_damaged_shards_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"/a\.tar: not a whole tar \(unexpected end of data\)"):
         open_captioned(str(tmp_path / "a.tar"))
     write_tar(tmp_path / "b.tar", {"1.png": png(1)}, mode="w:gz")
-    with pytest.raises(DatasetError, match="not an uncompressed tar, so .* unpack it with gunzip"):
+    with pytest.raises(DatasetError, match=r"not an uncompressed tar, so .* unpack it with gunzip"):
         open_captioned(str(tmp_path / "b.tar"))
     write_tar(tmp_path / "c.tar", {"1.txt": b"one"})
     with pytest.raises(
-        DatasetError, match="none of its 1 rows gives a picture; .*only txt under this name"
+        DatasetError, match=r"none of its 1 rows gives a picture; .*only txt under this name"
     ):
         open_captioned(str(tmp_path / "c.tar"))
 

@@ -128,11 +128,47 @@ def test_a_part_is_the_same_part_each_time(ten: CaptionedPictures) -> None:
 def test_missing_pictures_and_captions_are_said(tmp_path: Path, noise_picture: Picture) -> None:
     folder = write_split(tmp_path, [["one"], ["two"]], noise_picture)
     (folder / "train" / "1.png").unlink()
-    with pytest.raises(DatasetError, match=r"1\.png is not there, but train/metadata\.jsonl names"):
+    with pytest.raises(DatasetError, match=r"1\.png is missing, but train/metadata\.jsonl names"):
         CaptionedPictures.read(folder, "train")
     write_split(folder, [[], []], noise_picture, split="validation")
     with pytest.raises(DatasetError, match="no picture with a caption in split 'validation'"):
         CaptionedPictures.read(folder, "validation")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"file_name": ', "line 2: not JSON"),
+        ("[1, 2]", "line 2: expected a JSON object, got list"),
+        (
+            '{"file_name": "1.png", "image_id": 5, "captions": ["a"]}',
+            "line 2: the row has no image_id",
+        ),
+        ('{"file_name": "1.png", "captions": ["a"]}', "line 2: the row has no image_id"),
+        ('{"file_name": "../x", "image_id": "1"}', r"file_name '../x' must stay below the folder"),
+        ('{"file_name": "/etc/x", "image_id": "1"}', "file_name '/etc/x' must stay below the fol"),
+        ('{"image_id": "1", "captions": ["a"]}', "line 2: no picture is named, but None"),
+        ('{"file_name": "1.png", "image_id": "1", "captions": [3]}', "line 2: captions must be a"),
+    ],
+)
+def test_a_bad_line_is_named(
+    tmp_path: Path, noise_picture: Picture, line: str, sentence: str
+) -> None:
+    folder = write_split(tmp_path, [["one"]], noise_picture)
+    with (folder / "train" / "metadata.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DatasetError, match=sentence):
+        CaptionedPictures.read(folder, "train")
+
+
+def test_what_is_no_dataset_and_a_split_that_is_missing(
+    tmp_path: Path, noise_picture: Picture
+) -> None:
+    with pytest.raises(DatasetError, match="none of train/, validation/, test/ holds a metadata"):
+        CaptionedPictures.read(tmp_path, "train")
+    write_split(tmp_path, [["one"]], noise_picture)
+    with pytest.raises(DatasetError, match="has no split 'validation'; it has train"):
+        CaptionedPictures.read(tmp_path, "validation")
 
 
 def test_hard_negatives_share_a_batch(ten: CaptionedPictures) -> None:
@@ -211,7 +247,7 @@ def test_a_broken_picture_is_named(
     (ten.folder / "train" / "7.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
     inputs = PictureInputs(ten, TrainableTowers(encoder, loss="infonce"))
-    with pytest.raises(DatasetError, match=r"7\.png: .*; take it out"):
+    with pytest.raises(DatasetError, match=r"7\.png: .*; remove it"):
         list(inputs.pictures())
 
 

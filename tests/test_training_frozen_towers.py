@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import io
+import json
 import shutil
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,16 @@ import pytest
 from training_runs import altered, run, write_colours
 
 from clipkit import towers
+from clipkit.catalog import VectorStore
 from clipkit.errors import InputError
 from clipkit.training import Progress, TrainConfig, resume, train
+
+
+def stored(options: dict[str, Any], *, full: bool = False) -> list[tuple[str, bytes]]:
+    """The spaces (without `full` only their kind) and keys of the stored features."""
+    with closing(sqlite3.connect(options["out"] / ".features" / "vectors-1.sqlite")) as db:
+        rows = db.execute("SELECT space, key FROM vectors").fetchall()
+    return [(space if full else space.rpartition("/")[2], key) for space, key in rows]
 
 
 def test_features_are_computed_once_for_an_encoder_and_its_data(options: dict[str, Any]) -> None:
@@ -37,8 +47,8 @@ def test_features_are_computed_once_for_an_encoder_and_its_data(options: dict[st
 def test_a_run_stopped_while_features_are_computed_goes_on_from_them(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C after the first chunk, then the second chunk cut off as by a kill: the resumed run
-    computes the rest only, and ends with the unbroken run's weights."""
+    """Ctrl-C after the first batch of 4: the resumed run computes the other 10 only, and ends with the
+    unbroken run's weights."""
     monkeypatch.setattr(towers.DualEncoder, "preferred_batch", 4)
     options = {**options, "recipe": "heads"}
     unbroken = run({**options, "name": "unbroken"})
@@ -47,15 +57,11 @@ def test_a_run_stopped_while_features_are_computed_goes_on_from_them(
     stop.set()
     stopped = train(TrainConfig.from_mapping({**options, "name": "broken"}), stop=stop)
     assert stopped.stopped and stopped.checkpoint is None and stopped.steps == 0
-    (partial,) = (options["out"] / ".features").glob("*.partial")
-    whole = partial.read_bytes()
-    partial.write_bytes(whole + whole[: len(whole) // 2])
-    told: list[Progress] = []
-    resumed = resume(stopped.folder, on_progress=told.append)
-    assert len(np.load(io.BytesIO(whole))) == 4
-    assert [p.done for p in told if p.phase == "features"][:3] == [8, 12, 14]
+    assert [space for space, _ in stored(options)] == ["pictures"] * 4
+    progress: list[Progress] = []
+    resumed = resume(stopped.folder, on_progress=progress.append)
+    assert [p.done for p in progress if p.phase == "features"][:3] == [8, 12, 14]
     assert resumed.encoder_id == unbroken.encoder_id
-    assert not list((options["out"] / ".features").glob("*.partial"))
 
 
 def test_a_loss_that_is_not_a_number_names_the_step_and_the_pictures(
@@ -65,14 +71,12 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_pictures(
     Fails for a trainer that goes on: every weight would be NaN one step later."""
     options |= {"recipe": "heads", "batch": 14}
     run(options, name="first", max_steps=1)
-    (cached,) = [
-        path
-        for path in (options["out"] / ".features").glob("*-pictures.npy")
-        if len(np.load(path)) == 14
-    ]
-    features = np.load(cached)
-    features[5] = np.nan
-    np.save(cached, features)
+    lines = (Path(options["data"]) / "train" / "metadata.jsonl").read_text().splitlines()
+    image_id = json.loads(lines[5])["image_id"].encode()
+    spaces = [space for space, key in stored(options, full=True) if key == image_id]
+    (space,) = (s for s in spaces if sum(s == t for t, _ in stored(options, full=True)) == 14)
+    with VectorStore(options["out"] / ".features" / "vectors-1.sqlite", space) as store:
+        store.put([image_id], np.full_like(store.get([image_id])[image_id], np.nan)[None])
     with pytest.raises(
         InputError, match=r"the loss at step 1 is not finite; pictures: train/5\.png; "
     ):

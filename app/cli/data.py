@@ -1,4 +1,4 @@
-"""`clipkit data`: captioned pictures from wherever they are into one data set, checked and looked at."""
+"""`clipkit data`: build a dataset from captioned pictures, check its splits, show its statistics."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.terminal import progress_shown
+from app.cli.terminal import examples, progress_shown
 from clipkit.errors import InputError
-from clipkit.wording import duration, printable
+from clipkit.wording import count, duration, printable
 
 if TYPE_CHECKING:
-    from clipkit.sources import Source
     from data_prep.build import Built, Progress
     from data_prep.leaks import Leaks
 
 data = typer.Typer(
     name="data",
-    help="Captions in: build a data set, check its splits, look at it.",
-    epilog="Start with:  clipkit data build captions.csv --out dataset",
+    help="Build a dataset from captions, check its splits, show its statistics.",
+    epilog=examples(
+        "clipkit data build captions.csv --out dataset",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,24 +51,22 @@ KindOption = Annotated[
     typer.Option(
         "--kind",
         metavar="KIND",
-        help="coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or webdataset. "
-        "Default: told from the files.",
+        help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or "
+        "webdataset. Default: detected.",
     ),
 ]
 ImageColumn = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The column that names the picture. Default: guessed."),
+    typer.Option(metavar="NAME", help="The column that names the picture. Default: detected."),
 ]
 CaptionColumn = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME", help="A column of captions; may be given again. Default: guessed."
-    ),
+    typer.Option(metavar="NAME", help="A column of captions; may be repeated. Default: detected."),
 ]
 PicturesOption = Annotated[
     Path | None,
     typer.Option(
-        "--pictures", metavar="DIR", help="Where the pictures lie. Default: beside the table."
+        "--pictures", metavar="DIR", help="The pictures' folder. Default: beside the table."
     ),
 ]
 WorkersOption = Annotated[
@@ -76,39 +75,45 @@ WorkersOption = Annotated[
 
 
 @data.command(
-    epilog="Examples:  clipkit data build captions.csv --out dataset   ·   "
-    "clipkit data build photos/ --out dataset --resize 512   ·   "
-    "clipkit data build dataset_flickr8k.json --pictures Flicker8k_Dataset --out flickr8k   ·   "
-    "clipkit data build captions.csv corrections.jsonl --out dataset --overwrite   ·   "
-    "clipkit data build hf:nlphuji/flickr30k --out flickr30k --shards"
+    epilog=examples(
+        "clipkit data build captions.csv --out dataset",
+        "clipkit data build photos/ --out dataset --resize 512",
+        "clipkit data build dataset_flickr8k.json --pictures Flicker8k_Dataset --out flickr8k",
+        "clipkit data build captions.csv corrections.jsonl --out dataset --overwrite",
+        "clipkit data build hf:nlphuji/flickr30k --out flickr30k --shards",
+    )
 )
 def build(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The data set's folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The dataset's folder.")],
     kind: KindOption = None,
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     pictures: PicturesOption = None,
     split: Annotated[
-        Split | None, typer.Option(help="Where rows go that name no split. Default: by content.")
+        Split | None, typer.Option(help="The split of rows that name none. Default: by content.")
     ] = None,
-    validation: Annotated[float, typer.Option(help="The part that validates.")] = 0.1,
-    test: Annotated[float, typer.Option(help="The part that tests.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed, other splits.")] = 0,
+    validation: Annotated[float, typer.Option(help="Fraction for validation.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Fraction for the test.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed gives other splits.")] = 0,
     resize: Annotated[
         int | None,
-        typer.Option(metavar="SIDE", min=16, help="Shrink the shorter side to this, as JPEG."),
+        typer.Option(
+            metavar="SIDE", min=16, help="Shrink the shorter side to these pixels, as JPEG."
+        ),
     ] = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="Write WebDataset tars, for very many pictures.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the data set.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset.")] = False,
     near: Annotated[
         Near,
-        typer.Option(help="Look-alikes: keep in one split, keep one of each, or do not look."),
+        typer.Option(help="Look-alikes: keep in one split, keep one of each, or ignore."),
     ] = Near.group,
-    radius: Annotated[int, typer.Option(help="Of 256 bits: how far look-alikes differ.")] = 15,
-    min_side: Annotated[int, typer.Option(help="Least side in pixels; 0: any.")] = 32,
+    radius: Annotated[
+        int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")
+    ] = 15,
+    min_side: Annotated[int, typer.Option(help="Smallest side in pixels; 0: any.")] = 32,
     min_chars: Annotated[int, typer.Option(help="Shortest caption; 0: any.")] = 2,
     max_chars: Annotated[int, typer.Option(help="Longest caption; 0: any.")] = 1000,
     max_repeats: Annotated[
@@ -129,11 +134,11 @@ def build(
     max_megapixels: Annotated[float, typer.Option(min=0.1, help="Reject larger pictures.")] = 100.0,
     workers: WorkersOption = None,
 ) -> None:
-    """Build a data set from tables, folders, JSON, shards or the hub, all sources together.
+    """Build a dataset from tables, folders, JSON, shards or the hub, all sources together.
 
-    Captions are mended and sifted, equal pictures become one with all their captions, look-alikes stay
-    in one split. What is rejected is counted and listed in DIR/rejected.jsonl. Pictures are hard links
-    where the disk can. DIR appears when all is done, or not at all.
+    Captions are repaired and filtered, equal pictures become one with all their captions, look-alikes
+    stay in one split. Everything rejected is counted and listed in DIR/rejected.jsonl. Pictures are
+    hard-linked where the file system can. DIR appears when the dataset is complete, or not at all.
     """
     from clipkit.images import Limits
     from clipkit.sources import Options, open_sources
@@ -153,16 +158,17 @@ def build(
     )
     fractions = Fractions(validation, test)
     limits = Limits(max_megapixels=max_megapixels)
-    named = split.value if split else None
-    options = Options(image_column, tuple(caption_column or ()), pictures, named)
+    named_split = split.value if split else None
+    options = Options(image_column, tuple(caption_column or ()), pictures, named_split)
     start = time.monotonic()
     opened = open_sources(sources, kind=kind, options=options)
     for source in opened:
-        print(_told(source))
+        kind, path = f"{source.kind:<10}", printable(source.path)
+        print(f"{kind} {path}: {printable(source.description)}")
     with _stopping(f"stopped; {out} was not touched"), progress_shown() as show:
 
         def on_progress(progress: Progress) -> None:
-            show(progress.phase, progress.done, _known(progress.total, progress.done))
+            show(progress.phase, progress.done, progress.total or progress.done)
 
         built = build_dataset(
             opened,
@@ -182,26 +188,31 @@ def build(
 
 
 @data.command(
-    epilog="Examples:  clipkit data check dataset   ·   clipkit data check dataset --show 0   ·   "
-    "clipkit data check dataset_flickr8k.json --pictures Flicker8k_Dataset"
+    epilog=examples(
+        "clipkit data check dataset",
+        "clipkit data check dataset --show 0",
+        "clipkit data check dataset_flickr8k.json --pictures Flicker8k_Dataset",
+    )
 )
 def check(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", show_default=False)],
     kind: KindOption = None,
     pictures: PicturesOption = None,
-    radius: Annotated[int, typer.Option(help="Of 256 bits: how far look-alikes differ.")] = 15,
+    radius: Annotated[
+        int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")
+    ] = 15,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Equal captions in two splits are leaks, too.")
+        bool, typer.Option("--strict", help="Count equal captions in two splits as leaks.")
     ] = False,
-    shown: Annotated[
+    most: Annotated[
         int, typer.Option("--show", min=0, help="How many to list of each kind; 0: all.")
     ] = 20,
     workers: WorkersOption = None,
 ) -> None:
-    """Look for pictures that stand in two splits: the same file, or one that looks alike.
+    """Find pictures that are in two splits: the same file, or a look-alike.
 
-    Equal captions are listed, too, but are no leak in themselves: "A dog runs." may be said of two
-    pictures. Exit code 1 if there are leaks.
+    Equal captions are listed, too, but are not leaks in themselves: two pictures may both be "A dog
+    runs.". Exit code 1 if there are leaks.
     """
     from clipkit.sources import Options, open_source
     from data_prep.leaks import find_leaks
@@ -215,21 +226,28 @@ def check(
             source,
             radius=radius,
             workers=workers,
-            on_progress=lambda done, total: show("reading", done, _known(total, done)),
+            on_progress=lambda done, total: show("reading", done, total or done),
         )
-    _print_leaks(leaks, shown or sys.maxsize)
-    if leaks.found or (strict and leaks.shared_captions):
+    _print_leaks(leaks, most or sys.maxsize)
+    if leaks.pairs or (strict and leaks.shared_captions):
         raise typer.Exit(1)
 
 
 @data.command(
-    epilog="Examples:  clipkit data stats dataset   ·   clipkit data stats dataset --out dataset.png"
+    epilog=examples(
+        "clipkit data stats dataset",
+        "clipkit data stats dataset --out dataset.png",
+    )
 )
 def stats(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", show_default=False)],
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE|DIR", help="Draw it: a .png, .pdf, .svg or a folder."),
+        typer.Option(
+            "--out",
+            metavar="FILE|DIR",
+            help="Draw it: a .png, .pdf, .svg or a folder.",
+        ),
     ] = None,
     kind: KindOption = None,
     image_column: ImageColumn = None,
@@ -237,7 +255,7 @@ def stats(
     pictures: PicturesOption = None,
     workers: WorkersOption = None,
 ) -> None:
-    """Say what is in a data set, or in any source of one: captions, words, sizes, splits."""
+    """Show the statistics of a dataset or of any source: captions, words, sizes, splits."""
     from clipkit.sources import Options, open_source
     from data_prep.stats import collect, lines
 
@@ -247,26 +265,26 @@ def stats(
     options = Options(image_column, tuple(caption_column or ()), pictures)
     source = open_source(dataset, kind=kind, options=options)
     with _stopping("stopped"), progress_shown() as show:
-        found = collect(
+        statistics = collect(
             source,
             workers=workers,
-            on_progress=lambda done, total: show("reading", done, _known(total, done)),
+            on_progress=lambda done, total: show("reading", done, total or done),
         )
-    for line in lines(found):
+    for line in lines(statistics):
         print(printable(line))
     if out is not None:
         from data_prep.stats import draw
 
-        draw(found, out, title=Path(dataset).name or dataset)
+        draw(statistics, out, title=Path(dataset).name or dataset)
         print(f"drawn      {printable(str(out))}")
 
 
-# ---- what the commands share
+# ---- shared by the commands
 
 
 @contextmanager
 def _stopping(message: str) -> Iterator[None]:
-    """Ctrl-C: a sentence and exit code 130."""
+    """Turn Ctrl-C into `message` and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -274,36 +292,23 @@ def _stopping(message: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _known(total: int | None, done: int) -> int:
-    """A stream tells no total: then what is done."""
-    return done if total is None else total
-
-
-def _told(source: Source) -> str:
-    return f"{source.kind:<10} {printable(source.path)}: {printable(source.description)}"
-
-
 def _print_built(built: Built, seconds: float) -> None:
-    splits = ", ".join(f"{split} {count:,}" for split, count in built.pictures.items())
+    splits = ", ".join(f"{split} {number:,}" for split, number in built.pictures.items())
     print(f"pictures   {sum(built.pictures.values()):,} ({splits})")
-    mended = f", {built.mended:,} mended" if built.mended else ""
-    print(f"captions   {built.captions:,}{mended}")
+    repaired = f", {built.mended:,} repaired" if built.mended else ""
+    print(f"captions   {built.captions:,}{repaired}")
     if built.groups:
-        parted = f", {built.parted:,} parted by official splits: see clipkit data check"
-        print(f"look-alike {_count(built.groups, 'group')}{parted if built.parted else ''}")
+        parted = f", {built.parted:,} split up by official splits: see clipkit data check"
+        print(f"look-alike {count(built.groups, 'group')}{parted if built.parted else ''}")
     for what, reasons in built.rejected.items():
-        told = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
-        print(f"rejected   {_count(sum(reasons.values()), what)}: {told}")
+        counts = ", ".join(f"{reason} {number:,}" for reason, number in reasons.items())
+        print(f"rejected   {count(sum(reasons.values()), what)}: {counts}")
     if built.rejected:
         print(
             f"           each with its reason in {printable(str(built.folder / 'rejected.jsonl'))}"
         )
     print(f"took       {duration(seconds)}")
-    print(f"data set   {printable(str(built.folder))}")
+    print(f"dataset    {printable(str(built.folder))}")
 
 
 def _print_leaks(leaks: Leaks, most: int) -> None:
@@ -314,14 +319,14 @@ def _print_leaks(leaks: Leaks, most: int) -> None:
         print(f"unreadable {printable(name)}: {printable(why)}")
     if len(leaks.unreadable) > most:
         print(f"           and {len(leaks.unreadable) - most:,} more unreadable")
-    for title, found in (("leaks", leaks.found), ("captions", leaks.shared_captions)):
-        counts = count_by_splits(found)
-        told = ", ".join(f"{n:,} {kind} in {a} and {b}" for (kind, a, b), n in counts.items())
-        print(f"{title:<10} {told or 'none across splits'}")
-        for leak in found[:most]:
+    for title, listed in (("leaks", leaks.pairs), ("captions", leaks.shared_captions)):
+        counts = count_by_splits(listed)
+        summary = ", ".join(f"{n:,} {kind} in {a} and {b}" for (kind, a, b), n in counts.items())
+        print(f"{title:<10} {summary or 'none across splits'}")
+        for leak in listed[:most]:
             names = " | ".join(
                 f"{s}: {printable(p)}" for s, p in zip(leak.splits, leak.pictures, strict=True)
             )
             print(f"  {leak.kind:<13} {names}  ({printable(leak.detail)})")
-        if len(found) > most:
-            print(f"  and {len(found) - most:,} more; --show 0 lists all")
+        if len(listed) > most:
+            print(f"  and {len(listed) - most:,} more; --show 0 lists all")

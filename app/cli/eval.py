@@ -1,4 +1,4 @@
-"""`clipkit eval ...`: numbers to trust, each with its n and an interval, as a table and as a report."""
+"""`clipkit eval ...`: measure models and indexes, print a table and save a report."""
 
 from __future__ import annotations
 
@@ -24,20 +24,23 @@ from app.cli.eval_options import (
     one_of,
     prompts_for,
     report_folder,
+    running,
     say,
-    stoppable,
+    some_of,
     to_learn_from,
     with_options,
 )
-from app.cli.terminal import progress_shown, stop_on_signal
+from app.cli.terminal import IndexOption, examples
 from app.paths import index_folder
 from clipkit.errors import InputError
 
 evaluate = typer.Typer(
     name="eval",
     help="Measure models and indexes: every figure with its n and a 95 % interval.",
-    epilog="Start with:  clipkit eval retrieval --data dataset   ·   clipkit eval compare builtin "
-    "runs/mine --data dataset",
+    epilog=examples(
+        "clipkit eval retrieval --data dataset",
+        "clipkit eval compare builtin runs/mine --data dataset",
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -45,16 +48,21 @@ evaluate = typer.Typer(
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval retrieval --data dataset   ·   clipkit eval retrieval --data "
-    "hf:nlphuji/flickr30k --model ViT-B-32/laion2b_s34b_b79k   ·   clipkit eval retrieval --data "
-    "~/Pictures --queries tags -k 5,20"
+    epilog=examples(
+        "clipkit eval retrieval --data dataset",
+        "clipkit eval retrieval --data hf:nlphuji/flickr30k --model ViT-B-32/laion2b_s34b_b79k",
+        "clipkit eval retrieval --data ~/Pictures --queries tags -k 5,20",
+    )
 )
 @with_options(OneModel)
 def retrieval(
     data: DataOption,
     k: CutsOption = "1,5,10",
     queries: Annotated[
-        str, typer.Option(help="captions, both ways; or tags, each a query for all that bear it.")
+        str,
+        typer.Option(
+            help="captions, in both directions; or tags, each a query for all pictures that have it."
+        ),
     ] = "captions",
     *,
     shared: OneModel,
@@ -66,22 +74,23 @@ def retrieval(
     one_of("--queries", queries, ("captions", "tags"))
     cuts = numbers("-k", k)
     captioned = open_captioned(data, split=shared.split, limit=shared.limit)
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         report = evaluate_retrieval(
-            job.encoder,
+            encoder,
             captioned,
             ks=cuts,
             queries=queries,  # type: ignore[arg-type]
-            seed=shared.seed,
-            **job.options,
+            session=session,
         )
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval zeroshot --data ./folder-per-class   ·   clipkit eval zeroshot "
-    "--data cifar10 --model ViT-B-32/openai   ·   clipkit eval zeroshot --data shards/ --classes "
-    "classes.txt --templates mine.txt"
+    epilog=examples(
+        "clipkit eval zeroshot --data ./folder-per-class",
+        "clipkit eval zeroshot --data cifar10 --model ViT-B-32/openai",
+        "clipkit eval zeroshot --data shards/ --classes classes.txt --templates mine.txt",
+    )
 )
 @with_options(OneModel)
 def zeroshot(
@@ -90,7 +99,7 @@ def zeroshot(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A benchmark's class names, or a file with a name a line, in the labels' order.",
+            help="A benchmark's class names, or a file with one name per line, in the labels' order.",
         ),
     ] = None,
     templates: TemplatesOption = None,
@@ -107,64 +116,71 @@ def zeroshot(
     prompts = prompts_for(templates, data)
     names = None if classes is None else load_classes(classes)
     labelled = open_labelled(data, split=shared.split, classes=names, limit=shared.limit)
-    with measuring(shared.model, shared) as job:
-        report = evaluate_zero_shot(
-            job.encoder, labelled, templates=prompts, ks=cuts, seed=shared.seed, **job.options
-        )
+    with measuring(shared.model, shared) as (encoder, session):
+        report = evaluate_zero_shot(encoder, labelled, templates=prompts, ks=cuts, session=session)
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval probe --train cars/train --data cars/test   ·   clipkit eval "
-    "probe --train dataset --data dataset --kinds knn -k 1,20   ·   clipkit eval probe --train "
-    "train/ --data test/ --shots 1,2,4,8,16"
+    epilog=examples(
+        "clipkit eval probe --train cars/train --data cars/test",
+        "clipkit eval probe --train dataset --data dataset --kinds knn -k 1,20",
+        "clipkit eval probe --train train/ --data test/ --shots 1,2,4,8,16",
+    )
 )
 @with_options(OneModel)
 def probe(
     data: DataOption,
     train: Annotated[
         str,
-        typer.Option(metavar="DATA", help="What the probes learn from.", show_default=False),
+        typer.Option(
+            metavar="DATA", help="The data that the probes learn from.", show_default=False
+        ),
     ],
     train_split: Annotated[
-        str | None, typer.Option(help="Of --train. Default: train, or all where there are none.")
+        str | None,
+        typer.Option(
+            help="The split of --train. Default: train, or all pictures if there are no splits."
+        ),
     ] = None,
-    kinds: Annotated[str, typer.Option(help="knn, linear")] = "knn,linear",
-    k: Annotated[str, typer.Option("-k", metavar="K,K,...", help="Neighbours.")] = "1,5,10,20",
+    kinds: Annotated[str, typer.Option(help="Which probes: knn, linear.")] = "knn,linear",
+    k: Annotated[
+        str, typer.Option("-k", metavar="K,K,...", help="Numbers of neighbours.")
+    ] = "1,5,10,20",
     shots: Annotated[
-        str, typer.Option(metavar="N,N,...", help="Few-shot: so many pictures a class.")
+        str,
+        typer.Option(metavar="N,N,...", help="Few-shot: numbers of training pictures per class."),
     ] = "",
     *,
     shared: OneModel,
 ) -> None:
-    """How much the frozen image tower knows: k nearest neighbours, and a linear classifier on top."""
+    """Measure what the frozen image tower knows, by k nearest neighbours and a linear classifier."""
     from eval.data import open_labelled
     from eval.probes import evaluate_probe
 
-    chosen = tuple(part.strip() for part in kinds.split(",") if part.strip())
-    for kind in chosen:
-        one_of("--kinds", kind, ("knn", "linear"))
+    chosen = some_of("--kinds", kinds, ("knn", "linear"))
     neighbours, few = numbers("-k", k), numbers("--shots", shots) if shots else ()
     learning = to_learn_from(train, train_split)
     testing = open_labelled(data, split=shared.split, limit=shared.limit)
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         report = evaluate_probe(
-            job.encoder,
+            encoder,
             learning,
             testing,
             kinds=chosen,
             knn_ks=neighbours,
             shots=few,
-            seed=shared.seed,
-            **job.options,
+            session=session,
         )
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval robustness --data ./folder-per-class   ·   clipkit eval "
-    "robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5   ·   clipkit "
-    "eval robustness --data ./domain-folders --by-domain"
+    epilog=examples(
+        "clipkit eval robustness --data ./folder-per-class",
+        "clipkit eval robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5",
+        "clipkit eval robustness --data ./domain-folders --by-domain",
+    )
 )
 @with_options(OneModel)
 def robustness(
@@ -180,36 +196,36 @@ def robustness(
     *,
     shared: OneModel,
 ) -> None:
-    """What noise, blur, weather and compression cost: accuracy, or recall where there are captions."""
+    """Measure what noise, blur, weather and compression cost in accuracy, or recall with captions."""
     from eval.corruptions import CORRUPTIONS
     from eval.data import open_labelled
     from eval.robustness import evaluate_robustness
 
-    names = tuple(part.strip() for part in corruptions.split(",") if part.strip())
-    for name in names:
-        one_of("--corruptions", name, tuple(CORRUPTIONS))
+    names = some_of("--corruptions", corruptions, tuple(CORRUPTIONS))
     levels = numbers("--severities", severities)
     opened: Any = (
         open_labelled(data, split=shared.split, limit=shared.limit, by_domain=True)
         if by_domain
         else captioned_or_labelled(data, shared.split, shared.limit)
     )
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         report = evaluate_robustness(
-            job.encoder,
+            encoder,
             opened,
             corruptions=names or tuple(CORRUPTIONS),
             severities=levels,
             templates=prompts_for(templates, data),
-            seed=shared.seed,
-            **job.options,
+            session=session,
         )
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval space --data dataset   ·   clipkit eval space --index "
-    "~/my-index   ·   clipkit eval space --data dataset --model runs/mine"
+    epilog=examples(
+        "clipkit eval space --data dataset",
+        "clipkit eval space --index ~/my-index",
+        "clipkit eval space --data dataset --model runs/mine",
+    )
 )
 @with_options(OneModel)
 def space(
@@ -222,26 +238,29 @@ def space(
     *,
     shared: OneModel,
 ) -> None:
-    """Health of the embedding space: spread, effective rank, alignment, modality gap, hubs."""
+    """Measure the embedding space: spread, effective rank, alignment, modality gap, hubs."""
     from eval.space import evaluate_space, space_of_vectors
 
     if (data is None) == (index is None):
         raise InputError("name what to look at: either --data DATA or --index DIR")
     if index is not None:
         spec, encoder_id, _, vectors = library(index)
-        report = space_of_vectors(
-            vectors, model=spec, encoder_id=encoder_id, dataset=str(index), seed=shared.seed
-        )
+        with running(shared) as session:
+            report = space_of_vectors(
+                vectors, model=spec, encoder_id=encoder_id, dataset=str(index), session=session
+            )
     else:
         opened = captioned_or_labelled(str(data), shared.split, shared.limit)
-        with measuring(shared.model, shared) as job:
-            report = evaluate_space(job.encoder, opened, seed=shared.seed, **job.options)
+        with measuring(shared.model, shared) as (encoder, session):
+            report = evaluate_space(encoder, opened, session=session)
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval drift --data dataset --model builtin --against runs/mine   ·   "
-    "clipkit eval drift --data ./photos-2025 --against-data ./photos-2026"
+    epilog=examples(
+        "clipkit eval drift --data dataset --model builtin --against runs/mine",
+        "clipkit eval drift --data ./photos-2025 --against-data ./photos-2026",
+    )
 )
 @with_options(OneModel)
 def drift(
@@ -256,7 +275,7 @@ def drift(
     *,
     shared: OneModel,
 ) -> None:
-    """What changed: between two models on the same pictures, or between two batches of pictures."""
+    """Compare two models on the same pictures, or one model on two batches of pictures."""
     from clipkit.lazy_encoder import LazyEncoder
     from eval.drift import drift_between_batches, drift_between_encoders
 
@@ -268,47 +287,42 @@ def drift(
         if against_data is None
         else captioned_or_labelled(against_data, shared.split, shared.limit)
     )
-    with measuring(shared.model, shared) as job:
+    with measuring(shared.model, shared) as (encoder, session):
         if second is not None:
-            report = drift_between_batches(
-                job.encoder, first, second, seed=shared.seed, **job.options
-            )
+            report = drift_between_batches(encoder, first, second, session=session)
         else:
             other = LazyEncoder(str(against), device=shared.device, precision=shared.precision)
-            report = drift_between_encoders(
-                job.encoder, other, first, seed=shared.seed, **job.options
-            )
+            report = drift_between_encoders(encoder, other, first, session=session)
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval index   ·   clipkit eval index --index ~/my-index --kinds "
-    "exact,rabitq --recall-goals 0.95,0.99"
+    epilog=examples(
+        "clipkit eval index",
+        "clipkit eval index --index ~/my-index --kinds exact,rabitq --recall-goals 0.95,0.99",
+    )
 )
 @with_options(Common)
 def index(
-    index: Annotated[
-        Path | None,
-        typer.Option("--index", metavar="DIR", envvar="CLIPKIT_INDEX", help="The index's folder."),
-    ] = None,
+    index: IndexOption = None,
     kinds: Annotated[str, typer.Option(metavar="KIND,...", help="Default: all of them.")] = "",
-    recall_goals: Annotated[str, typer.Option(metavar="R,R,...")] = "0.9,0.95,0.99",
+    recall_goals: Annotated[
+        str, typer.Option(metavar="R,R,...", help="For each, find the fastest setting.")
+    ] = "0.9,0.95,0.99",
     k: CutsOption = "1,10,100",
     *,
     shared: Common,
 ) -> None:
-    """Recall, latency, memory, build and load time of every index kind on your own vectors."""
+    """Measure recall, latency, memory, build and load time of every index kind on your vectors."""
     from clipkit.index import KINDS
     from eval.index_quality import evaluate_index
 
-    names = tuple(part.strip() for part in kinds.split(",") if part.strip())
-    for name in names:
-        one_of("--kinds", name, tuple(KINDS))
+    names = some_of("--kinds", kinds, tuple(KINDS))
     goals = fractions("--recall-goals", recall_goals)
     cuts = numbers("-k", k)
     place = index_folder(index)
     spec, encoder_id, ids, vectors = library(place)
-    with stoppable(), stop_on_signal() as stop, progress_shown() as show:
+    with running(shared) as session:
         report = evaluate_index(
             ids,
             vectors,
@@ -318,68 +332,72 @@ def index(
             model=spec,
             encoder_id=encoder_id,
             dataset=str(place),
-            seed=shared.seed,
-            on_progress=show,
-            stop=stop,
+            session=session,
         )
     finish(report, shared)
 
 
 @evaluate.command(
-    epilog="Examples:  clipkit eval compare builtin runs/mine --data dataset   ·   clipkit eval "
-    "compare builtin ViT-B-32/openai --data cifar10 --data dataset   ·   clipkit eval compare "
-    "reports/a reports/b"
+    epilog=examples(
+        "clipkit eval compare builtin runs/mine --data dataset",
+        "clipkit eval compare builtin ViT-B-32/openai --data cifar10 --data dataset",
+        "clipkit eval compare reports/a reports/b",
+    )
 )
 @with_options(Encoding)
 def compare(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="SPEC...", help="Models, the first is the yardstick; or reports."),
+        typer.Argument(
+            metavar="SPEC...",
+            help="Models, the first of which is the baseline; or folders of reports.",
+        ),
     ],
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="DATA", help="What to measure on; may be given again."),
+        typer.Option(
+            "--data", metavar="DATA", help="The data to measure on; repeat the option for several."
+        ),
     ] = None,
     templates: TemplatesOption = None,
     k: CutsOption = "1,5,10",
     *,
     shared: Encoding,
 ) -> None:
-    """Models side by side on the same pictures: what differs, and whether that is more than chance.
+    """Compare models on the same pictures, with tests of whether the differences are chance.
 
-    Retrieval where the data has captions, zero-shot where it has classes. What was encoded before
-    is not encoded again. Folders of saved reports are compared as they are.
+    Data with captions is measured by retrieval, data with classes by zero-shot classification.
+    Without --data, the arguments are folders of saved reports.
     """
     from clipkit.lazy_encoder import LazyEncoder
     from eval.compare import compare as compare_models
     from eval.compare import compare_reports
     from eval.prompts import load_templates
-    from eval.reports.report import EvalReport
+    from eval.reports import load, save
 
     if not data:
         folders = [Path(model).expanduser() for model in models]
         if not all((folder / "report.json").is_file() for folder in folders):
             raise InputError("name what to measure on with --data DATA, or give saved reports")
-        reports = [[EvalReport.load(folder)] for folder in folders]
+        reports = [[load(folder)] for folder in folders]
         result = compare_reports(reports, command=command_line(), seed=shared.seed)
     else:
         if len(models) < 2:
             raise InputError(f"{len(models)} model to compare; name at least two")
         cuts = numbers("-k", k)
         opened = [captioned_or_labelled(name, shared.split, shared.limit) for name in data]
-        with measuring(models[0], shared) as job:
+        with measuring(models[0], shared) as (encoder, session):
             others = [
                 LazyEncoder(m, device=shared.device, precision=shared.precision) for m in models[1:]
             ]
             result = compare_models(
-                [job.encoder, *others],
+                [encoder, *others],
                 opened,
                 templates=load_templates(templates) if templates else None,
                 ks=cuts,
                 command=command_line(),
-                seed=shared.seed,
-                **job.options,
+                session=session,
             )
     folder = report_folder(shared.out, "compare", *models)
-    result.save(folder)
+    save(result, folder)
     say(result, folder, shared)

@@ -1,4 +1,4 @@
-"""What the commands of `clipkit eval` share: their options, a run's frame, where its report goes."""
+"""Options and helpers shared by the commands of `clipkit eval`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from app.cli.terminal import progress_shown, stop_on_signal
+from app.cli.terminal import DeviceOption, PrecisionOption, progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
 from clipkit.wording import printable
@@ -24,9 +24,8 @@ from clipkit.wording import printable
 if TYPE_CHECKING:
     from clipkit.lazy_encoder import LazyEncoder
     from eval.data import Labelled
-    from eval.features import FeatureCache
-    from eval.reports.comparison import Comparison
-    from eval.reports.report import EvalReport
+    from eval.reports import Comparison, EvalReport
+    from eval.session import Session
 
 DataOption = Annotated[
     str,
@@ -34,8 +33,8 @@ DataOption = Annotated[
         "--data",
         metavar="DATA",
         show_default=False,
-        help="A dataset folder, pictures with captions beside them, a folder per class, a JSONL "
-        "file, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME.",
+        help="A dataset, pictures with captions beside them, a folder per class, a table, JSONL or COCO "
+        "file, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME/CONFIG.",
     ),
 ]
 ModelOption = Annotated[
@@ -49,28 +48,24 @@ ModelOption = Annotated[
 SplitOption = Annotated[
     str | None, typer.Option(help="train, validation, test. Default: test, if there is one.")
 ]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Take so many pictures, as good as random.")
-]
-SeedOption = Annotated[int, typer.Option(help="Of splits and resampling.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, ...")]
-PrecisionOption = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Use a random sample of N pictures.")]
+SeedOption = Annotated[int, typer.Option(help="Random seed of splits and resampling.")]
 OutOption = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The report's folder. Default: a new one."),
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option("--cache", metavar="DIR", envvar="CLIPKIT_CACHE", help="Where features are kept."),
+    typer.Option("--cache", metavar="DIR", envvar="CLIPKIT_CACHE", help="The feature cache."),
 ]
-NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep features.")]
+NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Do not use the feature cache.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 CutsOption = Annotated[str, typer.Option("-k", metavar="K,K,...", help="Cut-offs.")]
 TemplatesOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="A prompt set by name, or a file with a template a line. Default: the data's own.",
+        help="A prompt set by name, or a file with one template per line. Default: the data's own.",
     ),
 ]
 
@@ -120,9 +115,9 @@ def with_options(kind: type[Common]) -> Callable[[Callable[..., None]], Callable
         ]
 
         @wraps(command)
-        def run(**given: Any) -> None:
-            chosen = kind(**{option.name: given.pop(option.name) for option in options})
-            command(**given, shared=chosen)
+        def run(**values: Any) -> None:
+            chosen = kind(**{option.name: values.pop(option.name) for option in options})
+            command(**values, shared=chosen)
 
         parameters = [*own, *options]
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -132,83 +127,80 @@ def with_options(kind: type[Common]) -> Callable[[Callable[..., None]], Callable
     return decorate
 
 
-@dataclass(frozen=True)
-class _Job:
-    encoder: LazyEncoder
-    cache: FeatureCache
-    options: dict[str, Any]  # cache, on_progress and stop, as every evaluator takes them
-
-
 @contextmanager
-def measuring(model: str, shared: Encoding) -> Iterator[_Job]:
-    """The frame of a measurement: encoder, cache, progress, and Ctrl-C that keeps what was encoded."""
-    from clipkit.lazy_encoder import LazyEncoder
-    from eval.features import FeatureCache
+def running(shared: Common, cache: Path | None = None) -> Iterator[Session]:
+    """Yield a session that shows progress; Ctrl-C stops it with a message and exit code 130.
 
-    kept = FeatureCache(None if shared.no_cache else features_folder(shared.cache))
-    with stoppable(), stop_on_signal() as stop, progress_shown() as show:
-        options = {"cache": kept, "on_progress": show, "stop": stop}
-        encoder = LazyEncoder(model, device=shared.device, precision=shared.precision)
-        yield _Job(encoder, kept, options)
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """A stop that was asked for is a sentence and exit code 130."""
-    from eval.features import Stopped
+    `cache` is the folder of features, None for no cache.
+    """
+    from eval.features import FeatureCache, Stopped
+    from eval.session import Session
 
     try:
-        yield
+        with stop_on_signal() as stop, progress_shown() as show:
+            yield Session(FeatureCache(cache), shared.seed, show, stop)
     except Stopped:
-        print("stopped; what was encoded is kept, the same command goes on from there")
+        print("stopped; encoded features are kept, and the same command continues from there")
         raise typer.Exit(130) from None
 
 
+@contextmanager
+def measuring(model: str, shared: Encoding) -> Iterator[tuple[LazyEncoder, Session]]:
+    """Yield an encoder and a session that caches its features."""
+    from clipkit.lazy_encoder import LazyEncoder
+
+    cache = None if shared.no_cache else features_folder(shared.cache)
+    with running(shared, cache) as session:
+        yield LazyEncoder(model, device=shared.device, precision=shared.precision), session
+
+
 def finish(report: EvalReport, shared: Common) -> None:
-    """Print the report, and keep it."""
+    """Save the report and print it."""
+    from eval.reports import save
+
     report = replace(report, command=command_line())
     folder = report_folder(shared.out, report.task, report.dataset, report.model)
-    report.save(folder)
+    save(report, folder)
     say(report, folder, shared)
 
 
 def say(result: EvalReport | Comparison, folder: Path, shared: Common) -> None:
-    """Print a result, as it was asked for, and where it is kept."""
+    """Print a result as a table or as JSON, and the path of its report."""
     print(result.to_json() if shared.as_json else "\n".join(result.lines()))
-    shown = printable(str(folder / "report.html"))
-    print(f"report: {shown}", file=sys.stderr if shared.as_json else sys.stdout)
+    path = printable(str(folder / "report.html"))
+    print(f"report: {path}", file=sys.stderr if shared.as_json else sys.stdout)
 
 
 def command_line() -> str:
-    """The command that is running, as it can be typed again."""
+    """Return the running command as it can be typed again."""
     return shlex.join(["clipkit", *sys.argv[1:]])
 
 
-def report_folder(given: Path | None, *named: str) -> Path:
-    """Where a report goes: what was given, else a new folder that is named for what it is about."""
+def report_folder(out: Path | None, *names: str) -> Path:
+    """Return the report's folder: `out`, else a new one named after task, dataset and model."""
     from app.web.sorting import reports_folder
 
-    if given is not None:
-        return given.expanduser()
-    parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in named]
+    if out is not None:
+        return out.expanduser()
+    parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in names]
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return reports_folder() / "-".join([*filter(None, parts), stamp])[-120:]
 
 
-def library(place: Path) -> tuple[str, str, Any, Any]:
-    """An index's model, its identity, and the ids and vectors (float16) of its live pictures."""
+def library(folder: Path) -> tuple[str, str, Any, Any]:
+    """Return an index's model spec, encoder id, and its pictures' ids and vectors (float16)."""
     from clipkit.catalog import Catalog
 
-    with Catalog.open(place.expanduser()) as catalog:
+    with Catalog.open(folder.expanduser()) as catalog:
         last = catalog.newest_encoder()
         if last is None:
-            raise InputError(f"index {place} holds no vectors yet; fill it: clipkit index FOLDER")
+            raise InputError(f"index {folder} holds no vectors yet; fill it: clipkit index FOLDER")
         stored = catalog.vectors(last.encoder_id)
         return last.spec, last.encoder_id, stored.nums, stored.vectors
 
 
 def captioned_or_labelled(data: str, split: str | None, limit: int | None) -> Any:
-    """What the data is: captions if it has them, else classes."""
+    """Open data as captioned pictures if it has captions, else as labelled ones."""
     from eval.data import open_captioned, open_labelled
 
     try:
@@ -221,7 +213,7 @@ def captioned_or_labelled(data: str, split: str | None, limit: int | None) -> An
 
 
 def to_learn_from(data: str, split: str | None) -> Labelled:
-    """The training split, or all of data that has no splits."""
+    """Open the training split, or all of data that has no splits."""
     from eval.data import open_labelled
 
     try:
@@ -233,21 +225,29 @@ def to_learn_from(data: str, split: str | None) -> Labelled:
         return whole
 
 
-def prompts_for(given: str | None, data: str) -> Any:
-    """The templates that were asked for, else those that go with the data's name."""
+def prompts_for(templates: str | None, data: str) -> Any:
+    """Return the named templates, else those that belong to the dataset's name."""
     from eval.prompts import default_templates, load_templates
 
-    return load_templates(given) if given else default_templates(data)
+    return load_templates(templates) if templates else default_templates(data)
 
 
 def one_of(option: str, value: str, known: Sequence[str]) -> None:
-    """InputError, naming what is known, for any other value."""
+    """Raise InputError, naming the known values, for any other value."""
     if value not in known:
         raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
 
 
+def some_of(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Parse "a,b" into known values. Raises InputError for any other value."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        one_of(option, name, known)
+    return names
+
+
 def numbers(option: str, text: str) -> tuple[int, ...]:
-    """ "1,5,10" -> (1, 5, 10)"""
+    """Parse "1,5,10" into (1, 5, 10). Raises InputError for anything but whole numbers from 1."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -258,7 +258,7 @@ def numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def fractions(option: str, text: str) -> tuple[float, ...]:
-    """ "0.9,0.99" -> (0.9, 0.99)"""
+    """Parse "0.9,0.99" into (0.9, 0.99). Raises InputError for anything outside 0 to 1."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:

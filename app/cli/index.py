@@ -215,7 +215,10 @@ def corrections(
     if out is None:
         sys.stdout.write(lines)
     else:
-        _write(out.expanduser(), lines)
+        try:
+            write_whole(out.expanduser(), lines.encode("utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot write {out}: {error.strerror or error}") from error
         kinds = Counter(row["right"] for row in rows)
         print(f"{len(rows):,} corrections: {kinds[True]:,} right, {kinds[False]:,} wrong")
         print(f"written to {printable(str(out))}")
@@ -308,10 +311,3 @@ def _print_hits(hits: Hits) -> None:
         console.print(line, soft_wrap=True)
     seconds = sum(hits.seconds.values())
     console.print(f"{len(hits):,} of {hits.total:,} pictures, {duration(seconds)}", style="dim")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text.encode("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

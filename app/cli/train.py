@@ -1,4 +1,4 @@
-"""`clipkit train`: the towers learn from your own captions, and a report proves what it brought."""
+"""`clipkit train`: fine-tune the towers on your own captions, with a report before and after."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ import json
 import os
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.terminal import progress_shown, stop_on_signal
+from app.cli.terminal import examples, progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
 from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
     from clipkit.training import Progress, RunSummary, TrainConfig
+    from data_prep.build import Progress as BuildProgress
 
-EPILOG = (
-    "Examples:  clipkit train dataset   ·   clipkit train dataset --recipe lora --epochs 4   ·   "
-    "clipkit train dataset --config run.toml --batch 4096   ·   clipkit train --resume runs/mine   ·   "
-    "torchrun --nproc-per-node 4 -m app.cli train dataset --recipe full   ·   clipkit train --options"
+EPILOG = examples(
+    "clipkit train dataset",
+    "clipkit train dataset --recipe lora --epochs 4",
+    "clipkit train dataset --config run.toml --batch 4096",
+    "clipkit train --resume runs/mine",
+    "torchrun --nproc-per-node 4 -m app.cli train dataset --recipe full",
+    "clipkit train --options",
 )
 
-# Every option of a run is a flag, without being listed twice.
+# Every field of TrainConfig is a flag, so that none is listed twice.
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -36,7 +41,9 @@ def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="DATASET", show_default=False, help="As `clipkit data build` writes it."
+            metavar="DATA",
+            show_default=False,
+            help="A dataset folder, or captioned pictures in any form that `clipkit data build` reads.",
         ),
     ] = None,
     recipe: Annotated[
@@ -48,14 +55,14 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="SPEC", help="Where to start. Default: builtin."),
+        typer.Option("--model", metavar="SPEC", help="The model to start from. Default: builtin."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A TOML file of options; flags win.")
+        Path | None, typer.Option(metavar="FILE", help="A TOML file of options; flags override it.")
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Go on with a run that was stopped or killed."),
+        typer.Option(metavar="RUN", help="Resume a run that was stopped or killed."),
     ] = None,
     generic: Annotated[
         str | None,
@@ -65,81 +72,125 @@ def train(
         ),
     ] = None,
     no_report: Annotated[
-        bool, typer.Option("--no-report", help="Leave out the comparison with the start.")
+        bool, typer.Option("--no-report", help="Do not compare the result with the start model.")
     ] = False,
     options: Annotated[
-        bool, typer.Option("--options", help="List every option of a run, and its default.")
+        bool, typer.Option("--options", help="List every option of a run with its default.")
     ] = False,
 ) -> None:
-    """Fine-tune the towers on your own captions, and prove what it brought.
+    """Fine-tune the towers on your own captions, and measure the gain.
 
     The result is runs/NAME: a checkpoint for `clipkit index --model runs/NAME`, and report.html with
-    recall before and after. Every option of `--options` is a flag too: --learning-rate 1e-4. Stop
-    with Ctrl-C, go on with --resume.
+    recall before and after. DATA that is not a dataset yet is built into one first, in runs/.datasets.
+    Every option of `--options` is a flag too: --learning-rate 1e-4. Stop with Ctrl-C, go on with
+    --resume.
     """
     from clipkit.training import TrainConfig
     from clipkit.training import resume as resume_run
     from clipkit.training import train as train_run
 
-    given = _flags(arguments or [], TrainConfig)
+    flags = _flags(arguments or [], TrainConfig)
     if options:
         print("\n".join(_listed(TrainConfig, recipe or "heads")))
         return
-    told = {"recipe": recipe, "start": model}
-    given |= {key: value for key, value in told.items() if value is not None}
+    named = {"recipe": recipe, "start": model}
+    flags |= {key: value for key, value in named.items() if value is not None}
+    if resume is not None and (flags or config is not None):
+        raise InputError("--resume goes on with the run's own options; give no others")
+    command = shlex.join(["clipkit", *sys.argv[1:]])
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
-        with _progress() as show:
-            if resume is not None:
-                if given or config is not None:
-                    raise InputError("--resume goes on with the run's own options; give no others")
+        if resume is not None:
+            with _progress() as show:
                 summary = resume_run(resume.expanduser(), on_progress=show, stop=stop)
-            else:
-                command = shlex.join(["clipkit", *sys.argv[1:]])
-                chosen = (
-                    TrainConfig.from_toml(config, given)
-                    if config is not None
-                    else TrainConfig.from_mapping(given)
-                )
+        else:
+            chosen = (
+                TrainConfig.from_toml(config, flags)
+                if config is not None
+                else TrainConfig.from_mapping(flags)
+            )
+            chosen = replace(chosen, data=_dataset(chosen, command, stop))
+            with _progress() as show:
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
         if _is_first_process():
-            _told(summary)
+            _print_summary(summary)
         if summary.stopped:
             raise typer.Exit(130)
         if not no_report and _is_first_process():
             _report(summary, generic, stop)
 
 
+def _dataset(config: TrainConfig, command: str, stop: threading.Event) -> str:
+    """Return config.data if it is a dataset, else the dataset that is built from it, and print which.
+
+    It is built once, in OUT/.datasets, and used again as long as the source is unchanged.
+    """
+    from clipkit.training import is_dataset
+    from data_prep.build import build_once
+
+    data = Path(config.data).expanduser()
+    if is_dataset(data):
+        return str(data)
+    with progress_shown() as show:
+
+        def on_progress(progress: BuildProgress) -> None:
+            if stop.is_set():
+                raise KeyboardInterrupt
+            show(progress.phase, progress.done, progress.total or progress.done)
+
+        try:
+            folder, built = build_once(
+                config.data,
+                Path(config.out) / ".datasets",
+                command=command,
+                on_progress=on_progress,
+            )
+        except KeyboardInterrupt:
+            print("stopped before the dataset was built", file=sys.stderr)
+            raise typer.Exit(130) from None
+    if _is_first_process():
+        state = "built before, unchanged"
+        if built is not None:
+            rejected = sum(sum(reasons.values()) for reasons in built.rejected.values())
+            state = f"{sum(built.pictures.values()):,} pictures, {built.captions:,} captions"
+            state += f"; {rejected:,} rejected, see rejected.jsonl there" if rejected else ""
+        print(f"dataset of {printable(config.data)}: {printable(str(folder))} ({state})")
+    return str(folder)
+
+
 def _flags(arguments: list[str], config: type[TrainConfig]) -> dict[str, Any]:
-    """["photos", "--batch", "64", "--no-flip"] -> {"data": "photos", "batch": 64, "flip": False}"""
+    """Parse ["photos", "--batch", "64", "--no-flip"] -> {"data": "photos", "batch": 64, "flip": False}.
+
+    Raises InputError for a second dataset and for a flag without its value.
+    """
     switches = {item.name for item in fields(config) if item.type == "bool"}
-    given: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     rest = list(arguments)
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--"):
-            if "data" in given:
+            if "data" in flags:
                 raise InputError(
-                    f"{flag!r} is not understood beside dataset {given['data']!r}; "
-                    "options look like --batch 64"
+                    f"{flag!r} is not understood beside dataset {flags['data']!r}; "
+                    "options are written --batch 64"
                 )
-            given["data"] = flag
+            flags["data"] = flag
             continue
         key, equals, _ = flag[2:].replace("-", "_").partition("=")
         if equals:
-            given[key] = _value(flag.partition("=")[2])
+            flags[key] = _value(flag.partition("=")[2])
         elif key in switches:
-            given[key] = True
+            flags[key] = True
         elif key.removeprefix("no_") in switches:
-            given[key.removeprefix("no_")] = False
+            flags[key.removeprefix("no_")] = False
         elif rest:
-            given[key] = _value(rest.pop(0))
+            flags[key] = _value(rest.pop(0))
         else:
             raise InputError(f"{flag} needs a value, such as {flag} 1")
-    return given
+    return flags
 
 
 def _value(text: str) -> Any:
-    """As TOML would read it: a number, true or false, else a text."""
+    """Parse a value as TOML does: a number, true or false, else text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -161,20 +212,20 @@ def _listed(config: type[TrainConfig], recipe: str) -> Iterator[str]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Progress], None]]:
-    """A run's progress as a bar, and a line for each evaluation and warning."""
-    said: float | None = None
+    """Show a run's progress as a bar, with a line for each evaluation and warning."""
+    printed: float | None = None
     with progress_shown() as bar:
 
         def show(progress: Progress) -> None:
-            nonlocal said
+            nonlocal printed
             if progress.phase == "features":
                 bar(f"features of {progress.words}", progress.done, progress.total)
                 return
             bar(progress.phase, progress.done, progress.total)
             if progress.words:
                 print(f"warning: {progress.words}", file=sys.stderr)
-            if progress.phase == "training" and progress.mean_recall not in (None, said):
-                said = progress.mean_recall
+            if progress.phase == "training" and progress.mean_recall not in (None, printed):
+                printed = progress.mean_recall
                 print(_line(progress), file=sys.stderr)
 
         yield show
@@ -190,7 +241,7 @@ def _line(progress: Progress) -> str:
     )
 
 
-def _told(summary: RunSummary) -> None:
+def _print_summary(summary: RunSummary) -> None:
     for words in summary.words:
         print(words)
     place = printable(str(summary.folder))
@@ -205,11 +256,12 @@ def _told(summary: RunSummary) -> None:
 
 
 def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
-    """Before and after on pictures that training did not see, and on what should not be forgotten."""
+    """Write report.html: the start and the result on held-out pictures, and on generic data."""
     from clipkit.lazy_encoder import LazyEncoder
     from data_prep import gallery
     from eval.data import open_captioned, open_labelled
     from eval.features import FeatureCache, Stopped
+    from eval.session import Session
     from eval.training_report import training_report
 
     facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
@@ -223,9 +275,9 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
         print("no report: the dataset has neither a test nor a validation split to compare on")
         return
     try:
-        kept = open_captioned(generic or str(gallery.folder()))
+        general = open_captioned(generic or str(gallery.folder()))
     except InputError:
-        kept = open_labelled(str(generic))
+        general = open_labelled(str(generic))
     encoders = [
         LazyEncoder(spec, device=config["device"])
         for spec in (config["start"], str(summary.folder))
@@ -236,13 +288,11 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
                 summary.folder,
                 encoders,
                 own,
-                kept,
-                cache=FeatureCache(features_folder(None)),
-                on_progress=show,
-                stop=stop,
+                general,
+                session=Session(FeatureCache(features_folder(None)), on_progress=show, stop=stop),
             )
     except Stopped:
-        print("stopped before the report was complete; the checkpoint is whole")
+        print("stopped before the report was complete; the checkpoint is complete")
         raise typer.Exit(130) from None
     print("\n".join(result.lines()))
     print(f"report: {printable(str(summary.folder / 'report.html'))}")

@@ -26,8 +26,8 @@ import platformdirs
 
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.errors import InputError
-from eval.features import FeatureCache, logit_scale
 from eval.prompts import Templates, load_templates
+from eval.session import Session
 from eval.zero_shot import class_vectors, classify
 
 if TYPE_CHECKING:
@@ -178,9 +178,9 @@ class Evaluation:
                     f"no picture of this library has a vector of model {model.spec}; "
                     "add pictures first, or start the page with the model of the index"
                 )
-            no_cache = FeatureCache(None)
-            rows = class_vectors(model, question.words, question.templates, cache=no_cache)
-            ranked = _two_best(stored.vectors, rows, logit_scale(model, no_cache))
+            session = Session()
+            rows = class_vectors(model, question.words, question.templates, session)
+            ranked = _two_best(stored.vectors, rows, session.logit_scale(model))
             sorting = _summed(catalog, key, question, stored.nums, ranked, begun)
         with self._lock:
             self._sortings[key] = sorting

@@ -9,7 +9,15 @@ place of a known picture and is not encoded again. A root that is missing or emp
 cannot be read, deletes nothing from the catalog.
 """
 
-from clipkit.embed.pictures import Encoded, Known, Prepared, Unreadable, ahead, encode_pictures
+from clipkit.embed.pictures import (
+    Encoded,
+    Known,
+    Prepared,
+    Unreadable,
+    ahead,
+    encode_pictures,
+    in_order,
+)
 from clipkit.embed.run import Progress, Summary, index_folders
 from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
 
@@ -25,6 +33,7 @@ __all__ = [
     "ahead",
     "distinct_roots",
     "encode_pictures",
+    "in_order",
     "index_folders",
     "walk",
 ]

@@ -32,6 +32,32 @@ Extra = TypeVar("Extra")
 Result = TypeVar("Result")
 
 
+def in_order(
+    items: Iterable[Item],
+    start: Callable[[ThreadPoolExecutor, Item], Future[Result] | None],
+    workers: int | None = None,
+    bound: int | None = None,
+) -> Generator[tuple[Item, Future[Result] | None]]:
+    """Yield each item, in order, with the work that `start(pool, item)` submitted for it, if any.
+
+    At most `bound` items (default: 4 per thread and 16) are taken and not yet yielded; `items` and
+    `start` run in the calling thread. When the generator is closed, by an error too, work that has not
+    begun is cancelled.
+    """
+    workers = workers or max(2, os.cpu_count() or 1)
+    waiting: deque[tuple[Item, Future[Result] | None]] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        for item in items:
+            waiting.append((item, start(pool, item)))
+            if len(waiting) >= (bound or 4 * workers + 16):
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def ahead(
     items: Iterable[Item],
     work: Callable[[Item], Result],
@@ -41,22 +67,16 @@ def ahead(
 ) -> Generator[Result]:
     """Yield `work(item)` of each item, in order, computed in threads before it is asked for.
 
-    At most `bound` results (default: 4 per thread and 16) are computed or waiting; `items` is
-    iterated in the calling thread. What `work` raises is raised in its turn. After an error, or when
-    the generator is closed, work that has not begun is cancelled.
+    What `work` raises is raised in its turn. The number ahead is bounded as by `in_order`.
     """
-    workers = workers or max(2, os.cpu_count() or 1)
-    waiting: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) >= (bound or 4 * workers + 16):
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+
+    def start(pool: ThreadPoolExecutor, item: Item) -> Future[Result]:
+        return pool.submit(work, item)
+
+    with closing(in_order(items, start, workers, bound)) as started:
+        for _, future in started:
+            assert future is not None
+            yield future.result()
 
 
 @dataclass(frozen=True, slots=True)

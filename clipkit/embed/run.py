@@ -104,7 +104,7 @@ def index_folders(
     current batch; what it has done is kept. Raises InputError for a folder that does not exist and is
     not in the catalog, ModelError if the towers cannot be loaded.
     """
-    run = _Run(
+    indexing = _Run(
         catalog=catalog,
         encoder=encoder,
         workers=workers or max(2, os.cpu_count() or 1),
@@ -113,7 +113,7 @@ def index_folders(
         on_progress=on_progress or (lambda _: None),
         stop=stop or threading.Event(),
     )
-    return run.over(distinct_roots(folders, known=lambda f: catalog.places_below(f) > 0))
+    return indexing.run(distinct_roots(folders, in_catalog=lambda f: catalog.places_below(f) > 0))
 
 
 _Facts = dict[str, Any]  # the arguments of Catalog.add_picture
@@ -143,25 +143,25 @@ class _Run:
         )
         self._rate = _Rate()
 
-    def over(self, roots: Sequence[str]) -> Summary:
-        gone: list[str] = []
+    def run(self, roots: Sequence[str]) -> Summary:
+        missing: list[str] = []
         unavailable: list[str] = []
-        todo: list[FoundFile] = []
+        changed: list[FoundFile] = []
         for root in roots:
             self.catalog.add_root(root)
-            known = self.catalog.known_files(root, encoder_id=self.encoder_id)
+            indexed = self.catalog.known_files(root, encoder_id=self.encoder_id)
             files, unreadable = self._survey(root)
-            if known and (root in unreadable or not files):
+            if indexed and (root in unreadable or not files):
                 unavailable.append(root)
                 continue
-            todo += self._changed(files, known)
+            changed += self._changed(files, indexed)
             hidden = tuple(folder + os.sep for folder in unreadable)
-            gone += [p for p in known if p not in files and not p.startswith(hidden)]
-        self._embed(todo)
+            missing += [p for p in indexed if p not in files and not p.startswith(hidden)]
+        self._embed(changed)
         stopped = self.stop.is_set()
-        self._report("finishing", done=self.counts["done"], total=len(todo))
+        self._report("finishing", done=self.counts["done"], total=len(changed))
         if not stopped:
-            self._remove(gone)
+            self._remove(missing)
         self.catalog.commit()
         if not stopped:
             from clipkit.index import refresh_snapshot  # imports Faiss, which `walk` does not need
@@ -204,11 +204,11 @@ class _Run:
         return files, unreadable
 
     def _changed(
-        self, files: Mapping[str, FoundFile | Problem], known: Mapping[str, KnownFile]
+        self, files: Mapping[str, FoundFile | Problem], indexed: Mapping[str, KnownFile]
     ) -> Iterator[FoundFile]:
         """Yield the files that are new or changed; count and note the others."""
         for path, item in files.items():
-            before = known.get(path)
+            before = indexed.get(path)
             same = before and (before.size, before.mtime_ns) == (item.size, item.mtime_ns)
             if isinstance(item, Problem):
                 self._skip(item)
@@ -224,9 +224,9 @@ class _Run:
 
     # ---- the work
 
-    def _embed(self, todo: Sequence[FoundFile]) -> None:
+    def _embed(self, changed: Sequence[FoundFile]) -> None:
         results = encode_pictures(
-            todo,
+            changed,
             self._towers,
             read=lambda file: images.read_bytes(Path(file.path), limits=self.limits),
             lookup=self._stored,
@@ -243,7 +243,7 @@ class _Run:
                     self.counts["done"] += 1
                 else:
                     self._add_batch(result)
-                self._report("embedding", done=self.counts["done"], total=len(todo))
+                self._report("embedding", done=self.counts["done"], total=len(changed))
                 if time.monotonic() - self.committed_at > COMMIT_SECONDS:
                     self.catalog.commit()
                     self.committed_at = time.monotonic()
@@ -251,8 +251,8 @@ class _Run:
     def _stored(self, image_id: str) -> int | None:
         """Return the num of a picture that has its vector already."""
         num = self.catalog.has_picture(image_id)
-        known = num is not None and self.catalog.has_vector(num, self.encoder_id)
-        return num if known else None
+        has_vector = num is not None and self.catalog.has_vector(num, self.encoder_id)
+        return num if has_vector else None
 
     def _prepare(self, file: FoundFile, image_id: str, data: bytes) -> tuple[Any, _Facts]:
         """In a decode thread: the tower's pixels, and what the catalog keeps of a picture."""
@@ -315,11 +315,11 @@ class _Run:
     def _place(self, num: int, file: FoundFile) -> None:
         """Note a file of a known picture: a copy, a moved file, or a restored one."""
         was_live = self.catalog.is_live(num)
-        fresh = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
+        is_new = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["done"] += 1
         if not was_live:
             self.counts["added"] += 1
-        elif fresh:
+        elif is_new:
             self.new_places[num] += 1
 
     def _skip(self, problem: Problem) -> None:
@@ -332,9 +332,9 @@ class _Run:
         )
         self.reasons[problem.reason] += 1
 
-    def _remove(self, gone: Sequence[str]) -> None:
+    def _remove(self, missing: Sequence[str]) -> None:
         """Remove the places that are gone, and count those that only moved."""
-        lost = Counter(self.catalog.remove_places(gone))
+        lost = Counter(self.catalog.remove_places(missing))
         for num, new in self.new_places.items():
             moved = min(new, lost[num])
             self.counts["moved"] += moved

@@ -1,4 +1,4 @@
-"""What lies below a folder and calls itself a picture, without opening any of it."""
+"""List the files below a folder that have a picture's suffix, without opening them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pathlib import Path
 from clipkit.errors import InputError
 from clipkit.images import SUFFIXES
 
-# Files that may hold captions and tags of the pictures beside them: see `clipkit.records`.
+# Files that may hold captions and tags of the pictures beside them; see `clipkit.records`.
 TEXT_SUFFIXES = frozenset({".txt", ".json", ".jsonl"})
 
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A regular file with a picture's suffix, as `stat` saw it."""
+    """A regular file with a picture's suffix, and its `stat`."""
 
     path: str
     size: int
     mtime_ns: int
-    texts_ns: int = 0  # when the newest file of its folder that may hold captions was changed
+    texts_ns: int = 0  # modification time of its folder's newest file that may hold captions
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that gives no picture: `reason` is a short word to count by, `message` a sentence."""
+    """A path without a readable picture: `reason` is a short word to count by, `message` a sentence."""
 
     path: str
     reason: str
@@ -37,16 +37,18 @@ class Problem:
 
 
 def distinct_roots(
-    folders: Sequence[str | os.PathLike[str]], *, known: Callable[[str], bool] = lambda _: False
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    in_catalog: Callable[[str], bool] = lambda _: False,
 ) -> list[str]:
-    """The absolute folders, none below another.
+    """Return the absolute folders, without those below another one.
 
-    Raises InputError for what is not a folder, unless it is `known`: then it may be a disk that is
-    not mounted now.
+    Raises InputError for a path that is not a folder, unless it is `in_catalog`: it may then be a disk
+    that is not mounted now.
     """
     roots: list[str] = []
     for folder in sorted({os.path.abspath(os.path.expanduser(f)) for f in folders}):
-        if not Path(folder).is_dir() and not known(folder):
+        if not Path(folder).is_dir() and not in_catalog(folder):
             problem = "is a file" if Path(folder).exists() else "does not exist"
             raise InputError(f"folder {folder} {problem}; name a folder that holds pictures")
         if not any(folder.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
@@ -55,10 +57,10 @@ def distinct_roots(
 
 
 def walk(root: str, *, skip: str) -> Iterator[FoundFile | Problem]:
-    """Files below `root` with a picture's suffix, in a stable order, each folder once.
+    """Yield the files below `root` that have a picture's suffix, in a stable order, each folder once.
 
     Hidden names and the index's own folder (`skip`) are left out. Symbolic links are followed; one
-    that leads to a folder seen before is named and not entered.
+    that leads to a folder already listed yields a Problem.
     """
     seen: set[tuple[int, int]] = set()
     stack = [root]

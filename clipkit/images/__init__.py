@@ -1,7 +1,7 @@
-"""Untrusted bytes -> an upright RGB picture. The one place for it, shared by training and serving.
+"""Untrusted bytes -> an upright RGB picture, for training and serving alike.
 
-reading.py is the way in; headers.py looks for bombs before anything decodes, pixels.py brings every
-mode to RGB on white, exif.py reads date, camera and orientation. No torch here.
+reading.py decodes; headers.py refuses decompression bombs before anything is opened, exif.py reads
+date, camera and orientation. Nothing here imports torch.
 """
 
 from clipkit.images.reading import (

@@ -1,9 +1,9 @@
-"""A photo's orientation, capture date and camera, read from EXIF, which is a small TIFF file.
+"""Read a photo's orientation, capture date and camera from EXIF, which is a small TIFF file.
 
 Pillow's own reader is not used on untrusted bytes: it warns, and it copies every value a directory
 claims, so that 1 MB of overlapping tags becomes 50 GB of memory. This one reads the few tags that
-clipkit needs, follows no loops, copies nothing else and never raises on bad input: what is broken
-is absent. `amplifies` finds such directories before Pillow's TIFF and AVIF readers meet them.
+clipkit needs, follows no loops, copies nothing else and never raises on bad input: a broken tag is
+absent. `amplifies` finds such directories before Pillow's TIFF and AVIF readers parse them.
 
 Layout: TIFF 6.0 section 2, BigTIFF (libtiff.gitlab.io/libtiff/specification/bigtiff.html), Exif 2.32.
 """
@@ -34,7 +34,7 @@ _FIRST_YEAR, _LAST_YEAR = 1826, 2100  # the first photograph; beyond, a clock th
 
 
 class Entry(NamedTuple):
-    """One tag of a directory and where its value lies."""
+    """One tag of a directory and the position of its value."""
 
     kind: int  # type of its items, a key of _UNIT
     start: int  # byte offset from the TIFF header
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a picture's EXIF says: orientation 1..8 (1 = upright), date as ISO 8601, camera."""
+    """Facts from a picture's EXIF: orientation 1..8 (1 = upright), date as ISO 8601, camera."""
 
     orientation: int = 1
     taken_at: str | None = None
@@ -52,7 +52,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiff:
-    """A TIFF header and the directories that hang on it."""
+    """A TIFF header and its directories."""
 
     data: bytes | memoryview
     order: str  # "<" or ">"
@@ -61,19 +61,19 @@ class Tiff:
 
     @classmethod
     def parse(cls, data: bytes | memoryview) -> Tiff | None:
-        """None if `data` does not begin with a TIFF header."""
+        """Parse a header; return None if `data` does not begin with one."""
         head = bytes(data[:16])
         order = {b"II": "<", b"MM": ">"}.get(head[:2])
         if order is None or len(head) < 8:
             return None
-        if 43 in head[2:4]:  # byte orders that contradict the mark are met in the wild, see Pillow
+        if 43 in head[2:4]:  # some writers contradict their byte order here, see Pillow
             return cls(data, order, True, _unpack(order + "Q", head, 8) or 0)
         if 42 in head[2:4]:
             return cls(data, order, False, _unpack(order + "I", head, 4) or 0)
         return None
 
     def directory(self, offset: int) -> dict[int, Entry]:
-        """The tags of the directory at `offset`, as far as they lie within the data."""
+        """Return the tags of the directory at `offset`, as far as they are within the data."""
         # An entry is tag, kind, count and either the value or its offset, whichever fits.
         form, room = ("HHQ8s", 8) if self.big else ("HHI4s", 4)
         width = struct.calcsize("<" + form)
@@ -95,13 +95,13 @@ class Tiff:
         return entries
 
     def number(self, entry: Entry | None) -> int | None:
-        """The entry's first value, if it is an unsigned integer."""
+        """Return the entry's first value if it is an unsigned integer."""
         if entry is None or entry.kind not in _INTEGERS:
             return None
         return _unpack(self.order + _INTEGERS[entry.kind], self.data, entry.start)
 
     def text(self, entry: Entry | None) -> str:
-        """The entry's text without control, format and other unprintable characters; "" if none."""
+        """Return the entry's text without unprintable characters; "" if it has none."""
         if entry is None or entry.kind != _ASCII:
             return ""
         raw = bytes(self.data[entry.start : entry.start + min(entry.size, _LONGEST_TEXT)])
@@ -113,7 +113,7 @@ class Tiff:
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
     def amplifies(self) -> bool:
-        """Whether reading all tags costs far more memory than the data has bytes."""
+        """Tell whether reading all tags costs far more memory than the data has bytes."""
         count = _unpack(self.order + ("Q" if self.big else "H"), self.data, self.first) or 0
         if count > _MOST_ENTRIES:
             return True
@@ -136,7 +136,7 @@ class Tiff:
 
 
 def read_facts(blob: bytes) -> Facts:
-    """Facts from an EXIF block (with or without its "Exif" prefix) or from a whole TIFF file."""
+    """Read the facts of an EXIF block (with or without its "Exif" prefix) or of a whole TIFF file."""
     while blob[:6] == b"Exif\0\0":
         blob = blob[6:]
     tiff = Tiff.parse(blob)
@@ -172,7 +172,8 @@ def _date(text: str) -> str | None:
 
 
 def _camera(make: str, model: str) -> str | None:
-    """The model alone if it repeats the make: "NIKON CORPORATION", "NIKON D850" -> "NIKON D850"."""
+    """Join make and model, unless the model repeats the make: "NIKON CORPORATION", "NIKON D850" ->
+    "NIKON D850"."""
     if model and model.split()[0].casefold() in make.casefold().split():
         return model
     return f"{make} {model}".strip() or None

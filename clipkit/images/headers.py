@@ -1,8 +1,8 @@
-"""What a picture's bytes say about themselves, before any decoder is let at them.
+"""Check a picture's bytes before any decoder sees them.
 
-`sniff` names the format from the content (a file's suffix is never believed). `refuse` stops bytes
-whose mere opening costs too much: Pillow's plugins for PNG, GIF and WebP allocate while they open,
-before anyone can look at the size; others take minutes or gigabytes over a small crafted file.
+`sniff` names the format from the content (a file's suffix is ignored). `refuse` rejects bytes that
+are too expensive even to open: Pillow's plugins for PNG, GIF and WebP allocate while they open,
+before the size can be checked; others take minutes or gigabytes over a small crafted file.
 Everything here reads a few bytes, allocates nothing and raises only ImageError.
 """
 
@@ -53,7 +53,7 @@ _JPEG_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def sniff(data: bytes) -> str | None:
-    """The format's name ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF") or None."""
+    """Return the format ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "HEIF") or None."""
     if data[:3] == b"\xff\xd8\xff":
         return "JPEG"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -79,12 +79,12 @@ def sniff(data: bytes) -> str | None:
 
 
 def sniff_unsupported(data: bytes) -> str | None:
-    """The name of a picture format that clipkit knows of but does not read."""
+    """Return the name of a known picture format that clipkit does not read, or None."""
     return next((name for magic, name in _UNSUPPORTED if data.startswith(magic)), None)
 
 
 def check_pixels(width: int, height: int, max_pixels: int) -> None:
-    """Raises ImageError ("too-many-pixels") if width x height is above the limit."""
+    """Raise ImageError ("too-many-pixels") if width x height is above the limit."""
     if width * height > max_pixels:
         raise ImageError(
             f"picture is {width * height / 1e6:.0f} MP ({width} x {height}); "
@@ -94,14 +94,14 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
 
 
 def refuse(data: bytes, kind: str, *, max_pixels: int) -> None:
-    """Raises ImageError if it is not safe to open `data`, a picture of the format `kind`."""
+    """Raise ImageError if `data`, a picture of the format `kind`, is not safe to open."""
     check = _CHECKS.get(kind)
     if check is not None:
         check(data, max_pixels)
 
 
 def ends_early(data: bytes, kind: str) -> bool:
-    """Whether the file's end is missing. For naming a failure; a whole picture may lack its end."""
+    """Tell whether the file's end is missing, to explain a failure; a good picture may lack it, too."""
     if kind == "JPEG":
         return b"\xff\xd9" not in data[-4096:]
     if kind == "PNG":
@@ -163,7 +163,7 @@ def _check_webp(data: bytes, max_pixels: int) -> None:
 
 
 def _check_jpeg(data: bytes, _max_pixels: int) -> None:
-    """Counts the scans: 140 bytes more of a 99 MP progressive JPEG cost 0.16 s more."""
+    """Count the scans: 140 bytes more of a 99 MP progressive JPEG cost 0.16 s more."""
     at, scans, components, progressive = 2, 0, 0, False
     for _ in range(_MOST_MARKERS):
         match = _JPEG_MARKER.search(data, at)
@@ -204,14 +204,14 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
 
 
 def _check_boxes(data: bytes, _max_pixels: int) -> None:
-    """Looks at every EXIF block in an AVIF or HEIF file: their readers parse it while they open."""
-    view, found = memoryview(data), 0
+    """Check every EXIF block in an AVIF or HEIF file: their readers parse it while they open."""
+    view, count = memoryview(data), 0
     for mark in _TIFF_MARKS[:2]:
         at = data.find(mark)
         while at >= 0:
-            found += 1
+            count += 1
             tiff = Tiff.parse(view[at:])
-            if found > _MOST_HIDDEN_EXIF or (tiff is not None and tiff.amplifies()):
+            if count > _MOST_HIDDEN_EXIF or (tiff is not None and tiff.amplifies()):
                 raise _broken("picture's EXIF claims more data than the file has")
             at = data.find(mark, at + 1)
 

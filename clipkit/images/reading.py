@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -39,19 +40,31 @@ from PIL import (
 from clipkit.errors import ImageError, InputError
 from clipkit.images.exif import read_facts
 from clipkit.images.headers import check_pixels, ends_early, refuse, sniff, sniff_unsupported
-from clipkit.images.pixels import upright_rgb
 
-# What indexing walks; the format itself is always told by the content.
+# The files that indexing walks; the format itself is determined by the content.
 SUFFIXES: frozenset[str] = frozenset(
     ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .heic .heif .avif".split()
 )
+
+_WHITE = (255, 255, 255)
+_TRANSPOSE = {  # EXIF orientation -> what makes it upright (Exif 2.32, tag 274)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A wide-gamut profile (Display P3, Adobe RGB, ProPhoto) is about 550 bytes; sRGB's is 3 kB and needless.
+_LARGEST_PROFILE = 1024
 
 _Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a picture may cost: pixels (of the original, 1 MP = 10^6) and bytes (1 MB = 10^6)."""
+    """Limits of a picture: pixels of the original (1 MP = 10^6) and bytes (1 MB = 10^6)."""
 
     max_megapixels: float = 100.0
     max_megabytes: float = 256.0
@@ -66,7 +79,7 @@ class Limits:
         return int(self.max_megapixels * 1e6)
 
     def check_bytes(self, size: int) -> None:
-        """Raises ImageError ("empty", "too-large")."""
+        """Raise ImageError ("empty", "too-large") for a file of `size` bytes."""
         if size == 0:
             raise ImageError("file is empty (0 bytes); restore it from a copy", reason="empty")
         if size > self.max_megabytes * 1e6:
@@ -82,7 +95,7 @@ _LIMITS = Limits()
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A decoded picture and what its file says about it."""
+    """A decoded picture and the facts in its file."""
 
     rgb: Image.Image  # mode RGB, upright, alpha on white; may be smaller than the original
     width: int  # of the original, upright
@@ -93,18 +106,18 @@ class Picture:
 
 
 def image_id(data: bytes) -> str:
-    """The picture's identity: BLAKE2b-128 of the file's bytes, 32 hex digits."""
+    """Return a picture's identity: BLAKE2b-128 of the file's bytes, 32 hex digits."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def read_bytes(path: Path, *, limits: Limits = _LIMITS) -> bytes:
-    """A regular file's bytes; never blocks on a pipe, never reads what is above the limit.
+    """Read a regular file; never block on a pipe, never read a file above the limit.
 
-    Raises ImageError: "not-a-file", "empty", "too-large", "unreadable" (gone, forbidden, a loop of
-    links, a disk error). Messages do not name the file: the caller knows it, with its odd characters.
+    Raises ImageError: "not-a-file", "empty", "too-large", "unreadable" (missing, forbidden, a loop of
+    links, a disk error). Messages do not name the file: the caller does, and escapes its name.
     """
     try:
-        # Looked at before opening (opening a device can act) and after (it may have been replaced).
+        # Checked before opening (opening a device can act) and after (it may have been replaced).
         _check_regular(path.stat())
         handle = os.open(
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -113,7 +126,7 @@ def read_bytes(path: Path, *, limits: Limits = _LIMITS) -> bytes:
             status = os.fstat(handle)
             _check_regular(status)
             limits.check_bytes(status.st_size)
-            # Of a file that grows meanwhile the beginning is read; decoding will call it truncated.
+            # Of a growing file the beginning is read; decoding will report it as truncated.
             parts = []
             left = status.st_size
             while left > 0 and (part := file.read(left)):
@@ -130,15 +143,15 @@ def read_bytes(path: Path, *, limits: Limits = _LIMITS) -> bytes:
 
 
 def decode(data: bytes, *, target: int | None = None, limits: Limits = _LIMITS) -> Picture:
-    """The first (or only) frame as an upright RGB picture. Safe from any thread.
+    """Decode the first frame to an upright RGB picture. Any thread may call it.
 
-    `target` is the side in pixels that a tower wants: a JPEG is then decoded at 1/2, 1/4 or 1/8 of
+    `target` is the side in pixels that a tower needs: a JPEG is then decoded at 1/2, 1/4 or 1/8 of
     its size as long as its shorter side stays at least 2 x `target` (the resized picture differs by
-    less than a JPEG's own noise). None, and every other format: the full size.
+    less than a JPEG's own noise). With None, and for every other format, the size is the full one.
 
-    Raises ImageError for whatever can be wrong with the bytes: "empty", "too-large",
-    "too-many-pixels", "not-a-picture", "unsupported-format", "truncated", "broken". Never another
-    exception, never a warning, never half a picture.
+    Raises ImageError for anything wrong with the bytes: "empty", "too-large", "too-many-pixels",
+    "not-a-picture", "unsupported-format", "truncated", "broken"; no other exception, no warning, and
+    no part of a picture.
     """
     if target is None:
         return _decode(data, limits, lambda size: size)
@@ -148,9 +161,9 @@ def decode(data: bytes, *, target: int | None = None, limits: Limits = _LIMITS) 
 
 
 def thumbnail(picture_rgb: Image.Image, *, side: int = 320, quality: int = 75) -> bytes:
-    """JPEG bytes, longest side at most `side`; a smaller picture is not enlarged.
+    """Encode a small JPEG, longest side at most `side`; a smaller picture is not enlarged.
 
-    Made for every picture of an index run, so it must be cheap. JPEG and not WebP: at 320 pixels and
+    Indexing makes one of every picture, so it must be cheap. JPEG and not WebP: at 320 pixels and
     the same error, 0.4 ms and 14 kB against 3.3 ms and 12 kB. Hamming and not bicubic: from 1000 x
     750, 3 ms against 9 ms, 0.7 levels of 255 away from Lanczos.
     """
@@ -163,10 +176,10 @@ def thumbnail(picture_rgb: Image.Image, *, side: int = 320, quality: int = 75) -
 def encode_for_web(
     data: bytes, *, max_side: int = 2048, limits: Limits = _LIMITS
 ) -> tuple[bytes, str]:
-    """(bytes, mime) of a picture that any browser shows, longest side at most `max_side`.
+    """Return (bytes, MIME type) of a picture that any browser shows, longest side at most `max_side`.
 
-    Always encoded anew from pixels: no EXIF (which holds the place), no comments, no trailing data.
-    Raises ImageError like `decode`.
+    Always encoded from pixels: no EXIF (which holds the location), no comments, no trailing data.
+    Raises ImageError as `decode` does.
     """
     picture = _decode(data, limits, lambda size: _fit(size, max_side))
     # Full colour resolution unless a JPEG halved it already: text and drawings would smear.
@@ -179,7 +192,7 @@ def encode_for_web(
 
 class _Jpeg(JpegImagePlugin.JpegImageFile):
     def _read_dpi_from_exif(self) -> None:
-        """Nothing: clipkit needs no DPI, and Pillow's EXIF reader allocates what a file claims."""
+        """Skip the DPI: it is not needed, and Pillow's EXIF reader allocates what a file claims."""
 
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
@@ -194,7 +207,7 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 
 
 def _decode(data: bytes, limits: Limits, smallest: Callable[[_Size], _Size]) -> Picture:
-    """`smallest(stored size)` -> the size in pixels that a JPEG must keep when decoded reduced."""
+    """Decode; `smallest(stored size)` gives the pixels that a JPEG decoded at reduced size must keep."""
     limits.check_bytes(len(data))
     kind = _identify(data)
     _hush()
@@ -238,7 +251,7 @@ def _identify(data: bytes) -> str:
 
 
 def _open(data: bytes, kind: str, limits: Limits) -> ImageFile.ImageFile:
-    """Reads the header only. Raises whatever Pillow raises."""
+    """Open a picture, which reads its header only. Raises whatever Pillow raises."""
     pillow_limit = Image.MAX_IMAGE_PIXELS  # Pillow refuses above twice this
     if pillow_limit is not None and limits.pixels > 2 * pillow_limit:
         Image.MAX_IMAGE_PIXELS = limits.pixels // 2 + 1
@@ -255,7 +268,7 @@ def _open(data: bytes, kind: str, limits: Limits) -> ImageFile.ImageFile:
 
 
 def _check_strips(image: ImageFile.ImageFile, size: int) -> None:
-    """Refuses a compressed TIFF whose data lies beyond its end; libtiff would write to stderr."""
+    """Raise EOFError for a compressed TIFF with data beyond its end; libtiff would write to stderr."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     if tags.get(259, 1) == 1:  # not compressed: Pillow reads it, and ignores the byte counts
         return
@@ -279,11 +292,11 @@ def _exif_block(image: Image.Image) -> bytes:
 
 
 def _failure(error: Exception, data: bytes, kind: str, limits: Limits) -> ImageError:
-    """Pillow's exception in clipkit's words."""
-    said = str(error)
+    """Translate Pillow's exception."""
+    message = str(error)
     if isinstance(error, Image.DecompressionBombError):
-        found = re.search(r"(\d+) pixels", said)
-        size = f"{int(found[1]) / 1e6:.0f} MP" if found else "too large"
+        match = re.search(r"(\d+) pixels", message)
+        size = f"{int(match[1]) / 1e6:.0f} MP" if match else "too large"
         return ImageError(
             f"picture is {size}; the limit is {limits.max_megapixels:g} MP; resize it",
             reason="too-many-pixels",
@@ -292,17 +305,17 @@ def _failure(error: Exception, data: bytes, kind: str, limits: Limits) -> ImageE
         return ImageError(
             f"{kind} picture needs more memory than there is; resize it", reason="broken"
         )
-    if re.search(r"unsupported|not yet supported|cannot handle|unknown pixel mode", said, re.I):
+    if re.search(r"unsupported|not yet supported|cannot handle|unknown pixel mode", message, re.I):
         return ImageError(
-            f"{kind} picture is of a kind that is not read ({said}); save it as JPEG or PNG",
+            f"{kind} picture is of an unsupported kind ({message}); save it as JPEG or PNG",
             reason="unsupported-format",
         )
-    if "truncated" in said.lower() or isinstance(error, EOFError) or ends_early(data, kind):
+    if "truncated" in message.lower() or isinstance(error, EOFError) or ends_early(data, kind):
         return ImageError(
             f"{kind} picture ends early, after {len(data):,} bytes; copy it again from its source",
             reason="truncated",
         )
-    detail = f"{type(error).__name__}: {said}"[:200] if said else type(error).__name__
+    detail = f"{type(error).__name__}: {message}"[:200] if message else type(error).__name__
     return ImageError(
         f"{kind} picture is broken ({detail}); restore it from a copy", reason="broken"
     )
@@ -321,7 +334,7 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def _fit(size: _Size, side: int) -> _Size:
-    """The size with its longest side at most `side`, never enlarged, at least one pixel."""
+    """Shrink a size so that its longest side is at most `side`, and at least one pixel."""
     scale = min(1.0, side / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -333,15 +346,86 @@ def _jpeg(rgb: Image.Image, *, quality: int, subsampling: int) -> bytes:
     return buffer.getvalue()
 
 
+# ---- modes -> RGB
+
+
+def upright_rgb(image: ImageFile.ImageFile, orientation: int) -> Image.Image:
+    """Convert any mode that Pillow decodes to an upright RGB picture on white.
+
+    Handles what `convert("RGB")` gets wrong: transparency (it drops the alpha channel and shows what
+    is beneath), 16-bit greyscale and 32-bit numbers (it clips both at 255). The info of the result
+    holds a small ICC profile or nothing.
+    """
+    profile = image.info.get("icc_profile")
+    in_rgb = image.mode in ("RGB", "RGBA", "P")
+    if image.mode.startswith("I;16"):
+        rgb = _from_16_bit(image).convert("RGB")
+    elif image.mode in ("I", "F"):
+        rgb = _from_numbers(image).convert("RGB")
+    elif image.has_transparency_data:
+        rgb = _on_white(image)
+    elif image.mode == "RGB":
+        rgb = image._new(image.im)  # these pixels without the file; a copy costs like decoding
+    else:
+        rgb = image.convert("RGB")
+    if orientation in _TRANSPOSE:
+        rgb = rgb.transpose(_TRANSPOSE[orientation])
+    rgb.info = {}
+    if in_rgb and isinstance(profile, bytes) and len(profile) <= _LARGEST_PROFILE:
+        rgb.info["icc_profile"] = profile
+    return rgb
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    if rgba.getchannel("A").getextrema() == (255, 255):
+        return rgba.convert("RGB")
+    white = Image.new("RGB", rgba.size, _WHITE)
+    white.paste(rgba, mask=rgba)
+    return white
+
+
+def _from_16_bit(image: ImageFile.ImageFile) -> Image.Image:
+    """Scale by the nominal range (16 bits, or a TIFF's 12); Pillow's own conversion clips at 255."""
+    values = np.asarray(image)  # uint16 (H, W), either byte order
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(262) == 0:  # WhiteIsZero
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
+def _from_numbers(image: Image.Image) -> Image.Image:
+    """Scale 32-bit integers and floats, which have no agreed white: from 0..1 or 0..255 if all values
+    are in that range, else from the smallest to the largest value; NaN is black."""
+    values = np.asarray(image, dtype=np.float64)  # (H, W)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if low >= 0 and high <= 1 and image.mode == "F":
+        low, high = 0.0, 1.0
+    elif low >= 0 and high <= 255:
+        low, high = 0.0, 255.0
+    with np.errstate(all="ignore"):
+        scaled = (values - low) / ((high - low) or 1.0) * 255
+    grey = np.nan_to_num(scaled, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).round()
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+# ---- Pillow's warnings
+
 _HUSH_LOCK = threading.Lock()
 _PILLOW_MODULES = re.compile(r"PIL\.|pillow_heif")
 
 
 def _hush() -> None:
-    """Keeps the filter that ignores Pillow's warnings in front of the process's list.
+    """Keep the filter that ignores Pillow's warnings first in the process's list.
 
-    `catch_warnings` would be the narrow way, but it swaps the list under other threads' feet; and a
-    filter set once at import is lost to whoever resets the list, as pytest does.
+    `catch_warnings` would be narrower, but it replaces the list while other threads use it; and a
+    filter that is set at import is lost when someone resets the list, as pytest does.
     """
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[:1] != ("ignore",) or first[3] != _PILLOW_MODULES:

@@ -1,14 +1,13 @@
 """Nearest neighbours: unit vectors in, ids and exact cosines out.
 
-Every kind (kinds.py, the only module that knows Faiss) keeps the vectors as half-precision codes,
-rows sorted by id, and every score that leaves this package is computed from those codes by one
-function, so a score does not depend on the kind, the batch or the number of threads. What a kind
-adds is a quick way to candidates.
+Every kind (kinds.py, the only module that imports Faiss) stores the vectors as half-precision codes,
+rows sorted by id, and one function computes every score from those codes, so a score does not depend
+on the kind, the batch or the number of threads. A kind adds a fast way to candidates.
 
-Guaranteed of `search`, whatever the kind: the ids are of this index and allowed, min(k, size,
-allowed) of them, sorted by (-score, id). The exact kind returns the k best by that order, also when
-equal scores straddle rank k. The others do so among the candidates that they find, and how many of
-the true ten they find was measured on these very vectors when the index was built (`Measured`).
+`search` guarantees for every kind: the ids are in this index and allowed, min(k, size, allowed) of
+them, sorted by (-score, id). The exact kind returns the k best by that order, also when equal scores
+straddle rank k. The others do so among the candidates that they find; how many of the true ten they
+find was measured on these vectors when the index was built (`Measured`).
 
 On disk an index is an immutable folder: `ids.npy`, `vectors.npy` (both open with numpy.load),
 `candidates.faiss` where the kind has a structure, and `manifest.json`. snapshot.py builds and loads

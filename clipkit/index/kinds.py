@@ -1,7 +1,7 @@
-"""Ways to candidates: what each index kind builds over the vectors, and the vectors themselves.
+"""Index kinds: the Faiss structures that propose candidates, and the store of the vectors themselves.
 
-The only module that knows Faiss (measured with 1.15.1). `KINDS` is the extension point:
-a kind is a structure that is quick at naming rows worth scoring; the scores come from the codes.
+The only module that imports Faiss (measured with 1.15.1). `KINDS` is the extension point: a kind is a
+structure that quickly proposes rows to score; the scores are computed from the codes.
 
     exact    no structure: Faiss scans all codes (ScalarQuantizer fp16)
     rabitq   one bit per dimension, scanned flat (RaBitQ fast-scan, arXiv 2405.12497)
@@ -54,18 +54,18 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def selecting(mask: Mask) -> Any:
-    """A Faiss selector of the rows where mask bool (N,) is set."""
+    """Return a Faiss selector of the rows where mask, bool (N,), is set."""
     return faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
 
 
 class Store:
-    """The vectors: sorted ids (N,) and fp16 codes (N, 2 D) that numpy and Faiss share in memory.
+    """The vectors: sorted ids (N,) and fp16 codes (N, 2 D) in memory that numpy and Faiss share.
 
-    `codes` and `rows16` are views of Faiss's memory: they live as long as the store.
+    `codes` and `rows16` are views of Faiss's memory and are valid as long as the store.
     """
 
     def __init__(self, ids: Ids, dim: int) -> None:
-        """Make room for the codes; `rows16` is to be filled by the caller."""
+        """Allocate the codes; the caller fills `rows16`."""
         size = len(ids)
         self.ids = ids
         self.dim = dim
@@ -81,26 +81,26 @@ class Store:
         self.rows16: npt.NDArray[np.float16] = self.codes.view(np.float16)  # (N, D), the same bytes
 
     def decode(self, rows: npt.NDArray[Any] | slice) -> Floats:
-        """float32 (M, D) of these rows."""
+        """Return these rows as float32 (M, D)."""
         codes = np.ascontiguousarray(self.codes[rows])
         decoded: Floats = self.flat.sa_decode(codes)
         return decoded
 
     def drawn(self, count: int, seed: int) -> Floats:
-        """float32 (M, D) of `count` rows (all, if there are fewer) drawn without replacement."""
+        """Draw `count` rows (all if there are fewer) without replacement: float32 (M, D)."""
         size = len(self.ids)
         rows = np.random.default_rng(seed).choice(size, min(count, size), replace=False)
         return self.decode(np.sort(rows))
 
     def scores(self, query: Floats, rows: Ids | None) -> Floats:
-        """Cosines float32 (M,) of `rows` (None: all) with one query.
+        """Return the cosines, float32 (M,), of `rows` (None: all) with one query.
 
-        einsum without BLAS sums every row in the same order, wherever it stands, so equal vectors
-        get equal scores; a BLAS product does not promise that.
+        einsum without BLAS sums every row in the same order, at any position, so equal vectors get
+        equal scores; a BLAS product does not guarantee that.
         """
         count = len(self.ids) if rows is None else len(rows)
         out = np.empty(count, np.float32)
-        with threads(1):  # blocks this small are not worth waking the others
+        with threads(1):  # blocks are too small for more than one
             for start in range(0, count, _BLOCK):
                 part = slice(start, start + _BLOCK)
                 decoded = self.decode(part if rows is None else rows[part])
@@ -108,40 +108,40 @@ class Store:
         return out
 
     def best(self, query: Floats, rows: Ids | None, k: int) -> Hits:
-        """The k best of `rows` (None: all) by (-score, id)."""
+        """Return the k best of `rows` (None: all) by (-score, id)."""
         scores = self.scores(query, rows)
         if rows is None:
             rows = np.arange(len(scores))
         if k < len(scores):  # keep everything that ties with rank k, then sort only that
-            kept = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
-            scores, rows = scores[kept], rows[kept]
+            enough = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
+            scores, rows = scores[enough], rows[enough]
         order = np.lexsort((rows, -scores))[:k]  # rows are sorted by id: row order is id order
         return self.ids[rows[order]], scores[order]
 
     def scan(self, queries: Floats, k: int, count: int, selector: Any) -> list[Ids | None]:
-        """Rows that hold the k best of the `count` selected for certain, per query.
+        """Return, per query, rows that certainly include the k best of the `count` selected ones.
 
-        None where the scores about rank k are too close to call: Faiss and einsum sum the same
-        products in another order, each at most dim * 2^-24 off, relative to |query| |row|.
+        None where the scores around rank k are too close: Faiss and einsum sum the same products in
+        different orders, each with an error of at most dim * 2^-24 relative to |query| |row|.
         """
         want = min(2 * k + 32, count)
         params = None if selector is None else faiss.SearchParameters(sel=selector)
-        scores, found = self.flat.search(queries, want, params=params)
+        scores, candidates = self.flat.search(queries, want, params=params)
         slack = self.dim * 2.0**-23 * np.linalg.norm(queries, axis=1)
         certain = (scores[:, k - 1] - scores[:, -1] > slack) | (want == count)
-        return [rows if sure else None for rows, sure in zip(found, certain, strict=True)]
+        return [rows if sure else None for rows, sure in zip(candidates, certain, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A way to candidates. `build(store, seed)` makes the Faiss structure over the store's rows;
-    `ask(structure, queries, count, settings)` returns rows int64 (Q, count), -1 for none; `levels` are
-    its settings from quick to thorough, tried until the recall is met: "refine" candidates are scored
-    per hit, the other keys are the kind's own.
+    """A source of candidates. `build(store, seed)` makes the Faiss structure over the store's rows;
+    `search(structure, queries, count, settings)` returns rows int64 (Q, count), -1 for none; `levels`
+    are its settings from fast to thorough, tried until the recall goal is met: "refine" candidates are
+    scored per hit, the other keys are the kind's own.
     """
 
     build: Callable[[Store, int], Any]
-    ask: Callable[[Any, Floats, int, Mapping[str, Any]], Ids]
+    search: Callable[[Any, Floats, int, Mapping[str, Any]], Ids]
     levels: tuple[Mapping[str, int], ...]
 
 
@@ -154,8 +154,8 @@ def _add_all(structure: Any, store: Store) -> Any:
 def _rotated(structure: Any, seed: int) -> Any:
     """Rotate at random before one-bit coding.
 
-    Real embeddings have a few dimensions that dwarf the others; a sign per dimension wastes bits on
-    them. Recall@10 of thin-margin queries on such synthetic data rose from 0.34 to 0.66.
+    Real embeddings have a few dimensions far larger than the others, on which a sign per dimension
+    wastes bits. Recall@10 of thin-margin queries on such synthetic data rose from 0.34 to 0.66.
     """
     rotation = faiss.RandomRotationMatrix(structure.d, structure.d)
     with threads(1):  # a small QR decomposition, which contended threads slow down tenfold
@@ -164,13 +164,13 @@ def _rotated(structure: Any, seed: int) -> Any:
 
 
 def serialized(structure: Any) -> npt.NDArray[np.uint8]:
-    """The structure's bytes, without the codes that it shares with the store."""
+    """Serialise a structure without the codes that it shares with the store."""
     data: npt.NDArray[np.uint8] = faiss.serialize_index(structure, faiss.IO_FLAG_SKIP_STORAGE)
     return data
 
 
 def revive(data: npt.NDArray[np.uint8], store: Store) -> Any:
-    """The structure from its bytes, which must be verified: Faiss's reader trusts them."""
+    """Deserialise a structure from verified bytes: Faiss's reader trusts them."""
     structure = faiss.deserialize_index(data, faiss.IO_FLAG_SKIP_STORAGE)
     return _share_codes(structure, store) if isinstance(structure, faiss.IndexHNSW) else structure
 
@@ -181,7 +181,7 @@ def _build_rabitq(store: Store, seed: int) -> Any:
     return _add_all(structure, store)
 
 
-def _ask_rabitq(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
+def _search_rabitq(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
     del settings  # a flat scan has none
     rows: Ids = structure.search(queries, count)[1]
     return rows
@@ -199,7 +199,7 @@ def _build_ivf(store: Store, seed: int) -> Any:
     return _add_all(structure, store)
 
 
-def _ask_ivf(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
+def _search_ivf(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
     inverted = faiss.SearchParametersIVF(nprobe=settings["nprobe"])
     params = faiss.SearchParametersPreTransform(index_params=inverted)
     rows: Ids = structure.search(queries, count, params=params)[1]
@@ -220,11 +220,11 @@ def _build_hnsw(store: Store, seed: int) -> Any:
 def _share_codes(structure: Any, store: Store) -> Any:
     structure.storage = store.flat
     structure.own_fields = False
-    structure.referenced_objects = [store.flat]  # and lets go of the codes it was built with
+    structure.referenced_objects = [store.flat]  # and frees the codes it was built with
     return structure
 
 
-def _ask_hnsw(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
+def _search_hnsw(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
     params = faiss.SearchParametersHNSW(efSearch=max(settings["ef"], 2 * count))
     rows: Ids = structure.search(queries, count, params=params)[1]
     return rows
@@ -232,13 +232,13 @@ def _ask_hnsw(structure: Any, queries: Floats, count: int, settings: Mapping[str
 
 KINDS: dict[str, Kind | None] = {
     "exact": None,  # no candidates: all codes are scanned
-    "rabitq": Kind(_build_rabitq, _ask_rabitq, tuple({"refine": r} for r in (16, 32, 64, 128))),
+    "rabitq": Kind(_build_rabitq, _search_rabitq, tuple({"refine": r} for r in (16, 32, 64, 128))),
     "ivf": Kind(
-        _build_ivf, _ask_ivf, tuple({"nprobe": n, "refine": n} for n in (32, 64, 128, 256))
+        _build_ivf, _search_ivf, tuple({"nprobe": n, "refine": n} for n in (32, 64, 128, 256))
     ),
     "hnsw": Kind(
         _build_hnsw,
-        _ask_hnsw,
+        _search_hnsw,
         tuple({"ef": e, "refine": 1} for e in (64, 128, 256, 512, 1024, 2048)),
     ),
 }

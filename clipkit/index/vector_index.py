@@ -58,10 +58,10 @@ Bytes = bytes | npt.NDArray[Any]  # a contiguous array stands for its bytes
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What an index was measured to do when it was built, on queries made of its own vectors.
+    """Recall and speed of an index, measured when it was built on queries made of its own vectors.
 
     `recall_at_10` is the lower of two means: over queries near a picture (find similar) and over
-    queries as far from every picture as words are. The exact kind has 1.0 by definition, `queries` 0.
+    queries as far from all pictures as texts are. The exact kind has 1.0 by definition, `queries` 0.
     """
 
     recall_at_10: float
@@ -73,7 +73,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a saved index says about itself."""
+    """The facts that are saved with an index."""
 
     kind: str
     dim: int
@@ -85,7 +85,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a saved index; raises IndexDamaged if it is missing or not as written."""
+    """Read the manifest of a saved index. Raises IndexDamaged if it is missing or damaged."""
     return _manifest(folder, read_facts(folder))
 
 
@@ -110,7 +110,7 @@ class VectorIndex:
         settings: Mapping[str, Any],
         measured: Measured,
     ) -> None:
-        """Not for callers: use `build` or `load`."""
+        """Use `build` or `load` instead."""
         self._store = store
         self._structure = structure
         self.kind = kind
@@ -131,34 +131,33 @@ class VectorIndex:
     ) -> VectorIndex:
         """Index `vectors` (N, D), float16 or float32, unit rows, under `ids` int64 (N,), in any order.
 
-        kind="auto" takes exact up to 300,000 vectors, rabitq to 3 million, ivf beyond. An approximate
-        kind's settings are raised until its measured recall@10 is `recall_goal`; if none reaches it,
-        the index becomes exact, a warning is logged and `settings` say so. The same input on as many
-        threads builds the same index. Raises InputError for doubled ids, mismatched shapes and rows
-        that are not unit vectors.
+        kind="auto" chooses exact up to 300,000 vectors, rabitq up to 3 million, ivf beyond. The settings
+        of an approximate kind are raised until its measured recall@10 is `recall_goal`; if none reaches
+        it, the index is exact, a warning is logged and `settings` record it. The same input on the same
+        number of threads builds the same index. Raises InputError for repeated ids, shapes that do not
+        match and rows that are not unit vectors.
         """
         if kind != "auto" and kind not in KINDS:
-            known = ", ".join(["auto", *KINDS])
-            raise InputError(f"unknown index kind {kind!r}; known kinds: {known}")
+            names = ", ".join(["auto", *KINDS])
+            raise InputError(f"unknown index kind {kind!r}; known kinds: {names}")
         started = time.perf_counter()
         store = _fill_store(ids, vectors)
         size = len(store.ids)
         settings: dict[str, Any] = {"asked": kind}
         if kind == "auto":
             kind = "exact" if size <= _EXACT_TO else "rabitq" if size <= _RABITQ_TO else "ivf"
-        way = KINDS[kind] if size >= _SMALLEST_APPROXIMATE else None
-        structure = None if way is None else way.build(store, seed)
+        approximate = KINDS[kind] if size >= _SMALLEST_APPROXIMATE else None
+        structure = None if approximate is None else approximate.build(store, seed)
         built = time.perf_counter() - started
 
         exact = cls(store, "exact", None, settings, Measured(1.0, 0, 0.0, built, 0))
-        if way is None:
+        if approximate is None:
             return exact._timed()
         queries = _sample_queries(store, seed)
         truth = exact.search(queries, 10)
         recall = 0.0
-        for level in way.levels:
-            tried = {**settings, **level}
-            index = cls(store, kind, structure, tried, exact.measured)
+        for level in approximate.levels:
+            index = cls(store, kind, structure, {**settings, **level}, exact.measured)
             recall = _recall(index.search(queries, 10), truth)
             if recall >= recall_goal:
                 index.measured = replace(exact.measured, recall_at_10=recall, queries=len(queries))
@@ -169,11 +168,12 @@ class VectorIndex:
         return exact._timed()
 
     def search(self, queries: Floats, k: int, *, allowed: Ids | None = None) -> list[Hits]:
-        """The k nearest of each of `queries` (Q, D), finite; scores are cosines if they are unit rows.
+        """Return the k nearest vectors of each of `queries` (Q, D), finite.
 
-        Per query (ids int64 (k',), scores float32 (k',)), sorted by (-score, id), where k' is
-        min(k, size, allowed): k has no cap. `allowed` restricts to these ids; unknown ones and
-        repetitions are ignored. Raises InputError for k < 1 and queries that cannot be compared.
+        For each query (ids int64 (k',), scores float32 (k',)), sorted by (-score, id), where k' is
+        min(k, size, number allowed); scores are cosines if the queries are unit rows. `allowed`
+        restricts the search to these ids; unknown and repeated ones are ignored. Raises InputError for
+        k < 1 and queries that cannot be compared.
         """
         queries = self._checked(queries, k)
         mask = None if allowed is None else self._mask(allowed)
@@ -190,28 +190,28 @@ class VectorIndex:
             hits: list[Hits] = []
             for start in range(0, len(queries), _BATCH):
                 batch = queries[start : start + _BATCH]
-                found = self._candidates(batch, k, count, mask)
-                lacking = [i for i, candidates in enumerate(found) if candidates is None]
+                candidates = self._candidates(batch, k, count, mask)
+                lacking = [i for i, some in enumerate(candidates) if some is None]
                 if lacking:
                     scanned = iter(self._store.scan(batch[lacking], k, count, selector))
-                    found = [next(scanned) if c is None else c for c in found]
+                    candidates = [next(scanned) if c is None else c for c in candidates]
                 hits += [
-                    self._store.best(query, rows if candidates is None else candidates, k)
-                    for query, candidates in zip(batch, found, strict=True)
+                    self._store.best(query, rows if some is None else some, k)
+                    for query, some in zip(batch, candidates, strict=True)
                 ]
             return hits
 
     def vectors_of(self, ids: Ids) -> Floats:
-        """float32 (M, D): the vectors of these ids, as stored. InputError for an unknown id."""
+        """Return the stored vectors of these ids, float32 (M, D). Raises InputError for unknown ids."""
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         rows = np.searchsorted(self._store.ids, ids)
-        known = self._known(rows, ids)
-        if not known.all():
-            raise InputError(f"id {ids[~known][0]} is not in this index of {self.size} vectors")
+        present = self._present(rows, ids)
+        if not present.all():
+            raise InputError(f"id {ids[~present][0]} is not in this index of {self.size} vectors")
         return self._store.decode(rows)
 
     def save(self, folder: Path, *, encoder_id: str, last_seq: int) -> None:
-        """Write the index as a new `folder`, all or nothing; InputError if it exists."""
+        """Write the index as a new `folder`, all or nothing. Raises InputError if it exists."""
         files: dict[str, list[Bytes]] = {
             _IDS: [_npy_header(self._store.ids), self._store.ids],
             _VECTORS: [_npy_header(self._store.rows16), self._store.rows16],
@@ -226,9 +226,9 @@ class VectorIndex:
 
     @classmethod
     def load(cls, folder: Path) -> VectorIndex:
-        """Read an index whole into memory, checking every byte; IndexDamaged names the file.
+        """Read an index into memory and check every byte. Raises IndexDamaged naming the file.
 
-        Read, not mapped: what is scanned exhaustively would be paged in by the first query.
+        Not memory-mapped: codes that are scanned exhaustively would be paged in by the first query.
         """
         facts = read_facts(folder)
         manifest = _manifest(folder, facts)
@@ -245,7 +245,7 @@ class VectorIndex:
         return cls(store, manifest.kind, structure, manifest.settings, manifest.measured)
 
     def _checked(self, queries: Floats, k: int) -> Floats:
-        """The queries as contiguous float32, fit to be compared with this index's vectors."""
+        """Return the queries as contiguous float32. Raises InputError if they cannot be compared."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise InputError(
@@ -262,51 +262,53 @@ class VectorIndex:
             )
         return queries
 
-    def _known(self, rows: Ids, ids: Ids) -> Mask:
-        """Whether rows[i], found by searchsorted and perhaps past the end, is the row of ids[i]."""
-        known = rows < self.size
-        known[known] = self._store.ids[rows[known]] == ids[known]
-        return known
+    def _present(self, rows: Ids, ids: Ids) -> Mask:
+        """Tell whether rows[i], from searchsorted and perhaps past the end, is the row of ids[i]."""
+        present = rows < self.size
+        present[present] = self._store.ids[rows[present]] == ids[present]
+        return present
 
     def _mask(self, allowed: Ids) -> Mask:
-        """bool (N,): the rows whose ids are allowed."""
+        """Return a mask, bool (N,), of the rows whose ids are allowed."""
         allowed = np.asarray(allowed, dtype=np.int64).reshape(-1)
         rows = np.searchsorted(self._store.ids, allowed)
         mask = np.zeros(self.size, np.bool_)
-        mask[rows[self._known(rows, allowed)]] = True
+        mask[rows[self._present(rows, allowed)]] = True
         return mask
 
     def _candidates(
         self, queries: Floats, k: int, count: int, mask: Mask | None
     ) -> list[Ids | None]:
-        """Rows worth scoring, per query; None where the kind has none or cannot vouch for them.
+        """Return the rows to score, per query; None where the kind has too few to reach its recall.
 
-        With a filter, the 2 k best of all are found as without one, and used if k of them are allowed:
-        recall is then what was measured, however filter and query are related. A selector inside the
-        structure does not give that: of the ten best that a filter left far from the query, ivf found
-        5 and hnsw 8.
+        With a filter, the 2 k best of all are searched as without one, and used if k of them are
+        allowed: recall is then as measured, however filter and query are related. A selector inside the
+        structure does not achieve that: of the ten best that a filter left far from the query, ivf
+        found 5 and hnsw 8.
         """
-        way = KINDS[self.kind]
-        if way is None or 2 * count < self.size:  # scanning under half of the rows is as quick
+        approximate = KINDS[self.kind]
+        if (
+            approximate is None or 2 * count < self.size
+        ):  # scanning under half of the rows is as quick
             return [None] * len(queries)
         depth = k if mask is None else 2 * k
         want = depth * self.settings["refine"]
         if 8 * want > self.size:
             return [None] * len(queries)
-        found: list[Ids | None] = []
-        asked = way.ask(self._structure, queries, want, self.settings)
-        for query, rows in zip(queries, asked, strict=True):
+        candidates: list[Ids | None] = []
+        proposed = approximate.search(self._structure, queries, want, self.settings)
+        for query, rows in zip(queries, proposed, strict=True):
             rows = rows[rows >= 0]
             enough = len(rows) >= depth
             if enough and mask is not None:
                 rows = np.searchsorted(self._store.ids, self._store.best(query, rows, depth)[0])
                 rows = rows[mask[rows]]
                 enough = len(rows) >= k
-            found.append(rows if enough else None)
-        return found
+            candidates.append(rows if enough else None)
+        return candidates
 
     def _timed(self) -> VectorIndex:
-        """Self, with the time of one search and the size added to what was measured."""
+        """Measure the time of one search and the size in bytes; return self."""
         queries = self._store.decode(slice(0, 16))
         taken = [0.0]
         for i in range(len(queries)):
@@ -321,7 +323,7 @@ class VectorIndex:
 
 
 def _fill_store(ids: Ids, vectors: npt.NDArray[Any]) -> Store:
-    """Check and take over what build() is given, sorted by id, chunk by chunk."""
+    """Check ids and vectors and copy them, sorted by id, into a new store."""
     ids, vectors = np.asarray(ids), np.asarray(vectors)
     if vectors.ndim != 2 or vectors.shape[1] == 0 or ids.shape != vectors.shape[:1]:
         raise InputError(
@@ -335,7 +337,7 @@ def _fill_store(ids: Ids, vectors: npt.NDArray[Any]) -> Store:
     ids = ids[order].astype(np.int64)
     doubled = np.flatnonzero(ids[1:] == ids[:-1])
     if len(doubled):
-        raise InputError(f"id {ids[doubled[0]]} is given twice; ids must be unique")
+        raise InputError(f"id {ids[doubled[0]]} occurs twice; ids must be unique")
     store = Store(ids, vectors.shape[1])
     for start in range(0, len(ids), CHUNK):
         part = slice(start, start + CHUNK)
@@ -353,17 +355,17 @@ def _fill_store(ids: Ids, vectors: npt.NDArray[Any]) -> Store:
 
 
 def _sample_queries(store: Store, seed: int) -> Floats:
-    """Queries float32 (Q, D) made of the store's own vectors: see `typical_queries`."""
+    """Make queries, float32 (Q, D), of the store's own vectors; see `typical_queries`."""
     random = np.random.default_rng(seed)
     own = store.decode(random.integers(0, len(store.ids), _SAMPLE))
     return typical_queries(own, store.drawn(4096, seed), random)
 
 
-def _recall(found: list[Hits], truth: list[Hits]) -> float:
-    """Recall@10, the lower of both halves' means. A hit that ties with the true tenth counts."""
+def _recall(hits: list[Hits], truth: list[Hits]) -> float:
+    """Return recall@10, the lower of both halves' means. A hit that ties with the true tenth counts."""
     each = [
         np.count_nonzero(scores >= best[-1] - 1e-6) / len(best)
-        for (_, scores), (_, best) in zip(found, truth, strict=True)
+        for (_, scores), (_, best) in zip(hits, truth, strict=True)
     ]
     half = len(each) // 2
     return min(float(np.mean(each[:half])), float(np.mean(each[half:])))
@@ -387,13 +389,13 @@ def _read_npy(folder: Path, facts: Mapping[str, Any], name: str, into: npt.NDArr
 
 
 def typical_queries(own: Floats, pool: Floats, random: np.random.Generator) -> Floats:
-    """Unit rows float32 (Q, D), made of Q of an index's vectors, `own`, and a sample of all, `pool`
-    (P, D).
+    """Make queries, unit rows float32 (Q, D), from `own` (Q, D) vectors of an index and a sample of all
+    of them, `pool` (P, D).
 
-    The first half lies near a picture each. The second half is made like words: a picture's direction
-    from the centre, under twice as much of a random mixture of other pictures, so that its ten best
-    are far away and close together. Approximate kinds lose most there: one-bit codes with 16-fold
-    refinement had recall 0.99-1.00 on the first, 0.97-0.98 on the second half of synthetic sets.
+    The first half are near one picture each. The second half imitate texts: a picture's direction from
+    the centre plus twice as much of a random mixture of other pictures, so that the ten best are far
+    away and close together. Approximate kinds lose most there: one-bit codes with 16-fold refinement
+    had recall 0.99-1.00 on the first, 0.97-0.98 on the second half of synthetic sets.
     """
     half, dim = len(own) // 2, own.shape[1]
     centre = pool.mean(axis=0)
@@ -412,7 +414,7 @@ def typical_queries(own: Floats, pool: Floats, random: np.random.Generator) -> F
 
 
 def _render(facts: Mapping[str, Any]) -> bytes:
-    """The one way these facts are written, checksum included; floats round-trip through repr."""
+    """Serialise the facts with their checksum, always alike; floats round-trip through repr."""
 
     def dump(value: Mapping[str, Any]) -> str:
         return json.dumps(value, indent=2, sort_keys=True, allow_nan=False)
@@ -422,12 +424,12 @@ def _render(facts: Mapping[str, Any]) -> bytes:
 
 
 def _flat(data: Bytes) -> memoryview:
-    """The bytes of `data`, shared; numpy's own view also copes with empty arrays."""
+    """Return a view of the bytes of `data`; numpy's view also accepts empty arrays."""
     return memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
 
 
 def _write_file(path: Path, parts: Iterable[Bytes]) -> dict[str, Any]:
-    """Write and sync one file; its manifest entry."""
+    """Write and sync one file; return its manifest entry."""
     digest, size = hashlib.sha256(), 0
     with path.open("xb") as file:
         for part in parts:
@@ -447,7 +449,7 @@ def write_folder(
 ) -> None:
     """Write `files` (name -> pieces of its bytes) and the manifest with `facts` as a new `folder`.
 
-    Raises InputError if the folder exists: a snapshot is never written over.
+    Raises InputError if the folder exists: a snapshot is never overwritten.
     """
     if folder.exists():
         raise InputError(f"{folder} exists; snapshots are never overwritten; choose another name")
@@ -457,7 +459,7 @@ def write_folder(
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The manifest's facts, with "files"; raises IndexDamaged if a byte of it is not as written."""
+    """Read the manifest's facts, with "files". Raises IndexDamaged if a byte of it has changed."""
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
@@ -476,20 +478,20 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 class CheckedFile:
-    """A file that hashes what is read from it."""
+    """A file that hashes the bytes read from it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._digest = hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        """At most `size` bytes."""
+        """Read at most `size` bytes."""
         data = self._file.read(size)
         self._digest.update(data)
         return data
 
     def fill(self, buffer: npt.NDArray[Any]) -> None:
-        """Read exactly as many bytes as `buffer` holds, into it; ValueError if there are fewer."""
+        """Fill `buffer` with bytes. Raises ValueError if there are fewer."""
         view = _flat(buffer)
         for start in range(0, len(view), _PIECE):
             piece = view[start : start + _PIECE]
@@ -498,16 +500,16 @@ class CheckedFile:
             self._digest.update(piece)
 
     def hexdigest(self) -> str:
-        """SHA-256 of what was read so far."""
+        """Return the SHA-256 of all bytes read so far."""
         return self._digest.hexdigest()
 
 
 @contextmanager
 def open_checked(folder: Path, facts: Mapping[str, Any], name: str) -> Iterator[CheckedFile]:
-    """Open a file of a snapshot; leaving the block checks that all of it was read, and unchanged.
+    """Open a file of a saved index; at the end of the block, check that all of it was read unchanged.
 
-    Raises IndexDamaged naming the file; a ValueError out of the block (its bytes made no sense) too.
-    Use what was read only after the block.
+    Raises IndexDamaged naming the file, also for a ValueError from the block (bytes that make no
+    sense). Use the bytes only after the block.
     """
     path = folder / name
     try:

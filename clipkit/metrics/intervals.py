@@ -1,6 +1,6 @@
-"""How far a figure can be trusted: 95 % intervals and paired tests by resampling.
+"""95 % intervals and paired tests by resampling.
 
-What is resampled is what was sampled: pictures, not their captions (`groups`). Everything is
+The units that were sampled are resampled: pictures, not their captions (`groups`). Everything is
 deterministic by `seed`. Of more than 5,000 units, 5,000 equal blocks are formed at random and
 resampled in their place: variance and skewness of the mean stay the same (to 1 % of the width),
 and a million units cost what five thousand do.
@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,9 @@ _NORMAL = NormalDist()
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure between its bounds; `n` is how many units (pictures, if grouped) it comes from.
+    """A figure, its bounds, and the number of units (pictures, if grouped) that it comes from.
 
-    The bounds are NaN where one unit alone says nothing about them.
+    The bounds are NaN where there is no honest interval, as for one unit.
     """
 
     value: float
@@ -37,10 +38,15 @@ class Interval:
     high: float
     n: int
 
+    @classmethod
+    def without_bounds(cls, value: float, n: int) -> Self:
+        """Return a figure whose bounds are NaN."""
+        return cls(float(value), math.nan, math.nan, n)
+
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Mean of (after - before), its interval, and the two-sided p-value of "no difference"."""
+    """The mean of (after - before), its interval, and the two-sided p-value of "no difference"."""
 
     difference: float
     low: float
@@ -58,19 +64,19 @@ def mean_interval(
     seed: int = 0,
     fraction: bool = True,
 ) -> Interval:
-    """Mean of samples (n,) and its interval; `groups` (n,) says which samples belong together.
+    """Return the mean of samples (n,) and its interval; samples of equal `groups` (n,) are one unit.
 
     Samples that all lie in 0..1 (hits, recalls, reciprocal ranks) get Wilson's score interval with
     the effective number of units, mean (1 - mean) / variance of the mean: it is the plain Wilson
     interval for ungrouped hits, stays inside 0..1, and has a width even where all are hits or none
-    is (Wilson 1927; Korn & Graubard 1998). Say `fraction=False` of figures that only happen to lie
+    is (Wilson 1927; Korn & Graubard 1998). Pass `fraction=False` for figures that only happen to lie
     in 0..1, such as losses or the ranks of a perfect model. All others get the BCa bootstrap
     (Efron 1987), whose width is zero if all samples are equal.
     """
     total, size = _units(samples, groups, level=level)
     value, n = float(total.sum() / size.sum()), len(total)
     if n == 1:
-        return Interval(value, math.nan, math.nan, 1)
+        return Interval.without_bounds(value, 1)
     values = np.asarray(samples, np.float64)
     if fraction and values.min() >= 0 and values.max() <= 1:
         low, high = _wilson(value, total, size, level)
@@ -87,7 +93,7 @@ def statistic_interval(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Any statistic of n rows, such as a median or an mAP, by the bias-corrected bootstrap.
+    """Return any statistic of n rows, such as a median or an mAP, with its bias-corrected bootstrap.
 
     `statistic` gets row numbers, int64 (n,): first 0..n-1, then `resamples` times as many drawn
     with replacement. The interval covers what sampling did; a statistic that is biased by its
@@ -96,7 +102,7 @@ def statistic_interval(
     _check(n, level)
     value = float(statistic(np.arange(n)))
     if n == 1:
-        return Interval(value, math.nan, math.nan, 1)
+        return Interval.without_bounds(value, 1)
     rng = np.random.default_rng(seed)
     drawn = np.array([statistic(rng.integers(0, n, n)) for _ in range(resamples)])
     return Interval(value, *_corrected(drawn, value, _NORMAL.inv_cdf((1 + level) / 2)), n)
@@ -111,7 +117,7 @@ def paired_test(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Paired:
-    """Is `after` (n,) better than `before` (n,), the same samples measured twice?
+    """Test whether `after` (n,) differs from `before` (n,), the same samples measured twice.
 
     The interval of the mean difference is `mean_interval`'s bootstrap. The p-value is the share of
     sign patterns, one sign per unit, under which the mean difference is at least as far from zero
@@ -131,13 +137,13 @@ def paired_test(
 
 
 def corrected_p(changes: npt.ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> Float64:
-    """Two-sided p-values (M,) of M figures' changes (M, N), each measured on the same N units,
-    corrected together: the chance that any is called changed where none did is at most the level.
+    """Return two-sided p-values (M,) of M figures' changes (M, N), each measured on the same N units,
+    corrected together: the probability that any is called changed where none is, is at most the level.
 
     Step-down maxT (Westfall & Young 1993, Resampling-Based Multiple Testing, algorithm 4.1): a
     unit's sign flips in all figures at once, so those that move together, as MRR and recall do, are
-    not paid for as if they were independent, which Holm's correction of `paired_test` would do.
-    Sign patterns as in `paired_test`. InputError unless all changes are finite, in two dimensions.
+    not corrected as if they were independent, as by Holm's correction of `paired_test`.
+    Sign patterns as in `paired_test`. Raises InputError unless changes are finite and two-dimensional.
     """
     change = np.asarray(changes, np.float64)
     if change.ndim != 2 or not np.isfinite(change).all():
@@ -172,7 +178,7 @@ def _check(n: int, level: float) -> None:
 def _units(
     samples: npt.ArrayLike, groups: npt.ArrayLike | None, *, level: float
 ) -> tuple[Float64, Float64]:
-    """What is resampled: (sum of its samples, number of its samples), one each per unit."""
+    """Return per unit the sum of its samples and their number."""
     total = np.asarray(samples, np.float64)
     if total.ndim != 1:
         raise InputError(f"samples have shape {total.shape}; one number each is needed, shape (n,)")
@@ -193,7 +199,7 @@ def _units(
 
 
 def _blocks(values: Float64, seed: int) -> Float64:
-    """Sums of values over at most 5,000 blocks of units, the same blocks for the same seed."""
+    """Return sums of values over at most 5,000 blocks of units, the same blocks for the same seed."""
     if len(values) <= _UNITS:
         return values
     return _sum_by(np.random.default_rng(seed).permutation(len(values)) % _UNITS, values)
@@ -204,7 +210,7 @@ def _sum_by(label: Int64, values: Float64) -> Float64:
 
 
 def _wilson(value: float, total: Float64, size: Float64, level: float) -> tuple[float, float]:
-    """Wilson's interval of a fraction, its n set so that p (1 - p) / n is the variance seen."""
+    """Return Wilson's interval of a fraction, its n set so that p (1 - p) / n is the variance seen."""
     variance = float(((total - value * size) ** 2).sum() / size.sum() ** 2)
     bernoulli = value * (1 - value)
     if bernoulli <= 1e-12:  # all 0 or all 1: no variance seen, each unit counts once
@@ -222,7 +228,7 @@ def _wilson(value: float, total: Float64, size: Float64, level: float) -> tuple[
 def _bca_mean(
     value: float, total: Float64, size: Float64, level: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """BCa interval of the mean; its acceleration comes from the units' influence in closed form."""
+    """Return the BCa interval of the mean; its acceleration is the units' influence in closed form."""
     total, size = _blocks(total, seed), _blocks(size, seed)
     influence = total - value * size
     spread = float((influence**2).sum())
@@ -244,7 +250,7 @@ def _bca_mean(
 def _corrected(
     drawn: Float64, value: float, z: float, acceleration: float = 0.0
 ) -> tuple[float, float]:
-    """The drawn values' quantiles at -z and z, shifted for bias and skewness (Efron 1987, (3.9))."""
+    """Return the quantiles at -z and z, shifted for bias and skewness (Efron 1987, (3.9))."""
     below = float(((drawn < value).mean() + (drawn <= value).mean()) / 2)
     edge = 0.5 / len(drawn)
     bias = _NORMAL.inv_cdf(min(max(below, edge), 1 - edge))
@@ -258,7 +264,7 @@ def _corrected(
 
 
 def _sign_flip_p(differences: Float64, resamples: int, seed: int) -> float:
-    """Two-sided share of sign patterns whose sum is as far from zero as the one seen."""
+    """Return the share of sign patterns whose sum is as far from zero as the one seen."""
     differences = _blocks(differences, seed)  # flipped together: a subgroup, as valid a test
     seen = abs(float(differences.sum()))
     seen -= 1e-9 * float(np.abs(differences).sum())  # equal sums, added in another order, count
@@ -270,8 +276,8 @@ def _sign_flip_p(differences: Float64, resamples: int, seed: int) -> float:
 
 
 def _sign_patterns(n: int, resamples: int, seed: int) -> Iterator[Float64]:
-    """Rows of n signs, -1 or 1: all patterns of few units, else so many random ones and the pattern
-    seen, which is one of them."""
+    """Yield rows of n signs, -1 or 1: all patterns of few units, else `resamples` random ones and the
+    pattern seen, which is one of them."""
     if n <= _EXACT:
         bits = np.arange(1 << n)[:, None] >> np.arange(n) & 1
         yield np.asarray(1 - 2 * bits, np.float64)

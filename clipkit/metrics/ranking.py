@@ -1,13 +1,13 @@
-"""Where the relevant candidates stand among all: recall@K, MRR, mAP, nDCG, from streamed scores.
+"""Ranks of the relevant candidates: recall@K, MRR, mAP, nDCG, from streamed scores.
 
 A score is the dot product, rounded once, to float32. Matrix products in float32 give equal vectors
-unequal scores, depending on where in the matrix they stand (OpenBLAS: some columns of a tile sum
-in another order), and then a collapsed model's "ties" are broken by the kernel. Here rows are put
-on a grid of 2^-26 of their length and multiplied in float64, where every sum is then exact, in any
-order, on any machine: equal vectors tie exactly, and an own score equals itself.
+unequal scores, depending on their place in the matrix (OpenBLAS: some columns of a tile sum
+in another order), and then a collapsed model's "ties" are broken by the kernel. Here rows are
+rounded to a grid of 2^-26 of their length and multiplied in float64, where every sum is then exact,
+in any order, on any machine: equal vectors tie exactly, and an own score equals itself.
 
 Ties are ranked by their expectation under random order, so a collapsed model gets exactly chance.
-The whole matrix never exists: blocks of scores are compared with the relevant ones, and counted.
+The whole matrix is never in memory: blocks of scores are compared with the relevant ones and counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Rows = npt.NDArray[np.floating]
 _BLOCK_BYTES = 32 << 20  # of float64 scores
 _STRIP = 128  # rows compared at once, in the processor's cache; at most 255, to count in a byte
 _CROWDED = 16  # relevant candidates of a query from which sorting beats comparing
-_CHUNK = 4096  # rows looked at in one go
+_CHUNK = 4096  # rows checked at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,26 +45,22 @@ class Ranking:
     candidates: int
 
     def hit_at(self, k: int) -> Float64:
-        """Recall@K as the field counts it: is any relevant candidate among the first k?"""
+        """Return recall@K as the field counts it: is any relevant candidate among the first k?"""
         greater, tie, relevant = self._best()
         return _any_drawn(tie, relevant, np.clip(k - greater, 0, tie))
 
     def chance_hit_at(self, k: int) -> Float64:
-        """What a random order gets as `hit_at(k)`."""
+        """Return the expectation of `hit_at(k)` under a random order."""
         everyone = np.full(self.queries, self.candidates)
         return _any_drawn(everyone, self._relevant(), np.minimum(k, everyone))
 
-    def recall_at(self, k: int) -> Float64:
-        """Share of a query's relevant candidates that are among the first k."""
-        return self._mean(np.clip((k - self.greater) / (self.tied + 1), 0.0, 1.0))
-
     def best_rank(self) -> Float64:
-        """Position, from 1, of the first relevant candidate."""
+        """Return the position, from 1, of the first relevant candidate."""
         greater, tie, relevant = self._best()
         return np.asarray(greater + (tie + 1) / (relevant + 1))
 
     def reciprocal_rank(self) -> Float64:
-        """1 / position of the first relevant candidate; its mean is the MRR."""
+        """Return 1 / position of the first relevant candidate; its mean is the MRR."""
         greater, tie, relevant = self._best()
         result = np.asarray(1.0 / (greater + 1), np.float64)
         unsure = np.flatnonzero(tie > relevant)
@@ -75,7 +71,7 @@ class Ranking:
         return result
 
     def average_precision(self) -> Float64:
-        """Mean precision at the relevant candidates' positions; its mean is the mAP."""
+        """Return the mean precision at the relevant candidates' positions; its mean is the mAP."""
         tie, first, relevant = self._ties()
         ahead = first - self._start()[self.query]  # relevant ones above the tie
         # At slot x of a tie of n, r of them relevant, (r - 1) (x - 1) / (n - 1) of these stand
@@ -85,7 +81,7 @@ class Ranking:
         return self._mean(((ahead + 1) * h + others * (tie - (self.greater + 1) * h)) / tie)
 
     def ndcg(self, k: int | None = None) -> Float64:
-        """Normalised discounted cumulative gain of the first k (None: all), relevance 0 or 1."""
+        """Return nDCG, the normalised discounted cumulative gain, of the first k (None: all)."""
         cut = self.candidates if k is None else min(k, self.candidates)
         discounts = 1.0 / np.log2(np.arange(2, self.candidates + 2))
         tie = self.tied + 1
@@ -101,11 +97,11 @@ class Ranking:
         return np.searchsorted(self.query, np.arange(self.queries))
 
     def _mean(self, values: Float64) -> Float64:
-        """(P,) -> mean per query (Q,)."""
+        """Return the mean of values (P,) per query, float64 (Q,)."""
         return np.asarray(np.bincount(self.query, values, self.queries) / self._relevant())
 
     def _ties(self) -> tuple[Int64, Int64, Int64]:
-        """Of each row's tie: all in it, its first row here, and how many of it are relevant."""
+        """Return each row's tie: its size, its first row here, its number of relevant candidates."""
         key = self.query * (self.candidates + 1) + self.greater  # ascending
         return (
             self.tied + 1,
@@ -114,7 +110,7 @@ class Ranking:
         )
 
     def _best(self) -> tuple[Int64, Int64, Int64]:
-        """Of each query's best tie: candidates above it, candidates in it, relevant ones in it."""
+        """Return, of each query's best tie, the candidates above, in it, and the relevant in it."""
         tie, _, relevant = self._ties()
         start = self._start()
         return self.greater[start], tie[start], relevant[start]
@@ -126,7 +122,7 @@ def rank_pairs(
     """Rank candidates (N, D) for queries (Q, D); pairs (P, 2) are the relevant (query, candidate).
 
     Pairs are a set: their order and repetitions do not matter. Raises InputError if a row is not
-    finite, shapes do not fit or a query has no relevant candidate. Rows are meant to be of about
+    finite, shapes do not fit or a query has no relevant candidate. Rows should be of about
     equal length: precision is 2^-26 of the longest.
     """
     listed = np.asarray(pairs, np.int64).reshape(-1, 2)
@@ -145,7 +141,7 @@ def rank_pairs(
 def rank_captions(
     pictures: Rows, texts: Rows, owner: npt.ArrayLike, *, block_bytes: int = _BLOCK_BYTES
 ) -> tuple[Ranking, Ranking]:
-    """Retrieval both ways in one pass over the scores: (text-to-image, image-to-text).
+    """Rank both ways in one pass over the scores; return (text-to-image, image-to-text).
 
     pictures (N, D) and texts (M, D) are unit rows, float32 or float16 (converted block by block);
     owner (M,) is each text's picture. Text-to-image: every text is a query, its picture relevant.
@@ -202,7 +198,7 @@ class _Grid:
 
 
 class _Count:
-    """For pairs (row, column), sorted by column: how many scores beat the pair's own, both ways.
+    """Count the scores above each pair's own, for pairs (row, column) sorted by column, both ways.
 
     `*_greater` counts scores > the own one and `*_least` scores >= it, itself included: `column_*`
     over the rows of the pair's column, `row_*` over the columns of its row, indexed by row (each
@@ -230,7 +226,7 @@ class _Count:
         self.row_greater, self.row_least = np.zeros((2, len(rows.rows)), np.int64)
 
     def run(self, block_bytes: int) -> None:
-        """Every score once. Columns change slowest: they are converted once, in wide blocks."""
+        """Compute every score once. Columns change slowest: they are converted once, in wide blocks."""
         height = max(_STRIP, math.isqrt(block_bytes // 32))
         width = max(1, block_bytes // (8 * height))
         n_rows, n_columns = len(self.rows.rows), len(self.columns.rows)
@@ -250,7 +246,7 @@ class _Count:
                         self._count_across(strip, top + offset)
 
     def _slots(self, left: int, right: int) -> list[tuple[slice | Int64, Int64]]:
-        """The first pair of each uncrowded column, the second, ...: [(columns, pairs)]."""
+        """Return the first pair of each uncrowded column, the second, ...: [(columns, pairs)]."""
         start, pairs = self.start[left:right], np.diff(self.start[left : right + 1])
         pairs = np.where(pairs > _CROWDED, 0, pairs)
         slots: list[tuple[slice | Int64, Int64]] = []
@@ -302,7 +298,7 @@ def _check_all_asked(numbers: Int64, n: int, name: str, relevant: str) -> None:
 
 
 def _any_drawn(tie: Int64, relevant: Int64, drawn: Int64) -> Float64:
-    """P(at least one of `relevant` among `drawn` of `tie` without replacement), each (Q,)."""
+    """Return P(at least one of `relevant` among `drawn` of `tie`, without replacement), each (Q,)."""
     # C(tie - relevant, drawn) / C(tie, drawn) is symmetric in relevant and drawn: the shorter loop.
     fewer, more = np.minimum(relevant, drawn), np.maximum(relevant, drawn)
     miss = np.ones(len(tie))
@@ -313,14 +309,14 @@ def _any_drawn(tie: Int64, relevant: Int64, drawn: Int64) -> Float64:
 
 
 def _expected_reciprocal(greater: int, tie: int, relevant: int) -> float:
-    """E[1 / (greater + X)], X the first of `relevant` places drawn from 1..tie."""
+    """Return E[1 / (greater + X)], X the first of `relevant` places drawn from 1..tie."""
     x = np.arange(1, tie - relevant + 2)
     before = np.concatenate([[1.0], np.cumprod(1 - relevant / (tie - x[:-1] + 1))])  # P(X >= x)
     return float((before * relevant / (tie - x + 1) / (greater + x)).sum())
 
 
 def _sums(terms: Float64, low: Int64, high: Int64) -> Float64:
-    """Sum of terms[low:high], each (P,); a single term comes out as it is, not as a difference."""
+    """Return sums of terms[low:high], each (P,); a single term exactly, not as a difference."""
     sums = np.concatenate([[0.0], np.cumsum(terms)])
     single = terms[np.minimum(low, len(terms) - 1)]
     return np.where(high - low == 1, single, sums[high] - sums[low])

@@ -32,7 +32,7 @@ from clipkit.sources.folders import (
     open_imagefolder,
     table_in,
 )
-from clipkit.sources.hub import open_benchmark, open_hub, similar_benchmark
+from clipkit.sources.hub import SAVED, open_benchmark, open_hub, similar_benchmark
 from clipkit.sources.json_files import json_kind, open_corrections, open_jsonl
 from clipkit.sources.rows import (
     Broken,
@@ -78,7 +78,6 @@ SOURCES: dict[str, Callable[[Path, Options], Source]] = {
 }
 
 _TABLES = {".csv", ".tsv", ".tab", ".psv", ".txt"}
-_SAVED = ("dataset_dict.json", "state.json")
 
 
 def open_source(
@@ -146,7 +145,7 @@ def _detect(path: Path) -> tuple[str, Path]:
         return "webdataset", path
     if not path.is_dir():
         return _kind_of_file(path), path
-    if any((path / name).is_file() for name in _SAVED):
+    if any((path / name).is_file() for name in SAVED):
         return "hf", path
     if metadata_files(path):
         return "imagefolder", path

@@ -9,7 +9,15 @@ from typing import Any
 
 from clipkit.errors import DatasetError
 from clipkit.sources.json_files import load_json
-from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source, split_name
+from clipkit.sources.rows import (
+    Broken,
+    Options,
+    PictureFinder,
+    Row,
+    Source,
+    count_lines,
+    split_name,
+)
 
 # Flickr's official splits: lists of names beside the token file (the 30k version's without suffixes).
 _LISTS = {
@@ -97,8 +105,6 @@ def open_flickr(path: Path, options: Options) -> Source:
     below = (p for p in sorted(home.iterdir()) if p.is_dir() and p.name.lower() != "__macosx")
     # Flickr8k_text/ usually lies beside the pictures' folder.
     finder = PictureFinder(path.parent, options, also=(str(home), *map(str, below)))
-    with path.open("rb") as file:
-        total = sum(1 for _ in file)
 
     def rows() -> Iterator[Row | Broken]:
         for name, group in itertools.groupby(_token_lines(path), lambda line: line[1]):
@@ -115,7 +121,7 @@ def open_flickr(path: Path, options: Options) -> Source:
     counts = {split: list(splits.values()).count(split) for split in _LISTS}
     listed = ", ".join(f"{split} {count:,}" for split, count in counts.items() if count)
     description = f"Flickr tokens, official splits: {listed or 'none found beside it'}"
-    return Source("flickr", str(path), description, max(1, total // 5), rows)
+    return Source("flickr", str(path), description, max(1, count_lines(path) // 5), rows)
 
 
 def token_files(folder: Path) -> list[Path]:

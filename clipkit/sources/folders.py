@@ -22,6 +22,7 @@ from clipkit.sources.rows import (
     PictureFinder,
     Row,
     Source,
+    count_lines,
     split_name,
 )
 from clipkit.sources.tables import Table, filled
@@ -89,7 +90,7 @@ def open_class_folders(path: Path, options: Options) -> Source:
                     yield file
                     continue
                 name, split = file.relative_to(path).as_posix(), options.split
-                yield Row(PictureFile(file), name, name, (), folder.name, split, meta)
+                yield Row(PictureFile(file), name, name, (), folder.name, split, meta=meta)
 
     classes = tuple(sorted({folder.name for _, folder in folders}))
     description = f"{len(classes):,} class folders with {total:,} pictures"
@@ -106,7 +107,7 @@ def open_imagefolder(path: Path, options: Options) -> Source:
         raise DatasetError(f"{path} holds no {' and no '.join(_METADATA)}")
     tables = [Table.open(file) if file.suffix == ".csv" else None for file in files]
     columns = [_columns(f, t, options) for f, t in zip(files, tables, strict=True)]
-    total = sum(_count_lines(file) for file in files)
+    total = sum(map(count_lines, files))
 
     def rows() -> Iterator[Row | Broken]:
         for file, table, roles in zip(files, tables, columns, strict=True):
@@ -118,6 +119,13 @@ def open_imagefolder(path: Path, options: Options) -> Source:
                     yield _placed(item, folder)
                     continue
                 place, fields = item
+                name = PurePosixPath(str(fields.get(roles.image)))
+                if name.is_absolute() or ".." in name.parts:
+                    detail = (
+                        f"{roles.image} {str(name)!r} must stay below the folder of {file.name}"
+                    )
+                    yield _placed(Broken(place, "outside", detail), folder)
+                    continue
                 cells = filled(fields, roles) if table else fields
                 yield _placed(roles.row(place, cells, finder.row, split), folder)
 
@@ -204,8 +212,11 @@ def _placed(row: Row | Broken, folder: str) -> Row | Broken:
     if isinstance(row, Broken):
         return replace(row, place=place)
     name = row.name if folder == "." else f"{folder}/{row.name}"
-    meta = _unpacked(row.meta) if "image_id" in row.meta else row.meta
-    return replace(row, place=place, name=name, meta=meta)
+    image_id = row.meta.get("image_id")
+    if not isinstance(image_id, str):
+        return replace(row, place=place, name=name)
+    meta = _unpacked(row.meta)
+    return replace(row, place=place, name=name, image_id=image_id or None, meta=meta)
 
 
 def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -218,11 +229,6 @@ def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
         return meta
     lists = {name: [text for text in meta.get(name, ()) if text] for name in LISTS}
     return {name: texts for name, texts in lists.items() if texts} | inner
-
-
-def _count_lines(file: Path) -> int:
-    with file.open("rb") as lines:
-        return sum(1 for _ in lines)
 
 
 def _walk(folder: Path) -> Iterator[Path | Broken]:

@@ -37,7 +37,7 @@ from clipkit.sources.shards import open_shards
 log = logging.getLogger(__name__)
 
 _PREFIX = "hf:"
-_SAVED = ("dataset_dict.json", "state.json")
+SAVED = ("dataset_dict.json", "state.json")  # written by save_to_disk
 _LIMITS = Limits()
 _SHARDED = "clip-benchmark/wds_"
 # github.com/LAION-AI/CLIP_benchmark, benchmark/webdatasets.txt
@@ -58,10 +58,7 @@ class TableCell:
 
     table: Any
     row: int
-
-    @property
-    def path(self) -> None:
-        return None
+    path: None = None
 
     def read(self, limits: Limits = _LIMITS) -> bytes:
         cell = self.table[self.row][self.table.column_names[0]]
@@ -115,25 +112,23 @@ def _load(
     import datasets
 
     path = Path(repository)
-    if path.is_dir() and any((path / file).is_file() for file in _SAVED):
+    splits: dict[str, Any] = {}
+    builder, files = repository, {}
+    if path.is_dir() and any((path / file).is_file() for file in SAVED):
         saved = datasets.load_from_disk(repository)
-        splits: dict[str, Any] = dict(saved) if isinstance(saved, dict) else {"": saved}
-        available = list(splits)
-    else:
-        builder, files = repository, {}
-        if path.is_file():
-            builder, files = path.suffix[1:].lower(), {"data_files": repository}
-        if options.indexed:
-            log.info("datasets are kept in %s", datasets.config.HF_DATASETS_CACHE)
-            available = datasets.get_dataset_split_names(builder, config, **files)
-            split = choose_split(available, options.only, where=where)
-            return {split: datasets.load_dataset(builder, config, split=split, **files)}, split
-        splits = dict(datasets.load_dataset(builder, config, streaming=True, **files))
-        available = list(splits)
-    if options.indexed and available != [""]:
-        split = choose_split(available, options.only, where=where)
-        return {split: splits[split]}, split
-    return splits, None
+        splits = dict(saved) if isinstance(saved, dict) else {"": saved}
+    elif path.is_file():
+        builder, files = path.suffix[1:].lower(), {"data_files": repository}
+    if not options.indexed:
+        return splits or dict(datasets.load_dataset(builder, config, streaming=True, **files)), None
+    if list(splits) == [""]:
+        return splits, None
+    log.info("datasets are kept in %s", datasets.config.HF_DATASETS_CACHE)
+    available = list(splits) or datasets.get_dataset_split_names(builder, config, **files)
+    split = choose_split(available, options.only, where=where)
+    if not splits:
+        splits = {split: datasets.load_dataset(builder, config, split=split, **files)}
+    return {split: splits[split]}, split
 
 
 def _rows_of(splits: dict[str, Any], options: Options, where: str, loaded: str | None) -> Source:
@@ -203,7 +198,7 @@ def _row(
 ) -> Row | Broken:
     plain = {k: v for k, v in meta.items() if isinstance(v, str | int | float | bool | list)}
     if isinstance(cell, TableCell):
-        return Row(cell, place, place, captions, label, split, plain)
+        return Row(cell, place, place, captions, label, split, meta=plain)
     if isinstance(cell, bytes):
         cell = {"bytes": cell}
     if isinstance(cell, str):
@@ -213,7 +208,7 @@ def _row(
     name = Path(cell.get("path") or place).name
     data = cell.get("bytes")
     picture: Picture = PictureBytes(data) if data else PictureFile(Path(cell["path"]))
-    return Row(picture, name, place, captions, label, split, plain)
+    return Row(picture, name, place, captions, label, split, meta=plain)
 
 
 def _class_columns(features: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 from clipkit.errors import DatasetError
 from clipkit.records import MAX_LINE, parse_object
 from clipkit.sources.columns import SAMPLE, choose
-from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source
+from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source, count_lines
 
 Record = tuple[str, dict[str, Any]]  # where an object stands, and its fields
 
@@ -34,7 +34,8 @@ def open_jsonl(path: Path, options: Options) -> Source:
             else:
                 yield columns.row(*item, finder.row, options.split)
 
-    return Source("jsonl", str(path), str(columns), _count_lines(path), rows)
+    total = None if path.suffix.lower() == ".json" else count_lines(path)
+    return Source("jsonl", str(path), str(columns), total, rows)
 
 
 def open_corrections(path: Path, options: Options) -> Source:
@@ -60,7 +61,7 @@ def open_corrections(path: Path, options: Options) -> Source:
             yield finder.row(name, place, (query,) if right else (), meta=meta)
 
     description = "corrections: right queries become captions, wrong ones are kept as not_captions"
-    return Source("corrections", str(path), description, _count_lines(path), rows)
+    return Source("corrections", str(path), description, count_lines(path), rows)
 
 
 def json_kind(path: Path) -> str:
@@ -125,10 +126,3 @@ def load_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:
         hint = "; name it .jsonl if it has an object a line" if "Extra data" in str(error) else ""
         raise DatasetError(f"{path} is not JSON: {error}{hint}") from None
-
-
-def _count_lines(path: Path) -> int | None:
-    if path.suffix.lower() == ".json":
-        return None
-    with path.open("rb") as file:
-        return sum(1 for _ in file)

@@ -61,10 +61,7 @@ class PictureBytes:
     """A picture from a stream that is not read a second time."""
 
     data: bytes
-
-    @property
-    def path(self) -> None:
-        return None
+    path: None = None
 
     def read(self, limits: Limits = _LIMITS) -> bytes:
         limits.check_bytes(len(self.data))
@@ -78,10 +75,7 @@ class TarMember:
     tar: Path
     offset: int
     size: int
-
-    @property
-    def path(self) -> None:
-        return None
+    path: None = None
 
     def read(self, limits: Limits = _LIMITS) -> bytes:
         limits.check_bytes(self.size)
@@ -108,6 +102,7 @@ class Row:
     captions: tuple[str, ...] = ()
     label: Any = None  # class name or number, a list of them, or whatever the label column holds
     split: str | None = None  # "train", "validation", "test" if the source says so
+    image_id: str | None = None  # content hash, in datasets that clipkit built
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -219,7 +214,13 @@ class PictureFinder:
             path = self._folders[0] / name
         if path is None:
             return Broken(place, "missing", f"{name:.200} is not in {self._searched}")
-        return Row(PictureFile(path), name, place, captions, label, split, meta or {})
+        return Row(PictureFile(path), name, place, captions, label, split, meta=meta or {})
+
+
+def count_lines(path: Path) -> int:
+    """Return the number of lines of a file, for progress."""
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
 def split_name(text: object) -> str | None:

@@ -161,7 +161,8 @@ def _row(
     if tags := [tag for name in _TAG_FIELDS for tag in tag_list(fields.get(name))]:
         meta["keywords"] = tags
     split = split_name(fields.get("split")) or split
-    return Row(picture, f"{file.stem}/{key}", place, captions, label, split, meta)
+    image_id = fields.get("image_id") if isinstance(fields.get("image_id"), str) else None
+    return Row(picture, f"{file.stem}/{key}", place, captions, label, split, image_id, meta)
 
 
 def _captions(

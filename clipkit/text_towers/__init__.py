@@ -1,4 +1,4 @@
-"""Text towers without torch: query -> vector for a search that starts at once."""
+"""Text towers without torch, for a search that starts at once."""
 
 from clipkit.text_towers.bert import TextTower, open_text_tower
 

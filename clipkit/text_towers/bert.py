@@ -1,9 +1,9 @@
-"""The text tower of a BERT checkpoint in numpy, for a search that should not wait for torch.
+"""The text tower of a BERT checkpoint in numpy, for a search that does not wait for torch.
 
-Importing torch, OpenCLIP and transformers takes seconds; a one-line search from the command line
-needs one short text through one small transformer. This is that forward pass, and only that:
-`open_text_tower` gives None for any other architecture, and `towers.load` serves those. A test
-holds it to the towers' own output.
+Importing torch, OpenCLIP and transformers takes seconds; a search from the command line encodes one
+short text with one small transformer. This module is that forward pass only: `open_text_tower`
+returns None for any other architecture, which `towers.load` loads. A test compares its output with
+that of the towers.
 
 Source: BERT, arXiv 1810.04805, as in transformers/models/bert/modeling_bert.py, with
 open_clip/hf_model.py's mean pooling and projection.
@@ -28,29 +28,29 @@ from clipkit.errors import ModelError
 
 Float32 = npt.NDArray[np.float32]
 
-WORDS = "embeddings.word_embeddings.weight"
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextTower:
-    """Texts to unit vectors, one at a time: exact, and fast enough for a handful."""
+    """Encodes texts one at a time: exact, and fast enough for a handful."""
 
     dim: int
     layers: int
     heads: int
     epsilon: float
-    weights: Mapping[str, npt.NDArray[Any]]  # float32; WORDS as stored
+    weights: Mapping[str, npt.NDArray[Any]]  # float32; WORD_EMBEDDINGS in the stored dtype
     tokenize: Callable[[str], Sequence[int]]
 
     def encode_texts(self, texts: Sequence[str]) -> Float32:
-        """Texts -> float32 (N, D), unit rows, as `towers.DualEncoder.encode_texts` gives them."""
+        """Encode texts to float32 (N, D), unit rows, equal to `towers.DualEncoder.encode_texts`."""
         rows = [self._encode(self.tokenize(text)) for text in texts]
         return np.stack(rows) if rows else np.empty((0, self.dim), np.float32)
 
     def _encode(self, tokens: Sequence[int]) -> Float32:
         w = self.weights
-        x = w[WORDS][list(tokens)].astype(np.float32)  # (L, width)
+        x = w[WORD_EMBEDDINGS][list(tokens)].astype(np.float32)  # (L, width)
         x = x + w["embeddings.position_embeddings.weight"][: len(tokens)]
         x = self._norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
         for layer in range(self.layers):
@@ -97,7 +97,7 @@ def _gelu(x: Float32) -> Float32:
 
 
 def open_text_tower(spec: str) -> TextTower | None:
-    """The text tower of a checkpoint folder (or `builtin`), or None where it is not one of these."""
+    """Open the text tower of a checkpoint folder or `builtin`; None if it is no such architecture."""
     folder = checkpoint.find_folder(spec)
     if folder is None or not (folder / checkpoint.WEIGHTS_FILE).is_file():
         return None
@@ -113,8 +113,8 @@ def open_text_tower(spec: str) -> TextTower | None:
     for name, array in checkpoint.read_weights(folder / checkpoint.WEIGHTS_FILE, tuple(prefixes)):
         prefix = next(p for p in prefixes if name.startswith(p))
         short = prefixes[prefix] + name.removeprefix(prefix)
-        # Half of a small tower is its word embeddings, of which a query needs a few rows.
-        weights[short] = array.copy() if short == WORDS else array.astype(np.float32)
+        # Half of a small tower are its word embeddings, and a query needs a few rows of them.
+        weights[short] = array.copy() if short == WORD_EMBEDDINGS else array.astype(np.float32)
     return TextTower(
         dim=checkpoint.read_config(folder)[0]["embed_dim"],
         layers=config["num_hidden_layers"],
@@ -126,7 +126,7 @@ def open_text_tower(spec: str) -> TextTower | None:
 
 
 def _is_plain(text: Mapping[str, Any]) -> bool:
-    """Mean pooling, a bias-free projection, and the tokenizer used as it stands."""
+    """Tell whether the tower is mean pooling, a bias-free projection and an unmodified tokenizer."""
     return (
         text.get("hf_pooler_type") == "mean_pooler"
         and text.get("hf_proj_type") in ("linear", "mlp")
@@ -143,7 +143,7 @@ def _tokenizer(file: Path, context_length: int) -> Callable[[str], Sequence[int]
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises a bare Exception
         raise ModelError(
-            f"{file} is not a tokenizer ({error}); copy the checkpoint anew"
+            f"{file} is not a tokenizer ({error}); copy the checkpoint again"
         ) from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(context_length)

@@ -8,7 +8,8 @@ run.py puts a run together; loop.py is the loop; the rest are its parts.
 """
 
 from clipkit.training.config import RECIPES, TrainConfig
+from clipkit.training.data import is_dataset
 from clipkit.training.loop import Progress
 from clipkit.training.run import RunSummary, resume, train
 
-__all__ = ["RECIPES", "Progress", "RunSummary", "TrainConfig", "resume", "train"]
+__all__ = ["RECIPES", "Progress", "RunSummary", "TrainConfig", "is_dataset", "resume", "train"]

@@ -1,13 +1,13 @@
-"""Which pairs stand in which batch: decided by (seed, epoch) alone, before anything is read.
+"""Plan batches of pairs from (seed, epoch) alone, before any picture is read.
 
 A picture appears once an epoch, with one of its captions, so that no batch holds a picture twice.
-Nothing here has a state: a run that goes on from epoch 3, batch 17 computes the same plans again.
+Plans have no state: a run that is resumed at epoch 3, batch 17 computes the same plans again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +17,23 @@ import torch
 
 from clipkit.errors import DatasetError
 from clipkit.index import VectorIndex
-from clipkit.records import read_dataset
+from clipkit.records import METADATA, SPLITS, stripped
+from clipkit.sources import Broken, Options, Picture, PictureFile, Row, TarMember, open_source
 
 Vectors = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-_SEARCHED = 10  # candidates looked at for each one asked for
+_SEARCHED = 10  # candidates for each hard negative
 
 
 def mine(
     pictures: Vectors, texts: Vectors, data: CaptionedPictures, *, count: int, margin: float = 0.95
 ) -> Ints:
-    """int64 (N, count): each picture's hardest negatives, hardest first; -1 where there are fewer.
+    """Return int64 (N, count): each picture's hardest negatives, hardest first; -1 if there are fewer.
 
-    pictures (N, D) and texts (distinct captions, D) are unit rows, `data` what they are of.
+    pictures float32 (N, D) and texts (distinct captions, D) are unit rows of the pictures and captions
+    of `data`. Pictures with a caption of the same meaning, and those closer to a caption than `margin`
+    of its own picture's similarity, are no negatives.
     """
     index = VectorIndex.build(np.arange(len(pictures)), pictures)
     having: dict[int, set[int]] = {}  # pictures that have a caption of this meaning
@@ -39,28 +42,28 @@ def mine(
             having.setdefault(int(data.meanings[number]), set()).add(picture)
     result = np.full((len(data), count), -1, np.int64)
     for picture, numbers in enumerate(data.owned):
-        found: dict[int, float] = {}
-        spared = {picture}
+        candidates: dict[int, float] = {}
+        excluded = {picture}
         for number, (ids, scores) in zip(
             numbers, index.search(texts[numbers], _SEARCHED * count + 1), strict=True
         ):
             own = float(texts[number] @ pictures[picture])
             limit = own - (1 - margin) * abs(own)
-            spared |= having[int(data.meanings[number])]
-            spared |= set(ids[scores > limit].tolist())
+            excluded |= having[int(data.meanings[number])]
+            excluded |= set(ids[scores > limit].tolist())
             for candidate, score in zip(ids.tolist(), scores.tolist(), strict=True):
-                found[candidate] = max(score, found.get(candidate, -2.0))
-        hardest = sorted((-s, c) for c, s in found.items() if c not in spared)[:count]
+                candidates[candidate] = max(score, candidates.get(candidate, -2.0))
+        hardest = sorted((-s, c) for c, s in candidates.items() if c not in excluded)[:count]
         result[picture, : len(hardest)] = [c for _, c in hardest]
     return result
 
 
-_ORDER, _CAPTION = 0, 1  # what a random stream is for, beside seed and epoch
+_ORDER, _CAPTION = 0, 1  # the purpose of a random stream, beside seed and epoch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One batch over all processes: pictures and their captions, by number."""
+    """One batch over all processes: numbers of pictures and of their captions."""
 
     epoch: int
     number: int  # of the batch within its epoch
@@ -70,41 +73,48 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionedPictures:
-    """A split of a dataset: its pictures, its distinct captions, and which belong together."""
+    """A split of a dataset: its pictures, its distinct captions, and their pairs."""
 
     folder: Path
     image_ids: tuple[str, ...]  # distinct
-    paths: tuple[str, ...]  # relative to `folder`
+    paths: tuple[str, ...]  # relative to `folder`; of a picture in a shard "train/00000/000000012"
     texts: tuple[str, ...]  # distinct, short ones first
     owned: tuple[Ints, ...]  # of each picture: its captions' numbers in `texts`
     meanings: Ints  # (texts,): equal for captions that differ in case, spaces or a full stop
     without_captions: int  # pictures left out
+    members: tuple[TarMember, ...] = ()  # the pictures in shards; empty: files below `folder`
 
     @classmethod
     def read(cls, folder: Path, split: str, *, most: int = 0) -> CaptionedPictures:
-        """The pictures of a split that have captions; files of equal content are one picture.
+        """Read the pictures of a split that have captions; equal files are one picture.
 
-        most: only so many of them, the same ones each time (0: all). DatasetError if there is none
-        or a file is missing.
+        `folder` is a dataset as `clipkit data build` writes it, with files or shards. At most `most`
+        pictures are taken, the same ones each time (0: all). Raises DatasetError if the split is not
+        there, a row is broken, a file is missing, or no picture has a caption.
         """
-        paths: dict[str, str] = {}
+        names: dict[str, str] = {}
+        pictures: dict[str, Picture] = {}
         captions: dict[str, list[str]] = {}
         without = 0
-        for record in read_dataset(folder, split):
-            if not record.captions:
+        for row in _rows(Path(folder), split):
+            texts = stripped(row.captions)
+            if not texts:
                 without += 1
                 continue
-            paths.setdefault(record.image_id, record.path)
-            captions.setdefault(record.image_id, []).extend(record.captions)
+            assert row.image_id is not None
+            names.setdefault(row.image_id, f"{split}/{row.name}")
+            pictures.setdefault(row.image_id, row.picture)
+            captions.setdefault(row.image_id, []).extend(texts)
         # Content hashes are as good as random, and stay when pictures are added.
-        chosen = sorted(paths)[:most] if most else list(paths)
+        chosen = sorted(names)[:most] if most else list(names)
         if not chosen:
             raise DatasetError(f"{folder} has no picture with a caption in split {split!r}")
         for image_id in chosen:
-            if not (Path(folder) / paths[image_id]).is_file():
+            path = pictures[image_id].path
+            if path is not None and not path.is_file():
                 raise DatasetError(
-                    f"{Path(folder) / paths[image_id]} is not there, but {split}/metadata.jsonl "
-                    "names it; restore it or make the dataset again"
+                    f"{path} is missing, but {split}/{METADATA} names it; restore it or build the "
+                    "dataset again"
                 )
         # By length: captions that are encoded together then need little padding.
         texts = sorted({text: None for i in chosen for text in captions[i]}, key=len)
@@ -121,11 +131,12 @@ class CaptionedPictures:
         return cls(
             Path(folder),
             tuple(chosen),
-            tuple(paths[i] for i in chosen),
+            tuple(names[i] for i in chosen),
             tuple(texts),
             owned,
             np.array(meant, np.int64),
             without,
+            tuple(p for i in chosen if isinstance(p := pictures[i], TarMember)),
         )
 
     def __len__(self) -> int:
@@ -133,24 +144,24 @@ class CaptionedPictures:
 
     @property
     def owner(self) -> Ints:
-        """(captions,): the picture of each of `captions`."""
+        """Return int64 (captions,): the picture of each of `captions`."""
         return np.repeat(np.arange(len(self)), [len(texts) for texts in self.owned])
 
     @property
     def captions(self) -> Ints:
-        """(captions,): every picture's captions' numbers, in the order of the pictures."""
+        """Return int64 (captions,): the numbers of all captions, in the order of the pictures."""
         return np.concatenate(self.owned)
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with the pictures' content, captions and order."""
+        """Return 16 hex digits that change with the pictures' content, captions and order."""
         digest = hashlib.sha256()
         for image_id, numbers in zip(self.image_ids, self.owned, strict=True):
-            words = "\x1f".join(self.texts[n] for n in numbers)
-            digest.update(f"{image_id}\x1e{words}\x1d".encode())
+            captions = "\x1f".join(self.texts[n] for n in numbers)
+            digest.update(f"{image_id}\x1e{captions}\x1d".encode())
         return digest.hexdigest()[:16]
 
     def check_batch(self, batch: int) -> None:
-        """DatasetError if there are fewer pictures than one batch: an epoch would have no step."""
+        """Raise DatasetError if there are fewer pictures than a batch: an epoch would have no step."""
         if len(self) < batch:
             raise DatasetError(
                 f"{self.folder} has {len(self)} training pictures with captions, fewer than one "
@@ -158,11 +169,11 @@ class CaptionedPictures:
             )
 
     def plans(self, *, epoch: int, batch: int, seed: int, alike: Ints | None = None) -> list[Plan]:
-        """One epoch's batches. Every epoch has its own order; what is left over behind the last
-        whole batch is different pictures each time.
+        """Return one epoch's batches, in an order of its own.
 
-        alike: (N, K) hard negatives, pictures to be in one batch with each; -1 where there are
-        fewer. Every picture still appears once.
+        The pictures behind the last whole batch are left out, different ones each epoch. `alike` (N, K)
+        are hard negatives, to be put into one batch with each picture; -1 if there are fewer. Every
+        picture still appears once. Raises DatasetError if there are fewer pictures than a batch.
         """
         self.check_batch(batch)
         order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self))
@@ -180,8 +191,10 @@ class CaptionedPictures:
         return plans
 
     def same(self, plan: Plan) -> torch.Tensor | None:
-        """bool (B, B): other pairs (picture i, caption j) of a batch that are true, since picture i
-        has a caption that says the same as j. None if there are none."""
+        """Return bool (B, B): pairs (picture i, caption j), i != j, that are true all the same.
+
+        Picture i has a caption of the same meaning as j. None if there are no such pairs.
+        """
         columns: dict[int, list[int]] = {}
         for j, text in enumerate(plan.texts):
             columns.setdefault(int(self.meanings[text]), []).append(j)
@@ -202,14 +215,57 @@ class CaptionedPictures:
     def names(self, pictures: Sequence[int] | Ints) -> list[str]:
         return [self.paths[picture] for picture in pictures]
 
+    def picture(self, number: int) -> Picture:
+        """Return the picture of that number, to be read."""
+        return (
+            self.members[number] if self.members else PictureFile(self.folder / self.paths[number])
+        )
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Return whether a dataset folder has the split, as files or as shards."""
+    return (folder / split / METADATA).is_file() or any((folder / split).glob("*.tar"))
+
+
+def is_dataset(folder: Path) -> bool:
+    """Return whether `folder` is what `clipkit data build` writes: splits whose rows have image ids."""
+    split = next((name for name in SPLITS if has_split(folder, name)), None)
+    if split is None:
+        return False
+    rows = open_source(folder / split, options=Options(indexed=True)).rows()
+    first = next((row for row in rows if isinstance(row, Row)), None)
+    return first is None or first.image_id is not None
+
+
+def _rows(folder: Path, split: str) -> Iterator[Row]:
+    """Yield the rows of a split of a dataset. Raises DatasetError for a broken one, with its place."""
+    splits = [name for name in SPLITS if has_split(folder, name)]
+    if not splits:
+        raise DatasetError(
+            f"{folder} is not a dataset: none of train/, validation/, test/ holds a {METADATA} or "
+            "shards; build one: clipkit data build SOURCE --out DIR"
+        )
+    if split not in splits:
+        raise DatasetError(f"dataset {folder} has no split {split!r}; it has {', '.join(splits)}")
+    source = open_source(folder / split, options=Options(indexed=True, split=split))
+    for row in source.rows():
+        if isinstance(row, Broken):
+            raise DatasetError(f"{source.where(row.place)}: {row.detail}")
+        if row.image_id is None:
+            raise DatasetError(
+                f"{source.where(row.place)}: the row has no image_id; build a dataset of it: "
+                f"clipkit data build {folder} --out DIR"
+            )
+        yield row
+
 
 def fitted_batch(pictures: int, *, most: int) -> int:
-    """The greatest power of two that leaves an epoch at least four batches, at most `most`."""
+    """Return the greatest power of two that leaves an epoch four batches or more, at most `most`."""
     return max(2, min(most, 1 << ((pictures // 4).bit_length() - 1) if pictures >= 8 else 2))
 
 
 def _together(order: Ints, alike: Ints) -> Ints:
-    """The order, but each picture is followed by those of its look-alikes not placed before it."""
+    """Return the order with each picture followed by its hard negatives that are not placed yet."""
     placed = np.zeros(len(order), bool)
     result: list[int] = []
     for picture in order:

@@ -1,40 +1,43 @@
-"""Recipe `heads`: the towers' own last projections, trained on features that are computed once.
+"""Recipe `heads`: train the towers' last projections on features of the frozen rest, computed once.
 
-A head is what OpenCLIP's architecture ends with (a matrix, a linear layer, or a small MLP), starting
-from its current values: the exported checkpoint is the same architecture and needs no folding.
+A head is the last part of OpenCLIP's architecture (a matrix, a linear layer, or a small MLP). It starts
+from its current values, and the exported checkpoint has the same architecture.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
+import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+import clipkit
+from clipkit.catalog import VectorStore
+from clipkit.embed import Encoded, Unreadable, encode_pictures
 from clipkit.errors import ModelError
 from clipkit.training.data import CaptionedPictures, Plan
-from clipkit.training.distributed import collect, gather_uneven, own_slice, rank, world_size
-from clipkit.training.inputs import Batch, Inputs, even_share
+from clipkit.training.distributed import gather_uneven, own_slice, world_size
+from clipkit.training.inputs import Batch, PictureInputs, even_share, text_batch
 from clipkit.training.towers import TrainableTowers
 
 _EVAL_CHUNK = 8192  # features are small
 
 
 class FeaturesStopped(Exception):
-    """The user stopped the run while features were computed; those that were are kept."""
+    """The user stopped the run while features were computed; the finished ones are stored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The attribute `name` of `owner`: a module, or a matrix that features are multiplied by."""
+    """The attribute `name` of `owner`: a module, or a matrix (features @ matrix)."""
 
     owner: torch.nn.Module
     name: str
@@ -51,15 +54,15 @@ class Head:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Within, the tower gives what its head would be given."""
+        """Take the head out: within the block the tower returns what its head would get."""
         head = getattr(self.owner, self.name)
         if not isinstance(head, torch.nn.Module) or self.name == "text_projection":
-            nothing: Any = None  # OpenCLIP leaves out a projection that is None
+            substitute: Any = None  # OpenCLIP leaves out a projection that is None
         elif isinstance(head, torch.nn.Linear) and self.name == "c_proj":
-            nothing = _identity(head)  # read as a weight and a bias, not called
+            substitute = _identity(head)  # read as a weight and a bias, not called
         else:
-            nothing = torch.nn.Identity()
-        setattr(self.owner, self.name, nothing)
+            substitute = torch.nn.Identity()
+        setattr(self.owner, self.name, substitute)
         try:
             yield
         finally:
@@ -67,9 +70,9 @@ class Head:
 
 
 def find_heads(model: torch.nn.Module) -> tuple[Head | None, Head | None]:
-    """The image tower's and the text tower's projection; None where a tower ends without one.
+    """Return the projection of the image tower and of the text tower; None for a tower without one.
 
-    ModelError if both do.
+    Raises ModelError if neither has one.
     """
     visual: Any = model.visual
     text: Any = getattr(model, "text", model)
@@ -81,14 +84,14 @@ def find_heads(model: torch.nn.Module) -> tuple[Head | None, Head | None]:
         (attention_pool, "c_proj"),  # OpenCLIP's own ResNet
     ]
     text_heads = [(text, "text_projection"), (text, "proj")]
-    image, words = _first(reversed(image_heads)), _first(text_heads)
-    if image is None and words is None:
+    image_head, text_head = _first(reversed(image_heads)), _first(text_heads)
+    if image_head is None and text_head is None:
         raise ModelError("neither tower ends in a projection to train; use recipe lora or full")
-    return image, words
+    return image_head, text_head
 
 
-def _first(places: Iterable[tuple[Any, str]]) -> Head | None:
-    for owner, name in places:
+def _first(candidates: Iterable[tuple[Any, str]]) -> Head | None:
+    for owner, name in candidates:
         value = getattr(owner, name, None)
         trainable = isinstance(value, torch.nn.Parameter) or (
             isinstance(value, torch.nn.Module) and any(True for _ in value.parameters())
@@ -108,7 +111,7 @@ def _identity(like: torch.nn.Linear) -> torch.nn.Linear:
 
 
 class FrozenTowers:
-    """Heads over features: what `model.Towers` asks for, with features for pictures and tokens."""
+    """Heads over features: a `towers.Towers` whose inputs are features, not pictures and tokens."""
 
     def __init__(self, towers: TrainableTowers, *, dropout: float) -> None:
         self.logit_scale, self.logit_bias = towers.logit_scale, towers.logit_bias
@@ -138,108 +141,106 @@ class FrozenTowers:
 
     def features(
         self,
-        inputs: Inputs,
-        folder: Path,
-        on_chunk: Callable[[str, int, int], None],
+        inputs: PictureInputs,
+        store: Path,
+        on_batch: Callable[[str, int, int], None],
         stop: threading.Event,
     ) -> HeadInputs:
-        """What the frozen towers make of a split, computed once: kept in `folder` by the encoder's
-        and the data's identity, so that features of other weights or pictures are never taken.
+        """Compute what the frozen towers, without their heads, make of a split.
 
-        Every chunk is written as it is made: a run that was stopped or killed goes on from there.
+        Features are stored by encoder, arithmetic and content: those of other weights, pictures or
+        captions are never used, and a run that was stopped or killed goes on with what is missing.
+        on_batch: gets "pictures" or "texts", the number done and the total. Raises FeaturesStopped
+        once `stop` is set, DatasetError for a picture that cannot be read.
         """
-        encoder = self._towers.encoder
-        dtype = str(self._towers.compute).removeprefix("torch.")
-        name = f"{encoder.encoder_id}-{dtype}-{inputs.data.fingerprint()}"
         data = inputs.data
-        pictures = self._kept(
-            folder / f"{name}-pictures.npy",
-            inputs.pictures,
-            lambda chunk: encoder.spread(self._towers.raw_images, chunk),
-            self._image,
-            lambda done: on_chunk("pictures", done, len(data)),
-            stop,
-        )
-        texts = self._kept(
-            folder / f"{name}-texts.npy",
-            inputs.captions,
-            self._towers.raw_texts,
-            self._text,
-            lambda done: on_chunk("texts", done, len(data.texts)),
-            stop,
-        )
-        return HeadInputs(inputs.data, pictures, texts)
+        dtype = str(self._towers.compute).removeprefix("torch.")
+        space = f"{self._towers.encoder.encoder_id}-{dtype}-{clipkit.__version__}"
 
-    def _kept(
-        self,
-        file: Path,
-        chunks: Callable[[int], Generator[torch.Tensor]],
-        encode: Callable[[torch.Tensor], torch.Tensor],
-        head: Head | None,
-        on_done: Callable[[int], None],
-        stop: threading.Event,
-    ) -> torch.Tensor:
-        if all(collect(file.is_file())):
-            return torch.from_numpy(np.load(file))
-        file.parent.mkdir(parents=True, exist_ok=True)
-        share = f"{rank() + 1}of{world_size()}"
-        parts = _Parts(file.with_suffix(f".{share}.partial"))
+        def check(what: str, done: int, total: int) -> None:
+            on_batch(what, done, total)
+            if stop.is_set() and world_size() == 1:  # others would wait for this one at the gather
+                raise FeaturesStopped
+
         with (
             torch.no_grad(),
-            head.removed() if head else nullcontext(),
-            closing(chunks(parts.rows)) as remaining,
-            parts.open() as handle,
+            # with the fingerprint: an image_id is whatever the dataset says, unique within it
+            VectorStore(store, f"{space}/{data.fingerprint()}/pictures") as pictures,
+            self._image.removed() if self._image else nullcontext(),
         ):
-            for chunk in remaining:
-                parts.add(encode(chunk).float().cpu(), handle)
-                on_done(parts.rows)
-                if stop.is_set() and world_size() == 1:  # others would wait for this one below
-                    raise FeaturesStopped
-        features = gather_uneven(torch.cat(parts.made))
-        if rank() == 0:
-            aside = file.with_suffix(f".{os.getpid()}.partial")
-            with aside.open("wb") as whole:
-                np.save(whole, features.numpy())
-            aside.replace(file)
-        parts.path.unlink()
-        return features
+            image_features = self._picture_features(
+                inputs, pictures, lambda done: check("pictures", done, len(data))
+            )
+        with (
+            torch.no_grad(),
+            VectorStore(store, f"{space}/texts") as texts,
+            self._text.removed() if self._text else nullcontext(),
+        ):
+            text_features = self._text_features(
+                data, texts, lambda done: check("texts", done, len(data.texts))
+            )
+        return HeadInputs(data, image_features, text_features)
+
+    def _picture_features(
+        self, inputs: PictureInputs, store: VectorStore, on_batch: Callable[[int], None]
+    ) -> torch.Tensor:
+        encoder, data = self._towers.encoder, inputs.data
+        share = range(len(data))[even_share(len(data))]
+        keys = {picture: data.image_ids[picture].encode() for picture in share}
+        rows = store.get(keys.values())
+
+        def encode(pixels: list[torch.Tensor]) -> npt.NDArray[np.float32]:
+            return _numpy(encoder.spread(self._towers.raw_images, torch.stack(pixels)))
+
+        def lookup(_: str) -> object | None:
+            return None  # only pictures whose features are missing are read
+
+        results = encode_pictures(
+            [picture for picture, key in keys.items() if key not in rows],
+            lambda: encoder,
+            read=inputs.read,
+            lookup=lookup,
+            prepare=lambda _, __, file: (inputs.served(file), None),
+            encode=encode,
+            workers=inputs.workers,
+        )
+        with closing(results):
+            for result in results:
+                if isinstance(result, Unreadable):
+                    raise inputs.unreadable(result.item, result.error)
+                if isinstance(result, Encoded):
+                    new = [keys[picture.item] for picture in result.pictures]
+                    store.put(new, result.vectors)
+                    rows.update(zip(new, result.vectors, strict=True))
+                    on_batch(len(rows))
+        return gather_uneven(torch.from_numpy(np.stack([rows[key] for key in keys.values()])))
+
+    def _text_features(
+        self, data: CaptionedPictures, store: VectorStore, on_batch: Callable[[int], None]
+    ) -> torch.Tensor:
+        share = data.texts[even_share(len(data.texts))]
+        keys = {hashlib.blake2b(t.encode(), digest_size=16).digest(): t for t in share}
+        rows = store.get(keys)
+        missing = [key for key in keys if key not in rows]
+        size = text_batch(self._towers.encoder)
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
+            tokens = self._towers.tokenize([keys[key] for key in batch])
+            vectors = _numpy(self._towers.raw_texts(tokens))
+            store.put(batch, vectors)
+            rows.update(zip(batch, vectors, strict=True))
+            on_batch(len(rows))
+        return gather_uneven(torch.from_numpy(np.stack([rows[key] for key in keys])))
 
 
-class _Parts:
-    """Chunks of features in a file, one array behind the other, as far as an earlier run came."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.made: list[torch.Tensor] = []
-        self._whole = 0  # bytes of chunks that are whole
-        # EOFError is the file's end, ValueError a chunk that a kill cut off.
-        missing_or_over = (FileNotFoundError, EOFError, ValueError)
-        with contextlib.suppress(*missing_or_over), path.open("rb") as handle:
-            while True:
-                self.made.append(torch.from_numpy(np.load(handle, allow_pickle=False)))
-                self._whole = handle.tell()
-
-    @property
-    def rows(self) -> int:
-        return sum(len(part) for part in self.made)
-
-    def open(self) -> IO[bytes]:
-        """To add to what is whole."""
-        self.path.touch()
-        handle = self.path.open("r+b")
-        handle.seek(self._whole)
-        handle.truncate()
-        return handle
-
-    def add(self, features: torch.Tensor, handle: IO[bytes]) -> None:
-        np.save(handle, features.numpy())
-        handle.flush()
-        self.made.append(features)
+def _numpy(features: torch.Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = features.float().cpu().numpy()
+    return array
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadInputs:
-    """A split as features (see `inputs.Inputs`)."""
+    """The features of a split; see `inputs.Inputs`."""
 
     data: CaptionedPictures
     image_features: torch.Tensor  # float32 (pictures, F)
@@ -251,12 +252,12 @@ class HeadInputs:
             images = self.image_features[torch.from_numpy(plan.pictures[own])]
             yield Batch(plan, images, self.text_features[torch.from_numpy(plan.texts[own])], None)
 
-    def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
-        return _shares(self.image_features, first)
+    def pictures(self) -> Generator[torch.Tensor]:
+        return _chunks(self.image_features)
 
-    def captions(self, first: int = 0) -> Generator[torch.Tensor]:
-        return _shares(self.text_features, first)
+    def captions(self) -> Generator[torch.Tensor]:
+        return _chunks(self.text_features)
 
 
-def _shares(features: torch.Tensor, first: int) -> Generator[torch.Tensor]:
-    yield from torch.split(features[even_share(len(features))][first:], _EVAL_CHUNK)
+def _chunks(features: torch.Tensor) -> Generator[torch.Tensor]:
+    yield from torch.split(features[even_share(len(features))], _EVAL_CHUNK)

@@ -11,9 +11,7 @@ import math
 import os
 import tempfile
 import weakref
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -24,7 +22,9 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from clipkit import images
+from clipkit.embed import ahead
 from clipkit.errors import DatasetError, ImageError
+from clipkit.towers import DualEncoder
 from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.distributed import own_slice, rank, world_size
 from clipkit.training.towers import TrainableTowers
@@ -34,7 +34,6 @@ _AHEAD = 256  # pictures decoded before they are needed, at most
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 _RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
 
-Job = TypeVar("Job")
 Made = TypeVar("Made")
 
 
@@ -86,15 +85,15 @@ class Inputs(Protocol):
     def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
         """This process's share of each plan's batch, augmented."""
 
-    def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
-        """This process's share of all pictures from its `first`, as they are served, in chunks."""
+    def pictures(self) -> Generator[torch.Tensor]:
+        """Yield this process's share of all pictures in chunks, preprocessed as at inference."""
 
-    def captions(self, first: int = 0) -> Generator[torch.Tensor]:
-        """This process's share of all distinct captions from its `first`, in chunks."""
+    def captions(self) -> Generator[torch.Tensor]:
+        """Yield this process's share of all distinct captions in chunks."""
 
 
 class PictureInputs:
-    """Reads pictures from a dataset folder; see `Inputs`."""
+    """Read the pictures of a dataset, in files or shards; see `Inputs`."""
 
     def __init__(
         self,
@@ -109,28 +108,32 @@ class PictureInputs:
         self.data = data
         self._towers, self._encoder = towers, towers.encoder
         self._crop, self._flip, self._seed = crop, flip, seed
-        self._workers = workers or max(2, os.cpu_count() or 1)
+        self.workers = workers or max(2, os.cpu_count() or 1)
 
     def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
         plans = list(plans)
         jobs = ((plan, int(p)) for plan in plans for p in plan.pictures[self._own(plan)])
-        with closing(self._ahead(lambda job: self._view(*job), jobs)) as views:
+        views = ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=_AHEAD)
+        with closing(views):
             for plan in plans:
-                words = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
-                pixels = self._gathered(views, len(words))
-                order = torch.tensor(np.argsort([len(text) for text in words], kind="stable"))
-                yield Batch(plan, pixels, self._towers.tokenize(words), order)
+                captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
+                pixels = self._gathered(views, len(captions))
+                order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
+                yield Batch(plan, pixels, self._towers.tokenize(captions), order)
 
-    def pictures(self, first: int = 0) -> Generator[torch.Tensor]:
-        share = range(len(self.data))[even_share(len(self.data))][first:]
+    def pictures(self) -> Generator[torch.Tensor]:
+        share = range(len(self.data))[even_share(len(self.data))]
         chunk = self._encoder.preferred_batch
-        with closing(self._ahead(self._served, share)) as views:
+        views = ahead(
+            share, lambda p: self._made(p, self.served), workers=self.workers, bound=_AHEAD
+        )
+        with closing(views):
             for start in range(0, len(share), chunk):
                 yield torch.stack([next(views) for _ in share[start : start + chunk]])
 
-    def captions(self, first: int = 0) -> Generator[torch.Tensor]:
-        share = self.data.texts[even_share(len(self.data.texts))][first:]
-        chunk = min(4 * self._encoder.preferred_batch, 1024)  # all of about one length
+    def captions(self) -> Generator[torch.Tensor]:
+        share = self.data.texts[even_share(len(self.data.texts))]
+        chunk = text_batch(self._encoder)
         for start in range(0, len(share), chunk):
             yield self._towers.tokenize(share[start : start + chunk])
 
@@ -150,18 +153,27 @@ class PictureInputs:
     def _own(self, plan: Plan) -> slice:
         return own_slice(len(plan.pictures))
 
-    def _read(self, picture: int) -> Image.Image:
-        path = self.data.folder / self.data.paths[picture]
-        try:
-            data = images.read_bytes(path)
-            return images.decode(data, target=self._encoder.preferred_side).rgb
-        except ImageError as error:
-            raise DatasetError(
-                f"{path}: {error}; take it out, or make the dataset again"
-            ) from error
+    def read(self, picture: int) -> bytes:
+        """Return a picture's file. Raises ImageError."""
+        return self.data.picture(picture).read()
 
-    def _served(self, picture: int) -> torch.Tensor:
-        return self._encoder.preprocess(self._read(picture))
+    def served(self, file: bytes) -> torch.Tensor:
+        """Decode and preprocess a picture as at inference: uint8 (3, H, W). Raises ImageError."""
+        return self._encoder.preprocess(self._decoded(file))
+
+    def unreadable(self, picture: int, error: ImageError) -> DatasetError:
+        """Return the error for a picture that cannot be read or decoded."""
+        path = self.data.folder / self.data.paths[picture]
+        return DatasetError(f"{path}: {error}; remove it, or build the dataset again")
+
+    def _decoded(self, file: bytes) -> Image.Image:
+        return images.decode(file, target=self._encoder.preferred_side).rgb
+
+    def _made(self, picture: int, make: Callable[[bytes], Made]) -> Made:
+        try:
+            return make(self.read(picture))
+        except ImageError as error:
+            raise self.unreadable(picture, error) from error
 
     def _view(self, plan: Plan, picture: int) -> torch.Tensor:
         """uint8 (3, H, W)."""
@@ -170,7 +182,7 @@ class PictureInputs:
         if self._crop < 1:
             config = self._encoder.config
             view = random_view(
-                self._read(picture),
+                self._made(picture, self._decoded),
                 config.image_size,
                 rng,
                 keep=self._crop,
@@ -178,22 +190,8 @@ class PictureInputs:
                 interpolation=config.interpolation,
             )
         else:
-            view = self._served(picture)
+            view = self._made(picture, self.served)
         return view.flip(2) if flipped else view
-
-    def _ahead(self, make: Callable[[Job], Made], jobs: Iterable[Job]) -> Generator[Made]:
-        """`make` of each job, in order, made in threads before it is asked for."""
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
-        waiting: deque[Future[Made]] = deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(make, job))
-                if len(waiting) >= _AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def random_view(
@@ -227,6 +225,11 @@ def random_view(
             break
     pixels = torch.from_numpy(np.array(image.crop(box), np.uint8)).permute(2, 0, 1)[None]
     return F.interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].contiguous()
+
+
+def text_batch(encoder: DualEncoder) -> int:
+    """Return the number of captions to encode at a time; all are of about one length."""
+    return min(4 * encoder.preferred_batch, 1024)
 
 
 def even_share(count: int) -> slice:

@@ -17,10 +17,9 @@ import torch
 
 from clipkit import checkpoint, towers
 from clipkit.errors import InputError
-from clipkit.records import METADATA
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
-from clipkit.training.data import CaptionedPictures, fitted_batch
+from clipkit.training.data import CaptionedPictures, fitted_batch, has_split
 from clipkit.training.distributed import own_generators
 from clipkit.training.frozen_towers import FeaturesStopped, FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
@@ -188,7 +187,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _MOST_BATCH = {"heads": 1024}  # other recipes: 256
 _CHUNK = {"cpu": 32, "mps": 64, "cuda": 256}
 _PACKAGES = ("clipkit", "torch", "open_clip_torch", "timm", "transformers", "numpy")
-_FEATURES = ".features"  # beside the runs: frozen features, by encoder and data
+_FEATURES = ".features/vectors-1.sqlite"  # beside the runs; the number changes with the schema
 
 
 def train(
@@ -297,7 +296,7 @@ def _read(config: TrainConfig) -> tuple[CaptionedPictures, CaptionedPictures | N
     """The training split, and the validation split if there is one."""
     folder = Path(config.data)
     data = CaptionedPictures.read(folder, "train")
-    if not (folder / "validation" / METADATA).is_file():
+    if not has_split(folder, "validation"):
         return data, None
     return data, CaptionedPictures.read(folder, "validation", most=config.eval_pictures)
 
@@ -311,8 +310,8 @@ def _inputs(
     tell: Callable[[Progress], None],
     stop: threading.Event,
 ) -> tuple[Inputs, Inputs | None]:
-    """The training split, augmented, and the validation split if there is one."""
-    inputs: Inputs = PictureInputs(
+    """Return the training split, augmented, and the validation split if there is one."""
+    training = PictureInputs(
         data,
         model,
         crop=1.0 if isinstance(trainee, FrozenTowers) else config.crop,
@@ -320,18 +319,18 @@ def _inputs(
         seed=config.seed,
         workers=config.workers,
     )
-    validation: Inputs | None = None
-    if held_out is not None:
-        validation = PictureInputs(held_out, model, workers=config.workers)
-    if isinstance(trainee, FrozenTowers):
-        cache = Path(config.out) / _FEATURES
+    validation = PictureInputs(held_out, model, workers=config.workers) if held_out else None
+    if not isinstance(trainee, FrozenTowers):
+        return training, validation
+    store = Path(config.out) / _FEATURES
 
-        def told(what: str, done: int, total: int) -> None:
-            tell(Progress("features", done, total, words=what))
+    def on_batch(what: str, done: int, total: int) -> None:
+        tell(Progress("features", done, total, words=what))
 
-        inputs = trainee.features(inputs, cache, told, stop)
-        validation = trainee.features(validation, cache, told, stop) if validation else None
-    return inputs, validation
+    return (
+        trainee.features(training, store, on_batch, stop),
+        trainee.features(validation, store, on_batch, stop) if validation else None,
+    )
 
 
 def _precision(device: torch.device, asked: str) -> str:

@@ -7,8 +7,8 @@
                   best.safetensors             the weights of the best evaluation so far
               checkpoint/                      the result: an OpenCLIP folder; written last
 
-Only the newest state is kept. A file has its name once it is whole: it is written aside, flushed
-and renamed, so a kill at any moment leaves the state before it.
+Only the newest state is kept. A file is written under a temporary name, synced and renamed, so a kill at
+any moment leaves the state before it.
 """
 
 from __future__ import annotations

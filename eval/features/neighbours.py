@@ -1,4 +1,4 @@
-"""Exact nearest neighbours for evaluators, through the index that the product searches with."""
+"""Exact nearest neighbours for evaluators, by the index that search uses."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from eval.features import OnProgress, Stopped
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-LOOKED_AT = 10_000  # pictures, drawn at random, whose neighbours an evaluator looks for
-_BLOCK = 1024  # rows asked for at a time
+LOOKED_AT = 10_000  # pictures, drawn at random, whose neighbours an evaluator searches
+_BLOCK = 1024  # queries searched at a time
 
 
 def check_unit(what: str, rows: Float32) -> None:
-    """InputError, naming the row, unless all rows (N, D) are finite and of unit length."""
+    """Raise InputError, naming the row, unless all rows (N, D) are finite and of unit length."""
     lengths = np.linalg.norm(rows.astype(np.float32, copy=False), axis=1)
     for row in np.flatnonzero(~(np.abs(lengths - 1) < 0.01)):  # so written, NaN is unfit
         raise InputError(f"{what} {row} has length {lengths[row]:.4g}; unit vectors are expected")
@@ -34,42 +34,43 @@ def neighbours(
     on_progress: OnProgress | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[Int64, Float32]:
-    """Rows and cosines, both (Q, k), of the k nearest others of `rows` (Q,), which are all by default.
+    """Return rows and cosines, both (Q, k), of the k nearest other vectors of `rows` (Q,), default all.
 
-    vectors (N, D), unit rows (InputError if not), k < N. Equal cosines are in the order of rows, or of
-    a random order by `seed`: where two models collapse, the first rows would be everyone's neighbours
-    in both, as if the models agreed. Raises Stopped once `stop` is set.
+    vectors: (N, D), unit rows, k < N. Equal cosines are in the order of rows, or in a random order by
+    `seed`: if two models collapse, the first rows would be the neighbours of all pictures in both, as
+    if the models agreed. Raises InputError if the rows are not unit vectors, Stopped once `stop` is set.
     """
-    asking = np.arange(len(vectors)) if rows is None else rows
-    found, scores = nearest_known(
-        vectors[asking], vectors, k + 1, seed=seed, on_progress=on_progress, stop=stop
+    queries = np.arange(len(vectors)) if rows is None else rows
+    nearest, scores = nearest_known(
+        vectors[queries], vectors, k + 1, seed=seed, on_progress=on_progress, stop=stop
     )
-    # the row itself is not a neighbour; with many copies it may not even be among the k + 1
-    own = found == asking[:, None]
+    # the row itself is no neighbour; with many copies it may not be among the k + 1
+    own = nearest == queries[:, None]
     own[~own.any(axis=1), -1] = True
-    return found[~own].reshape(-1, k), scores[~own].reshape(-1, k)
+    return nearest[~own].reshape(-1, k), scores[~own].reshape(-1, k)
 
 
 def nearest_known(
     queries: Float32,
-    known: Float32,
+    vectors: Float32,
     k: int,
     *,
     seed: int | None = None,
     on_progress: OnProgress | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[Int64, Float32]:
-    """Rows of `known` (N, D) and cosines, both (Q, k), nearest to each query (Q, D); k <= N."""
-    ids = np.arange(len(known))
+    """Return the rows of `vectors` (N, D), k <= N, nearest to each query (Q, D), and their cosines:
+    both (Q, k)."""
+    ids = np.arange(len(vectors))
     if seed is not None:
         ids = np.random.default_rng(seed).permutation(ids)
-    index = VectorIndex.build(ids, known, kind="exact")
-    blocks = list(_ask(index, queries, k, on_progress, stop))
-    found = np.concatenate([block[0] for block in blocks])
-    return np.argsort(ids)[found], np.concatenate([block[1] for block in blocks])
+    index = VectorIndex.build(ids, vectors, kind="exact")
+    blocks = list(_search(index, queries, k, on_progress, stop))
+    nearest = np.concatenate([block[0] for block in blocks])
+    return np.argsort(ids)[nearest], np.concatenate([block[1] for block in blocks])
 
 
-def _ask(
+def _search(
     index: VectorIndex,
     queries: Float32,
     k: int,

@@ -1,9 +1,9 @@
-"""Prompt templates and class names: the ones the field measures with, and one's own.
+"""Prompt templates and class names: the published sets, and the user's own files.
 
 `templates.json` and `classes.json` hold OpenAI's prompt ensembles and class names for ImageNet and
 the other common benchmarks, as OpenCLIP and CLIP Benchmark distribute them (MIT licence: see NOTICE),
 and "plain", one template; "simple" are the seven that OpenAI found to do nearly as well as all 80.
-Class names are in the order of the data set's labels (for the benchmarks that torchvision reads, its
+Class names are in the order of the dataset's labels (for the benchmarks that torchvision reads, its
 order). Spelling and double names ("missile" and "sunglasses" are two classes each of ImageNet) are
 left as published: results would not be comparable otherwise.
 """
@@ -21,14 +21,7 @@ from pathlib import Path
 
 from clipkit.errors import InputError
 
-__all__ = [
-    "Templates",
-    "class_set_names",
-    "default_templates",
-    "load_classes",
-    "load_templates",
-    "template_set_names",
-]
+__all__ = ["Templates", "default_templates", "load_classes", "load_templates"]
 
 PLACEHOLDERS = ("{}", "{c}", "{class}")
 MAX_FILE = 64 * 2**20  # bytes; the published prompts per ImageNet class are 10 MB
@@ -54,14 +47,14 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Templates:
-    """Either templates for every class or prompts per class (as CuPL's, arXiv 2209.03320)."""
+    """Templates for every class, or prompts per class (as CuPL's, arXiv 2209.03320)."""
 
     name: str
     texts: tuple[str, ...] = ()  # each with at least one of PLACEHOLDERS
-    per_class: Mapping[str, tuple[str, ...]] | None = None  # class name -> prompts as they stand
+    per_class: Mapping[str, tuple[str, ...]] | None = None  # class name -> prompts
 
     def prompts(self, class_name: str) -> tuple[str, ...]:
-        """The texts whose embeddings make up one class. InputError for a class without any."""
+        """Return a class's prompts. Raises InputError if it has none."""
         if self.per_class is None:
             return tuple(_fill(text, class_name) for text in self.texts)
         if class_name not in self.per_class:
@@ -70,19 +63,9 @@ class Templates:
         return self.per_class[class_name]
 
 
-def template_set_names() -> tuple[str, ...]:
-    """The names that `load_templates` knows."""
-    return tuple(sorted(_shipped("templates.json")))
-
-
-def class_set_names() -> tuple[str, ...]:
-    """The names that `load_classes` knows."""
-    return tuple(sorted(_shipped("classes.json")))
-
-
 def load_templates(name_or_file: str | Path) -> Templates:
-    """A known set by its name, or a file: a template a line, or (`.json`) a list of templates or an
-    object of class name -> list of prompts. InputError says what is wrong with it."""
+    """Load a known set by name, or a file: a template a line, or (`.json`) a list of templates or an
+    object of class name -> list of prompts. Raises InputError if it is none of these."""
     known = _shipped("templates.json")
     if (key := _set_name(name_or_file, known)) is not None:
         return Templates(key, texts=known[key])
@@ -95,21 +78,21 @@ def load_templates(name_or_file: str | Path) -> Templates:
     for number, text in enumerate(texts, start=1):
         if not any(mark in text for mark in PLACEHOLDERS):
             raise InputError(
-                f"template {number} of {name} has no place for the class name: {text!r}; "
-                "write {} where it belongs"
+                f"template {number} of {name} has no placeholder for the class name: {text!r}; "
+                "write {} in its place"
             )
     return Templates(name, texts=texts)
 
 
 def default_templates(dataset: str) -> Templates:
-    """The set that goes with a data set of this name (the last part of a path counts), or "simple"."""
+    """Return the set that belongs to a dataset's name (of a path, its last part), or "simple"."""
     known = _shipped("templates.json")
     key = _canonical(dataset, known) or "simple"
     return Templates(key, texts=known[key])
 
 
 def load_classes(name_or_file: str | Path) -> tuple[str, ...]:
-    """Class names: a known set by its name, or a file with a name a line, or (`.json`) a list."""
+    """Load class names: a known set by name, or a file with a name a line, or (`.json`) a list."""
     known = _shipped("classes.json")
     if (key := _set_name(name_or_file, known)) is not None:
         return known[key]
@@ -117,7 +100,7 @@ def load_classes(name_or_file: str | Path) -> tuple[str, ...]:
 
 
 def _fill(template: str, class_name: str) -> str:
-    # Not str.format: a person's template may hold other braces.
+    # Not str.format: a user's template may hold other braces.
     return re.sub(r"\{(?:c|class)?\}", lambda _: class_name, template)
 
 
@@ -128,7 +111,7 @@ def _shipped(file: str) -> dict[str, tuple[str, ...]]:
 
 
 def _canonical(name: str, known: Mapping[str, object]) -> str | None:
-    """The known set that a data set's name means: "CIFAR-10", "hf:clip-benchmark/wds_cifar10" ..."""
+    """Return the known set for a dataset's name: "CIFAR-10", "hf:clip-benchmark/wds_cifar10" ..."""
     last = re.split(r"[/\\:]", name.rstrip("/\\"))[-1].lower()
     plain = re.sub(r"[^a-z0-9]", "", re.sub(r"^(?:wds[_-])?(?:vtab[_-])?", "", last))
     plain = re.sub(r"[^a-z0-9]", "", _ALIASES.get(plain, plain))
@@ -136,7 +119,7 @@ def _canonical(name: str, known: Mapping[str, object]) -> str | None:
 
 
 def _set_name(name_or_file: str | Path, known: Mapping[str, object]) -> str | None:
-    """The known set meant, if not a file: a path with folders in it is one if it is there."""
+    """Return the known set of that name; None for the path of a file in a folder."""
     path = Path(name_or_file)
     if len(path.parts) > 1 and path.is_file():
         return None
@@ -144,7 +127,7 @@ def _set_name(name_or_file: str | Path, known: Mapping[str, object]) -> str | No
 
 
 def _read(path: str | Path, what: str, known: Mapping[str, object]) -> object:
-    """A file's JSON, or its lines as a list; InputError names the file and the way out."""
+    """Return a file's JSON, or its lines. Raises InputError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise InputError(
@@ -153,7 +136,7 @@ def _read(path: str | Path, what: str, known: Mapping[str, object]) -> object:
         )
     try:
         if path.stat().st_size > MAX_FILE:
-            raise InputError(f"{path} is larger than {MAX_FILE // 2**20} MB: no file of {what}")
+            raise InputError(f"{path} is larger than {MAX_FILE // 2**20} MB, too large for {what}")
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             return json.loads(text)
@@ -167,7 +150,7 @@ def _read(path: str | Path, what: str, known: Mapping[str, object]) -> object:
 
 
 def _texts(content: object, where: str) -> tuple[str, ...]:
-    """A list of texts, none of them empty, at least one."""
+    """Check that content is a list of texts, at least one and none empty."""
     if content in ([], {}):
         raise InputError(f"{where} is empty; give at least one text")
     if not isinstance(content, list):

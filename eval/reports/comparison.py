@@ -1,27 +1,25 @@
-"""What a comparison of models is, and how it is kept and told. compare.py makes them."""
+"""Comparison, the result of eval/compare.py, and its JSON, Markdown and terminal forms."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipkit.metrics import Interval, Paired
-from eval.reports.report import (
-    EvalReport,
+from clipkit.wording import printable
+from eval.reports.report import EvalReport
+from eval.reports.wording import (
     cell_text,
+    change_text,
     direction,
     interval_text,
-    is_share,
     markdown,
     markdown_table,
-    number_text,
-    printable,
+    p_text,
     text_table,
     to_json,
     value_text,
-    write_report,
 )
 
 FORMAT = "clipkit-comparison/2"
@@ -30,22 +28,22 @@ ALPHA = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Model `second` against model `first`, by position, in one metric."""
+    """The paired test of model `second` against model `first`, by position, in one metric."""
 
     first: int
     second: int
     paired: Paired  # second - first
-    p_value: float  # corrected
+    p_value: float  # corrected for all tests of the section
 
     @property
     def significant(self) -> bool:
+        """Return whether the difference is more than chance at the level ALPHA."""
         return self.p_value < ALPHA
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One metric of all models. `best` is the position of the model that significantly beats every
-    other one."""
+    """One metric of all models. `best` is the model that significantly beats every other one."""
 
     metric: str
     intervals: tuple[Interval | None, ...]  # one per model
@@ -54,17 +52,18 @@ class Row:
 
     @property
     def direction(self) -> int:
+        """Return 1 if greater is better, -1 if smaller is, 0 if neither."""
         return direction(self.metric)
 
     def against_first(self, model: int) -> Pair | None:
-        """The test of a model against the first one, if it could be made."""
+        """Return the test of a model against the first one, None if there is none."""
         return next((p for p in self.pairs if (p.first, p.second) == (0, model)), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Section:
-    """One task on one data set. `curves`, `reliability`, `changed` and `made` are as page.py
-    takes them: overlaid curves, diagrams, pictures that got better and worse, and the settings."""
+    """One task on one dataset. `curves`, `reliability`, `changed` (pictures that got better and
+    worse) and `settings` (a table) have the keys that html.py lists."""
 
     title: str
     reports: tuple[EvalReport | None, ...]  # one per model
@@ -72,29 +71,30 @@ class Section:
     curves: tuple[Mapping[str, Any], ...]
     reliability: tuple[Mapping[str, Any], ...]
     changed: tuple[Mapping[str, Any], ...]
-    made: Mapping[str, Any]
+    settings: Mapping[str, Any]
     warnings: tuple[str, ...]
 
     @property
     def tested(self) -> int:
-        """How many tests were made."""
+        """Return the number of tests."""
         return sum(len(row.pairs) for row in self.rows)
 
-    def moved(self, model: int) -> tuple[list[str], list[str]]:
-        """What got better and what got worse than in the first model by more than chance, each as
-        "metric +1.2"."""
+    def changes(self, model: int) -> tuple[list[str], list[str]]:
+        """Return the metrics that are significantly better, and worse, than the first model's, each
+        as "metric +1.2"."""
         better: list[str] = []
         worse: list[str] = []
         for row in self.rows:
             pair = row.against_first(model)
             if pair is not None and pair.significant and row.direction:
-                rose = pair.paired.difference * row.direction > 0
-                told = f"{row.metric} {change_text(row.metric, pair.paired.difference)}"
-                (better if rose else worse).append(told)
+                gain = pair.paired.difference * row.direction
+                change = f"{row.metric} {change_text(row.metric, pair.paired.difference)}"
+                (better if gain > 0 else worse).append(change)
         return better, worse
 
     @property
     def note(self) -> str:
+        """Return the line below the section's table."""
         if not self.tested:
             return "No difference was tested: see the warning, or the reports hold no samples."
         return f"{self.tested} paired tests, corrected together."
@@ -102,34 +102,27 @@ class Section:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """What `compare` found; `save` writes report.html, report.md and report.json."""
+    """Several models side by side; `eval.reports.save` writes it to a folder."""
 
     title: str
     names: tuple[str, ...]  # one per model, all different
     sections: tuple[Section, ...]
-    words: tuple[str, ...] = ()
+    sentences: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     created_at: str = ""  # UTC, ISO
     command: str = ""
-    encoder_ids: tuple[str, ...] = ()  # as `names`
-    # Curves and tables that belong to the whole, such as a training run's: see page.py for the keys.
+    encoder_ids: tuple[str, ...] = ()  # one per model
+    # Curves and tables of the whole, such as a training run's; html.py lists the keys.
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        """Write the comparison into `folder`, which is made; one that is there is replaced."""
-        from eval.reports.html import render_comparison
-
-        files = {"report.html": render_comparison(self), "report.md": self.to_markdown()}
-        write_report(folder, files, self.to_json())
-
     def to_json(self) -> str:
-        """Names, figures and tests, as strict JSON."""
+        """Return names, figures and tests as strict JSON."""
         sections = [
             {
                 "title": section.title,
                 "warnings": section.warnings,
-                "rows": [_row_told(row) for row in section.rows],
-                "made": section.made,
+                "rows": [_row_fields(row) for row in section.rows],
+                "made": section.settings,
             }
             for section in self.sections
         ]
@@ -139,7 +132,7 @@ class Comparison:
                 "title": self.title,
                 "names": self.names,
                 "encoder_ids": self.encoder_ids,
-                "words": self.words,
+                "words": self.sentences,
                 "warnings": self.warnings,
                 "sections": sections,
                 "details": self.details,
@@ -149,15 +142,16 @@ class Comparison:
         )
 
     def to_markdown(self) -> str:
+        """Return sentences, figures, tests and settings as Markdown."""
         parts = [f"# {markdown(self.title)}"]
         parts += [f"> **Warning:** {markdown(warning)}" for warning in self.warnings]
-        parts += [markdown(sentence) for sentence in self.words]
+        parts += [markdown(sentence) for sentence in self.sentences]
         for section in self.sections:
             parts.append(f"## {markdown(section.title)}")
             parts += [f"> **Warning:** {markdown(warning)}" for warning in section.warnings]
             parts += [markdown_table(*self._table(section)), markdown(section.note)]
-            cells = [[str(cell) for cell in row] for row in section.made["rows"]]
-            parts.append(markdown_table(section.made["columns"], cells))
+            cells = [[str(cell) for cell in row] for row in section.settings["rows"]]
+            parts.append(markdown_table(section.settings["columns"], cells))
         for table in self.details.get("tables", ()):
             cells = [[cell_text(cell) for cell in row] for row in table["rows"]]
             parts += [f"## {markdown(table['title'])}", markdown_table(table["columns"], cells)]
@@ -166,13 +160,13 @@ class Comparison:
         return "\n\n".join(parts) + "\n"
 
     def lines(self) -> list[str]:
-        """Tables for a terminal, a line each."""
+        """Return the lines of tables for a terminal, with sentences and warnings."""
         lines = [printable(self.title)]
         for section in self.sections:
             lines += ["", printable(section.title), *text_table(*self._table(section))]
             lines += [f"warning: {printable(warning)}" for warning in section.warnings]
         lines += [f"warning: {printable(warning)}" for warning in self.warnings]
-        return [*lines, *map(printable, self.words)]
+        return [*lines, *map(printable, self.sentences)]
 
     def _table(self, section: Section) -> tuple[list[str], list[list[str]]]:
         columns = [""]
@@ -181,27 +175,21 @@ class Comparison:
         return columns, [_cells(row, tested=bool(section.tested)) for row in section.rows]
 
 
-def change_text(metric: str, difference: float) -> str:
-    """A difference with its sign, shares in percentage points: "+2.3"."""
-    if is_share(metric):
-        return f"{100 * difference:+.1f}".replace("-", "−")
-    return f"{'+' if difference >= 0 else '−'}{number_text(abs(difference))}"
-
-
-def p_text(p_value: float) -> str:
-    """0.0123 -> p = 0.012, as text; what is below 0.001 is told as that."""
-    return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+def list_text(items: Sequence[str], most: int = 3) -> str:
+    """Return "a, b, c and 4 more"."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
 
 
 def _cells(row: Row, *, tested: bool) -> list[str]:
     cells = [row.metric]
     for at, interval in enumerate(row.intervals):
-        shown = "–"
+        cell = "–"
         if interval is not None:
             star = " *" if row.best == at else ""
             value = value_text(row.metric, interval.value)
-            shown = f"{value}{star} ({interval_text(row.metric, interval)})"
-        cells.append(shown)
+            cell = f"{value}{star} ({interval_text(row.metric, interval)})"
+        cells.append(cell)
         if at and tested:
             pair = row.against_first(at)
             change = pair and change_text(row.metric, pair.paired.difference)
@@ -209,26 +197,14 @@ def _cells(row: Row, *, tested: bool) -> list[str]:
     return cells
 
 
-def _row_told(row: Row) -> Mapping[str, Any]:
-    def told(interval: Interval | None) -> Mapping[str, Any] | None:
-        names = ("value", "low", "high", "n")
-        return None if interval is None else {name: getattr(interval, name) for name in names}
-
-    return {
-        "metric": row.metric,
-        "models": [told(interval) for interval in row.intervals],
-        "best": row.best,
-        "tests": [
-            {
-                "first": pair.first,
-                "second": pair.second,
-                "difference": pair.paired.difference,
-                "low": pair.paired.low,
-                "high": pair.paired.high,
-                "n": pair.paired.n,
-                "p_value": pair.paired.p_value,
-                "p_value_corrected": pair.p_value,
-            }
-            for pair in row.pairs
-        ],
-    }
+def _row_fields(row: Row) -> Mapping[str, Any]:
+    tests = [
+        {
+            **asdict(pair.paired),
+            "first": pair.first,
+            "second": pair.second,
+            "p_value_corrected": pair.p_value,
+        }
+        for pair in row.pairs
+    ]
+    return {"metric": row.metric, "models": row.intervals, "best": row.best, "tests": tests}

@@ -1,9 +1,9 @@
-"""Reports and comparisons as one HTML file each, that opens offline and asks nobody for anything.
+"""Render reports and comparisons as one HTML file each, which works offline and loads nothing.
 
-Names of models, classes and files come from outside: Jinja escapes every value, `printable` takes
-out what reorders or hides text, and the page carries a policy that runs no script at all.
+Names of models, classes and files come from outside: Jinja escapes every value, `printable` removes
+characters that reorder or hide text, and the page's content security policy allows no script.
 
-The keys of `EvalReport.details` that are shown, each optional:
+The keys of `EvalReport.details`, each optional:
 
     words       [sentence]
     curves      [{title, x_label, y_label, series: [{name, x, y, low?, high?}], log_x?, note?}]
@@ -12,7 +12,7 @@ The keys of `EvalReport.details` that are shown, each optional:
     scatter     [{title, x_label, y_label, points: [{name, x, y, best?}], note?}]
     confusion   {classes, counts}        counts[truth][predicted]; up to MOST_CLASSES as a heat map
     tables      [{title, columns, rows, note?}]
-    mistakes    [{title, items: [{name, expected, got, score, thumbnail}]}]    thumbnail: a data: URI
+    mistakes    [{title, items: [exhibit], labels?}]    labels: headings of `expected` and `got`
 """
 
 from __future__ import annotations
@@ -27,15 +27,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipkit.metrics import Interval
+from clipkit.wording import printable
 from eval.reports import plots
-from eval.reports.comparison import Comparison, change_text, p_text
-from eval.reports.report import (
-    EvalReport,
+from eval.reports.comparison import Comparison
+from eval.reports.report import EvalReport
+from eval.reports.wording import (
     cell_text,
+    change_text,
     interval_text,
     is_share,
     number_text,
-    printable,
+    p_text,
     setting_text,
     value_text,
 )
@@ -43,8 +45,7 @@ from eval.reports.report import (
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-MOST_CLASSES = 50  # that a heat map can show
-MOST_CONFUSED = 30
+MOST_CLASSES = 50  # in a heat map
 MOST_PICTURES = 48  # of each group of mistakes
 MOST_ROWS = 2_000  # of a table
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -54,7 +55,7 @@ _WORDS = {"mean_per_class_recall": "Mean per-class recall"}
 
 @dataclass(frozen=True, slots=True)
 class Legend:
-    """What stands below a figure: a series by its colour and dashes, a point (`dashes` None) by its
+    """One entry of a figure's legend: a series by colour and dashes, a point (`dashes` None) by its
     number."""
 
     name: str
@@ -65,7 +66,7 @@ class Legend:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """An SVG, made by plots.py and safe as it is, with what the page writes around it."""
+    """An SVG from plots.py, safe without escaping, with its title, legend and note."""
 
     kind: str
     title: str
@@ -75,7 +76,7 @@ class Figure:
 
 
 def render_report(report: EvalReport) -> str:
-    """One evaluation as HTML."""
+    """Render one evaluation."""
     metrics = list(report.metrics.items())
     details = report.details
     classes, counts = _confusion(details)
@@ -88,14 +89,13 @@ def render_report(report: EvalReport) -> str:
         strips=any(is_share(name) for name, _ in metrics),
         plots=figures(details),
         confusion=_heat_map(classes, counts),
-        confused=_most_confused(classes, counts) if len(classes) > MOST_CLASSES else None,
         tables=_tables(details),
         mistakes=_pictures(details.get("mistakes", ())),
     )
 
 
 def render_comparison(comparison: Comparison) -> str:
-    """Several models side by side as HTML."""
+    """Render several models side by side."""
     sections = [
         {
             "section": section,
@@ -116,10 +116,10 @@ def render_comparison(comparison: Comparison) -> str:
 
 
 def figures(details: Mapping[str, Any]) -> list[Figure]:
-    """The curves, reliability diagrams and scatter plots of `details`."""
+    """Draw the curves, reliability diagrams and scatter plots of `details`."""
     from markupsafe import Markup
 
-    drawn = []
+    drawn: list[Figure] = []
     for curve in details.get("curves", ()):
         legend = [
             Legend(
@@ -134,7 +134,7 @@ def figures(details: Mapping[str, Any]) -> list[Figure]:
         keys = () if only and legend[0].name == curve["title"] else tuple(legend)
         drawn.append(Figure("curve", curve["title"], svg, keys, curve.get("note", "")))
     for diagram in details.get("reliability", ()):
-        note = diagram.get("note", "Bars on the dashed line: as often right as it is sure.")
+        note = diagram.get("note", "Bars on the dashed line: accuracy equals confidence.")
         drawn.append(
             Figure("reliability", diagram["title"], Markup(plots.reliability(diagram)), (), note)
         )
@@ -149,13 +149,13 @@ def figures(details: Mapping[str, Any]) -> list[Figure]:
 
 
 def _headlines(metrics: Sequence[tuple[str, Interval]]) -> list[tuple[str, Interval]]:
-    """The three to six figures that a reader looks for first."""
+    """Return the metrics for the cards at the top, at most six."""
     first = [(name, i) for name, i in metrics if _HEADLINE.fullmatch(name)][:6]
     return first if len(first) > 1 else list(metrics[:4])
 
 
 def _groups(metrics: Sequence[tuple[str, Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Metrics under the part of their name before the last "/", in the order of their coming."""
+    """Group metrics by the part of their name before the last "/", in order of appearance."""
     groups: dict[str, list[tuple[str, Any]]] = {}
     for name, value in metrics:
         groups.setdefault(name.rpartition("/")[0], []).append((name, value))
@@ -163,8 +163,8 @@ def _groups(metrics: Sequence[tuple[str, Any]]) -> list[tuple[str, list[tuple[st
 
 
 def _confusion(details: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
-    told = details.get("confusion")
-    return (list(told["classes"]), told["counts"]) if told else ([], [])
+    confusion = details.get("confusion")
+    return (list(confusion["classes"]), confusion["counts"]) if confusion else ([], [])
 
 
 def _heat_map(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> list[Figure]:
@@ -172,49 +172,32 @@ def _heat_map(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> list[F
         return []
     from markupsafe import Markup
 
-    title = "Rows are the truth, columns what was predicted"
-    note = "The strength of a cell is its share of the row; what is off the diagonal is a mistake."
+    title = "True class by row, predicted class by column"
+    note = "The darker a cell, the larger its share of the row; cells off the diagonal are errors."
     return [Figure("confusion", title, Markup(plots.confusion(classes, counts)), (), note)]
 
 
-def _most_confused(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The largest cells off the diagonal as a table."""
-    cells = [
-        (number, row, column)
-        for row, numbers in enumerate(counts)
-        for column, number in enumerate(numbers)
-        if number and row != column
-    ]
-    cells.sort(key=lambda cell: (-cell[0], cell[1:]))
-    rows = [
-        [classes[row], classes[column], number, f"{100 * number / sum(counts[row]):.0f} %"]
-        for number, row, column in cells[:MOST_CONFUSED]
-    ]
-    columns = ["truth", "predicted", "pictures", "of the class"]
-    return {"title": "The most confused pairs", "columns": columns, "rows": rows, "note": ""}
-
-
 def _tables(details: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shown = []
+    tables = []
     for table in details.get("tables", ()):
         note, rows = table.get("note", ""), table["rows"]
         if len(rows) > MOST_ROWS:
             note = f"The first {MOST_ROWS:,} of {len(rows):,} rows; report.json has all. {note}"
-        shown.append({**table, "rows": rows[:MOST_ROWS], "note": note.strip()})
-    return shown
+        tables.append({**table, "rows": rows[:MOST_ROWS], "note": note.strip()})
+    return tables
 
 
 def _word_columns(table: Mapping[str, Any]) -> list[bool]:
-    """Which columns hold words rather than figures: those stand to the left."""
-    figure = re.compile(r"[+−-]?[\d.,]+( ?%)?( .*\d.*)?|[–-]?")
+    """Return which columns hold text rather than numbers and are aligned left."""
+    number = re.compile(r"[+−-]?[\d.,]+( ?%)?( .*\d.*)?|[–-]?")
     return [
-        any(isinstance(row[at], str) and not figure.fullmatch(row[at]) for row in table["rows"])
+        any(isinstance(row[at], str) and not number.fullmatch(row[at]) for row in table["rows"])
         for at in range(len(table["columns"]))
     ]
 
 
 def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    shown = []
+    shown: list[dict[str, Any]] = []
     for group in groups:
         items = [
             {
@@ -222,18 +205,20 @@ def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "expected": setting_text(item.get("expected", "")),
                 "got": setting_text(item.get("got", "")),
                 "score": _score(item.get("score")),
-                # Nothing else may stand in src: a report must ask nobody for anything.
+                # Only data: URIs: a report must not load anything.
                 "thumbnail": _data_uri(item.get("thumbnail")),
             }
             for item in group["items"][:MOST_PICTURES]
         ]
-        shown.append({"title": group["title"], "items": items})
-    return [group for group in shown if group["items"]]
+        labels = group.get("labels", ("Expected", "Got"))
+        if items:
+            shown.append({"title": group["title"], "items": items, "labels": labels})
+    return shown
 
 
 def _data_uri(value: Any) -> str:
-    known = isinstance(value, str) and re.fullmatch(r"data:image/\w+;base64,[\w+/=]+", value)
-    return value if known else ""
+    valid = isinstance(value, str) and re.fullmatch(r"data:image/\w+;base64,[\w+/=]+", value)
+    return value if valid else ""
 
 
 def _score(value: Any) -> str | None:
@@ -241,7 +226,7 @@ def _score(value: Any) -> str | None:
 
 
 def label(name: str) -> str:
-    """A metric's name for people: "text_to_image/R@1" is "Text to image, R@1"."""
+    """Return a metric's name as a heading: "text_to_image/R@1" -> "Text to image, R@1"."""
     parts = [_WORDS.get(part, part.replace("_", " ")) for part in name.split("/")]
     if not parts[0][:1].isupper() and re.fullmatch(r"[a-z ]+", parts[0]):
         parts[0] = parts[0].capitalize()
@@ -265,16 +250,16 @@ def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    def shown(value: Any) -> Any:
+    def finalize(value: Any) -> Any:
         return (
-            value if isinstance(value, Markup) or not isinstance(value, str) else printable(value)
+            printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
         )
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=shown,
+        finalize=finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -1,9 +1,8 @@
-"""Figures as inline SVG that takes its colours from the page, light or dark.
+"""Draw plots as inline SVG whose colours come from the page's style sheet, light or dark.
 
-matplotlib draws with stand-in colours; `_dressed` turns each into a class (`fill-1`, `line-ink`, ...)
-for the page's style sheet, and every `style` attribute into plain ones, so that a strict content
-policy lets the figure be. The same values give the same bytes. Without a legend: the page writes
-one in HTML, where long names wrap.
+matplotlib draws with placeholder colours; `_page_svg` turns each into a class (`fill-1`, `line-ink`,
+...) and every `style` attribute into presentation attributes, which a strict content security policy
+allows. Equal values give equal bytes. The legend is HTML, where long names wrap.
 """
 
 from __future__ import annotations
@@ -17,13 +16,14 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from eval.reports.report import is_share, printable
+from clipkit.wording import printable
+from eval.reports.wording import is_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SERIES = 6  # colours of the style sheet; a seventh series begins again
+SERIES = 6  # colours of the style sheet; a seventh series reuses the first
 WIDTH, HEIGHT = 4.9, 3.3  # inches of 72 units: text of 11 units stays readable on a phone
 LINES = ("-", (0, (5, 2)), (0, (1, 1.6)), (0, (6, 2, 1, 2)), (0, (3, 1.5)), (0, (8, 2)))
 DASHES = ("", "8 3", "2 2.6", "9 3 2 3", "5 2.4", "12 3")  # LINES as the page's legend draws them
@@ -38,7 +38,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def curves(curve: Mapping[str, Any]) -> str:
-    """Lines over x, each with its band where it has `low` and `high`. See page.py for the keys."""
+    """Draw lines over x, with a band where a series has `low` and `high`. html.py lists the keys."""
     figure, axes = _axes(curve["x_label"], curve["y_label"])
     if curve.get("log_x"):
         axes.set_xscale("log")
@@ -56,11 +56,11 @@ def curves(curve: Mapping[str, Any]) -> str:
     if curve.get("log_x"):
         _plain_log_ticks(axes, [float(x) for s in curve["series"] for x in s["x"]])
     _percents(axes, curve["y_label"])
-    return _dressed(figure, curve["title"])
+    return _page_svg(figure, curve["title"])
 
 
 def reliability(diagram: Mapping[str, Any]) -> str:
-    """Accuracy over confidence per bin, against the diagonal; below it how many fell into the bin."""
+    """Draw accuracy over confidence per bin, with the diagonal; below it the bin's size."""
     figure = _figure(3.9)
     upper, lower = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": (4, 1), "hspace": 0.08}
@@ -81,11 +81,11 @@ def reliability(diagram: Mapping[str, Any]) -> str:
         left, counts, width, align="edge", color=INK, alpha=0.35, edgecolor=PAPER, linewidth=1
     )
     lower.set_yticks([0, float(counts.max(initial=1))])
-    return _dressed(figure, diagram["title"])
+    return _page_svg(figure, diagram["title"])
 
 
 def scatter(plot: Mapping[str, Any]) -> str:
-    """Numbered points, the best ones (a Pareto front) filled and joined; the page names the numbers."""
+    """Draw numbered points, the best ones (a Pareto front) filled and joined."""
     figure, axes = _axes(plot["x_label"], plot["y_label"])
     points = plot["points"]
     best = sorted((float(p["x"]), float(p["y"])) for p in points if p.get("best"))
@@ -103,12 +103,14 @@ def scatter(plot: Mapping[str, Any]) -> str:
         _plain_log_ticks(axes, [float(p["x"]) for p in points])
     axes.margins(0.08, 0.12)
     _percents(axes, plot["y_label"])
-    return _dressed(figure, plot["title"])
+    return _page_svg(figure, plot["title"])
 
 
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """A heat map, rows the truth: each cell's strength is its share of the row. Drawn here, cell by
-    cell: empty ones cost nothing, and each tells its number."""
+    """Draw a heat map with a row per true class; a cell's opacity is its share of the row.
+
+    Not matplotlib's, so that empty cells cost nothing and each cell has a tooltip.
+    """
     size = len(classes)
     cell = max(9, min(34, 520 // size))
     edge = 6.2 * min(16, max(len(name) for name in classes)) + 10
@@ -123,12 +125,12 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
             x, y = edge + column * cell, top + row * cell
             if number:
                 share = number / total
-                told = f"{name} → {classes[column]}: {number:,} of {total:,}"
+                tooltip = f"{name} → {classes[column]}: {number:,} of {total:,}"
                 tone = "fill-1" if row == column else "fill-2"
                 parts.append(
                     f'<rect class="{tone}" x="{x:g}" y="{y:g}" width="{cell - 1}" '
                     f'height="{cell - 1}" fill-opacity="{0.05 + 0.6 * share:.2f}">'
-                    f"<title>{_escaped(told)}</title></rect>"
+                    f"<title>{_escaped(tooltip)}</title></rect>"
                 )
             if number and cell >= 26:
                 parts.append(
@@ -140,7 +142,7 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
     box = f"0 0 {edge + side + 0.6 * edge:g} {top + side + 2:g}"
     frame = f'<rect class="line-grid" fill="none" x="{edge - 1:g}" y="{top - 1:g}" '
     frame += f'width="{side + 1}" height="{side + 1}"/>'
-    label = f"Confusion of {size} classes: rows are the truth, columns what was predicted"
+    label = f"Confusion of {size} classes: true class by row, predicted class by column"
     return f'<svg viewBox="{box}" role="img" aria-label="{label}">{frame}{"".join(parts)}</svg>'
 
 
@@ -180,8 +182,8 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
 
 def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
     # parse_math: a name with two dollar signs is not a formula
-    axes.set_xlabel(printable(x_label), color=INK, fontsize=11, parse_math=False)
-    axes.set_ylabel(printable(y_label), color=INK, fontsize=11, parse_math=False)
+    axes.set_xlabel(_label(x_label), color=INK, fontsize=11, parse_math=False)
+    axes.set_ylabel(_label(y_label), color=INK, fontsize=11, parse_math=False)
     axes.tick_params(colors=INK, labelsize=10.5, length=0, pad=5, which="both")
     axes.grid(visible=True, axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -191,8 +193,13 @@ def _plain_axes(axes: Axes, x_label: str, y_label: str) -> None:
         spine.set_color(GRID)
 
 
+def _label(text: str) -> str:
+    # matplotlib measures text with a font that has no pictures of control characters
+    return printable(re.sub(r"[\x00-\x1f]", " ", text))
+
+
 def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
-    """1, 2, 4, 8 where these are the x, else powers of ten; as numbers, not as powers."""
+    """Put ticks at the values if there are few, else at powers of ten, written as plain numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     distinct = sorted({value for value in values if value > 0})
@@ -203,7 +210,7 @@ def _plain_log_ticks(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _percents(axes: Axes, y_label: str) -> None:
-    """The ticks of an axis of shares as percent, as the tables have them."""
+    """Write the ticks of an axis of shares as percent."""
     from matplotlib.ticker import PercentFormatter
 
     low, high = axes.get_ylim()
@@ -212,7 +219,7 @@ def _percents(axes: Axes, y_label: str) -> None:
 
 
 def _is_wide(values: Sequence[float]) -> bool:
-    """Whether values span so many sizes that only a logarithm shows the small ones."""
+    """Return whether values span more than a factor of 8, so that a log axis is needed."""
     return bool(values) and min(values) > 0 and max(values) > 8 * min(values)
 
 
@@ -223,7 +230,7 @@ def _floats(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float
 # ---- from matplotlib's SVG to the page's
 
 
-def _dressed(figure: Figure, title: str) -> str:
+def _page_svg(figure: Figure, title: str) -> str:
     from matplotlib import rc_context
 
     out = io.BytesIO()
@@ -238,7 +245,7 @@ def _dressed(figure: Figure, title: str) -> str:
                 parent.remove(child)
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
-        _dress(element)
+        _move_style(element)
     _name_ids(
         root, hashlib.blake2b(out.getvalue() + printable(title).encode(), digest_size=4).hexdigest()
     )
@@ -248,8 +255,8 @@ def _dressed(figure: Figure, title: str) -> str:
     return ET.tostring(root, encoding="unicode")
 
 
-def _dress(element: ET.Element) -> None:
-    """Its style as attributes; its stand-in colours as classes."""
+def _move_style(element: ET.Element) -> None:
+    """Turn the style into attributes, and placeholder colours into classes."""
     if element.tag != "text":
         element.text = None  # white space
     element.tail = None
@@ -263,9 +270,9 @@ def _dress(element: ET.Element) -> None:
             element.set(name, value)
     classes = []
     for name, kind in (("fill", "fill"), ("stroke", "line")):
-        if (worn := _CLASSES.get(element.get(name, ""))) is not None:
+        if (colour_class := _CLASSES.get(element.get(name, ""))) is not None:
             del element.attrib[name]
-            classes.append(f"{kind}-{worn}")
+            classes.append(f"{kind}-{colour_class}")
     if element.tag == "text" and not classes:
         classes.append("fill-ink")
     if classes:
@@ -273,7 +280,7 @@ def _dress(element: ET.Element) -> None:
 
 
 def _name_ids(root: ET.Element, mark: str) -> None:
-    """Keep the ids that something refers to, made unique in a page of many figures."""
+    """Keep the ids that are referred to, with a prefix that is unique in a page of many plots."""
     used: set[str] = set()
     for element in root.iter():
         if (link := element.attrib.pop(_LINK, None)) is not None:

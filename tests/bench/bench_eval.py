@@ -46,8 +46,9 @@ from clipkit.sources import PictureFile
 from eval.data import Captioned, Labelled, SourcePictures, open_captioned
 from eval.features import FeatureCache
 from eval.prompts import Templates, load_classes, load_templates
-from eval.reports.report import EvalReport
+from eval.reports import EvalReport
 from eval.retrieval import evaluate_retrieval
+from eval.session import Session
 from eval.zero_shot import evaluate_zero_shot
 
 KS = (1, 5, 10)
@@ -62,7 +63,7 @@ AGREE = 0.002  # a near-tie that falls the other way costs 1 / pictures
 class Job:
     name: str
     data: Any
-    ours: Callable[[LazyEncoder, FeatureCache], EvalReport]
+    ours: Callable[[LazyEncoder, Session], EvalReport]
     theirs: Callable[[Any, Any, Any, bool], Mapping[str, float]]
     names: Mapping[str, str]  # clipkit's metric -> CLIP Benchmark's
 
@@ -74,8 +75,8 @@ def zero_shot_job(
     data = Labelled("bench", None, files, tuple(classes), labels, None)
     texts = [text.replace("{}", "{c}") for text in templates.texts]
 
-    def ours(encoder: LazyEncoder, cache: FeatureCache) -> EvalReport:
-        return evaluate_zero_shot(encoder, data, templates=templates, cache=cache)
+    def ours(encoder: LazyEncoder, session: Session) -> EvalReport:
+        return evaluate_zero_shot(encoder, data, templates=templates, session=session)
 
     def theirs(model: Any, transform: Any, tokenizer: Any, amp: bool) -> Mapping[str, float]:
         loader = _loader(Pictures(files, transform, labels.tolist(), classes))
@@ -93,8 +94,8 @@ def retrieval_job(data: Captioned) -> Job:
     for text, row in zip(data.captions, data.owner, strict=True):
         captions[row].append(text)
 
-    def ours(encoder: LazyEncoder, cache: FeatureCache) -> EvalReport:
-        return evaluate_retrieval(encoder, data, ks=KS, cache=cache)
+    def ours(encoder: LazyEncoder, session: Session) -> EvalReport:
+        return evaluate_retrieval(encoder, data, ks=KS, session=session)
 
     def collate(batch: list[Any]) -> tuple[torch.Tensor, list[list[str]]]:
         return torch.stack([picture for picture, _ in batch]), [texts for _, texts in batch]
@@ -217,7 +218,7 @@ def run_theirs(job: Job, spec: str, way: Way, *, amp: bool) -> None:
 def run_ours(job: Job, spec: str, way: Way, *, precision: str, cache: Path) -> None:
     started = time.perf_counter()
     encoder = LazyEncoder(spec, device="cpu", precision=precision)
-    report = job.ours(encoder, FeatureCache(cache))
+    report = job.ours(encoder, Session(FeatureCache(cache)))
     way.seconds.append(time.perf_counter() - started)
     way.figures = {name: report.metrics[name].value for name in job.names}
     way.phases = report.seconds
