@@ -72,7 +72,7 @@ def training_report(
         )
     result = replace(
         result,
-        words=(*words, *(f"{said[:1].upper()}{said[1:]}." for said in summary["words"])),
+        words=(*words, *(f"{said[:1].upper()}{said[1:]}." for said in summary["notes"])),
         warnings=tuple(warnings),
         details={"curves": list(_curves(lines)), "tables": [_cost(facts, summary)]},
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 from clipkit.training.data import CaptionedPictures, mine
-from clipkit.training.validation import Scores, contrast, evaluate, exceeds
+from clipkit.training.validation import Scores, evaluate, exceeds, picture_losses
 from clipkit.training.weights import ALPHAS, choose_alpha, mix
 
 
@@ -46,9 +46,8 @@ class Fixed:
     def stream(self, plans: object) -> Iterator[object]:
         raise NotImplementedError
 
-    def mode(self, training: bool) -> int:
+    def mode(self, training: bool) -> None:
         assert not training
-        return 0
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs
@@ -83,15 +82,15 @@ def test_a_collapsed_model_scores_chance_and_is_worried_about() -> None:
     assert collapsed.recall["text_to_image/R@1"] == pytest.approx(1 / 12)
     assert collapsed.recall["image_to_text/R@1"] == pytest.approx(2 / 24)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
-    assert "collapsing: their variance is" in (collapsed.worry(start) or "")
-    assert start.worry(start) is None and collapsed.worry(None) is None
+    assert "collapsing: variance fell from 0.917 to 0" in (collapsed.collapse_warning(start) or "")
+    assert start.collapse_warning(start) is None and collapsed.collapse_warning(None) is None
 
 
 def test_a_lower_rank_is_worried_about_too() -> None:
     line = F.normalize(torch.tensor([[1.0, 0.0]]) * torch.linspace(-1, 1, 12)[:, None], dim=1)
     flat = scores_of(line, line.repeat_interleave(2, 0), TWO_EACH)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
-    assert "effective rank is 1, after 11" in (flat.worry(start) or "")
+    assert "effective rank fell from 11 to 1" in (flat.collapse_warning(start) or "")
 
 
 def test_a_model_of_nan_is_an_error() -> None:
@@ -113,7 +112,7 @@ def test_the_loss_of_a_picture_both_ways_derived_by_hand() -> None:
     six, eight = 2**0.6, 2**0.8
     told = -(np.log(2 / 3) + np.log(six / (six + eight))) / 2, -np.log(2 / 3)
     shown = -np.log((2 + six) / (3 + six)), -np.log(2 / (3 + eight))
-    found = contrast(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
+    found = picture_losses(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
     assert found == pytest.approx([(told[0] + shown[0]) / 2, (told[1] + shown[1]) / 2], rel=1e-6)
 
 
@@ -121,9 +120,9 @@ def test_the_loss_does_not_depend_on_how_it_is_blocked(monkeypatch: pytest.Monke
     rng = np.random.default_rng(0)
     pictures, texts = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 25))
     owner = np.repeat(np.arange(10), [1, 4] * 5)
-    whole = contrast(pictures, texts, owner, scale=3.0)
-    monkeypatch.setattr("clipkit.training.validation._BLOCK", 4)
-    assert contrast(pictures, texts, owner, scale=3.0) == pytest.approx(whole, rel=1e-5)
+    whole = picture_losses(pictures, texts, owner, scale=3.0)
+    monkeypatch.setattr("clipkit.training.validation._BLOCK_ROWS", 4)
+    assert picture_losses(pictures, texts, owner, scale=3.0) == pytest.approx(whole, rel=1e-5)
 
 
 def test_what_recall_cannot_tell_apart_the_loss_decides() -> None:

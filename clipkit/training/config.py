@@ -23,39 +23,15 @@ Recipe = Literal["heads", "lit", "lora", "full"]
 
 # Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
 # every picture.
+_DEFAULTS = "epochs learning_rate weight_decay layer_decay feature_dropout ema".split()
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "heads": {
-        "epochs": 20,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "layer_decay": 1.0,
-        "feature_dropout": 0.2,
-        "ema": 0.0,
-    },
-    "lit": {
-        "epochs": 8,
-        "learning_rate": 5e-5,
-        "weight_decay": 0.05,
-        "layer_decay": 1.0,
-        "feature_dropout": 0.0,
-        "ema": 0.98,
-    },
-    "lora": {
-        "epochs": 8,
-        "learning_rate": 3e-4,
-        "weight_decay": 0.01,
-        "layer_decay": 1.0,
-        "feature_dropout": 0.0,
-        "ema": 0.98,
-    },
-    "full": {
-        "epochs": 8,
-        "learning_rate": 3e-5,
-        "weight_decay": 0.05,
-        "layer_decay": 0.8,
-        "feature_dropout": 0.0,
-        "ema": 0.98,
-    },
+    recipe: dict(zip(_DEFAULTS, values, strict=True))
+    for recipe, values in {
+        "heads": (20, 1e-3, 0.1, 1.0, 0.2, 0.0),
+        "lit": (8, 5e-5, 0.05, 1.0, 0.0, 0.98),
+        "lora": (8, 3e-4, 0.01, 1.0, 0.0, 0.98),
+        "full": (8, 3e-5, 0.05, 0.8, 0.0, 0.98),
+    }.items()
 }
 
 

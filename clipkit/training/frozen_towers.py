@@ -112,14 +112,13 @@ class FrozenTowers:
 
     def __init__(self, towers: TrainableTowers, *, dropout: float) -> None:
         self.logit_scale, self.logit_bias = towers.logit_scale, towers.logit_bias
-        self.device, self.model = towers.device, towers.model
+        self.encoder, self.device, self.model = towers.encoder, towers.device, towers.model
         self._image, self._text = find_heads(towers.model)
         self._dropout, self._training = dropout, False
         self._towers = towers
 
-    def mode(self, training: bool) -> int:
+    def mode(self, training: bool) -> None:
         self._training = training
-        return 0
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         return self._unit(inputs, self._image)
@@ -155,7 +154,7 @@ class FrozenTowers:
         pictures = self._kept(
             folder / f"{name}-pictures.npy",
             inputs.pictures,
-            lambda chunk: encoder.spread(self._towers.raw_images, chunk),
+            lambda chunk: encoder.spread(self._towers.image_features, chunk),
             self._image,
             lambda done: on_chunk("pictures", done, len(data)),
             stop,
@@ -163,7 +162,7 @@ class FrozenTowers:
         texts = self._kept(
             folder / f"{name}-texts.npy",
             inputs.captions,
-            self._towers.raw_texts,
+            self._towers.text_features,
             self._text,
             lambda done: on_chunk("texts", done, len(data.texts)),
             stop,
