@@ -1,4 +1,4 @@
-"""What training judges by: scores, the mixture with the start, hard negatives."""
+"""Scores of an evaluation, the mixture with the start, hard negatives."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_perfect_model_scores_one_hundred_percent() -> None:
     )  # twelve points, their mean taken out
 
 
-def test_a_collapsed_model_scores_chance_and_is_worried_about() -> None:
+def test_a_collapsed_model_scores_chance_and_gets_a_warning() -> None:
     """All vectors equal, ties by their expectation: R@1 of 1/12 text-to-image, 2/24 the other way.
     Fails for the version that counts only strictly greater scores: 100 %."""
     same = F.normalize(torch.ones(12, 12), dim=1)
@@ -86,7 +86,7 @@ def test_a_collapsed_model_scores_chance_and_is_worried_about() -> None:
     assert start.collapse_warning(start) is None and collapsed.collapse_warning(None) is None
 
 
-def test_a_lower_rank_is_worried_about_too() -> None:
+def test_a_lower_rank_gets_a_warning_too() -> None:
     line = F.normalize(torch.tensor([[1.0, 0.0]]) * torch.linspace(-1, 1, 12)[:, None], dim=1)
     flat = scores_of(line, line.repeat_interleave(2, 0), TWO_EACH)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
@@ -110,10 +110,11 @@ def test_the_loss_of_a_picture_both_ways_derived_by_hand() -> None:
     texts = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
     owner = np.array([0, 0, 1])
     six, eight = 2**0.6, 2**0.8
-    told = -(np.log(2 / 3) + np.log(six / (six + eight))) / 2, -np.log(2 / 3)
-    shown = -np.log((2 + six) / (3 + six)), -np.log(2 / (3 + eight))
-    found = picture_losses(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
-    assert found == pytest.approx([(told[0] + shown[0]) / 2, (told[1] + shown[1]) / 2], rel=1e-6)
+    to_image = -(np.log(2 / 3) + np.log(six / (six + eight))) / 2, -np.log(2 / 3)
+    to_text = -np.log((2 + six) / (3 + six)), -np.log(2 / (3 + eight))
+    losses = picture_losses(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
+    expected = [(a + b) / 2 for a, b in zip(to_image, to_text, strict=True)]
+    assert losses == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_does_not_depend_on_how_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +151,10 @@ class Weighted(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tuned = torch.nn.Parameter(torch.tensor([4.0]))
-        self.kept = torch.nn.Parameter(torch.tensor([7.0]))
+        self.frozen = torch.nn.Parameter(torch.tensor([7.0]))
 
 
-START = {"tuned": torch.tensor([0.0]), "kept": torch.tensor([7.0])}
+START = {"tuned": torch.tensor([0.0]), "frozen": torch.tensor([7.0])}
 TUNED = {"tuned": torch.tensor([4.0])}
 
 
@@ -174,7 +175,7 @@ def chosen(by_alpha: dict[float, Scores], start: Scores = START_SCORES) -> float
         return by_alpha.get(alpha, scored([0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]))
 
     mixture = choose_alpha(model, START, TUNED, evaluate, at_start=start)
-    assert model.kept.item() == 7.0
+    assert model.frozen.item() == 7.0
     assert model.tuned.item() == pytest.approx(4 * mixture.alpha)
     assert list(mixture.scores) == [0.0, *ALPHAS]
     return mixture.alpha

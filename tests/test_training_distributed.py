@@ -93,7 +93,7 @@ def gradients_without_exact_gather() -> dict[str, torch.Tensor]:
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {
+    results = {
         "whole": gradients(chunk=100),
         "chunks": gradients(chunk=3),
         "wrong": gradients_without_exact_gather(),
@@ -102,7 +102,7 @@ def one_of_two(rank: int, folder: str) -> None:
     }
     with pytest.raises(InputError, match=r"batch is 7, which 2 processes cannot share.*use 6"):
         distributed.own_slice(7)
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -112,15 +112,15 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     expected = gradients(chunk=100)
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        results = torch.load(tmp_path / f"{rank}.pt")
         for way in ("whole", "chunks"):
-            assert found[way].keys() == expected.keys()
+            assert results[way].keys() == expected.keys()
             for name, gradient in expected.items():
-                torch.testing.assert_close(found[way][name], gradient, msg=f"{way} {name}")
-        torch.testing.assert_close(found["wrong"]["logit_scale"], expected["logit_scale"])
-        torch.testing.assert_close(found["wrong"]["text.weight"], expected["text.weight"] / 2)
-        assert found["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
-        assert found["collected"] == [{"rank": 0}, {"rank": 1}]
+                torch.testing.assert_close(results[way][name], gradient, msg=f"{way} {name}")
+        torch.testing.assert_close(results["wrong"]["logit_scale"], expected["logit_scale"])
+        torch.testing.assert_close(results["wrong"]["text.weight"], expected["text.weight"] / 2)
+        assert results["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+        assert results["collected"] == [{"rank": 0}, {"rank": 1}]
 
 
 def test_cuda_tensors_travel_by_nccl_and_cpu_tensors_by_gloo() -> None:
@@ -140,11 +140,11 @@ def test_one_process_is_a_world_of_one() -> None:
 
 def trained(options: dict[str, Any], name: str) -> None:
     """A whole run of two steps: hard negatives, gradient caching, evaluation, export."""
-    told = {"name": name, "epochs": 1, "batch": 6, "chunk": 2, "device": "cpu", "workers": 1}
+    sizes = {"name": name, "epochs": 1, "batch": 6, "chunk": 2, "device": "cpu", "workers": 1}
     more = {"hard_negatives": 1, "tensorboard": False, "recipe": "full", "interpolate": False}
     from clipkit.training import train
 
-    train(TrainConfig.from_mapping({**options, **told, **more}))
+    train(TrainConfig.from_mapping({**options, **sizes, **more}))
 
 
 def trained_by_one_of_two(rank: int, folder: str, options: dict[str, Any]) -> None:

@@ -42,9 +42,9 @@ def loss_function(model: TrainableTowers) -> Callable[..., torch.Tensor]:
 
 
 def gradients(model: TrainableTowers) -> Gradients:
-    found = {n: p.grad.clone() for n, p in model.model.named_parameters() if p.grad is not None}
+    grads = {n: p.grad.clone() for n, p in model.model.named_parameters() if p.grad is not None}
     model.model.zero_grad(set_to_none=True)
-    return found
+    return grads
 
 
 def plain(model: TrainableTowers) -> tuple[float, Gradients]:
@@ -167,8 +167,8 @@ def test_a_locked_tower_is_passed_once_without_a_graph(tiny_checkpoint: Checkpoi
     text_tower = ChunkedTower(model.texts, tokens, chunk=2)
     backward(image_tower, text_tower, loss_function(model), gather=gather)
     assert passes == [False] * 3
-    found = gradients(model)
-    assert "token_embedding.weight" in found and "visual.proj" not in found
+    grads = gradients(model)
+    assert "token_embedding.weight" in grads and "visual.proj" not in grads
 
 
 def test_a_chunk_of_nothing_is_refused() -> None:

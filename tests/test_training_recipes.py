@@ -37,8 +37,8 @@ def tiny(folder: Path, loss: str = "infonce") -> TrainableTowers:
     return TrainableTowers(encoder, loss=loss)
 
 
-def options(**given: Any) -> TrainConfig:
-    return TrainConfig.from_mapping({"data": "d", **given})
+def options(**changes: Any) -> TrainConfig:
+    return TrainConfig.from_mapping({"data": "d", **changes})
 
 
 # ---- what is trained
@@ -115,7 +115,7 @@ def test_a_removed_head_and_the_head_are_the_tower(tiny_checkpoint: Checkpoint, 
             torch.testing.assert_close(encode(inputs), whole)  # it is back
 
 
-def test_towers_without_projections_are_said() -> None:
+def test_towers_without_projections_are_refused() -> None:
     model = torch.nn.Module()
     model.visual, model.text = torch.nn.Module(), torch.nn.Module()
     with pytest.raises(ModelError, match=r"neither tower ends in a projection.*lora or full"):
@@ -361,7 +361,7 @@ def test_l2_sp_frees_what_begins_at_zero_unless_it_has_a_size() -> None:
 
 @pytest.mark.parametrize("parts", [1, 3])
 def test_an_adapters_size_makes_its_update_as_large_as_the_weight(parts: int) -> None:
-    """B drawn at random with the size that is told, A as it is made: within a few percent."""
+    """B drawn at random with `size` as its root mean square, A as initialised: within a few percent."""
     generator = torch.Generator().manual_seed(0)
     weight = 0.3 * torch.randn(parts * 200, 300, generator=generator)
     adapter = LowRank(weight, rank=16, alpha=8, parts=parts, generator=generator)

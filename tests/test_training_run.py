@@ -1,4 +1,4 @@
-"""Whole runs on tiny towers: exports, the temperature, refusals, what is written down."""
+"""Whole runs on tiny towers: exports, files, the temperature, refusals, losses."""
 
 from __future__ import annotations
 
@@ -101,16 +101,16 @@ def test_a_run_that_gets_no_better_leaves_the_start(options: dict[str, Any]) -> 
     assert any("no trained weights were better" in note for note in summary.notes)
 
 
-def test_what_is_written_and_told(options: dict[str, Any]) -> None:
-    told: list[Progress] = []
+def test_files_and_progress(options: dict[str, Any]) -> None:
+    updates: list[Progress] = []
     torch.manual_seed(11)
     before = torch.get_rng_state()
     config = TrainConfig.from_mapping({**options, "recipe": "heads"})
-    summary = train(config, on_progress=told.append, command="clipkit train --x")
+    summary = train(config, on_progress=updates.append, command="clipkit train --x")
     assert torch.equal(torch.get_rng_state(), before)  # the caller's random state is theirs
-    training = [p for p in told if p.phase == "training"]
+    training = [p for p in updates if p.phase == "training"]
     assert [p.done for p in training] == [1, 2, 3, 4, 5, 6] and training[-1].eta_seconds == 0
-    assert {p.phase for p in told} >= {"features", "evaluating", "training", "saving"}
+    assert {p.phase for p in updates} >= {"features", "evaluating", "training", "saving"}
     facts = json.loads((summary.folder / "config.json").read_text())
     assert facts["command"] == "clipkit train --x" and facts["batch"] == 6
     assert TrainConfig.from_mapping(facts["config"]).recipe == "heads"
@@ -124,7 +124,7 @@ def test_what_is_written_and_told(options: dict[str, Any]) -> None:
 
 
 def test_the_mean_of_the_weights_is_what_comes_out(options: dict[str, Any], tmp_path: Path) -> None:
-    """Fails for a mean that is kept and never used, or never updated."""
+    """Fails for a mean that is stored and never used, or never updated."""
     data = without_validation(Path(options["data"]), tmp_path / "d")
     summary = run(options, data=data, ema=0.9)
     saved = RunFolder(summary.folder).load()
@@ -181,7 +181,7 @@ def test_too_few_pictures_are_refused_before_anything_is_written(options: dict[s
     assert not (options["out"] / "run").exists()
 
 
-def test_no_validation_is_said(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_validation_split_is_noted(options: dict[str, Any], tmp_path: Path) -> None:
     data = without_validation(Path(options["data"]), tmp_path / "d")
     summary = run(options, data=data, max_steps=1, recipe="lit")
     assert summary.after is None and summary.alpha == 1.0

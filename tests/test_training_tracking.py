@@ -68,7 +68,10 @@ def test_a_tracker_of_accelerates_gets_configuration_and_numbers(
 
 
 def test_an_unknown_tracker_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"names 'wandbb'; use one of .*mlflow.*wandb"):
+    with pytest.raises(
+        InputError,
+        match=r"names 'wandbb', which accelerate does not have; use one of .*mlflow.*wandb",
+    ):
         made(tmp_path, "wandbb")
 
 

@@ -145,7 +145,7 @@ class TrainConfig:
                 raise InputError(f"unknown key {key!r}; {_hint(key, names, 'the keys are')}")
         if "data" not in options:
             raise InputError(
-                "data is not set; name a dataset folder, as `clipkit data build` writes it"
+                "data is not given; name a dataset folder, as `clipkit data build` writes it"
             )
         hints = get_type_hints(cls)
         values = {key: _converted(value, hints[key]) for key, value in options.items()}
@@ -161,12 +161,11 @@ class TrainConfig:
         """
         try:
             options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_mapping({**options, **(overrides or {})})
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not TOML: {error}") from None
-        try:
-            return cls.from_mapping({**options, **(overrides or {})})
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -201,8 +200,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     if choices := get_args(kind):
         _check_choice(name, value, choices)
     elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        raise InputError(f"{name} is {value!r}, {type(value).__name__}; it must be {wanted[kind]}")
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise InputError(f"{name} is {value!r}, {type(value).__name__}; it must be {kinds[kind]}")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

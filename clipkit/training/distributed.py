@@ -23,8 +23,6 @@ from clipkit.errors import InputError
 
 _BUCKET = 2**24  # gradient values summed in one call
 
-# ---- processes
-
 
 def world_size() -> int:
     """Return the number of processes that train together; 1 outside of `joined`."""
@@ -66,10 +64,7 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def own_slice(count: int) -> slice:
-    """Return this process's rows of a batch of `count`.
-
-    Raises InputError if the processes cannot share the batch evenly.
-    """
+    """Return this process's rows of a batch of `count`. Raises InputError for an uneven share."""
     size = world_size()
     if count % size:
         raise InputError(
@@ -78,9 +73,6 @@ def own_slice(count: int) -> slice:
         )
     share = count // size
     return slice(rank() * share, (rank() + 1) * share)
-
-
-# ---- exchange
 
 
 def gather(rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
@@ -158,9 +150,6 @@ def _sum_in_place(gradients: Sequence[torch.Tensor]) -> None:
         gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
     ):
         grad.copy_(part.view_as(grad))
-
-
-# ---- random states
 
 
 class RandomStates:

@@ -52,7 +52,6 @@ class Progress:
     loss: float | None = None
     mean_recall: float | None = None  # of the last evaluation
     best_recall: float | None = None
-    pictures_per_second: float | None = None
     eta_seconds: float | None = None
     message: str = ""  # what features are computed of, or a warning, shown once
 
@@ -353,7 +352,6 @@ class _Run:
                 loss=loss,
                 mean_recall=history.last.mean_recall if history.last else None,
                 best_recall=max(recalls, default=None),
-                pictures_per_second=done * self.job.batch / passed if done else None,
                 eta_seconds=passed / done * (total - history.step) if done else None,
                 message=message,
             )

@@ -275,16 +275,12 @@ def _version(package: str) -> str | None:
 
 def _check_unchanged(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
     """Raise InputError if a resumed run would not continue with what it began with."""
-    for key, name in (
-        ("encoder_id", "model"),
-        ("data", "data"),
-        ("batch", "batch"),
-        ("processes", "number of processes"),
-    ):
+    names = {"encoder_id": "model", "processes": "number of processes"}
+    for key in ("encoder_id", "data", "batch", "processes"):
         if earlier.get(key) != now[key]:
             raise InputError(
-                f"{folder.path} began with {name} {earlier.get(key)}, but now it is {now[key]}; "
-                "restore it, or start a new run"
+                f"{folder.path} began with {names.get(key, key)} {earlier.get(key)}, but now it is "
+                f"{now[key]}; restore it, or start a new run"
             )
 
 
