@@ -114,3 +114,14 @@ def test_only_what_began_is_resumed(options: dict[str, Any], tmp_path: Path) -> 
     path.write_text(json.dumps({**facts, "data": {"pictures": 3, "fingerprint": "x"}}))
     with pytest.raises(InputError, match=r"began with data .*'x'.*start a new run"):
         resume(done.folder)
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    assert folder.load() is None
+    folder.save(3, {"history": {"step": 3}})
+    assert folder.load() == {"history": {"step": 3}}
+    torch.save({"format": 1, "step": 3}, folder.states / "step_000003" / "training_state.pt")
+    with pytest.raises(InputError, match=r"has state format 1; this version of clipkit reads 2"):
+        folder.load()
