@@ -67,7 +67,7 @@ def training_report(
         )
     result = replace(
         result,
-        sentences=(*sentences, *(f"{text[:1].upper()}{text[1:]}." for text in summary["words"])),
+        sentences=(*sentences, *(f"{text[:1].upper()}{text[1:]}." for text in summary["notes"])),
         warnings=tuple(warnings),
         details={"curves": list(_curves(lines)), "tables": [_cost(facts, summary)]},
     )

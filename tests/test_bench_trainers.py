@@ -1,4 +1,4 @@
-"""What the comparison of trainers rests on: steps that fit the time, pairs that are evenly told."""
+"""The comparison of trainers: steps that fit the time, pairs drawn evenly."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_steps_fit_what_the_pilot_took(bench: ModuleType) -> None:
 
 def test_a_run_is_timed_by_its_lines(bench: ModuleType, tmp_path: Path) -> None:
     """A line of clipkit's and one of open_clip_train's are a step each; a failure ends with its tail."""
-    said = "print('step 1'); print('x | INFO | Train Epoch: 0 [ 64/128 (50%)]'); print('stepped')"
-    timing = bench.timed([bench.sys.executable, "-c", said], tmp_path / "log.txt", 1)
+    code = "print('step 1'); print('x | INFO | Train Epoch: 0 [ 64/128 (50%)]'); print('stepped')"
+    timing = bench.timed([bench.sys.executable, "-c", code], tmp_path / "log.txt", 1)
     assert len(timing.stamps) == 2
     assert timing.stamps[-1] <= timing.seconds
     assert timing.peak > 2**20
@@ -53,12 +53,12 @@ def test_epochs_hold_all_pairs_where_there_is_time(runs: ModuleType) -> None:
     assert runs.fitted_epochs(10, 1000, 64) == (1, 10)
 
 
-def test_pairs_are_told_evenly_and_read_back(runs: ModuleType, tmp_path: Path) -> None:
+def test_pairs_are_drawn_evenly_and_read_back(runs: ModuleType, tmp_path: Path) -> None:
     """Seven rows of three pairs: each twice, one of them a third time; quotes and tabs survive."""
     pictures = [("a.jpg", ['a "red" dog', "two\tdogs"]), ("b.jpg", ["a boat"])]
     runs.write_pairs(tmp_path / "pairs.tsv", pictures, 7, seed=0)
     with (tmp_path / "pairs.tsv").open(newline="") as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file, delimiter="\t")]
     counts = Counter(rows)
-    assert set(counts) == {(path, told) for path, captions in pictures for told in captions}
+    assert set(counts) == {(path, text) for path, captions in pictures for text in captions}
     assert sorted(counts.values()) == [2, 2, 3]

@@ -65,9 +65,9 @@ def test_outputs_gradients_and_weights_are_those_of_the_unfolded_model() -> None
     assert torch.allclose(model(picture), plain(picture), atol=1e-5)
     for each in (plain, model):
         (each(picture) ** 2).sum().backward()
-    for (name, wanted), got in zip(plain.named_parameters(), model.parameters(), strict=True):
-        assert got.grad is not None and wanted.grad is not None, name
-        assert torch.allclose(got.grad, wanted.grad, rtol=1e-4, atol=1e-3), name
+    for (name, expected), got in zip(plain.named_parameters(), model.parameters(), strict=True):
+        assert got.grad is not None and expected.grad is not None, name
+        assert torch.allclose(got.grad, expected.grad, rtol=1e-4, atol=1e-3), name
     assert plain.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(plain.state_dict()[k], v) for k, v in model.state_dict().items())
 
@@ -138,8 +138,8 @@ def test_timm_s_towers(name: str, least: int) -> None:
     plain, picture = deepcopy(model), torch.randn(2, 3, 64, 64)
     assert folded(model, picture) >= least
     with torch.no_grad():
-        wanted, got = plain(picture), model(picture)
-    assert float((got - wanted).norm() / wanted.norm()) < 1e-4
+        expected, got = plain(picture), model(picture)
+    assert float((got - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_a_tower_without_batch_norms_is_not_even_run() -> None:

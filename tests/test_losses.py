@@ -141,7 +141,7 @@ def test_siglip_by_hand() -> None:
 
 
 def test_siglip_with_an_equal_caption() -> None:
-    """As above, but the false pair (0, 1) is known to be true: left out, or asked with its sign
+    """As above, but the false pair (0, 1) is marked as true: left out, or counted with its sign
     turned: ln(1 + e^2) in place of ln(1 + e^-2)."""
     eye = torch.eye(2, dtype=torch.float64)
     same = torch.tensor([[False, True], [False, False]])
@@ -187,7 +187,7 @@ def test_blocks_of_rows_change_nothing(block_rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda: info_nce(IMAGES, TEXTS[:5], SCALE), r"images \(6, 4\) and texts \(5, 4\)"),
         (lambda: info_nce(IMAGES[:0], TEXTS[:0], SCALE), "at least one pair"),
@@ -197,8 +197,8 @@ def test_blocks_of_rows_change_nothing(block_rows: int) -> None:
         (lambda: info_nce(IMAGES, TEXTS, SCALE, hardness=-1), "hardness is -1"),
     ],
 )
-def test_what_cannot_be_computed_is_said(call: Callable[[], torch.Tensor], words: str) -> None:
-    with pytest.raises(InputError, match=words):
+def test_invalid_arguments_are_refused(call: Callable[[], torch.Tensor], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         call()
 
 

@@ -1,4 +1,4 @@
-"""What training judges by: scores, the mixture with the start, hard negatives."""
+"""Scores of an evaluation, the mixture with the start, hard negatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 from clipkit.training.data import CaptionedPictures, mine
-from clipkit.training.validation import Scores, contrast, evaluate, exceeds
+from clipkit.training.validation import Scores, evaluate, exceeds, picture_losses
 from clipkit.training.weights import ALPHAS, choose_alpha, mix
 
 
@@ -46,9 +46,8 @@ class Fixed:
     def stream(self, plans: object) -> Iterator[object]:
         raise NotImplementedError
 
-    def mode(self, training: bool) -> int:
+    def mode(self, training: bool) -> None:
         assert not training
-        return 0
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         return inputs
@@ -75,7 +74,7 @@ def test_a_perfect_model_scores_one_hundred_percent() -> None:
     )  # twelve points, their mean taken out
 
 
-def test_a_collapsed_model_scores_chance_and_is_worried_about() -> None:
+def test_a_collapsed_model_scores_chance_and_gets_a_warning() -> None:
     """All vectors equal, ties by their expectation: R@1 of 1/12 text-to-image, 2/24 the other way.
     Fails for the version that counts only strictly greater scores: 100 %."""
     same = F.normalize(torch.ones(12, 12), dim=1)
@@ -83,15 +82,15 @@ def test_a_collapsed_model_scores_chance_and_is_worried_about() -> None:
     assert collapsed.recall["text_to_image/R@1"] == pytest.approx(1 / 12)
     assert collapsed.recall["image_to_text/R@1"] == pytest.approx(2 / 24)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
-    assert "collapsing: their variance is" in (collapsed.worry(start) or "")
-    assert start.worry(start) is None and collapsed.worry(None) is None
+    assert "collapsing: variance fell from 0.917 to 0" in (collapsed.collapse_warning(start) or "")
+    assert start.collapse_warning(start) is None and collapsed.collapse_warning(None) is None
 
 
-def test_a_lower_rank_is_worried_about_too() -> None:
+def test_a_lower_rank_gets_a_warning_too() -> None:
     line = F.normalize(torch.tensor([[1.0, 0.0]]) * torch.linspace(-1, 1, 12)[:, None], dim=1)
     flat = scores_of(line, line.repeat_interleave(2, 0), TWO_EACH)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
-    assert "effective rank is 1, after 11" in (flat.worry(start) or "")
+    assert "effective rank fell from 11 to 1" in (flat.collapse_warning(start) or "")
 
 
 def test_a_model_of_nan_is_an_error() -> None:
@@ -111,19 +110,20 @@ def test_the_loss_of_a_picture_both_ways_derived_by_hand() -> None:
     texts = np.array([[1, 0], [0.6, 0.8], [0, 1]], np.float32)
     owner = np.array([0, 0, 1])
     six, eight = 2**0.6, 2**0.8
-    told = -(np.log(2 / 3) + np.log(six / (six + eight))) / 2, -np.log(2 / 3)
-    shown = -np.log((2 + six) / (3 + six)), -np.log(2 / (3 + eight))
-    found = contrast(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
-    assert found == pytest.approx([(told[0] + shown[0]) / 2, (told[1] + shown[1]) / 2], rel=1e-6)
+    to_image = -(np.log(2 / 3) + np.log(six / (six + eight))) / 2, -np.log(2 / 3)
+    to_text = -np.log((2 + six) / (3 + six)), -np.log(2 / (3 + eight))
+    losses = picture_losses(np.eye(2, dtype=np.float32), texts, owner, scale=np.log(2.0))
+    expected = [(a + b) / 2 for a, b in zip(to_image, to_text, strict=True)]
+    assert losses == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_loss_does_not_depend_on_how_it_is_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     pictures, texts = (rng.normal(size=(n, 8)).astype(np.float32) for n in (10, 25))
     owner = np.repeat(np.arange(10), [1, 4] * 5)
-    whole = contrast(pictures, texts, owner, scale=3.0)
-    monkeypatch.setattr("clipkit.training.validation._BLOCK", 4)
-    assert contrast(pictures, texts, owner, scale=3.0) == pytest.approx(whole, rel=1e-5)
+    whole = picture_losses(pictures, texts, owner, scale=3.0)
+    monkeypatch.setattr("clipkit.training.validation._BLOCK_ROWS", 4)
+    assert picture_losses(pictures, texts, owner, scale=3.0) == pytest.approx(whole, rel=1e-5)
 
 
 def test_what_recall_cannot_tell_apart_the_loss_decides() -> None:
@@ -151,10 +151,10 @@ class Weighted(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tuned = torch.nn.Parameter(torch.tensor([4.0]))
-        self.kept = torch.nn.Parameter(torch.tensor([7.0]))
+        self.frozen = torch.nn.Parameter(torch.tensor([7.0]))
 
 
-START = {"tuned": torch.tensor([0.0]), "kept": torch.tensor([7.0])}
+START = {"tuned": torch.tensor([0.0]), "frozen": torch.tensor([7.0])}
 TUNED = {"tuned": torch.tensor([4.0])}
 
 
@@ -175,7 +175,7 @@ def chosen(by_alpha: dict[float, Scores], start: Scores = START_SCORES) -> float
         return by_alpha.get(alpha, scored([0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0]))
 
     mixture = choose_alpha(model, START, TUNED, evaluate, at_start=start)
-    assert model.kept.item() == 7.0
+    assert model.frozen.item() == 7.0
     assert model.tuned.item() == pytest.approx(4 * mixture.alpha)
     assert list(mixture.scores) == [0.0, *ALPHAS]
     return mixture.alpha

@@ -65,7 +65,7 @@ def test_invalid_options_are_refused_with_the_remedy(options: dict[str, Any], me
 
 
 def test_a_missing_dataset_is_refused() -> None:
-    with pytest.raises(InputError, match="data is not set"):
+    with pytest.raises(InputError, match="data is not given"):
         TrainConfig.from_mapping({})
 
 

@@ -45,7 +45,7 @@ class Pair(torch.nn.Module):
     def loss(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         return siglip(images, texts, self.logit_scale, self.logit_bias)
 
-    def alike(self) -> list[torch.nn.Parameter]:
+    def scalars(self) -> list[torch.nn.Parameter]:
         return [self.logit_scale, self.logit_bias]
 
     def towers(self) -> list[torch.nn.Parameter]:
@@ -65,7 +65,7 @@ def gradients(chunk: int) -> dict[str, torch.Tensor]:
         model.loss,
         gather=distributed.gather,
     )
-    distributed.sum_gradients(model.towers(), model.alike())
+    distributed.sum_gradients(model.towers(), model.scalars())
     return {"loss": value} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -93,17 +93,16 @@ def gradients_without_exact_gather() -> dict[str, torch.Tensor]:
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = {
+    results = {
         "whole": gradients(chunk=100),
         "chunks": gradients(chunk=3),
         "wrong": gradients_without_exact_gather(),
         "uneven": distributed.gather_uneven(torch.full((rank + 1, 2), float(rank))),
-        "any": distributed.any_true(rank == 1),
         "collected": distributed.collect({"rank": rank}),
     }
     with pytest.raises(InputError, match=r"batch is 7, which 2 processes cannot share.*use 6"):
         distributed.own_slice(7)
-    torch.save(found, f"{folder}/{rank}.pt")
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -113,16 +112,21 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     expected = gradients(chunk=100)
     for rank in (0, 1):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        results = torch.load(tmp_path / f"{rank}.pt")
         for way in ("whole", "chunks"):
-            assert found[way].keys() == expected.keys()
+            assert results[way].keys() == expected.keys()
             for name, gradient in expected.items():
-                torch.testing.assert_close(found[way][name], gradient, msg=f"{way} {name}")
-        torch.testing.assert_close(found["wrong"]["logit_scale"], expected["logit_scale"])
-        torch.testing.assert_close(found["wrong"]["text.weight"], expected["text.weight"] / 2)
-        assert found["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
-        assert found["any"] is True
-        assert found["collected"] == [{"rank": 0}, {"rank": 1}]
+                torch.testing.assert_close(results[way][name], gradient, msg=f"{way} {name}")
+        torch.testing.assert_close(results["wrong"]["logit_scale"], expected["logit_scale"])
+        torch.testing.assert_close(results["wrong"]["text.weight"], expected["text.weight"] / 2)
+        assert results["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+        assert results["collected"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_cuda_tensors_travel_by_nccl_and_cpu_tensors_by_gloo() -> None:
+    """Fails for "nccl" alone, which cannot gather the CPU's tensors: features, counts, objects."""
+    assert distributed.backend(torch.device("cuda", 1)) == "cpu:gloo,cuda:nccl"
+    assert distributed.backend(torch.device("cpu")) == "gloo"
 
 
 def test_one_process_is_a_world_of_one() -> None:
@@ -132,16 +136,15 @@ def test_one_process_is_a_world_of_one() -> None:
     assert distributed.gather(rows) == (rows, slice(0, 3))
     assert distributed.gather_uneven(rows) is rows
     assert distributed.collect("x") == ["x"]
-    assert not distributed.any_true(False)
 
 
 def trained(options: dict[str, Any], name: str) -> None:
     """A whole run of two steps: hard negatives, gradient caching, evaluation, export."""
-    told = {"name": name, "epochs": 1, "batch": 6, "chunk": 2, "device": "cpu", "workers": 1}
+    sizes = {"name": name, "epochs": 1, "batch": 6, "chunk": 2, "device": "cpu", "workers": 1}
     more = {"hard_negatives": 1, "tensorboard": False, "recipe": "full", "interpolate": False}
     from clipkit.training import train
 
-    train(TrainConfig.from_mapping({**options, **told, **more}))
+    train(TrainConfig.from_mapping({**options, **sizes, **more}))
 
 
 def trained_by_one_of_two(rank: int, folder: str, options: dict[str, Any]) -> None:
@@ -168,11 +171,12 @@ def test_a_whole_run_of_two_processes_equals_one(
     torch.multiprocessing.spawn(trained_by_one_of_two, (str(tmp_path), options), nprocs=2)
     trained(options, "one")
     one, two = (RunFolder(tmp_path / "runs" / name).load() for name in ("one", "two"))
-    assert one is not None and two is not None and one[0].step == two[0].step == 2
+    assert one is not None and two is not None
+    assert one["history"]["step"] == two["history"]["step"] == 2
     start = load_file(Path(options["start"]) / "open_clip_model.safetensors")
-    for name, tensor in one[0].parameters.items():
+    for name, tensor in one["parameters"].items():
         # AdamW's first steps divide a gradient by its size: where it is about 0, so is its sign.
         moved = (tensor - start[name]).abs().mean()
-        assert (two[0].parameters[name] - tensor).abs().mean() <= 0.02 * moved, name
-    assert one[0].parameters["visual.proj"].ne(start["visual.proj"]).any()
-    assert one[0].start_scores["recall"] == two[0].start_scores["recall"]
+        assert (two["parameters"][name] - tensor).abs().mean() <= 0.02 * moved, name
+    assert one["parameters"]["visual.proj"].ne(start["visual.proj"]).any()
+    assert one["history"]["start"]["recall"] == two["history"]["start"]["recall"]

@@ -28,11 +28,10 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    saved = RunFolder(folder).load()
-    assert saved is not None
-    state, best = saved
-    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
-    return leaves({**fields, "best": best, "seconds": None})
+    state = RunFolder(folder).load()
+    assert state is not None
+    assert len(state["history"]["best_weights"]) == len(state["parameters"]) > 0
+    return {path: leaf for path, leaf in leaves(state).items() if path != "/history/seconds"}
 
 
 class Killed(BaseException):
@@ -47,7 +46,7 @@ def train_with_a_kill(config: TrainConfig, folder: Path, step: int) -> RunSummar
     with pytest.raises(Killed):
         train(config, on_progress=kill)
     (folder / "checkpoints" / "step_000099").mkdir()  # begun, and not finished
-    (folder / "checkpoints" / "step_000099" / "training_state.partial").write_bytes(b"PK")
+    (folder / "checkpoints" / "step_000099" / ".training_state.pt.tmp").write_bytes(b"PK")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')
     return resume(folder)
@@ -115,3 +114,14 @@ def test_only_what_began_is_resumed(options: dict[str, Any], tmp_path: Path) -> 
     path.write_text(json.dumps({**facts, "data": {"pictures": 3, "fingerprint": "x"}}))
     with pytest.raises(InputError, match=r"began with data .*'x'.*start a new run"):
         resume(done.folder)
+
+
+def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.create({})
+    assert folder.load() is None
+    folder.save(3, {"history": {"step": 3}})
+    assert folder.load() == {"history": {"step": 3}}
+    torch.save({"format": 1, "step": 3}, folder.states / "step_000003" / "training_state.pt")
+    with pytest.raises(InputError, match=r"has state format 1; this version of clipkit reads 2"):
+        folder.load()

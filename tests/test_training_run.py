@@ -1,4 +1,4 @@
-"""Whole runs on tiny towers: exports, the temperature, refusals, what is written down."""
+"""Whole runs on tiny towers: exports, files, the temperature, refusals, losses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from training_runs import altered, metrics, run, weights, without_validation, wr
 
 from clipkit import checkpoint, towers
 from clipkit.errors import DatasetError, InputError
+from clipkit.losses import LOSSES, Loss
 from clipkit.training import Progress, TrainConfig, train
 from clipkit.training.run_folder import RunFolder
 
@@ -47,7 +48,7 @@ def test_the_checkpoint_is_the_model_that_was_trained(
     assert {n: t.shape for n, t in exported.items()} == {n: t.shape for n, t in before.items()}
     saved = RunFolder(summary.folder).load()
     assert saved is not None
-    last = saved[0].parameters
+    last = saved["parameters"]
     changed = {n for n, tensor in exported.items() if not torch.equal(tensor, before[n])}
     if recipe == "lora":
         name = "transformer.resblocks.0.attn"
@@ -96,20 +97,20 @@ def test_a_run_that_gets_no_better_leaves_the_start(options: dict[str, Any]) -> 
     summary = run(options, learning_rate=1e-12, patience=1, epochs=5)
     assert summary.best_step == 0 and summary.steps == 4
     assert summary.encoder_id == summary.parent_id and summary.before == summary.after
-    assert "stopped early after step 4 of 10" in summary.words
-    assert any("nothing was better than the start" in words for words in summary.words)
+    assert "stopped early after step 4 of 10: validation did not improve" in summary.notes
+    assert any("no trained weights were better" in note for note in summary.notes)
 
 
-def test_what_is_written_and_told(options: dict[str, Any]) -> None:
-    told: list[Progress] = []
+def test_files_and_progress(options: dict[str, Any]) -> None:
+    updates: list[Progress] = []
     torch.manual_seed(11)
     before = torch.get_rng_state()
     config = TrainConfig.from_mapping({**options, "recipe": "heads"})
-    summary = train(config, on_progress=told.append, command="clipkit train --x")
+    summary = train(config, on_progress=updates.append, command="clipkit train --x")
     assert torch.equal(torch.get_rng_state(), before)  # the caller's random state is theirs
-    training = [p for p in told if p.phase == "training"]
+    training = [p for p in updates if p.phase == "training"]
     assert [p.done for p in training] == [1, 2, 3, 4, 5, 6] and training[-1].eta_seconds == 0
-    assert {p.phase for p in told} >= {"features", "evaluating", "training", "saving"}
+    assert {p.phase for p in updates} >= {"features", "evaluating", "training", "saving"}
     facts = json.loads((summary.folder / "config.json").read_text())
     assert facts["command"] == "clipkit train --x" and facts["batch"] == 6
     assert TrainConfig.from_mapping(facts["config"]).recipe == "heads"
@@ -123,13 +124,13 @@ def test_what_is_written_and_told(options: dict[str, Any]) -> None:
 
 
 def test_the_mean_of_the_weights_is_what_comes_out(options: dict[str, Any], tmp_path: Path) -> None:
-    """Fails for a mean that is kept and never used, or never updated."""
+    """Fails for a mean that is stored and never used, or never updated."""
     data = without_validation(Path(options["data"]), tmp_path / "d")
     summary = run(options, data=data, ema=0.9)
     saved = RunFolder(summary.folder).load()
     assert saved is not None
     exported = weights(summary.checkpoint)
-    mean, last = saved[0].ema["visual.proj"], saved[0].parameters["visual.proj"]
+    mean, last = saved["ema"]["visual.proj"], saved["parameters"]["visual.proj"]
     assert torch.equal(exported["visual.proj"], mean) and not torch.equal(mean, last)
     assert not torch.equal(mean, weights(Path(options["start"]))["visual.proj"])
 
@@ -180,11 +181,11 @@ def test_too_few_pictures_are_refused_before_anything_is_written(options: dict[s
     assert not (options["out"] / "run").exists()
 
 
-def test_no_validation_is_said(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_missing_validation_split_is_noted(options: dict[str, Any], tmp_path: Path) -> None:
     data = without_validation(Path(options["data"]), tmp_path / "d")
     summary = run(options, data=data, max_steps=1, recipe="lit")
     assert summary.after is None and summary.alpha == 1.0
-    assert any("no validation split" in words for words in summary.words)
+    assert any("no validation split" in note for note in summary.notes)
 
 
 def test_half_precision_and_activation_checkpointing_train_every_layer(
@@ -204,3 +205,26 @@ def test_half_precision_and_activation_checkpointing_train_every_layer(
     torch.testing.assert_close(after[name], plain[name], rtol=0, atol=0.02)
     with pytest.raises(InputError, match="float16 does not train on a CPU"):
         run(options, name="half", precision="float16")
+
+
+def test_a_loss_registered_from_outside_is_trained_with(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss 7 + the sum of squares of the pictures' unit rows: 7 + 6 for a batch of six. Nothing but
+    its entry in LOSSES is needed to name it. Fails for a configuration with a closed list."""
+    batches: list[tuple[int, ...]] = []
+
+    def seven(
+        images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        batches.append((*images.shape, *texts.shape))
+        assert options["debias"] == 0.25 and "hardness" not in options
+        return 7 + images.square().sum() + 0 * (texts.sum() + logit_scale)
+
+    entry = Loss(seven, options=frozenset({"debias"}))
+    monkeypatch.setitem(LOSSES, "seven", entry)
+    summary = run(options, loss="seven", debias=0.25, max_steps=1, recipe="lit")
+    assert batches == [(6, 24, 6, 24)]
+    (line,) = [line for line in metrics(summary.folder) if "loss" in line]
+    assert line["loss"] == pytest.approx(13, abs=1e-5)
+    assert json.loads((summary.folder / "config.json").read_text())["loss"] == "seven"

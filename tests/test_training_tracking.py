@@ -38,37 +38,40 @@ def test_a_tracker_of_accelerates_gets_configuration_and_numbers(
     class Notebook(tracking.GeneralTracker):  # type: ignore[misc]
         name = "notebook"
         requires_logging_directory = False
-        told: ClassVar[list[Any]] = []
+        calls: ClassVar[list[Any]] = []
 
         def __init__(self, run_name: str) -> None:
             super().__init__()
-            self.told.append(run_name)
+            self.calls.append(run_name)
 
         @property
         def tracker(self) -> list[Any]:
-            return self.told
+            return self.calls
 
         def start(self) -> None:
-            self.told.append("start")
+            self.calls.append("start")
 
         def store_init_configuration(self, values: dict[str, Any]) -> None:
-            self.told.append(values["recipe"])
+            self.calls.append(values["recipe"])
 
         def log(self, values: dict[str, Any], step: int | None) -> None:
-            self.told.append((step, values))
+            self.calls.append((step, values))
 
         def finish(self) -> None:
-            self.told.append("finish")
+            self.calls.append("finish")
 
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
     tracker = made(tmp_path, "notebook")
     tracker.write(3, {"loss": 0.5})
     tracker.close()
-    assert Notebook.told == ["mine", "start", "heads", (3, {"loss": 0.5}), "finish"]
+    assert Notebook.calls == ["mine", "start", "heads", (3, {"loss": 0.5}), "finish"]
 
 
 def test_an_unknown_tracker_is_named_with_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"names 'wandbb'; accelerate knows .*mlflow.*wandb"):
+    with pytest.raises(
+        InputError,
+        match=r"names 'wandbb', which accelerate does not have; use one of .*mlflow.*wandb",
+    ):
         made(tmp_path, "wandbb")
 
 

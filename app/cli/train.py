@@ -219,11 +219,11 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         def show(progress: Progress) -> None:
             nonlocal printed
             if progress.phase == "features":
-                bar(f"features of {progress.words}", progress.done, progress.total)
+                bar(f"features of {progress.message}", progress.done, progress.total)
                 return
             bar(progress.phase, progress.done, progress.total)
-            if progress.words:
-                print(f"warning: {progress.words}", file=sys.stderr)
+            if progress.message:
+                print(f"warning: {progress.message}", file=sys.stderr)
             if progress.phase == "training" and progress.mean_recall not in (None, printed):
                 printed = progress.mean_recall
                 print(_line(progress), file=sys.stderr)
@@ -242,8 +242,8 @@ def _line(progress: Progress) -> str:
 
 
 def _print_summary(summary: RunSummary) -> None:
-    for words in summary.words:
-        print(words)
+    for note in summary.notes:
+        print(note)
     place = printable(str(summary.folder))
     if summary.stopped:
         print(f"stopped after step {summary.steps:,}; go on with: clipkit train --resume {place}")

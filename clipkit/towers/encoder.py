@@ -365,7 +365,7 @@ class Cores:
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        """Start as many threads as torch was told to use when they are first needed."""
+        """Start as many threads as torch uses, when they are first needed."""
         count = torch.get_num_threads()
         return ThreadPoolExecutor(count, "core", initializer=_use_one_thread, initargs=(count,))
 

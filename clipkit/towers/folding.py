@@ -48,24 +48,22 @@ def _watched(
 ) -> tuple[torch.Tensor, list[tuple[torch.nn.Conv2d, _BatchNorm]]]:
     """Return the output of `run`, and each convolution with the only norm that reads its output."""
     made: list[tuple[torch.nn.Conv2d, torch.Tensor]] = []  # the outputs stay alive: `is` is certain
-    taken: list[tuple[_BatchNorm, torch.Tensor]] = []
+    read: list[tuple[_BatchNorm, torch.Tensor]] = []
     hooks = [
         conv.register_forward_hook(lambda m, _, out: made.append((m, out)))
         for conv in model.modules()
         if type(conv) is torch.nn.Conv2d  # a subclass may do more than convolve
     ]
-    hooks += [
-        norm.register_forward_pre_hook(lambda m, x: taken.append((m, x[0]))) for norm in norms
-    ]
+    hooks += [norm.register_forward_pre_hook(lambda m, x: read.append((m, x[0]))) for norm in norms]
     try:
         result = run()
     finally:
         for hook in hooks:
             hook.remove()
-    used = Counter(id(module) for module, _ in (*made, *taken))
+    used = Counter(id(module) for module, _ in (*made, *read))
     pairs = []
     for conv, out in made:
-        takers = [norm for norm, given in taken if given is out]
+        takers = [norm for norm, x in read if x is out]
         if len(takers) == 1 and used[id(conv)] == used[id(takers[0])] == 1:
             pairs.append((conv, takers[0]))
     return result, pairs

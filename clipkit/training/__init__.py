@@ -1,10 +1,10 @@
-"""Fine-tuning the towers on captioned pictures: from a dataset folder to a checkpoint.
+"""Fine-tune the towers on captioned pictures: from a dataset folder to a checkpoint.
 
 config = TrainConfig.from_mapping({"data": "dataset", "recipe": "lora"})
 summary = train(config)
 summary.checkpoint                # an OpenCLIP folder, for `towers.load` and `clipkit index --model`
 
-run.py puts a run together; loop.py is the loop; the rest are its parts.
+run.py prepares and finishes a run; loop.py is the training loop; the other modules are its parts.
 """
 
 from clipkit.training.config import RECIPES, TrainConfig

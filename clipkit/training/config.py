@@ -23,39 +23,15 @@ Recipe = Literal["heads", "lit", "lora", "full"]
 
 # Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
 # every picture.
+_DEFAULTS = "epochs learning_rate weight_decay layer_decay feature_dropout ema".split()
 RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "heads": {
-        "epochs": 20,
-        "learning_rate": 1e-3,
-        "weight_decay": 0.1,
-        "layer_decay": 1.0,
-        "feature_dropout": 0.2,
-        "ema": 0.0,
-    },
-    "lit": {
-        "epochs": 8,
-        "learning_rate": 5e-5,
-        "weight_decay": 0.05,
-        "layer_decay": 1.0,
-        "feature_dropout": 0.0,
-        "ema": 0.98,
-    },
-    "lora": {
-        "epochs": 8,
-        "learning_rate": 3e-4,
-        "weight_decay": 0.01,
-        "layer_decay": 1.0,
-        "feature_dropout": 0.0,
-        "ema": 0.98,
-    },
-    "full": {
-        "epochs": 8,
-        "learning_rate": 3e-5,
-        "weight_decay": 0.05,
-        "layer_decay": 0.8,
-        "feature_dropout": 0.0,
-        "ema": 0.98,
-    },
+    recipe: dict(zip(_DEFAULTS, values, strict=True))
+    for recipe, values in {
+        "heads": (20, 1e-3, 0.1, 1.0, 0.2, 0.0),
+        "lit": (8, 5e-5, 0.05, 1.0, 0.0, 0.98),
+        "lora": (8, 3e-4, 0.01, 1.0, 0.0, 0.98),
+        "full": (8, 3e-5, 0.05, 0.8, 0.0, 0.98),
+    }.items()
 }
 
 
@@ -169,7 +145,7 @@ class TrainConfig:
                 raise InputError(f"unknown key {key!r}; {_hint(key, names, 'the keys are')}")
         if "data" not in options:
             raise InputError(
-                "data is not set; name a dataset folder, as `clipkit data build` writes it"
+                "data is not given; name a dataset folder, as `clipkit data build` writes it"
             )
         hints = get_type_hints(cls)
         values = {key: _converted(value, hints[key]) for key, value in options.items()}
@@ -185,12 +161,11 @@ class TrainConfig:
         """
         try:
             options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.from_mapping({**options, **(overrides or {})})
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not TOML: {error}") from None
-        try:
-            return cls.from_mapping({**options, **(overrides or {})})
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -225,8 +200,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
     if choices := get_args(kind):
         _check_choice(name, value, choices)
     elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        raise InputError(f"{name} is {value!r}, {type(value).__name__}; it must be {wanted[kind]}")
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise InputError(f"{name} is {value!r}, {type(value).__name__}; it must be {kinds[kind]}")
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
-"""Several processes as one: what `torchrun` started, gathered exactly.
+"""Training by several processes, as started by `torchrun`, with the gradients of one process.
 
-Each process computes the whole loss over all processes' embeddings. Its gradient with respect to the
-own rows goes back through the own towers; summed over processes that is the gradient of one process
-with the whole batch. logit_scale and logit_bias are used by the loss alone: their gradients are
-whole everywhere and must not be summed. (Averaging all gradients instead, as DistributedDataParallel
-does, shrinks the towers' by the number of processes and leaves logit_scale's as it is.)
+Each process computes the whole loss over all processes' embeddings. The gradient of its own rows goes
+back through its own towers; summed over processes, that is the gradient of one process with the
+whole batch. logit_scale and logit_bias are used by the loss alone: their gradients are complete in
+every process and must not be summed. (Averaging all gradients instead, as DistributedDataParallel
+does, divides the towers' by the number of processes and leaves logit_scale's as it is.)
 
-Nothing here needs a second machine: one process is a world of one.
+Without `torchrun` there is one process, and every function here works with a world size of 1.
 """
 
 from __future__ import annotations
@@ -21,61 +21,42 @@ import torch.distributed as dist
 
 from clipkit.errors import InputError
 
-
-@contextmanager
-def own_generators(device: torch.device) -> Iterator[None]:
-    """Within, the default generators may be seeded and drawn from; afterwards they are as before."""
-    before = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(before)
-
-
-def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The CPU's state, and the device's where it has its own."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type in ("cuda", "mps"):
-        state[device.type] = getattr(torch, device.type).get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    """Put back what `random_state` gave."""
-    torch.set_rng_state(state["cpu"])
-    for device in ("cuda", "mps"):
-        if device in state:
-            getattr(torch, device).set_rng_state(state[device])
-
-
 _BUCKET = 2**24  # gradient values summed in one call
 
 
 def world_size() -> int:
-    """How many processes train together; 1 outside of `joined`."""
+    """Return the number of processes that train together; 1 outside of `joined`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Return this process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def own_device(device: torch.device) -> torch.device:
-    """This process's GPU, where several on one machine were started to use one each."""
+    """Return this process's GPU if torchrun started one process per GPU, else `device`."""
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
 
 
+def backend(device: torch.device) -> str:
+    """Return the communication backends for tensors on `device` and on the CPU.
+
+    NCCL cannot gather CPU tensors, such as features that were computed once, so gloo stays beside it.
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Within, the processes that `torchrun` started know each other; without it, nothing happens."""
+    """Connect the processes that `torchrun` started while the context is open; else do nothing."""
     if dist.is_initialized() or "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend(device))
     try:
         yield
     finally:
@@ -83,7 +64,7 @@ def joined(device: torch.device) -> Iterator[None]:
 
 
 def own_slice(count: int) -> slice:
-    """Which of a batch's `count` rows are this process's; InputError if they cannot be shared."""
+    """Return this process's rows of a batch of `count`. Raises InputError for an uneven share."""
     size = world_size()
     if count % size:
         raise InputError(
@@ -95,8 +76,11 @@ def own_slice(count: int) -> slice:
 
 
 def gather(rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """Equally many `rows` (b, D) of every process -> all (B, D), in order of rank, and the slice
-    that holds the own. No graph: `large_batch.backward` carries the gradients."""
+    """Gather equally many `rows` (b, D) of every process as (B, D), in order of rank.
+
+    Also return the slice of this process's rows. The result has no graph; `gradient_cache.backward`
+    carries the gradients.
+    """
     if world_size() == 1:
         return rows, slice(0, len(rows))
     parts = [torch.empty_like(rows) for _ in range(world_size())]
@@ -106,7 +90,7 @@ def gather(rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
 
 
 def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
-    """Any number of `rows` (n, D) of every process -> all, in order of rank."""
+    """Gather any number of `rows` (n, D) of every process, in order of rank."""
     if world_size() == 1:
         return rows
     counts = [int(n) for n in collect(len(rows))]
@@ -118,7 +102,7 @@ def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
 
 
 def collect(value: Any) -> list[Any]:
-    """Every process's `value`, in order of rank."""
+    """Return every process's `value`, in order of rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -126,36 +110,34 @@ def collect(value: Any) -> list[Any]:
     return values
 
 
-def first(value: Any) -> Any:
-    """The first process's `value`."""
-    return collect(value)[0]
-
-
-def any_true(flag: bool) -> bool:
-    """Whether the flag is set in any process: all take the same decision."""
-    return flag if world_size() == 1 else any(collect(flag))
+def wait_for_all() -> None:
+    """Return once every process has called this."""
+    collect(None)
 
 
 def sum_gradients(
-    towers: Iterable[torch.nn.Parameter], alike: Sequence[torch.nn.Parameter]
+    towers: Iterable[torch.nn.Parameter], scalars: Sequence[torch.nn.Parameter]
 ) -> None:
-    """The towers' gradients summed over processes. Those of `alike` (logit_scale, logit_bias) are
-    whole already; their mean is taken, so that rounding cannot let processes drift apart."""
+    """Sum the towers' gradients over processes, in place.
+
+    Those of `scalars` (logit_scale, logit_bias) are complete already; they are averaged, so that
+    rounding cannot let processes drift apart.
+    """
     size = world_size()
     if size == 1:
         return
     bucket: list[torch.Tensor] = []
     for parameter in towers:
-        if parameter.grad is None:  # the same ones in every process would be missing
+        if parameter.grad is None:  # every process must sum the same list
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
         if sum(grad.numel() for grad in bucket) >= _BUCKET:
             _sum_in_place(bucket)
             bucket = []
     _sum_in_place(bucket)
-    whole = [parameter.grad for parameter in alike if parameter.grad is not None]
-    _sum_in_place(whole)
-    for grad in whole:
+    complete = [parameter.grad for parameter in scalars if parameter.grad is not None]
+    _sum_in_place(complete)
+    for grad in complete:
         grad /= size
 
 
@@ -168,3 +150,44 @@ def _sum_in_place(gradients: Sequence[torch.Tensor]) -> None:
         gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
     ):
         grad.copy_(part.view_as(grad))
+
+
+class RandomStates:
+    """The random states of all processes, saved and restored with the state of a run."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collect every process's state: all of them must call this."""
+        return {"by_rank": collect(random_state(self._device))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore this process's state."""
+        set_random_state(state["by_rank"][rank()])
+
+
+@contextmanager
+def own_generators(device: torch.device) -> Iterator[None]:
+    """Restore torch's default generators when the context is left."""
+    before = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the state of the CPU's generator, and of the device's if it has its own."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    for device in ("cuda", "mps"):
+        if device in state:
+            getattr(torch, device).set_rng_state(state[device])

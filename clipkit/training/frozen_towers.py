@@ -115,14 +115,13 @@ class FrozenTowers:
 
     def __init__(self, towers: TrainableTowers, *, dropout: float) -> None:
         self.logit_scale, self.logit_bias = towers.logit_scale, towers.logit_bias
-        self.device, self.model = towers.device, towers.model
+        self.encoder, self.device, self.model = towers.encoder, towers.device, towers.model
         self._image, self._text = find_heads(towers.model)
         self._dropout, self._training = dropout, False
         self._towers = towers
 
-    def mode(self, training: bool) -> int:
+    def mode(self, training: bool) -> None:
         self._training = training
-        return 0
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         return self._unit(inputs, self._image)
@@ -190,7 +189,7 @@ class FrozenTowers:
         rows = store.get(keys.values())
 
         def encode(pixels: list[torch.Tensor]) -> npt.NDArray[np.float32]:
-            return _numpy(encoder.spread(self._towers.raw_images, torch.stack(pixels)))
+            return _numpy(encoder.spread(self._towers.image_features, torch.stack(pixels)))
 
         def lookup(_: str) -> object | None:
             return None  # only pictures whose features are missing are read
@@ -225,8 +224,8 @@ class FrozenTowers:
         size = text_batch(self._towers.encoder)
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
-            tokens = self._towers.tokenize([keys[key] for key in batch])
-            vectors = _numpy(self._towers.raw_texts(tokens))
+            tokens = self._towers.encoder.tokenize([keys[key] for key in batch])
+            vectors = _numpy(self._towers.text_features(tokens))
             store.put(batch, vectors)
             rows.update(zip(batch, vectors, strict=True))
             on_batch(len(rows))

@@ -1,16 +1,17 @@
-"""Batches larger than memory: gradient caching (GradCache; Gao et al. 2021, arXiv 2101.06983).
+"""Batches larger than memory, by gradient caching (GradCache; Gao et al. 2021, arXiv 2101.06983).
 
-    1. every chunk through its tower without a graph: only the embeddings are kept
-    2. the loss over all embeddings, once; its gradients with respect to them are the cache
-    3. every chunk again, with a graph, from the same random state; the cached gradient goes back
+    1. Every chunk passes through its tower without a graph; only the embeddings are stored.
+    2. The loss is computed once over all embeddings; its gradients at them are the cache.
+    3. Every chunk passes again with a graph, from the same random state, and the cached gradients go
+       back through it.
 
-The gradients are those of one big batch, for any chunk size. The loss is computed once, so the
-gradient of logit_scale and logit_bias is right as well (it would come out times the number of chunks
-if each chunk computed the loss anew). Dropout draws the same masks twice, because the random state
-is replayed. BatchNorm cannot be chunked: in training mode each chunk would be normalised by its own
+The gradients are those of one large batch, for any chunk size. Since the loss is computed once, the
+gradients of logit_scale and logit_bias are right too; if each chunk computed it again, they would be
+multiplied by the number of chunks. Dropout draws the same masks twice, because the random state is
+replayed. BatchNorm in training mode cannot be chunked: each chunk would be normalised by its own
 statistics, and the running ones updated twice. `freeze_batch_norms` keeps it in evaluation mode.
 
-A batch that fits into one chunk goes through its tower once, like plain training.
+A batch that fits into one chunk passes its tower once, as in plain training.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from clipkit.errors import InputError
 from clipkit.training.distributed import random_state, set_random_state
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
+Gather = Callable[[torch.Tensor], tuple[torch.Tensor, slice]]  # see `distributed.gather`
 
 
 class Rows(Protocol):
-    """A batch's inputs, a tensor or what gives rows of one."""
+    """A batch's inputs: a tensor, or an object that reads rows of one."""
 
     @property
     def device(self) -> torch.device: ...
@@ -36,19 +38,14 @@ class Rows(Protocol):
     def __getitem__(self, rows: torch.Tensor, /) -> torch.Tensor: ...
 
 
-class Gather(Protocol):
-    """All processes' rows from this one's, and where its own are among them."""
-
-    def __call__(self, rows: torch.Tensor) -> tuple[torch.Tensor, slice]: ...
-
-
 class ChunkedTower:
     """One tower's pass over one batch: forward in chunks, and backward from cached gradients.
 
-    `trained`: whether the tower has parameters to train; a locked one is passed once, without graph.
-    `device`: where the tower computes, whose random state is replayed (default: the inputs').
-    `order` (B,) is how rows are put into chunks, such as texts by length; the result does not
-    depend on it.
+    trained: whether the tower has parameters to train; a locked one is passed once, without graph.
+    order: int64 (B,), the rows in the order of chunks, such as texts by length; the result does not
+        depend on it.
+    device: where the tower computes and whose random state is replayed (default: the inputs').
+    Raises InputError for a chunk below 1.
     """
 
     def __init__(
@@ -71,7 +68,7 @@ class ChunkedTower:
         self._whole: torch.Tensor | None = None  # the only chunk's embeddings, with their graph
 
     def forward(self) -> torch.Tensor:
-        """Embeddings (B, D) in the order of the inputs, without a graph."""
+        """Compute embeddings (B, D) in the order of the inputs, without a graph."""
         if len(self._chunks) == 1 and self._trained:
             rows = self._chunks[0]
             self._whole = self._encode(self._inputs[rows])
@@ -84,7 +81,7 @@ class ChunkedTower:
         return _scattered(parts, torch.cat(self._chunks))
 
     def backward(self, gradient: torch.Tensor) -> None:
-        """Add to the parameters' gradients what `gradient` (B, D), of the loss, makes of them."""
+        """Add to the parameters' gradients, given the loss's `gradient` (B, D) at the embeddings."""
         if not self._trained:
             return
         if self._whole is not None:
@@ -106,13 +103,13 @@ def backward(
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
     check: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = lambda *_: None,
 ) -> torch.Tensor:
-    """The loss over all processes' pairs; every parameter's gradient is added to its `.grad`.
+    """Compute the loss over all processes' pairs, and add every parameter's gradient to its `.grad`.
 
-    loss: of all embeddings (B, D) each. It runs once, in full, in every process: the gradients of
-    what it uses itself (logit_scale) are whole and alike everywhere; those of a tower are this
-    process's share, to be summed over processes (see `distributed.sum_gradients`).
-    scale: applied to the loss before going back (half precision's loss scaling).
-    check: sees all embeddings and the loss before anything goes back, and may raise.
+    loss: called once in every process with all embeddings, (B, D) each. The gradients of parameters
+        that it uses itself (logit_scale) are complete and equal everywhere; those of a tower are
+        this process's share, to be summed by `distributed.sum_gradients`.
+    scale: applied to the loss before the backward pass (loss scaling in half precision).
+    check: called with all embeddings and the loss before the backward pass; it may raise.
     """
     ours = [images.forward(), texts.forward()]
     gathered = [gather(rows) for rows in ours]
@@ -127,25 +124,15 @@ def backward(
 
 
 def freeze_batch_norms(model: torch.nn.Module) -> int:
-    """Put every BatchNorm into evaluation mode, statistics fixed; how many there are."""
+    """Put every BatchNorm into evaluation mode, with fixed statistics; return how many there are."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.eval()
     return len(norms)
 
 
-def refuse_batch_norms(model: torch.nn.Module) -> None:
-    """InputError if a BatchNorm is in training mode: chunks would change what it computes."""
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.training:
-            raise InputError(
-                f"{name} is a BatchNorm in training mode, which a batch in chunks cannot have: each "
-                "chunk would be normalised by itself, and its statistics counted twice; freeze it"
-            )
-
-
 def _scattered(parts: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-    """Rows computed in the order `rows`, put back into the order of the batch."""
+    """Put rows that were computed in the order `rows` back into the order of the batch."""
     joined = torch.cat(parts)
     result = torch.empty_like(joined)
     result[rows.to(joined.device)] = joined

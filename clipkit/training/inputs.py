@@ -106,7 +106,7 @@ class PictureInputs:
         workers: int = 0,
     ) -> None:
         self.data = data
-        self._towers, self._encoder = towers, towers.encoder
+        self._encoder = towers.encoder
         self._crop, self._flip, self._seed = crop, flip, seed
         self.workers = workers or max(2, os.cpu_count() or 1)
 
@@ -119,7 +119,7 @@ class PictureInputs:
                 captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
                 pixels = self._gathered(views, len(captions))
                 order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
-                yield Batch(plan, pixels, self._towers.tokenize(captions), order)
+                yield Batch(plan, pixels, self._encoder.tokenize(captions), order)
 
     def pictures(self) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
@@ -135,7 +135,7 @@ class PictureInputs:
         share = self.data.texts[even_share(len(self.data.texts))]
         chunk = text_batch(self._encoder)
         for start in range(0, len(share), chunk):
-            yield self._towers.tokenize(share[start : start + chunk])
+            yield self._encoder.tokenize(share[start : start + chunk])
 
     def _gathered(
         self, views: Iterator[torch.Tensor], count: int

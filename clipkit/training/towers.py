@@ -1,9 +1,8 @@
-"""The towers as training sees them: uint8 pictures and tokens in, unit rows with gradients out."""
+"""The trainable towers: uint8 pictures and tokens to unit rows, with gradients."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
@@ -16,56 +15,33 @@ from clipkit.losses import LOSSES
 from clipkit.towers import DualEncoder
 from clipkit.training.gradient_cache import freeze_batch_norms
 
-_BLOCK = re.compile(r"(?:resblocks|blocks|layers?|stages)\.?\d+$")
+# A block and its number in a parameter's or module's name, as OpenCLIP, timm and Hugging Face name
+# them. `search` finds the outermost block.
+BLOCK = re.compile(r"(?:resblocks|blocks|layers?|stages)\.?(\d+)(?:\.|$)")
 
-# What SigLIP starts from (arXiv 2303.15343, section 3.2), for a model that was made without a bias.
-_SIGLIP_BIAS = -10.0
+_SIGLIP_BIAS = -10.0  # initial bias of a model made without one: arXiv 2303.15343, section 3.2
 
 
 class Towers(Protocol):
-    """What a training step needs; `TrainableTowers`, or heads over frozen features."""
+    """What a training step needs: `TrainableTowers`, or projections over frozen features."""
 
+    encoder: DualEncoder
+    model: torch.nn.Module  # the encoder's
+    device: torch.device
     logit_scale: torch.nn.Parameter
     logit_bias: torch.nn.Parameter | None
-    device: torch.device
-    model: torch.nn.Module
 
-    def mode(self, training: bool) -> int: ...
+    def mode(self, training: bool) -> None: ...
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor: ...
 
     def texts(self, inputs: torch.Tensor) -> torch.Tensor: ...
 
 
-def loss_of(encoder: DualEncoder, asked: str) -> str:
-    """The name of the loss: "auto" is what the model was made with."""
-    if asked in LOSSES:
-        return asked
-    return "siglip" if getattr(encoder.model, "logit_bias", None) is not None else "infonce"
-
-
-def checkpoint_activations(model: torch.nn.Module) -> int:
-    """Let every block keep its input only, and compute the rest again on the way back (Chen et al.
-    2016, arXiv 1604.06174); how many blocks. Less memory for a third more time, the same numbers.
-
-    Not by the libraries' own switches: Hugging Face's acts in training mode only.
-    """
-    found = ""
-    count = 0
-    for name, module in model.named_modules():
-        inside = found and name.startswith(f"{found}.")
-        if _BLOCK.search(name) and not inside:
-            found = name
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-            count += 1
-    return count
-
-
 class TrainableTowers:
-    """A DualEncoder's towers with gradients. `mode(True)` before a step, `mode(False)` to evaluate.
+    """A DualEncoder's towers with gradients. Call `mode(True)` before a step, `mode(False)` to evaluate.
 
-    compute: the dtype that the towers' arithmetic is brought to (autocast); the weights, the
-    normalisation and the loss stay in the weights' own.
+    compute: dtype of the towers' arithmetic (autocast); weights, normalisation and loss keep theirs.
     """
 
     def __init__(
@@ -76,57 +52,68 @@ class TrainableTowers:
         compute: torch.dtype = torch.float32,
         dropout: bool = False,
     ) -> None:
-        self.encoder = encoder
-        self.model = encoder.model
-        self.device = encoder.device
+        self.encoder, self.model, self.device = encoder, encoder.model, encoder.device
         self.logit_scale: torch.nn.Parameter = self.model.logit_scale  # type: ignore[assignment]
         bias = getattr(self.model, "logit_bias", None)
         if bias is None and LOSSES[loss].has_bias:
-            # Belongs to this training only: embeddings do not depend on it, no checkpoint holds it.
+            # Used in training only: embeddings do not depend on it, and no checkpoint holds it.
             bias = torch.nn.Parameter(torch.full_like(self.logit_scale, _SIGLIP_BIAS))
         self.logit_bias: torch.nn.Parameter | None = bias if LOSSES[loss].has_bias else None
         self.compute, self._dropout = compute, dropout
-        mean, std = torch.tensor(encoder.config.mean), torch.tensor(encoder.config.std)
-        self._scale = (1 / (255 * std)).view(1, 3, 1, 1).to(self.device)
-        self._shift = (-mean / std).view(1, 3, 1, 1).to(self.device)
-        self.frozen_norms = self.mode(False)
+        self.mode(False)
 
-    def mode(self, training: bool) -> int:
-        """Dropout on or off; BatchNorm always uses its statistics. How many BatchNorms there are."""
+    def mode(self, training: bool) -> None:
+        """Switch dropout on or off. BatchNorm always uses its running statistics."""
         self.model.train(training and self._dropout)
-        return freeze_batch_norms(self.model)
+        freeze_batch_norms(self.model)
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, H, W) -> unit rows (B, D)."""
-        return self._unit(self.raw_images(inputs))
+        """Encode uint8 pixels (B, 3, H, W) as unit rows (B, D)."""
+        return self._unit_rows(self.image_features(inputs))
 
     def texts(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Tokens int64 (B, L) -> unit rows (B, D)."""
-        return self._unit(self.raw_texts(inputs))
+        """Encode tokens, int64 (B, L), as unit rows (B, D)."""
+        return self._unit_rows(self.text_features(inputs))
 
-    def raw_images(self, inputs: torch.Tensor) -> torch.Tensor:
-        """As `images`, before it is normalised."""
-        pixels = inputs.to(self.device, non_blocking=True)
-        pixels = torch.addcmul(self._shift, pixels.float(), self._scale)
-        pixels = pixels.to(self.logit_scale.dtype, memory_format=torch.channels_last)
+    def image_features(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Encode as `images`, without normalising."""
         with self._autocast():
-            features: torch.Tensor = self.model.encode_image(pixels)  # type: ignore[operator]
-        return features
+            return self.encoder.image_features(inputs)
 
-    def raw_texts(self, inputs: torch.Tensor) -> torch.Tensor:
-        """As `texts`, before it is normalised."""
+    def text_features(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Encode as `texts`, without normalising."""
         with self._autocast():
-            return self.encoder.text_features(inputs.to(self.device, non_blocking=True))
+            return self.encoder.text_features(inputs)
 
-    def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
-        """int64 (N, context length), as the encoder's own; any thread may call it."""
-        return self.encoder.tokenize(texts)
-
-    def _unit(self, features: torch.Tensor) -> torch.Tensor:
+    def _unit_rows(self, features: torch.Tensor) -> torch.Tensor:
         return F.normalize(features.to(self.logit_scale.dtype), dim=-1)
 
     def _autocast(self) -> AbstractContextManager[object]:
-        # A context for each chunk: weights cast in a pass without graph must not be used with one.
+        # A context per call: weights cast in a pass without graph must not be used in one with.
         if self.compute == self.logit_scale.dtype or self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.compute)
+
+
+def loss_of(encoder: DualEncoder, name: str) -> str:
+    """Return the loss called `name`; for "auto", the one that the model was trained with."""
+    if name != "auto":
+        return name
+    return "siglip" if getattr(encoder.model, "logit_bias", None) is not None else "infonce"
+
+
+def checkpoint_activations(model: torch.nn.Module) -> int:
+    """Let every block store its input only and recompute the rest in the backward pass (Chen et al.
+    2016, arXiv 1604.06174); return the number of blocks.
+
+    The results are the same, for less memory and a third more time. The libraries' own switches are
+    not used, since Hugging Face's acts in training mode only.
+    """
+    blocks = [
+        module
+        for name, module in model.named_modules()
+        if (match := BLOCK.search(name)) and match.end() == len(name)
+    ]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return len(blocks)

@@ -1,5 +1,5 @@
-"""Evaluation during training: recall both ways on the validation split, which of two models is
-better by it, and a watch for collapse."""
+"""Validation during training: recall and loss on the validation split, the comparison of two models
+by them, and a warning if the embeddings collapse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from clipkit.metrics import (
     alignment,
@@ -26,131 +25,143 @@ from clipkit.training.towers import Towers
 Float32 = npt.NDArray[np.float32]
 
 _KS = (1, 5, 10)
-_BLOCK = 256  # rows of similarities at a time
-_LEAST = 0.25  # of what variance and effective rank were at the start
+_BLOCK_ROWS = 256  # rows of similarities at a time
+_COLLAPSED = 0.25  # of the variance or effective rank at the start
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What an evaluation found. Recalls are fractions; `space` describes the pictures' vectors."""
+    """The result of an evaluation. Recalls are fractions; `space` describes the pictures' vectors."""
 
     recall: dict[str, float]  # "text_to_image/R@1", ...
     space: dict[str, float]
     pictures: int
     captions: int
-    hits: list[float]  # of each picture: the share of R@1, R@5 and R@10 both ways that it gained
-    losses: list[float]  # of each picture: see `contrast`
+    hits: list[float]  # per picture: mean of its hits at 1, 5 and 10, both ways
+    losses: list[float]  # per picture: see `picture_losses`
 
     @property
     def mean_recall(self) -> float:
-        """The mean of R@1, R@5 and R@10 both ways."""
+        """Return the mean of R@1, R@5 and R@10, both ways."""
         return float(np.mean(list(self.recall.values())))
 
     @property
     def loss(self) -> float:
-        """The mean of `losses`, without what is but rounding of float32."""
+        """Return the mean of `losses`, to six digits: float32 holds no more."""
         return round(float(np.mean(self.losses)), 6)
 
     def beats(self, other: Scores) -> bool:
-        """Recall decides as far as it can tell: beyond one standard error of the paired difference.
-        What it cannot tell apart, as on a few dozen pictures, the loss decides, which still
-        moves where recall is at its ceiling.
+        """Return whether recall is higher by more than a standard error of the paired difference or,
+        if recalls differ by less, the loss is lower.
+
+        The loss decides on small splits, and where recall is at its ceiling.
         """
         if exceeds(self.hits, other.hits):
             return True
         return not exceeds(other.hits, self.hits) and self.loss < other.loss
 
-    def worry(self, start: Scores | None) -> str | None:
-        """A sentence if the space is collapsing, compared with how it was at the start."""
-        for name, words in (("variance", "variance"), ("effective_rank", "effective rank")):
-            now, then = self.space[name], start.space[name] if start else 0.0
-            if now < _LEAST * then:
+    def collapse_warning(self, start: Scores | None) -> str | None:
+        """Return a sentence if the embeddings have collapsed since the start, else None."""
+        for name in ("variance", "effective_rank"):
+            now, before = self.space[name], start.space[name] if start else 0.0
+            if now < _COLLAPSED * before:
                 return (
-                    f"the embeddings are collapsing: their {words} is {now:.3g}, after {then:.3g} "
-                    "at the start; lower learning_rate or raise batch"
+                    f"the embeddings are collapsing: {name.replace('_', ' ')} fell from "
+                    f"{before:.3g} to {now:.3g}; lower learning_rate or raise batch"
                 )
         return None
 
 
 def evaluate(towers: Towers, inputs: Inputs) -> Scores:
-    """Recall@1, 5 and 10 both ways, the loss, and the space's shape. All processes share the work
-    and get the same result. InputError if an embedding is not finite."""
+    """Measure recall at 1, 5 and 10 both ways, the loss, and the space's shape.
+
+    All processes share the work and return the same. Raises InputError if an embedding is not finite.
+    """
     pictures, texts = embed(towers, inputs)
     data = inputs.data
-    every = texts[data.captions]
-    ranked = rank_captions(pictures, every, data.owner)
+    captions = texts[data.captions]
+    rankings = rank_captions(pictures, captions, data.owner)
     recall = {
         f"{direction}/R@{k}": float(ranking.hit_at(k).mean())
-        for direction, ranking in zip(("text_to_image", "image_to_text"), ranked, strict=True)
+        for direction, ranking in zip(("text_to_image", "image_to_text"), rankings, strict=True)
         for k in _KS
     }
-    to_image, to_text = (np.mean([r.hit_at(k) for k in _KS], axis=0) for r in ranked)
+    to_image, to_text = (np.mean([r.hit_at(k) for k in _KS], axis=0) for r in rankings)
     hits = (_by_picture(to_image, data.owner) + to_text) / 2
-    losses = contrast(pictures, every, data.owner, scale=float(towers.logit_scale.detach().exp()))
+    scale = float(towers.logit_scale.detach().exp())
+    losses = picture_losses(pictures, captions, data.owner, scale=scale)
     spectrum = covariance_spectrum(pictures)
     space = {
         "variance": float(spectrum.sum()),
         "effective_rank": effective_rank(spectrum),
-        "alignment": alignment(pictures[data.owner], every),
+        "alignment": alignment(pictures[data.owner], captions),
     }
     if len(pictures) > 1:
         space["uniformity"] = uniformity(pictures)
-    return Scores(recall, space, len(pictures), len(every), hits.tolist(), losses.tolist())
+    return Scores(recall, space, len(pictures), len(captions), hits.tolist(), losses.tolist())
+
+
+def embed(towers: Towers, inputs: Inputs) -> tuple[Float32, Float32]:
+    """Encode all pictures, preprocessed as at inference, and all distinct captions: float32 unit rows
+    (N, D) and (M, D)."""
+    towers.mode(False)
+    # no_grad, not inference_mode: under autocast on a CPU that is five times slower.
+    with torch.no_grad():
+        pictures = _gathered(towers.images(chunk) for chunk in inputs.pictures())
+        texts = _gathered(towers.texts(chunk) for chunk in inputs.captions())
+    return pictures, texts
+
+
+def _gathered(chunks: Iterable[torch.Tensor]) -> Float32:
+    return gather_uneven(torch.cat(list(chunks))).float().cpu().numpy()
 
 
 def exceeds(these: Sequence[float], those: Sequence[float]) -> bool:
-    """Whether `these`, of the same pictures, are higher on average by more than the standard error
-    of the difference."""
+    """Return whether `these`, of the same pictures, are higher on average by more than the standard
+    error of the difference."""
     difference = np.subtract(these, those)
     error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
     return bool(difference.mean() > error)
 
 
-def contrast(
+def picture_losses(
     pictures: Float32, texts: Float32, owner: npt.NDArray[np.int64], *, scale: float
 ) -> Float32:
-    """The contrastive loss, in nats, of each picture among all: unit rows (N, D) and (M, D), the
-    picture of each caption int64 (M,) -> float32 (N,). Every picture needs a caption. InfoNCE (van den
-    Oord et al. 2018, arXiv 1807.03748) over the whole split instead of a batch.
+    """Compute each picture's contrastive loss in nats against the whole split: float32 (N,).
 
-    Half of it is the cross-entropy of the picture given its captions, their mean; half, that
-    of any of its captions given the picture. Like recall it compares with all pictures, but it moves
-    before a rank does.
+    pictures (N, D) and texts (M, D) are unit rows; owner, int64 (M,), is each caption's picture, and
+    every picture needs a caption. A picture's loss is the mean of two parts: the loss of its picture
+    given each of its captions, averaged, and that of any of its captions given the picture. This is
+    InfoNCE with several positives (MIL-NCE; Miech et al. 2020, arXiv 1912.06430). Like recall it
+    compares with all pictures, but it changes before a rank does.
     """
-    images, words, owns = (torch.from_numpy(rows) for rows in (pictures, texts, owner))
-    told = torch.cat(
-        [
-            F.cross_entropy(scale * rows @ images.T, own, reduction="none")
-            for rows, own in zip(torch.split(words, _BLOCK), torch.split(owns, _BLOCK), strict=True)
-        ]
-    )
-    shown = []
-    numbers = torch.arange(len(images))
-    for rows, number in zip(torch.split(images, _BLOCK), torch.split(numbers, _BLOCK), strict=True):
-        logits = scale * rows @ words.T
-        others = owns[None] != number[:, None]
-        own = logits.masked_fill(others, -torch.inf)
-        shown.append(logits.logsumexp(1) - own.logsumexp(1))
-    mean: Float32 = ((_by_picture(told.numpy(), owner) + torch.cat(shown).numpy()) / 2).astype("f4")
-    return mean
+    numbers = np.arange(len(pictures))
+    to_image = _losses(texts, pictures, owner, numbers, scale)
+    to_text = _losses(pictures, texts, numbers, owner, scale)
+    return ((_by_picture(to_image, owner) + to_text) / 2).astype(np.float32)
+
+
+def _losses(
+    rows: Float32,
+    candidates: Float32,
+    ids: npt.NDArray[np.int64],
+    candidate_ids: npt.NDArray[np.int64],
+    scale: float,
+) -> Float32:
+    """Compute -log of the softmax share of the candidates that have the row's id: float32 (R,)."""
+    others = torch.from_numpy(candidates).T
+    losses = []
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        logits = scale * torch.from_numpy(rows[block]) @ others
+        foreign = torch.from_numpy(ids[block, None] != candidate_ids)
+        own = logits.masked_fill(foreign, -torch.inf).logsumexp(1)
+        losses.append(logits.logsumexp(1) - own)
+    result: Float32 = torch.cat(losses).numpy()
+    return result
 
 
 def _by_picture(values: npt.NDArray[Any], owner: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """The mean over each picture's captions: (M,) -> (N,)."""
+    """Average over each picture's captions: (M,) -> (N,)."""
     means: npt.NDArray[np.float64] = np.bincount(owner, values) / np.bincount(owner)
     return means
-
-
-def embed(towers: Towers, inputs: Inputs) -> tuple[Float32, Float32]:
-    """Unit rows of all pictures (N, D), as they are served, and of all distinct captions (M, D)."""
-    towers.mode(False)
-    # no_grad, not inference_mode: under autocast that one is five times as slow on a CPU.
-    with torch.no_grad():
-        pictures = _joined(towers.images(chunk) for chunk in inputs.pictures())
-        texts = _joined(towers.texts(chunk) for chunk in inputs.captions())
-    return pictures, texts
-
-
-def _joined(chunks: Iterable[torch.Tensor]) -> Float32:
-    rows = gather_uneven(torch.cat(list(chunks)))
-    return rows.float().cpu().numpy()

@@ -1,1 +1,1 @@
-"""How the built-in model is made and measured; see clipkit/builtin/MODEL_CARD.md."""
+"""Make and measure the built-in model; see clipkit/builtin/MODEL_CARD.md."""

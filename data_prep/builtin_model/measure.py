@@ -1,10 +1,10 @@
-"""Measure a model on the data that the built-in one was made for: what its model card states.
+"""Measure a model on the data of the built-in model's card.
 
     python -m data_prep.builtin_model.measure --data DIR [--model SPEC] [--write]
 
-Everything goes the way the product goes: pictures through `clipkit.images`, towers through
-`clipkit.towers`, figures through `clipkit.metrics`, weights as they are stored. Every figure comes
-with its n and a 95 % interval over what was sampled: pictures, or keywords where one is a query.
+Pictures are decoded by `clipkit.images` and encoded by `clipkit.towers` with the stored weights, as in
+the product, and measured by `clipkit.metrics`. Every figure has its n and a 95 % interval over what was
+sampled: pictures, or keywords if they are the queries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CIFAR_PROMPTS = ("a photo of a {}.", "a blurry photo of a {}.", "a picture of a 
 
 
 def encode_files(encoder: towers.DualEncoder, paths: Sequence[Path]) -> Float32:
-    """Picture files -> float32 (N, D), unit rows, decoded as indexing decodes them."""
+    """Encode picture files, decoded as for indexing: float32 (N, D), unit rows."""
     side, rows = encoder.preferred_side, []
     for start in range(0, len(paths), encoder.preferred_batch):
         batch = paths[start : start + encoder.preferred_batch]
@@ -38,7 +38,7 @@ def encode_files(encoder: towers.DualEncoder, paths: Sequence[Path]) -> Float32:
 
 
 def flickr_recall(encoder: towers.DualEncoder, data: Path) -> dict[str, dict[str, Any]]:
-    """Retrieval both ways on Flickr8k's development split: 1,000 pictures, five captions each."""
+    """Measure retrieval both ways on Flickr8k's development split: 1,000 pictures, 5 captions each."""
     photos = sources.read_photos(data, "dev")
     owner = np.repeat(np.arange(len(photos)), [len(photo.phrases) for photo in photos])
     texts = encoder.encode_texts([text for photo in photos for text in photo.phrases])
@@ -55,8 +55,8 @@ def flickr_recall(encoder: towers.DualEncoder, data: Path) -> dict[str, dict[str
 def keyword_hits(
     encoder: towers.DualEncoder, examples: Sequence[sources.Example], *, first: int = 5
 ) -> dict[str, Any]:
-    """Every keyword of the drawings as a query: is a picture with it among the `first`? Chance is
-    the same for a random order."""
+    """Search every keyword of the drawings: how often is a picture that has it among the `first`, how
+    often would it be in random order, and at which rank does it come?"""
     keywords = sorted({word for example in examples for word in example.keywords})
     place = {word: row for row, word in enumerate(keywords)}
     pairs = [(place[word], row) for row, e in enumerate(examples) for word in e.keywords]
@@ -71,7 +71,7 @@ def keyword_hits(
 
 
 def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
-    """CIFAR-10's sample classified by its class names: (pictures,) of 0 and 1."""
+    """Classify CIFAR-10's sample by its class names: float64 (pictures,), 1 where correct."""
     folders = sorted(f for f in (data / "cifar10_sample").iterdir() if f.is_dir())
     files = [(label, path) for label, f in enumerate(folders) for path in sorted(f.iterdir())]
     classes = np.zeros((len(folders), encoder.dim), np.float32)
@@ -85,14 +85,14 @@ def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
 def percent(
     samples: Float64, *, groups: npt.NDArray[np.int64] | None = None, scale: float = 100.0
 ) -> dict[str, Any]:
-    """Mean and 95 % interval of (n,) samples, over `groups` where several belong to one picture."""
+    """Compute the mean and its 95 % interval of samples (n,), by `groups` if several share a picture."""
     interval = metrics.mean_interval(samples, groups=groups)
     value, low, high = (round(x * scale, 3) for x in (interval.value, interval.low, interval.high))
     return {"value": value, "low": low, "high": high, "n": interval.n}
 
 
 def measure(encoder: towers.DualEncoder, data: Path) -> Mapping[str, Any]:
-    """All of the model card's figures, in percent but for the reciprocal rank."""
+    """Compute all figures of the model card, in percent except for the reciprocal rank."""
     return {
         **flickr_recall(encoder, data),
         "clip_art_held_out_keywords": keyword_hits(encoder, sources.read_art(data, held_out=True)),
@@ -104,7 +104,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="see MODEL_CARD.md")
     parser.add_argument("--model", default="builtin")
-    parser.add_argument("--write", action="store_true", help="also into the model's clipkit.json")
+    parser.add_argument(
+        "--write", action="store_true", help="also write them to the model's clipkit.json"
+    )
     args = parser.parse_args()
     encoder = towers.load(args.model, precision="float32")
     figures = measure(encoder, args.data)

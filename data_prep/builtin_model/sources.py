@@ -1,6 +1,6 @@
-"""What the built-in model learns from and is measured on: captions and pictures.
+"""Read the data that the built-in model learns from and is measured on.
 
-Two data sets in one folder, in a common shape: `flickr8k/` (photos, `train.jsonl` and `dev.jsonl`
+Two datasets in one folder, in a common shape: `flickr8k/` (photos, `train.jsonl` and `dev.jsonl`
 with `{"image", "captions"}`) and `openclipart/` (drawings, `captions.jsonl` with titles and
 descriptions as `captions`, and `keywords`).
 """
@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 SIZE = 224  # pixels, the side of a view in training
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A picture and every phrase that is true of it; `art` for a drawing."""
+    """A picture and the phrases that are true of it; `art` for a drawing."""
 
     path: Path
     phrases: tuple[str, ...]
@@ -50,7 +48,7 @@ def clean(text: str) -> str:
 
 
 def art_example(path: Path, row: dict[str, Any]) -> Example:
-    """A drawing's title and description, then its keywords, without authors' and tools' leavings."""
+    """Make an example from a drawing's titles and keywords, without authors' and tools' artefacts."""
     phrases: dict[str, str] = {}
     for caption in map(clean, row["captions"]):
         if len(caption) > 2 and caption.isascii():
@@ -62,7 +60,7 @@ def art_example(path: Path, row: dict[str, Any]) -> Example:
 
 
 def is_held_out(path: Path) -> bool:
-    """A tenth of the drawings, chosen by content: the same whatever the files are called."""
+    """Return whether a drawing is in the held-out tenth, chosen by its content, not its name."""
     digest = hashlib.blake2b(path.read_bytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 10 == 0
 
@@ -78,10 +76,10 @@ def read_photos(data: Path, split: str) -> list[Example]:
 
 
 def read_art(data: Path, *, held_out: bool, gallery: Path | None = None) -> list[Example]:
-    """The held-out tenth of the drawings, or the rest.
+    """Read the held-out tenth of the drawings, or the rest.
 
-    A sample gallery chosen from them (`metadata.jsonl` in its folders, with `source` and `captions`)
-    has better captions for some; they come first.
+    gallery: a sample gallery chosen from them (`metadata.jsonl` in its folders, with `source` and
+        `captions`), whose better captions come first.
     """
     folder = data / "openclipart"
     better: dict[str, list[str]] = {}
@@ -122,12 +120,12 @@ ART_PROMPTS = (
 TITLE_PROMPTS = ("{}", "{}", "{}", "clip art of {}", "clip art of a {}", "a drawing of {}")
 
 
-def fill(prompts: Sequence[str], words: str, rng: random.Random) -> str:
-    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", rng.choice(prompts).format(words))
+def fill(prompts: Sequence[str], phrase: str, rng: random.Random) -> str:
+    return re.sub(r"\b([Aa]) (?=[aeiouAEIOU])", r"\1n ", rng.choice(prompts).format(phrase))
 
 
 def caption(example: Example, rng: random.Random) -> tuple[str, str]:
-    """One caption for this epoch, and the phrase that it states."""
+    """Draw one caption for this epoch, and the phrase that it states."""
     if not example.art:
         text = rng.choice(example.phrases)
         return text, text
@@ -142,7 +140,7 @@ def caption(example: Example, rng: random.Random) -> tuple[str, str]:
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    """Sixteen hex digits of a sequence."""
+    """Hash a sequence to 16 hex digits."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         raw = part.encode() if isinstance(part, str) else part
@@ -151,7 +149,7 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Of every picture's bytes and every text, in order."""
+    """Hash every picture's bytes and every text, in order."""
 
     def parts() -> Iterator[str | bytes]:
         for example in examples:
@@ -160,18 +158,3 @@ def fingerprint(examples: Iterable[Example]) -> str:
             yield from example.keywords
 
     return digest(parts())
-
-
-def open_rgb(path: Path) -> Image.Image:
-    image: Image.Image = Image.open(path)
-    if image.mode in ("P", "LA", "PA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
-    return image.convert("RGB")
-
-
-def squash(image: Image.Image) -> Image.Image:
-    """The picture as the model will be served it."""
-    return image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)

@@ -50,15 +50,15 @@ CAPTIONED = 300
 
 def drawings(data: Path) -> dict[str, list[tuple[Path, str]]]:
     """(file, title) of each illustrator's drawings."""
-    found: dict[str, list[tuple[Path, str]]] = {name: [] for name in ILLUSTRATORS}
+    files_of: dict[str, list[tuple[Path, str]]] = {name: [] for name in ILLUSTRATORS}
     for line in (data / "captions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         title = re.sub(r"\d+$", "", html.unescape(row["captions"][0])).replace("_", " ").strip()
         for name, pattern in ILLUSTRATORS.items():
             if title and re.search(pattern, Path(row["image"]).stem):
-                found[name].append((data / row["image"], title))
+                files_of[name].append((data / row["image"], title))
                 break
-    return found
+    return files_of
 
 
 def write_table(folder: Path, captioned: list[tuple[Path, str]]) -> Path:
@@ -109,12 +109,12 @@ def main() -> None:
     (out / "clipart").mkdir(parents=True)
     (out / "all").mkdir()
 
-    found = drawings(Path(args.data).absolute() / "openclipart")
-    share = CAPTIONED / sum(len(files) for files in found.values() if len(files) >= LEAST)
+    files_of = drawings(Path(args.data).absolute() / "openclipart")
+    share = CAPTIONED / sum(len(files) for files in files_of.values() if len(files) >= LEAST)
     rng = random.Random(args.seed)
     captioned: list[tuple[Path, str]] = []
     rest: list[tuple[Path, str, str]] = []
-    for name, files in sorted(found.items()):
+    for name, files in sorted(files_of.items()):
         rng.shuffle(files)
         chosen = round(len(files) * share) if len(files) >= LEAST else 0
         captioned += [(file, f"{title}, drawn by {name}") for file, title in files[:chosen]]
@@ -134,8 +134,8 @@ def main() -> None:
         "titles": [{"captions": [title]} for _, title, _ in rest],
         "illustrators": [{"keywords": [f"drawn by {name}"]} for *_, name in rest],
     }
-    for what, told in others.items():
-        rows = [{"image": str(file), **row} for (file, *_), row in zip(rest, told, strict=True)]
+    for what, rows_of in others.items():
+        rows = [{"image": str(file), **row} for (file, *_), row in zip(rest, rows_of, strict=True)]
         data = write_lines(out / f"{what}.jsonl", rows)
         clipkit("eval", "compare", "builtin", run, "--data", data, "--out", str(out / what))
 

@@ -157,11 +157,11 @@ class Run:
         if not steps:
             trial = out.with_name(f"{out.name}-pilot")
             trial.mkdir(parents=True)
-            found = timed(self.command(bench, trial, pilot), trial / "log.txt", threads)
+            pilot_timing = timed(self.command(bench, trial, pilot), trial / "log.txt", threads)
             shutil.rmtree(trial)  # with whatever it has cached
-            steps = fitted_steps(budget, found)
+            steps = fitted_steps(budget, pilot_timing)
             print(
-                f"{self.name}: {found.fixed:.1f} s and {found.per_step:.2f} s a step, "
+                f"{self.name}: {pilot_timing.fixed:.1f} s and {pilot_timing.per_step:.2f} s a step, "
                 f"so {steps} steps of {bench.batch}",
                 flush=True,
             )
@@ -200,8 +200,8 @@ def table(timings: Mapping[str, Timing], reports: Mapping[str, Any], batch: int)
             cells = [f"{batch / timing.per_step:.1f}", str(len(timing.stamps)), str(batch)]
             cells += [f"{timing.peak / 1e6:,.0f}", f"{timing.seconds / 60:.1f}"]
         for metric in METRICS:
-            found = report.metrics[metric]
-            cells.append(f"{100 * found.value:.1f} ({100 * found.low:.1f}-{100 * found.high:.1f})")
+            value = report.metrics[metric]
+            cells.append(f"{100 * value.value:.1f} ({100 * value.low:.1f}-{100 * value.high:.1f})")
         yield f"| {' | '.join([name, *cells])} |"
 
 

@@ -89,9 +89,9 @@ def main() -> None:
                 command = [sys.executable, __file__, "--one", str(dataset), model]
                 command += [str(batch), str(chunk), str(steps)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
-                found = json.loads(done.stdout.splitlines()[-1])
-                rates += found["rates"][1:] or found["rates"]
-                peaks.append(found["peak"])
+                figures = json.loads(done.stdout.splitlines()[-1])
+                rates += figures["rates"][1:] or figures["rates"]
+                peaks.append(figures["peak"])
             rate, peak = statistics.median(rates), max(peaks)
             plain = plain or (rate, peak)
             name = f"plain {batch}" if chunk == batch else f"{batch:,}"

@@ -54,9 +54,9 @@ def write_start(folder: Path, *, seed: int) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     torch.manual_seed(seed)
     model = CustomTextCLIP(**config["model_cfg"])
-    words = load_file(minilm / "model.safetensors")
+    weights = load_file(minilm / "model.safetensors")
     transformer = model.text.transformer  # without MiniLM's unused pooler
-    transformer.load_state_dict({name: words[name] for name in transformer.state_dict()})
+    transformer.load_state_dict({name: weights[name] for name in transformer.state_dict()})
     trunk = photo_classifier()
     trunk.reset_classifier(0)
     model.visual.trunk.load_state_dict(trunk.state_dict())
@@ -209,8 +209,8 @@ def open_clip_command(bench: Bench, out: Path, steps: int, rate: float) -> list[
         flags["lock-image-unlocked-groups"] = 8
     else:
         switches += ["--lock-text", "--lock-text-freeze-layer-norm"]
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "open_clip_train.main", *words, *switches, *bench.flags]
+    options = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "open_clip_train.main", *options, *switches, *bench.flags]
 
 
 def open_clip_checkpoint(bench: Bench, out: Path) -> Path:
@@ -229,13 +229,13 @@ def train_clipkit(settings: dict[str, Any]) -> None:
     """As `clipkit train` does; the last weights, as there is no validation split."""
     from clipkit.training import Progress, TrainConfig, train
 
-    def tell(progress: Progress) -> None:
+    def show(progress: Progress) -> None:
         if progress.phase == "training":
             print("step", progress.done)
 
     config = TrainConfig.from_mapping(settings["clipkit"])
-    summary = train(config, on_progress=tell)
-    print("\n".join(summary.words))
+    summary = train(config, on_progress=show)
+    print("\n".join(summary.notes))
 
 
 def train_sentence_transformers(settings: dict[str, Any]) -> None:
@@ -280,10 +280,10 @@ def train_sentence_transformers(settings: dict[str, Any]) -> None:
 
         def preprocess(self, inputs: Sequence[Any], **_: Any) -> dict[str, Any]:
             if isinstance(inputs[0], str):
-                words = self.tokenizer(
+                tokens = self.tokenizer(
                     list(inputs), padding=True, truncation=True, max_length=CONTEXT
                 )
-                return {"input_ids": torch.tensor(words.input_ids)}
+                return {"input_ids": torch.tensor(tokens.input_ids)}
             return {"pixel_values": torch.stack([images.pil_to_tensor(i) for i in inputs])}
 
         def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def train_sentence_transformers(settings: dict[str, Any]) -> None:
         return images.hflip(cut) if random.random() < 0.5 else cut
 
     def chosen(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        captions = [random.choice(told) for told in rows["captions"]]
+        captions = [random.choice(texts) for texts in rows["captions"]]
         return {"caption": captions, "image": [view(path) for path in rows["path"]]}
 
     class Told(TrainerCallback):  # type: ignore[misc]
