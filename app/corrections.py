@@ -82,7 +82,7 @@ class Mark:
             raise InputError(f"query is {typed!r:.80}; it must be the text that was searched for")
         if "right" not in fields or not (right is None or isinstance(right, bool)):
             raise InputError(f"right is {right!r:.80}; it must be true, false, or null to unmark")
-        query = said(parse(typed))
+        query = marked_words(parse(typed))
         if query is None:
             raise InputError(
                 "only results of words alone can be marked, with or without filters, up to "
@@ -91,7 +91,7 @@ class Mark:
         return cls(picture, query, right)
 
 
-def said(query: Query) -> str | None:
+def marked_words(query: Query) -> str | None:
     """The words that were looked for, as one line: what a right picture shows. None where a mark would
     not speak of the words alone: a wrong hit of `dog -leash` may well be a dog."""
     if query.exclude or query.examples or query.phrases:

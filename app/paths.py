@@ -1,23 +1,33 @@
-"""Where clipkit keeps things unless it is told otherwise."""
+"""Default folders of the application."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
-def index_folder(given: Path | None) -> Path:
-    """The index's folder: what was given, else one place in the user's data folder."""
-    if given is not None:
-        return given.expanduser()
+def index_folder(path: Path | None) -> Path:
+    """Return the index's folder: `path`, or by default one in the user's data folder."""
+    if path is not None:
+        return path.expanduser()
     from platformdirs import user_data_path
 
     return user_data_path("clipkit") / "index"
 
 
-def features_folder(given: Path | None) -> Path:
-    """The evaluators' feature cache: what was given, else one place in the user's cache folder."""
-    if given is not None:
-        return given.expanduser()
+def features_folder(path: Path | None) -> Path:
+    """Return the evaluators' feature cache: `path`, or by default one in the user's cache folder."""
+    if path is not None:
+        return path.expanduser()
     from platformdirs import user_cache_path
 
     return user_cache_path("clipkit") / "features"
+
+
+def reports_folder() -> Path:
+    """Return where reports are saved: $CLIPKIT_REPORTS, or a folder in the user's data folder."""
+    if path := os.environ.get("CLIPKIT_REPORTS"):
+        return Path(path)
+    from platformdirs import user_data_path
+
+    return user_data_path("clipkit") / "reports"

@@ -23,7 +23,7 @@ OWNERS = {
     "open_clip": ("clipkit/towers", "data_prep/builtin_model/recipe.py"),
     "timm": ("clipkit/towers", "data_prep/builtin_model/recipe.py"),
     "transformers": ("clipkit/towers", "data_prep/builtin_model/recipe.py"),
-    "gradio": ("app/web/page.py", "app/web/sort_page.py"),
+    "gradio": "app/web/page.py",
     "fastapi": ("app/web/api.py", "app/web/page.py"),  # the page is mounted on the API
 }
 NO_TORCH = tuple(

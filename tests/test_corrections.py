@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import corrections as module
-from app.corrections import Corrections, Mark, as_query, said
+from app.corrections import Corrections, Mark, as_query, marked_words
 from clipkit.errors import CatalogBusy, ClipkitError, InputError, QueryError
 from clipkit.query import parse
 
@@ -29,7 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def words(typed: str) -> str | None:
-    return said(parse(typed))
+    return marked_words(parse(typed))
 
 
 # ---- what a mark speaks of

@@ -87,15 +87,15 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown_as_ended(
     for number in range(60):
         paint(tmp_path / "photos" / f"{number}.png", "blue", number=number)
     workspace = Workspace(tmp_path / "index", SlowModel())  # type: ignore[arg-type]
-    drawn = Page.parts
+    drawn = Page.tick
 
-    def parts(self: Page) -> Any:
+    def tick(self: Page) -> Any:
         answer = drawn(self)
         while (run := workspace.run) is not None and run.state == "stopping" and not run.over:
             time.sleep(0.05)
         return answer
 
-    monkeypatch.setattr(Page, "parts", parts)
+    monkeypatch.setattr(Page, "tick", tick)
     with served(workspace) as address:
         page = visit(address)
         page.fill("#results form.add input", str(tmp_path / "photos"))

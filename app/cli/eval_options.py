@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from app.cli.terminal import progress_shown, stop_on_signal
-from app.paths import features_folder
+from app.paths import features_folder, reports_folder
 from clipkit.errors import InputError
 from clipkit.wording import printable
 
@@ -186,8 +186,6 @@ def command_line() -> str:
 
 def report_folder(given: Path | None, *named: str) -> Path:
     """Where a report goes: what was given, else a new folder that is named for what it is about."""
-    from app.web.sorting import reports_folder
-
     if given is not None:
         return given.expanduser()
     parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in named]

@@ -40,7 +40,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.corrections import MARK_BYTES, Mark
 from app.web.requests import QUERY_MEGABYTES, UnknownPictureError
-from app.web.sorting import Evaluation, UnknownReportError
+from app.web.saved_reports import SavedReports, UnknownReportError
+from app.web.sorting import Sorter, UnknownSortingError
 from app.web.workspace import PictureGoneError, Workspace
 from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
@@ -53,7 +54,6 @@ STATIC = {
         ("clipkit.css", "text/css; charset=utf-8"),
         ("clipkit.js", "text/javascript; charset=utf-8"),
         ("clipkit.svg", "image/svg+xml"),
-        ("page.html", "text/plain; charset=utf-8"),  # a part of the page, not one by itself
     )
 }
 
@@ -91,7 +91,11 @@ _PAGE = (
 
 
 def create_app(
-    workspace: Workspace, *, evaluation: Evaluation | None = None, host: str = "127.0.0.1"
+    workspace: Workspace,
+    *,
+    sorter: Sorter | None = None,
+    reports: SavedReports | None = None,
+    host: str = "127.0.0.1",
 ) -> FastAPI:
     """The routes above, guarded. `host` is where the server listens.
 
@@ -99,7 +103,7 @@ def create_app(
     under a name of their own (DNS rebinding).
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
-    evaluation = evaluation or Evaluation(workspace)
+    sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
     app.add_middleware(_Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
 
     @app.exception_handler(ClipkitError)
@@ -160,8 +164,9 @@ def create_app(
 
     @app.get("/reports/{name}")
     def report(name: str) -> Response:
-        page = evaluation.report_page(name)
-        return Response(page, media_type="text/html", headers={"Cache-Control": "no-store"})
+        return Response(
+            reports.page(name), media_type="text/html", headers={"Cache-Control": "no-store"}
+        )
 
     @app.get("/sortings/{key}.csv")
     def sorting(key: str) -> Response:
@@ -169,7 +174,7 @@ def create_app(
             "Content-Disposition": 'attachment; filename="clipkit-sorted.csv"',
             "Cache-Control": "no-store",
         }
-        return StreamingResponse(evaluation.table(key), media_type="text/csv", headers=headers)
+        return StreamingResponse(sorter.table(key), media_type="text/csv", headers=headers)
 
     @app.post("/corrections")
     async def mark(request: Request) -> dict[str, object]:
@@ -211,7 +216,7 @@ def _picture(data: bytes, mime: str = "image/jpeg") -> Response:
 def _status(error: ClipkitError) -> int:
     if isinstance(error, PictureGoneError):
         return 410
-    if isinstance(error, UnknownPictureError | UnknownReportError):
+    if isinstance(error, UnknownPictureError | UnknownReportError | UnknownSortingError):
         return 404
     if isinstance(error, ImageError):
         return 422

@@ -116,7 +116,7 @@ class Indexer:
             told["error"] = str(error)
         except Exception:  # the thread's edge: the person is told, the terminal has the rest
             log.exception("indexing failed")
-            told["error"] = "indexing failed in a way clipkit does not know; the terminal says more"
+            told["error"] = "unexpected error while indexing; see the terminal for details"
         self._tell(over=True, **told)
 
 

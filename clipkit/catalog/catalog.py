@@ -99,12 +99,14 @@ class Catalog:
     def add_root(self, root: AnyPath) -> None:
         """Remember an indexed folder. A place belongs to every root that it lies below."""
         with self._store.transaction() as db:
-            db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _root(root)[:1])
+            added = db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _root(root)[:1]).rowcount
+            self._changed |= bool(added)  # folders are listed and searched from their roots
 
     def remove_root(self, root: AnyPath) -> int:
         """Forget a folder and all places below it; returns how many places."""
         with self._store.transaction() as db:
-            db.execute("DELETE FROM roots WHERE path = ?", _root(root)[:1])
+            removed = db.execute("DELETE FROM roots WHERE path = ?", _root(root)[:1]).rowcount
+            self._changed |= bool(removed)
             return len(self.remove_places(self.known_files(root)))
 
     def known_files(self, root: AnyPath, *, encoder_id: str | None = None) -> dict[str, KnownFile]:

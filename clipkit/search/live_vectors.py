@@ -48,7 +48,9 @@ class Part:
 class LiveVectors:
     """One state. Immutable: threads may share it. Nums are the catalog's `num`."""
 
+    catalog: Catalog
     encoder_id: str
+    spec: str  # of the encoder; empty if the catalog does not know it
     changes: int  # the catalog's change counter before this was read
     snapshot: str | None  # the name of the snapshot that the catalog points to, usable or not
     last_seq: int
@@ -85,8 +87,16 @@ class LiveVectors:
 
     def vectors_of(self, nums: Int64) -> Float32:
         """Vectors (M, D) of those of `nums` that can be found, in any order."""
-        rows = [part.index.vectors_of(np.intersect1d(part.alive, nums)) for part in self.parts]
+        rows = [
+            part.index.vectors_of(np.intersect1d(part.alive, nums, assume_unique=True))
+            for part in self.parts
+        ]
         return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+
+    def unit_vector(self, num: int | None) -> Float32 | None:
+        """Return the unit vector (D,) of a picture; None if it is not among these."""
+        rows = self.vectors_of(np.array([] if num is None else [num], dtype=np.int64))
+        return rows[0] / np.linalg.norm(rows[0]) if len(rows) else None
 
 
 def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) -> LiveVectors:
@@ -97,6 +107,7 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     # In this order, each from a later state than the one before: a picture that comes in between is
     # loaded but not yet live, one that goes is live but not loaded. Neither is found until the next
     # call, which sees another change counter.
+    specs = {row.encoder_id: row.spec for row in catalog.encoders()}
     live = catalog.live_nums(encoder_id)
     pointer = catalog.snapshot(encoder_id)
     name = pointer.name if pointer else None
@@ -110,7 +121,8 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     if len(new.nums):
         parts.append(_exact(new.nums, new.vectors))
     alive = _alive(_merge(parts, keep_first=from_snapshot), live)
-    return LiveVectors(encoder_id, changes, name, new.last_seq, alive, from_snapshot)
+    spec = specs.get(encoder_id, "")
+    return LiveVectors(catalog, encoder_id, spec, changes, name, new.last_seq, alive, from_snapshot)
 
 
 def refresh_snapshot(catalog: Catalog, encoder_id: str, *, force: bool = False) -> Manifest | None:

@@ -27,8 +27,14 @@ from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
 from clipkit.query import Query, parse
 from clipkit.search.live_vectors import LiveVectors, follow
-from clipkit.search.query_encoder import Encoder, QueryEncoder, Searched
-from clipkit.search.ranking import reciprocal_rank_fusion, strengths
+from clipkit.search.query_encoder import Encoder, QueryEncoder, encoder_mismatch
+
+RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
+# Strength is a z-score: by how many standard deviations a cosine is above the mean of the same
+# query's cosines to a random sample of the library.
+STRONG_Z = 4.0
+FAIR_Z = 2.5
+FEWEST_FOR_Z = 30  # in a smaller library the sample says too little about the spread
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -108,9 +114,9 @@ class Searcher:
         allowed = self._passing(query, filters)
         rankings = []
         for phrase in query.phrases:
-            found = np.array(self.catalog.phrase(phrase.text), dtype=np.int64)
-            rankings.append((phrase.weight, found))
-            allowed = np.sort(found) if allowed is None else np.intersect1d(allowed, found)
+            nums = np.array(self.catalog.phrase(phrase.text), dtype=np.int64)
+            rankings.append((phrase.weight, nums))
+            allowed = _common(allowed, nums)
         clock.lap("search")
         if not (query.terms or query.exclude or query.examples or image is not None):
             return self._listed(allowed, rankings, k, query.sort, clock)
@@ -118,11 +124,10 @@ class Searcher:
         clock.lap("load")
         if not len(live.nums):
             return SearchResult((), 0, clock.seconds)
-        searched = self._searched(live)
-        vector = self._encoder.vector(query, image, searched=searched, files=self._files)
+        vector = self._encoder.vector(query, image, live=live, files=self._files)
         clock.lap("encode")
         if allowed is not None:
-            allowed = np.intersect1d(allowed, live.nums)
+            allowed = _common(allowed, live.nums)
         return self._ranked(live, vector, allowed, rankings, k, query.sort, clock)
 
     def similar(
@@ -136,14 +141,14 @@ class Searcher:
         clock = _Clock()
         live = self._current()
         clock.lap("load")
-        vector = self._stored(image_id, live)
+        num = self.catalog.has_picture(image_id)
+        vector = live.unit_vector(num)
         if vector is None:
             raise InputError(f"no picture {image_id!r} in this library; search for it by words")
         allowed = self._passing(Query(), filters)
         if allowed is not None:
-            allowed = np.intersect1d(allowed, live.nums)
-        itself = self.catalog.has_picture(image_id)
-        return self._ranked(live, vector, allowed, [], k, None, clock, without=itself)
+            allowed = _common(allowed, live.nums)
+        return self._ranked(live, vector, allowed, [], k, None, clock, without=num)
 
     # ---- what is searched
 
@@ -171,16 +176,19 @@ class Searcher:
         if others:
             loaded = self._encoder.loaded
             spec = loaded.spec if loaded else specs.get(encoder_id, "SPEC")
-            held = Searched(specs[others[-1]], others[-1], lambda _: None)
-            raise held.mismatch(spec, encoder_id)
+            raise encoder_mismatch(
+                index_spec=specs[others[-1]],
+                index_id=others[-1],
+                query_spec=spec,
+                query_id=encoder_id,
+            )
 
     def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
         """The pictures that pass the query's filters and `filters`, sorted; None: all."""
         passing = None
-        for some in (self._catalog_filters(query), filters):
-            if some is not None and some != Filters():
-                found = self.catalog.matching(some)
-                passing = found if passing is None else np.intersect1d(passing, found)
+        for one in (self._catalog_filters(query), filters):
+            if one is not None and one != Filters():
+                passing = _common(passing, self.catalog.matching(one))
         return passing
 
     def _catalog_filters(self, query: Query) -> Filters:
@@ -210,20 +218,6 @@ class Searcher:
             min_height=int(one.get("height", 0)),
             orientation=one.get("orientation"),
         )
-
-    def _searched(self, live: LiveVectors) -> Searched:
-        specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
-        return Searched(
-            spec=specs[live.encoder_id],
-            encoder_id=live.encoder_id,
-            stored=lambda image_id: self._stored(image_id, live),
-        )
-
-    def _stored(self, image_id: str, live: LiveVectors) -> Float32 | None:
-        """The unit vector (D,) of a picture that can be found now."""
-        num = self.catalog.has_picture(image_id)
-        rows = live.vectors_of(np.array([] if num is None else [num], dtype=np.int64))
-        return rows[0] / np.linalg.norm(rows[0]) if len(rows) else None
 
     # ---- ranking
 
@@ -318,6 +312,47 @@ def _sorted(rows: Iterable[PictureRow], sort: str | None) -> list[PictureRow]:
     return sorted(rows, key=lambda row: row.dated or "", reverse=True)
 
 
+def _common(allowed: Int64 | None, nums: Int64) -> Int64:
+    """Return those of the unique `nums` that are in `allowed` (None: all), sorted."""
+    if allowed is None:
+        return np.sort(nums)
+    return np.intersect1d(allowed, nums, assume_unique=True)
+
+
 def _check_k(k: int) -> None:
     if k < 1:
         raise InputError(f"k is {k}; it is how many pictures to show, at least 1")
+
+
+def reciprocal_rank_fusion(
+    rankings: Sequence[tuple[float, npt.NDArray[np.int64]]], nums: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """A key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
+
+    `rankings` are (weight, nums best first). Ranks run from 1 among `nums`, others are passed over;
+    what a ranking does not hold gets nothing from it.
+    """
+    order = np.argsort(nums)
+    keys = np.zeros(len(nums))
+    for weight, ranking in rankings:
+        ranked = ranking[np.isin(ranking, nums)]
+        places = order[np.searchsorted(nums, ranked, sorter=order)]
+        keys[places] += weight / (RRF_K + 1 + np.arange(len(ranked)))
+    return keys.round(12)  # 1/61 + 1/62 and 1/62 + 1/61 tie, whatever was added first
+
+
+def strengths(scores: npt.NDArray[np.float32], sample: npt.NDArray[np.float32]) -> list[str]:
+    """The band of each cosine, given the sample's cosines (S,), S >= 1, to the same query.
+
+    A z-score of at least STRONG_Z is "strong", of at least FAIR_Z "fair", the rest "weak". With
+    fewer than FEWEST_FOR_Z in the sample, or no spread in it, no hit can be told to stand out:
+    what is not below the mean is "fair", the rest "weak".
+    """
+    mean, spread = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
+    if len(sample) < FEWEST_FOR_Z or spread < 1e-6:
+        return ["fair" if score >= mean - 1e-6 else "weak" for score in scores.tolist()]
+    bands = []
+    for score in scores.tolist():
+        z = (score - mean) / spread
+        bands.append("strong" if z >= STRONG_Z else "fair" if z >= FAIR_Z else "weak")
+    return bands
