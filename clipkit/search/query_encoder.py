@@ -1,4 +1,4 @@
-"""What was asked -> one unit vector, with an encoder that is loaded by the first text or picture.
+"""Encode a query as one unit vector; the encoder is loaded by the first text or picture.
 
 The vector is normalise(sum of weight * unit vector of each text and example picture, less
 EXCLUDED * weight * unit vector of each excluded text).
@@ -29,7 +29,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class Encoder(Protocol):
-    """What searching needs of `towers.DualEncoder`. Vectors are float32 (N, D), unit rows."""
+    """The part of `towers.DualEncoder` that searching needs. Vectors are float32 (N, D), unit rows."""
 
     spec: str
     encoder_id: str
@@ -57,7 +57,8 @@ def encoder_mismatch(
 
 
 class QueryEncoder:
-    """Threads may share it. Vectors of texts are kept, the CACHED_TEXTS last used."""
+    """Encodes queries and caches the vectors of the CACHED_TEXTS last used texts. Threads may share
+    it."""
 
     def __init__(self, encoder: Encoder | Callable[[], Encoder]) -> None:
         self._load: Callable[[], Encoder] | None = None
@@ -72,11 +73,11 @@ class QueryEncoder:
 
     @property
     def loaded(self) -> Encoder | None:
-        """The encoder if it is there already."""
+        """The encoder if it is loaded."""
         return self._loaded
 
     def load(self) -> Encoder:
-        """The encoder; loaded once, also when many threads ask at once."""
+        """Return the encoder, loaded once however many threads call."""
         with self._loading:
             if self._loaded is None:
                 assert self._load is not None
@@ -124,7 +125,7 @@ class QueryEncoder:
         return encoder
 
     def _encode_texts(self, texts: Sequence[str], live: LiveVectors) -> dict[str, Float32]:
-        """Unit vectors (D,) by text; new ones in one batch."""
+        """Return unit vectors (D,) by text; new ones are encoded in one batch."""
         if not texts:
             return {}
         encoder = self._matching_encoder(live)
@@ -159,7 +160,7 @@ class QueryEncoder:
             raise ImageError(f"example '+{path}': {error}", reason=error.reason) from None
 
     def _encode_image(self, image: Image.Image | bytes, live: LiveVectors) -> Float32:
-        """A picture's unit vector (D,): the stored one if the library has these very bytes."""
+        """Return a picture's unit vector (D,): the stored one if the library has the same bytes."""
         if isinstance(image, bytes):
             num = live.catalog.has_picture(images.image_id(image))
             if (vector := live.unit_vector(num)) is not None:

@@ -1,11 +1,12 @@
-"""Query -> hits: the one entry that the page, the API and the command line share.
+"""Search a catalog: the entry that the page, the API and the command line share.
 
 1. Filters and phrases come first: only pictures that pass them are ranked, and `total` counts them.
-2. Words, examples and exclusions make one vector (query_encoder.py); pictures rank by their cosine
-   to it. With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal rank.
+2. Words, examples and exclusions are encoded as one vector (query_encoder.py); pictures rank by
+   their cosine to it. With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal
+   rank.
 3. Ties go by image_id.
-4. `sort:` orders what is shown. With words or examples the k best are chosen first, then ordered.
-   Without, all that passes is ordered: by the phrases' ranks, or else by date, newest first.
+4. `sort:` orders the hits. With words or examples the k best are chosen first, then sorted. Without,
+   all pictures that pass are sorted: by the phrases' ranks, or else by date, the newest first.
 
 Filters, phrases, `similar` and examples that are in the library need no encoder: it is loaded by
 the first query that has something to encode.
@@ -56,7 +57,7 @@ class SearchHit:
 class SearchResult:
     hits: tuple[SearchHit, ...]
     total: int  # exact: all pictures that pass filters and phrases
-    seconds: Mapping[str, float]  # by stage: "load" (what is new), "encode", "search", "rows"
+    seconds: Mapping[str, float]  # by stage: "load" (new vectors), "encode", "search", "rows"
 
 
 class _Clock:
@@ -73,10 +74,10 @@ class _Clock:
 class Searcher:
     """Searches one catalog with one encoder; threads may share it.
 
-    `catalog` is one opened for reading; what an indexer commits is found by the next query.
-    `encoder` is an encoder or a function that loads one. `encoder_id` says which vectors to search
-    before it is loaded; without it, a catalog of one encoder needs none. With `files=False` an
-    example `+FILE` is refused: for callers who must not make this machine read its files.
+    `catalog` is one opened for reading; the next query sees what an indexer has committed.
+    `encoder` is an encoder or a function that loads one. `encoder_id` names the vectors to search
+    before it is loaded; a catalog with one encoder does without. With `files=False`, an example
+    `+FILE` is refused, for callers on whose behalf this machine must not read its files.
     """
 
     def __init__(
@@ -102,11 +103,11 @@ class Searcher:
         image: Image.Image | bytes | None = None,
         filters: Filters | None = None,
     ) -> SearchResult:
-        """The k best pictures for a query, with `image` (RGB, or a file's bytes) as one more example
-        and `filters` beside the query's own.
+        """Return the k best pictures for a query, with `image` (RGB, or a file's bytes) as one more
+        example and `filters` in addition to the query's own.
 
         Raises QueryError, ImageError (an example cannot be read), EncoderMismatch (the catalog has
-        other encoders' vectors only), ModelError (a vector that is not finite), InputError.
+        vectors of other encoders only), ModelError (a vector that is not finite), InputError.
         """
         _check_k(k)
         query = parse(query) if isinstance(query, str) else query
@@ -133,7 +134,7 @@ class Searcher:
     def similar(
         self, image_id: str, *, k: int = 24, filters: Filters | None = None
     ) -> SearchResult:
-        """The k pictures nearest to one of the library, itself left out. Needs no encoder.
+        """Return the k pictures nearest to one of the library, without itself. Needs no encoder.
 
         Raises InputError if the library has no such picture, EncoderMismatch as `search` does.
         """
@@ -150,10 +151,10 @@ class Searcher:
             allowed = _common(allowed, live.nums)
         return self._ranked(live, vector, allowed, [], k, None, clock, without=num)
 
-    # ---- what is searched
+    # ---- vectors and filters
 
     def _current(self) -> LiveVectors:
-        """The vectors as of now; EncoderMismatch if there are only other encoders' ones."""
+        """Return the vectors as of now. Raises EncoderMismatch if all are of other encoders."""
         with self._following:
             encoder_id = self._searched_id()
             old = self._live if self._live and self._live.encoder_id == encoder_id else None
@@ -165,9 +166,9 @@ class Searcher:
     def _searched_id(self) -> str:
         if self._encoder_id is not None:
             return self._encoder_id
-        known = [row.encoder_id for row in self.catalog.encoders()]
-        if self._encoder.loaded is None and len(known) == 1:
-            return known[0]
+        encoder_ids = [row.encoder_id for row in self.catalog.encoders()]
+        if self._encoder.loaded is None and len(encoder_ids) == 1:
+            return encoder_ids[0]
         return self._encoder.load().encoder_id
 
     def _check_others(self, encoder_id: str) -> None:
@@ -184,7 +185,7 @@ class Searcher:
             )
 
     def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
-        """The pictures that pass the query's filters and `filters`, sorted; None: all."""
+        """Return the nums that pass the query's filters and `filters`, sorted; None: all."""
         passing = None
         for one in (self._catalog_filters(query), filters):
             if one is not None and one != Filters():
@@ -192,7 +193,7 @@ class Searcher:
         return passing
 
     def _catalog_filters(self, query: Query) -> Filters:
-        """The query's filters as the catalog takes them.
+        """Convert the query's filters to the catalog's.
 
         A relative `folder:` is below an indexed folder or begins with its name: where
         /home/me/photos is indexed, folder:photos/2023 and folder:2023 are the same.
@@ -200,7 +201,7 @@ class Searcher:
         values: dict[str, list[str]] = {}
         for item in query.filters:
             values.setdefault(item.key, []).append(item.value)
-        one = {key: found[0] for key, found in values.items()}
+        one = {key: several[0] for key, several in values.items()}
         folders = [Path(value).expanduser() for value in values.get("folder", ())]
         if not all(folder.is_absolute() for folder in folders):
             roots = [Path(root) for root in self.catalog.roots()]
@@ -251,11 +252,11 @@ class Searcher:
         if sort in ("date", "name"):
             rows = _sorted(rows, sort)
         by_num = dict(zip(nums.tolist(), scores.tolist(), strict=True))
-        found = [by_num[row.num] for row in rows]
-        bands = strengths(np.array(found, dtype=np.float32), sample)
+        cosines = [by_num[row.num] for row in rows]
+        bands = strengths(np.array(cosines, dtype=np.float32), sample)
         hits = tuple(
             SearchHit(rank, score, band, row)
-            for rank, (row, score, band) in enumerate(zip(rows, found, bands, strict=True), 1)
+            for rank, (row, score, band) in enumerate(zip(rows, cosines, bands, strict=True), 1)
         )
         clock.lap("rows")
         return SearchResult(hits, total, clock.seconds)
@@ -263,7 +264,7 @@ class Searcher:
     def _listed(
         self, allowed: Int64 | None, rankings: Rankings, k: int, sort: str | None, clock: _Clock
     ) -> SearchResult:
-        """Pictures by filters and phrases alone."""
+        """List pictures by filters and phrases alone."""
         nums = self.catalog.matching(Filters()) if allowed is None else allowed
         clock.lap("search")
         if rankings and sort in (None, "score"):
@@ -272,22 +273,22 @@ class Searcher:
             rows = _sorted(self.catalog.rows(nums.tolist()).values(), sort)[:k]
         else:
             newest = self.catalog.newest(k, among=allowed)
-            found = self.catalog.rows(newest)
-            rows = [found[num] for num in newest if num in found]
+            by_num = self.catalog.rows(newest)
+            rows = [by_num[num] for num in newest if num in by_num]
         hits = tuple(SearchHit(rank, None, None, row) for rank, row in enumerate(rows, 1))
         clock.lap("rows")
         return SearchResult(hits, len(nums), clock.seconds)
 
     def _best_rows(self, nums: Int64, keys: npt.NDArray[np.float64], k: int) -> list[PictureRow]:
-        """The rows of the k greatest keys, by (-key, image_id)."""
-        if len(nums) > k:  # all that tie with the last one: image_id decides among them
+        """Return the rows of the k greatest keys, by (-key, image_id)."""
+        if len(nums) > k:  # with all that tie with the last one: image_id decides among them
             chosen = keys >= np.partition(keys, len(keys) - k)[len(keys) - k]
             nums, keys = nums[chosen], keys[chosen]
         rows = self.catalog.rows(nums.tolist())
         order = sorted(
             (-key, rows[num].image_id, num)
             for num, key in zip(nums.tolist(), keys.tolist(), strict=True)
-            if num in rows  # it may have gone since
+            if num in rows  # it may have been removed since
         )
         return [rows[num] for _, _, num in order[:k]]
 
@@ -295,17 +296,18 @@ class Searcher:
 def _nearest(
     live: LiveVectors, vector: Float32, k: int, allowed: Int64 | None
 ) -> tuple[Int64, Float32]:
-    """The k nearest, and whatever ties with the last of them."""
-    ask = k + 8
+    """Return the k nearest and all that tie with the last of them."""
+    limit = k + 8
     while True:
-        nums, scores = live.search(vector, ask, allowed=allowed)
-        if len(nums) < ask or scores[-1] < scores[k - 1]:
+        nums, scores = live.search(vector, limit, allowed=allowed)
+        if len(nums) < limit or scores[-1] < scores[k - 1]:
             return nums, scores
-        ask *= 4
+        limit *= 4
 
 
 def _sorted(rows: Iterable[PictureRow], sort: str | None) -> list[PictureRow]:
-    """By file name, or by date, the newest first and what has none last. Ties by image_id."""
+    """Sort by file name, or by date with the newest first and undated rows last. Ties go by
+    image_id."""
     rows = sorted(rows, key=lambda row: row.image_id)
     if sort == "name":
         return sorted(rows, key=lambda row: Path(row.path).name.casefold())
@@ -321,32 +323,32 @@ def _common(allowed: Int64 | None, nums: Int64) -> Int64:
 
 def _check_k(k: int) -> None:
     if k < 1:
-        raise InputError(f"k is {k}; it is how many pictures to show, at least 1")
+        raise InputError(f"k is {k}; it must be at least 1, the number of pictures to show")
 
 
 def reciprocal_rank_fusion(
     rankings: Sequence[tuple[float, npt.NDArray[np.int64]]], nums: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """A key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
+    """Return a key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
 
-    `rankings` are (weight, nums best first). Ranks run from 1 among `nums`, others are passed over;
-    what a ranking does not hold gets nothing from it.
+    `rankings` are (weight, nums best first). Ranks count from 1 among `nums`, skipping all others; a
+    num that is not in a ranking gets nothing from it.
     """
     order = np.argsort(nums)
     keys = np.zeros(len(nums))
     for weight, ranking in rankings:
         ranked = ranking[np.isin(ranking, nums)]
-        places = order[np.searchsorted(nums, ranked, sorter=order)]
-        keys[places] += weight / (RRF_K + 1 + np.arange(len(ranked)))
-    return keys.round(12)  # 1/61 + 1/62 and 1/62 + 1/61 tie, whatever was added first
+        positions = order[np.searchsorted(nums, ranked, sorter=order)]
+        keys[positions] += weight / (RRF_K + 1 + np.arange(len(ranked)))
+    return keys.round(12)  # so that 1/61 + 1/62 and 1/62 + 1/61 tie exactly
 
 
 def strengths(scores: npt.NDArray[np.float32], sample: npt.NDArray[np.float32]) -> list[str]:
-    """The band of each cosine, given the sample's cosines (S,), S >= 1, to the same query.
+    """Return the band of each cosine, given the cosines (S,), S >= 1, of the sample to the same query.
 
-    A z-score of at least STRONG_Z is "strong", of at least FAIR_Z "fair", the rest "weak". With
-    fewer than FEWEST_FOR_Z in the sample, or no spread in it, no hit can be told to stand out:
-    what is not below the mean is "fair", the rest "weak".
+    A z-score of at least STRONG_Z is "strong", of at least FAIR_Z "fair", a lower one "weak". In a
+    sample of fewer than FEWEST_FOR_Z, or without spread, nothing can stand out: a cosine at or above
+    the mean is "fair", a lower one "weak".
     """
     mean, spread = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
     if len(sample) < FEWEST_FOR_Z or spread < 1e-6:
