@@ -135,7 +135,7 @@ def test_one_run_at_a_time_here_and_in_other_processes(
     gate = threading.Event()
     workspace.model.encode_images = lambda images: gate.wait(30) and np.eye(3)[: len(images)]  # type: ignore[method-assign]
     workspace.index([str(photos)])
-    with pytest.raises(CatalogBusy, match="goes on already"):
+    with pytest.raises(CatalogBusy, match="already in progress"):
         workspace.index([str(photos)])
     workspace.stop()
     assert workspace.run is not None and workspace.run.state == "stopping"

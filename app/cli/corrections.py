@@ -1,4 +1,4 @@
-"""`clipkit corrections`: what was said of results in the app, as a source of `clipkit data build`."""
+"""`clipkit corrections`: export marks of results as a source of `clipkit data build`."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def corrections(
         typer.Option("--out", metavar="FILE", help="A .jsonl to write. Default: the terminal."),
     ] = None,
 ) -> None:
-    """Export which results were marked right or wrong in the app, for `clipkit data build`.
+    """Export the results that were marked right or wrong in the app, for `clipkit data build`.
 
-    A line each: {"picture": path, "query": words, "right": true or false, ...}. A right query becomes a
-    caption of the picture, a wrong one takes such a caption away.
+    One line each: {"picture": path, "query": words, "right": true or false, ...}. A right query becomes
+    a caption of the picture, a wrong one removes such a caption.
     """
     from app.corrections import Corrections, export
     from clipkit.catalog import Catalog
 
-    place = index_folder(index)
-    with Catalog.open(place) as catalog:
-        marks = Corrections(place).all()
+    folder = index_folder(index)
+    with Catalog.open(folder) as catalog:
+        marks = Corrections(folder).all()
         rows = list(export(marks, catalog))
     if not marks:
         raise InputError(
-            f"there are no corrections in {place} yet; mark results of a text search in: clipkit app"
+            f"no corrections in {folder} yet; mark results of a text search in: clipkit app"
         )
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if out is None:
@@ -58,13 +58,13 @@ def corrections(
         print(f"written to {printable(str(out))}")
     if left := len(marks) - len(rows):
         print(
-            f"{left:,} left out: their pictures have left the index, or are gone or changed on the disk",
+            f"{left:,} left out: their pictures left the index, or their files were deleted or changed",
             file=sys.stderr,
         )
 
 
 def _write(path: Path, lines: str) -> None:
-    """Whole or not at all."""
+    """Write the whole file or none of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(lines, encoding="utf-8")
