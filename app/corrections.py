@@ -1,13 +1,13 @@
-"""Corrections: what people say of the results of a text query, right or wrong, kept and exported.
+"""Corrections: results of a text query that people marked right or wrong, stored and exported.
 
-Kept in the index's folder as corrections.jsonl, a line for each mark as it is made, only ever added to:
+They are stored in the index's folder as corrections.jsonl, an append-only file with a line per mark:
 
     {"image_id": "0123...", "query": "a red car", "right": true, "at": "2026-05-01T12:30:00+00:00"}
 
-`right` null takes the mark back. For one picture and one query the last line counts. The file is apart
-from the catalog, whose one writer may hold it for as long as an indexing run lasts; a picture is named
-by its content, so that marks outlive moved files and an index that is made anew in its folder. What
-`export` hands out is the format that clipkit.sources reads as "corrections".
+`right` null removes the mark. For one picture and one query the last line counts. The file is separate
+from the catalog, which its one writer may hold for as long as an indexing run lasts. A picture is named
+by its content, so that marks survive moved files and a new index in the same folder. `export` yields
+the format that clipkit.sources reads as "corrections".
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ from data_prep.clean import Rules, same_caption
 log = logging.getLogger(__name__)
 
 FILE, LOCK = "corrections.jsonl", "corrections.lock"
-MOST_LETTERS = Rules().max_chars  # of a query that is marked: `clipkit data build` takes no longer
+MOST_LETTERS = (
+    Rules().max_chars
+)  # of a marked query: `clipkit data build` accepts no longer caption
 MOST_BYTES = 64_000_000  # of the file: some 400,000 marks
 MARK_BYTES = 64_000  # of a mark as it is sent
 LOCK_SECONDS = 10.0  # another process holds the lock for a few milliseconds
@@ -47,7 +49,7 @@ EXPORTED_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What was said of one picture and one query."""
+    """Whether one picture is right for one query."""
 
     image_id: str
     query: str
@@ -57,7 +59,7 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A mark as it is sent; `right` None takes it back."""
+    """A mark as a browser sends it; `right` None removes it."""
 
     picture: str
     query: str  # normalised
@@ -65,45 +67,45 @@ class Mark:
 
     @classmethod
     def from_json(cls, data: bytes) -> Self:
-        """Read {"picture": image_id, "query": what was typed, "right": true, false or null}.
+        """Read {"picture": image_id, "query": text of the search box, "right": true, false or null}.
 
-        QueryError, InputError: what is no such mark, or a query that is not of words alone.
+        Raises QueryError and InputError, also for a query that is not of words alone.
         """
         try:
             fields = parse_object(data)
         except ValueError as error:
             raise InputError(f"a mark is one JSON object: {error}") from None
-        picture, typed, right = (fields.get(name) for name in ("picture", "query", "right"))
+        picture, text, right = (fields.get(name) for name in ("picture", "query", "right"))
         if not isinstance(picture, str) or not re.fullmatch("[0-9a-f]{32}", picture):
             raise InputError(
                 f"picture is {picture!r:.80}; a picture is named by its content hash, 32 hex digits"
             )
-        if not isinstance(typed, str):
-            raise InputError(f"query is {typed!r:.80}; it must be the text that was searched for")
+        if not isinstance(text, str):
+            raise InputError(f"query is {text!r:.80}; it must be the text of the search")
         if "right" not in fields or not (right is None or isinstance(right, bool)):
             raise InputError(f"right is {right!r:.80}; it must be true, false, or null to unmark")
-        query = said(parse(typed))
+        query = marked_words(parse(text))
         if query is None:
             raise InputError(
-                "only results of words alone can be marked, with or without filters, up to "
-                f"{MOST_LETTERS:,} characters: not those of -words, +pictures or quoted phrases"
+                "only results of a search by words can be marked, with or without filters and up to "
+                f"{MOST_LETTERS:,} characters; -words, +pictures and quoted phrases are not possible"
             )
         return cls(picture, query, right)
 
 
-def said(query: Query) -> str | None:
-    """The words that were looked for, as one line: what a right picture shows. None where a mark would
-    not speak of the words alone: a wrong hit of `dog -leash` may well be a dog."""
+def marked_words(query: Query) -> str | None:
+    """Return the words of a query in one line, which a right picture shows. None where a mark would
+    not be about the words alone: a wrong hit of `dog -leash` may well be a dog."""
     if query.exclude or query.examples or query.phrases:
         return None
     words = " ".join(term.text for term in query.terms)
-    # Marks that only reorder text are no part of what is said, and cannot be shown.
+    # Control characters that only reorder text are no part of the words and cannot be shown.
     words = " ".join("".join(c for c in words if printable(c) == c).split())
     return words if words and len(words) <= MOST_LETTERS else None
 
 
 def as_query(words: str) -> str:
-    """What `said` gave, written so that it is said again: the query to send a mark with."""
+    """Return the query for which `marked_words` returns these words: a mark is sent with it."""
     return format(Query(terms=(Term(words),)))
 
 
@@ -120,36 +122,36 @@ class Corrections:
     def _forget(self) -> None:
         self._read = 0  # bytes of the file that are in _marks
         self._inode = 0
-        # Both by same_caption(query): in the order of the file, and what a page of results asks for.
+        # Both by same_caption(query): in the order of the file, and as a page of results needs them.
         self._marks: dict[tuple[str, str], Correction] = {}  # by (query, image_id)
         self._right: dict[str, dict[str, bool]] = {}  # by query, then image_id
 
     # Each of these may raise ClipkitError if the file cannot be read or written.
 
     def total(self) -> int:
-        """How many marks count."""
+        """Count the marks that are in force."""
         with self._mutex:
             self._follow()
             return len(self._marks)
 
     def of(self, query: str) -> Mapping[str, bool]:
-        """Right or wrong by image_id, for the pictures that were marked for this query."""
+        """Return right or wrong by image_id, for the pictures that are marked for this query."""
         with self._mutex:
             self._follow()
             return dict(self._right.get(same_caption(query), {}))
 
     def all(self) -> list[Correction]:
-        """Every mark that counts, the oldest first."""
+        """Return every mark that is in force, the oldest first."""
         with self._mutex:
             self._follow()
             return list(self._marks.values())
 
     def put(self, mark: Mark) -> None:
-        """Keep a mark in place of an earlier one, or take that back; on disk when this returns.
+        """Store a mark in place of an earlier one, or remove that; it is on disk on return.
 
-        CatalogBusy: another process does not let go of the lock. InputError: the file is full.
+        Raises CatalogBusy if another process keeps the lock and InputError if the file is full.
         """
-        with self._writing, self._alone():
+        with self._writing, self._locked():
             before = self.of(mark.query).get(mark.picture)
             if mark.right != before:
                 self._append(
@@ -162,8 +164,8 @@ class Corrections:
                 )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """The lock between processes, and the system's errors as sentences."""
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock between processes; raise the system's errors as clipkit's."""
         try:
             with self._lock:
                 yield
@@ -180,8 +182,8 @@ class Corrections:
             line = json.dumps(fields).encode() + b"\n"
             if size + len(line) > MOST_BYTES:
                 raise InputError(
-                    f"{self.path} has {size / 1e6:.0f} MB; the limit is {MOST_BYTES / 1e6:.0f}; export "
-                    "the corrections, then move that file away"
+                    f"{self.path} has {size / 1e6:.0f} MB; the limit is {MOST_BYTES / 1e6:.0f} MB; "
+                    "export the corrections, then move the file away"
                 )
             if size:
                 file.seek(size - 1)
@@ -198,7 +200,7 @@ class Corrections:
             sync_folder(self.path.parent)
 
     def _follow(self) -> None:
-        """Take in the lines that were added since; all of them if the file is another one now."""
+        """Read the lines added since the last call; all of them if the file was replaced."""
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -208,7 +210,7 @@ class Corrections:
                 if status.st_size == self._read:
                     return
                 file.seek(self._read)
-                # What follows the last line's end is still being written.
+                # A line without an end is still being written.
                 whole, newline, _ = file.read().rpartition(b"\n")
         except FileNotFoundError:
             self._forget()
@@ -230,7 +232,7 @@ class Corrections:
             if not (right is None or isinstance(right, bool)):
                 raise ValueError("right must be true, false or null")
         except (ValueError, KeyError) as error:
-            log.warning("%s: a line left out: %s", self.path, error)
+            log.warning("%s: line skipped: %s", self.path, error)
             return
         key = same_caption(query)
         self._marks.pop((key, image_id), None)
@@ -247,9 +249,9 @@ class Corrections:
 
 
 def export(marks: Sequence[Correction], catalog: Catalog) -> Iterator[dict[str, Any]]:
-    """The rows of corrections.jsonl for `clipkit data build`, pictures by their absolute paths.
+    """Yield the rows for `clipkit data build`, which name pictures by their absolute paths.
 
-    A mark whose picture has left the index, or whose files are gone or changed since, has no row.
+    A mark has no row if its picture has left the index or its files were deleted or changed.
     """
     for start in range(0, len(marks), EXPORTED_AT_ONCE):
         some = marks[start : start + EXPORTED_AT_ONCE]
@@ -257,7 +259,7 @@ def export(marks: Sequence[Correction], catalog: Catalog) -> Iterator[dict[str, 
         rows = catalog.rows(set(nums.values()))
         for mark in some:
             num = nums[mark.image_id]
-            path = _place(rows[num]) if num in rows else None
+            path = _path(rows[num]) if num in rows else None
             if path is not None:
                 yield {
                     "picture": path,
@@ -268,8 +270,8 @@ def export(marks: Sequence[Correction], catalog: Catalog) -> Iterator[dict[str, 
                 }
 
 
-def _place(row: PictureRow) -> str | None:
-    """The first place that still holds the picture, told by its size: reading every file would take
+def _path(row: PictureRow) -> str | None:
+    """Return the first place whose file still has the picture's size, as reading every file would take
     minutes."""
     for path in row.places:
         try:

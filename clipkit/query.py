@@ -1,17 +1,16 @@
-"""The query language: what a person types -> Query. Pure: no files, no catalog, no model.
+"""The query language: parse what a person types into a Query. Needs no file, catalog or model.
 
     dog on a beach            free words are one text to look for
-    dog beach^2               ^w weighs: a weighed word is a text of its own, 0.01 to 10
+    dog beach^2               ^w is a weight from 0.01 to 10; a weighted word is a text of its own
     -leash  -"red car"^0.5    push away
-    +./ref.jpg^0.5            an example picture; quote a path with blanks: +"my file.jpg"
+    +./ref.jpg^0.5            an example picture; quote a path with spaces: +"my file.jpg"
     "invoice 42"              must match file name, caption or tag
-    after:2023 path:trips     filters, see KEYS; a value with blanks is quoted: camera:"canon eos"
+    after:2023 path:trips     filters, see KEYS; quote a value with spaces: camera:"canon eos"
     sort:date                 the order in which hits are shown: score, date or name
 
-What is not syntax is a word: `t-shirt`, a lone `-`, `--`, `12:30`, `http://x`, `5"`, `note:`.
-A backslash takes the meaning from the sign after it: - + ^ : a quote, a backslash, or a blank,
-which makes one word of two; before anything else it is itself. Curly quotes are quotes: phones
-type them.
+Everything else is a word: `t-shirt`, a lone `-`, `--`, `12:30`, `http://x`, `5"`, `note:`.
+A backslash escapes - + ^ : a quote, a backslash, or a space, which then joins two words; before any
+other character it is an ordinary character. Curly quotes are quotes, since phones type them.
 
 `parse(format(query)) == query` for every Query, and `parse` raises QueryError only.
 """
@@ -52,7 +51,7 @@ _CHOICES = {
     "orientation": ("landscape", "portrait", "square"),
     "sort": ("score", "date", "name"),
 }
-# The name that the decoder gives the format, by the suffix people type.
+# The decoder's name of a format, by the file suffix.
 _FORMATS = {"JPG": "JPEG", "JPE": "JPEG", "JFIF": "JPEG", "TIF": "TIFF", "HEIC": "HEIF"}
 _QUOTES = '"“”„'
 _SIGNS = frozenset(_QUOTES + "-+")
@@ -65,13 +64,13 @@ _KEY = re.compile(r"([A-Za-z]+):")
 _WEIGHT = re.compile(r"[0-9]{1,9}(\.[0-9]{0,25})?|\.[0-9]{1,25}")
 _DATE = re.compile(r"([0-9]{4})(?:-([0-9]{2}))?(?:-([0-9]{2}))?")
 _PIXELS = re.compile(r"(>=|>|)([0-9]{1,7})")
-# Control characters separate words like blanks: a NUL would cut a path or a full-text query short.
+# Control characters separate words like spaces: a NUL would cut a path or a full-text query short.
 _CONTROLS = dict.fromkeys((*range(32), 127), " ")
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A text and its weight. The text has no doubled or outer blanks, as `parse` leaves it."""
+    """A text and its weight. `parse` leaves no double, leading or trailing spaces in the text."""
 
     text: str
     weight: float = 1.0
@@ -105,7 +104,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What a person asked. All empty is valid and asks for everything."""
+    """A parsed query. An empty one is valid and matches everything."""
 
     terms: tuple[Term, ...] = ()
     exclude: tuple[Term, ...] = ()
@@ -119,7 +118,7 @@ class Query:
 
 
 def parse(text: str) -> Query:
-    """Read a query. A QueryError says what, at which position (from 1), and the remedy."""
+    """Parse a query. Raises QueryError with the problem, its position (from 1) and the remedy."""
     if len(text) > MAX_CHARS:
         raise QueryError(
             f"query has {len(text):,} characters; the limit is {MAX_CHARS:,}; shorten it"
@@ -128,10 +127,10 @@ def parse(text: str) -> Query:
 
 
 def format(query: Query) -> str:
-    """Write a query so that `parse` reads the same one."""
+    """Format a query so that `parse` returns the same one."""
     parts = []
     for number, term in enumerate(query.terms):
-        if number == 0 and term.weight == 1.0:  # the free words; any other text shows its weight
+        if number == 0 and term.weight == 1.0:  # the free words; any other text has its weight
             parts += [_escape_word(word) for word in term.text.split(" ")]
         else:
             parts.append(_escape_word(term.text).replace(" ", "\\ ") + f"^{float(term.weight)!r}")
@@ -151,7 +150,7 @@ class _Parser:
         self.text = text
         self.at = 0
         self.words: list[str] = []  # free words
-        self.weighed: list[Term] = []
+        self.weighted: list[Term] = []
         self.exclude: list[Term] = []
         self.examples: list[Example] = []
         self.phrases: list[Term] = []
@@ -170,7 +169,7 @@ class _Parser:
                 )
         free = (Term(" ".join(self.words)),) if self.words else ()
         return Query(
-            terms=(*free, *self.weighed),
+            terms=(*free, *self.weighted),
             exclude=tuple(self.exclude),
             examples=tuple(self.examples),
             phrases=tuple(self.phrases),
@@ -184,7 +183,7 @@ class _Parser:
         if sign in _QUOTES:
             text, weight = self._text()
             self.phrases.append(Term(_words(text, start), weight or 1.0))
-        # a sign stands directly before its word; a lone or a doubled one is a word itself
+        # a sign directly precedes its word; a lone or a doubled one is a word itself
         elif sign in "-+" and after.strip() and after != sign:
             self.at += 1
             self._signed(sign, start)
@@ -195,7 +194,7 @@ class _Parser:
             if weight is None:
                 self.words.append(_words(text, start))
             else:
-                self.weighed.append(Term(_words(text, start), weight))
+                self.weighted.append(Term(_words(text, start), weight))
 
     def _signed(self, sign: str, start: int) -> None:
         key = _KEY.match(self.text, self.at)
@@ -211,7 +210,8 @@ class _Parser:
             self.exclude.append(Term(_words(text, start), weight or 1.0))
 
     def _is_filter(self, key: re.Match[str]) -> bool:
-        """Web addresses (http://x) and prose ("note: ...") have a colon after letters, too."""
+        """Return whether a word is meant as a filter: web addresses (http://x) and prose ("note: ...")
+        have a colon after letters, too."""
         rest = self.text[key.end() : key.end() + 2]
         return key[1].lower() in KEYS or (bool(rest[:1].strip()) and rest != "//")
 
@@ -228,7 +228,7 @@ class _Parser:
         if not value.strip():
             raise QueryError(f"'{key}:' at position {start + 1} needs a value; {KEYS[key]}")
         if key in _ONCE and (
-            self.sort if key == "sort" else any(key == known.key for known in self.filters)
+            self.sort if key == "sort" else any(key == item.key for item in self.filters)
         ):
             raise QueryError(f"'{key}:' is given twice, again at position {start + 1}; keep one")
         value = _file_name(value, start) if key in _PATHS else _words(value, start)
@@ -239,69 +239,69 @@ class _Parser:
             self.filters.append(Filter(key, canonical))
 
     def _read(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """What the pattern, which always matches, finds here; goes behind it."""
-        found = pattern.match(self.text, self.at)
-        assert found is not None
-        self.at = found.end()
-        return found
+        """Match a pattern, which cannot fail, at the current position and move past it."""
+        match = pattern.match(self.text, self.at)
+        assert match is not None
+        self.at = match.end()
+        return match
 
     def _at_quote(self) -> bool:
         return self.text[self.at : self.at + 1] in (*_QUOTES,)
 
     def _text(self) -> tuple[str, float | None]:
-        """A quoted text or a word, and its weight if it ends in ^w."""
+        """Read a quoted text or a word, and its weight if it ends in ^w."""
         if self._at_quote():
             return self._quoted()
-        found = self._read(_BARE)
-        return _unescape(found[1]), _weight(found)
+        match = self._read(_BARE)
+        return _unescape(match[1]), _weight(match)
 
     def _quoted(self) -> tuple[str, float | None]:
-        found = _QUOTED.match(self.text, self.at)
-        if found is None:
+        match = _QUOTED.match(self.text, self.at)
+        if match is None:
             raise QueryError(
                 f"quote at position {self.at + 1} is not closed; add a closing quote, "
-                'or write \\" for the sign itself'
+                'or write \\" for the character itself'
             )
-        self.at = found.end()
-        return _unescape(found[1]), _weight(found)
+        self.at = match.end()
+        return _unescape(match[1]), _weight(match)
 
 
 def _unescape(text: str) -> str:
-    return re.sub(_ESCAPE, lambda found: found[0][1], text)
+    return re.sub(_ESCAPE, lambda match: match[0][1], text)
 
 
-def _weight(found: re.Match[str]) -> float | None:
-    digits, position = found["weight"], found.start("weight")  # from 1: that of the ^
+def _weight(match: re.Match[str]) -> float | None:
+    digits, position = match["weight"], match.start("weight")  # from 1: that of the ^
     if digits is None:
         return None
     if not _WEIGHT.fullmatch(digits):
         raise QueryError(
             f"weight '{_shorten(digits)}' at position {position} is not a number; write ^ and a "
-            f"number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, or \\^ for the sign itself"
+            f"number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, or \\^ for the character itself"
         )
     _check_weight(float(digits), f" at position {position}")
     return float(digits)
 
 
 def _words(text: str, start: int) -> str:
-    """Text for a model or the catalog, with single blanks."""
+    """Return text for a model or the catalog, with single spaces."""
     return " ".join(_file_name(text, start, surrogates="strict").split())
 
 
 def _file_name(text: str, start: int, *, surrogates: str = "surrogateescape") -> str:
-    """A name as the file system has it; bytes that are no UTF-8 are lone surrogates there."""
+    """Return a name as the file system has it: bytes that are not UTF-8 are lone surrogates."""
     if not text.strip():
         raise QueryError(f"text at position {start + 1} is empty; leave it out")
     try:
         text.encode(errors=surrogates)
     except UnicodeEncodeError:
         where = f"text at position {start + 1}"
-        raise QueryError(f"{where} is not valid Unicode; type it anew") from None
+        raise QueryError(f"{where} is not valid Unicode; type it again") from None
     return text
 
 
 def _canonical(key: str, value: str, position: int) -> str:
-    """The value in the form that Filter documents, or QueryError."""
+    """Return the value in the form that Filter documents. Raises QueryError."""
     if key in ("after", "before"):
         return _date(key, value, position)
     if key in ("width", "height"):
@@ -322,27 +322,27 @@ def _canonical(key: str, value: str, position: int) -> str:
 
 
 def _date(key: str, value: str, position: int) -> str:
-    if found := _DATE.fullmatch(value):
-        year, month, day = (int(part) if part else 1 for part in found.groups())
+    if match := _DATE.fullmatch(value):
+        year, month, day = (int(part) if part else 1 for part in match.groups())
         try:
             datetime.date(year, month, day)
-            return found[0]
+            return match[0]
         except ValueError:  # month 13, 30 February, year 0
             pass
     raise QueryError(
         f"'{_shorten(value)}' at position {position} is not a date; "
-        f"write {key}:2023, {key}:2023-05 or {key}:2023-05-01"
+        f"use the form {key}:2023, {key}:2023-05 or {key}:2023-05-01"
     )
 
 
 def _pixels(key: str, value: str, position: int) -> str:
-    found = _PIXELS.fullmatch(value)
-    if found is None:
+    match = _PIXELS.fullmatch(value)
+    if match is None:
         raise QueryError(
-            f"'{_shorten(value)}' at position {position} is not a least number of pixels; "
-            f"write {key}:1000 or {key}:>1000"
+            f"'{_shorten(value)}' at position {position} is not a number of pixels; "
+            f"use the form {key}:1000 or {key}:>1000"
         )
-    return str(int(found[2]) + (found[1] == ">"))
+    return str(int(match[2]) + (match[1] == ">"))
 
 
 def _check_weight(weight: float, where: str = "") -> None:
@@ -362,7 +362,7 @@ def _escape(text: str, signs: Iterable[str]) -> str:
 
 
 def _escape_word(text: str) -> str:
-    """A free word: quotes and signs mean something in front only, a colon after a key only."""
+    """Escape a free word: quotes and signs matter only in front, a colon only after a key."""
     word = _escape(text, "\\^")
     if _KEY.match(word):
         word = word.replace(":", "\\:", 1)

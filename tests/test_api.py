@@ -152,7 +152,7 @@ def test_a_picture_that_is_gone_or_changed_says_so(serve: Served, photos: Path) 
     for name, file in zip(names, ("gone.png", "changed.png"), strict=True):
         answer = client.get(f"/pictures/{name}")
         assert answer.status_code == 410
-        expected = f"the file {file} is gone or has changed; index its folder again"
+        expected = f"the file {file} was deleted or has changed; index its folder again"
         assert answer.json() == {"error": expected}
 
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import corrections as module
-from app.corrections import Corrections, Mark, as_query, said
+from app.corrections import Corrections, Mark, as_query, marked_words
 from clipkit.errors import CatalogBusy, ClipkitError, InputError, QueryError
 from clipkit.query import parse
 
@@ -29,7 +29,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def words(typed: str) -> str | None:
-    return said(parse(typed))
+    return marked_words(parse(typed))
 
 
 # ---- what a mark speaks of
@@ -78,8 +78,14 @@ def test_what_was_said_is_said_again_when_it_is_sent(typed: str) -> None:
         ({"picture": ONE, "query": "x"}, "right is None; it must be true, false, or null"),
         ({"picture": ONE, "query": "x", "right": 1}, "right is 1; it must be"),
         ({"picture": ONE, "query": "aftr:2023", "right": True}, "unknown key 'aftr'"),
-        ({"picture": ONE, "query": "dog -leash", "right": True}, "only results of words alone"),
-        ({"picture": ONE, "query": "after:2023", "right": False}, "only results of words alone"),
+        (
+            {"picture": ONE, "query": "dog -leash", "right": True},
+            "only results of a search by words",
+        ),
+        (
+            {"picture": ONE, "query": "after:2023", "right": False},
+            "only results of a search by words",
+        ),
     ],
 )
 def test_what_is_no_mark_is_refused_in_a_sentence(fields: Any, sentence: str) -> None:
@@ -161,7 +167,7 @@ def test_half_a_line_costs_that_line_only(
     again.put(Mark(TWO, "red", False))
     with caplog.at_level(logging.WARNING):
         assert kept.of("red") == again.of("red") == {ONE: True, TWO: False}
-    assert "a line left out" in caplog.text
+    assert "line skipped" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -229,7 +235,7 @@ def test_a_full_or_forbidden_disk_is_a_sentence_and_leaves_no_half_line(
             kept.put(Mark(TWO, "red", True))
     assert kept.path.read_bytes() == whole and kept.total() == 1
     monkeypatch.setattr(module, "MOST_BYTES", len(whole) + 10)
-    with pytest.raises(InputError, match=r"the limit is 0; export the corrections, then move"):
+    with pytest.raises(InputError, match=r"the limit is 0 MB; export the corrections, then move"):
         kept.put(Mark(TWO, "red", True))
     with pytest.raises(ClipkitError, match="cannot use"):
         kept.path.unlink()

@@ -192,7 +192,9 @@ def test_a_picture_that_is_gone_says_so(tmp_path: Path, visit: Open) -> None:
         page = visit(address)
         page.click(".hit .open")
         page.wait_for_selector(".stage p:visible")
-        assert page.inner_text(".stage p").startswith("the file gone.png is gone or has changed")
+        assert page.inner_text(".stage p").startswith(
+            "the file gone.png was deleted or has changed"
+        )
 
 
 # ---- asking with a picture

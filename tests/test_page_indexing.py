@@ -43,7 +43,7 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
         page.click("[data-do=add]")  # the same in a dialog, which must not open unseen
         page.wait_for_selector("#adder form.add input")
         page.click("#adder [data-do=close-adder]")
-        for folder, said in (("photos", "not a full path"), ("/no/such", "there is no folder")):
+        for folder, said in (("photos", "not a full path"), ("/no/such", "no folder")):
             page.fill("#results form.add input", folder)
             page.click("#results form.add button")
             page.wait_for_selector(f"#refusal .run.failed >> text={said}")
@@ -60,7 +60,7 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
         page.click("#tools [data-do=add]")
         page.fill("#adder input", str(photos))
         page.click("#adder form button")
-        page.wait_for_selector("#refusal .run.failed >> text=goes on already")
+        page.wait_for_selector("#refusal .run.failed >> text=already in progress")
         page.wait_for_selector("#run [data-do=stop]")
         page.click("#run [data-do=stop]")
         page.wait_for_selector("#run .run.stopped")
@@ -87,15 +87,15 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown_as_ended(
     for number in range(60):
         paint(tmp_path / "photos" / f"{number}.png", "blue", number=number)
     workspace = Workspace(tmp_path / "index", SlowModel())  # type: ignore[arg-type]
-    drawn = Page.parts
+    drawn = Page.tick
 
-    def parts(self: Page) -> Any:
+    def tick(self: Page) -> Any:
         answer = drawn(self)
         while (run := workspace.run) is not None and run.state == "stopping" and not run.over:
             time.sleep(0.05)
         return answer
 
-    monkeypatch.setattr(Page, "parts", parts)
+    monkeypatch.setattr(Page, "tick", tick)
     with served(workspace) as address:
         page = visit(address)
         page.fill("#results form.add input", str(tmp_path / "photos"))

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipkit.search.ranking import FAIR_Z, FEWEST_FOR_Z, STRONG_Z, reciprocal_rank_fusion, strengths
+from clipkit.search.searcher import (
+    FAIR_Z,
+    FEWEST_FOR_Z,
+    STRONG_Z,
+    reciprocal_rank_fusion,
+    strengths,
+)
 
 
 def test_fusion_sums_weight_over_sixty_plus_rank() -> None:

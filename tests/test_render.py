@@ -1,30 +1,39 @@
-"""HTML from hits, runs and names that mean harm."""
+"""The page's HTML from hits, runs and names that mean harm."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import date
 from html.parser import HTMLParser
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 from app.web import render
-from app.web.render import Card
-from app.web.requests import Ask
+from app.web.indexing import Run
+from app.web.requests import SearchRequest
+from app.web.saved_reports import ReportRow
+from app.web.sorting import Group, Guess, Sorting, SortRequest
+from app.web.workspace import FolderRow, SearchAnswer, Status
+from clipkit.catalog import PictureRow, SkippedRow
+from clipkit.embed import Progress, Summary
 from clipkit.errors import InputError
+from clipkit.search import SearchHit
 from clipkit.wording import printable
 
 EVIL = [
     "<img src=x onerror=alert(1)>.png",
     '"><script>alert(1)</script>',
     "' onmouseover='alert(1)",
-    "${alert(1)} {{alert(1)}} `alert(1)`",
+    "${alert(1)} {{alert(1)}} `alert(1)` {% raw %}",
     "</li></ol></found-0><script>alert(1)</script>",
 ]
-SHOWN = {"question": "q", "key": "0", "ticket": "1", "total": 100, "seconds": 0.0123, "page": 24}
+STATUS = Status("spec", "0" * 16, "ready", 1, None, indexing=False, corrections=0)
 
 
 class Tags(HTMLParser):
@@ -47,38 +56,68 @@ class Tags(HTMLParser):
         return [attrs[name] for _, attrs in self.elements if name in attrs]
 
 
-def card(rank: int = 1, **changes: Any) -> Card:
-    values: dict[str, Any] = {
-        "rank": rank,
-        "image_id": f"{rank:032x}",
-        "name": f"{rank}.png",
-        "caption": "",
-        "width": 300,
-        "height": 200,
-        "score": 0.3,
-        "strength": "strong",
-    }
-    return Card(**(values | changes))
+def hit(
+    rank: int = 1,
+    *,
+    name: str = "",
+    captions: tuple[str, ...] = (),
+    score: float | None = 0.3,
+    strength: str | None = "strong",
+    format: str = "JPEG",
+) -> SearchHit:
+    path = f"/photos/{name or f'{rank}.png'}"
+    row = PictureRow(
+        num=rank,
+        image_id=f"{rank:032x}",
+        path=path,
+        places=(path,),
+        width=300,
+        height=200,
+        format=format,
+        bytes=1,
+        taken_at=None,
+        dated=None,
+        camera=None,
+        added_at="",
+        captions=captions,
+        tags=(),
+    )
+    return SearchHit(rank, score, strength, row)
+
+
+def results(
+    *hits: SearchHit, total: int = 100, words: str | None = None, ticket: str = "1", **request: Any
+) -> str:
+    answer = SearchAnswer(hits, total, 0.0123, words, {f"{1:032x}": True})
+    return render.results(SearchRequest(**request), answer, ticket=ticket, total_corrections=0)
 
 
 def every_part(evil: str) -> str:
-    """All that can hold a text from outside, with `evil` for each."""
-    row = card(name=evil, caption=evil)
+    """Everything that can hold a text from outside, with `evil` for each."""
+    one = hit(name=evil.replace("/", "|"), captions=(evil,))
+    run = Run(
+        (evil,), error=evil, over=True, skipped=(SkippedRow(evil, evil, evil),), skipped_total=1
+    )
+    guess = Guess(one.picture, evil, 0.5, evil, 0.5)
+    none = np.empty(0)
+    sorting = Sorting(
+        "0", SortRequest((evil,)), (Group(evil, 1, 1.0, 1.0, (guess,)),), (guess,), 1, 0.0,
+        none, none, none, none, none,
+    )  # fmt: skip
+    fields = {"words": evil, "choice": evil, "ticket": evil}
+    report = ReportRow(evil, evil, (evil,), evil)
+    status = replace(STATUS, spec=evil, encoder_id=evil, newest=evil)
     return "".join(
         [
-            render.results([row, card(2, name=evil)], **SHOWN),
-            render.results([], **{**SHOWN, "ticket": evil}),
-            render.home(pictures=1, chips=[evil], newest=[row]),
+            results(one, hit(2, name=evil.replace("/", "|")), words=evil),
+            results(ticket=evil, words=evil, similar=evil),
+            results(words=evil, picture=evil),
+            render.home(status, examples=[evil], newest=[one.picture]),
             render.failure(evil, ticket=evil),
-            render.status(spec=evil, encoder_id=evil, model=evil, pictures=1, newest=evil),
-            render.filters([(evil, evil, 1), ("/a/b", "k", 2)]),
-            render.run(
-                folders=[evil],
-                state="done",
-                line=evil,
-                skipped=[(evil, evil, evil)],
-                skipped_total=1,
-            ),
+            render.status(status),
+            render.filters([FolderRow(evil, evil, 1), FolderRow("/a/b", "k", 2)]),
+            render.run(run),
+            render.sort_page(fields, reports=[report], sorting=sorting, error=evil),
         ]
     )
 
@@ -87,7 +126,11 @@ def every_part(evil: str) -> str:
 def test_no_text_becomes_an_element_or_an_attribute(evil: str) -> None:
     harmless = Tags(every_part("harmless"))
     tags = Tags(every_part(evil))
-    assert [tag for tag, _ in tags.elements] == [tag for tag, _ in harmless.elements]
+    named = [
+        [re.sub("^found-[0-9a-f]{16}$", "found", tag) for tag, _ in page.elements]
+        for page in (tags, harmless)
+    ]
+    assert named[0] == named[1]
     assert [list(a) for _, a in tags.elements] == [list(a) for _, a in harmless.elements]
     assert evil in tags.said
     assert evil in tags.attributes("alt")
@@ -96,14 +139,24 @@ def test_no_text_becomes_an_element_or_an_attribute(evil: str) -> None:
 @given(st.text(st.characters(min_codepoint=0, max_codepoint=0x10FFFF), max_size=40))
 def test_any_text_can_be_sent_and_read_back(value: str) -> None:
     """Lone surrogates included: JSON to a browser must be UTF-8."""
-    shown = render.text(value)
+    shown = render.failure(value)
     shown.encode("utf-8")
-    assert not re.search("[<>\"'\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown)
-    assert Tags(f"<p>{shown}</p>").said == printable(value)
+    (sentence,) = re.findall("<p>(.*)</p>", shown)
+    assert not re.search("[<>\"'\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", sentence)
+    assert Tags(shown).said == printable(value)
+
+
+def test_a_template_cannot_leave_out_what_it_needs() -> None:
+    with pytest.raises(UndefinedError, match="'sentence' is undefined"):
+        render._render("failure", ticket="")
+
+
+def test_layout_of_a_template_is_no_white_space_of_the_page() -> None:
+    assert "\n" not in every_part("x") and "> <" not in render.run(Run(("/a",), over=True))
 
 
 def test_a_picture_is_described_by_its_caption_else_by_its_name() -> None:
-    tags = Tags(render.results([card(caption="A cake"), card(2)], **SHOWN))
+    tags = Tags(results(hit(captions=("A cake",)), hit(2)))
     assert tags.attributes("alt") == ["A cake", "2.png"]
     assert tags.attributes("src") == [f"thumbnails/{1:032x}", f"thumbnails/{2:032x}"]
 
@@ -111,70 +164,102 @@ def test_a_picture_is_described_by_its_caption_else_by_its_name() -> None:
 def test_the_weak_tail_is_shown_and_marked() -> None:
     """strong, weak, fair, weak, weak: the tail begins after the last that is not weak, at the 4th."""
     bands = ["strong", "weak", "fair", "weak", "weak"]
-    html = render.results([card(n, strength=b) for n, b in enumerate(bands, 1)], **SHOWN)
+    html = results(*(hit(n, strength=b) for n, b in enumerate(bands, 1)))
     items = re.findall(r'<li class="([^"]*)"', html)
     assert items == ["hit strong", "hit weak", "hit fair", "divider", "hit weak", "hit weak"]
-    assert "Weak from here on" in html
+    assert "Weak matches from here on" in html
 
 
 def test_all_weak_is_said_at_once() -> None:
-    html = render.results([card(strength="weak")], **SHOWN)
+    html = results(hit(strength="weak"))
     assert html.index("Nothing stands out") < html.index('<li class="hit')
 
 
 def test_nothing_is_claimed_where_nothing_was_compared() -> None:
-    html = render.results([card(score=None, strength=None)], **SHOWN)
+    html = results(hit(score=None, strength=None))
     assert 'class="band"' not in html and 'class="score"' not in html and "divider" not in html
+
+
+def test_drawings_stand_on_white() -> None:
+    html = results(hit(format="PNG"), hit(2, format="JPEG"))
+    assert re.findall(r'<li class="([^"]*)"', html) == ["hit strong drawn", "hit strong"]
+
+
+def test_a_hit_can_be_marked_where_there_are_words() -> None:
+    """The first of two hits is marked right: its check is pressed, and no other button."""
+    assert "mark" not in results(hit(), hit(2)).replace("marked", "")
+    html = results(hit(), hit(2), words="red car")
+    pressed = re.findall(r'data-right="(\w+)" aria-pressed="(\w+)" aria-label="([^"]*)"', html)
+    assert pressed == [
+        ("yes", "true", "Result 1 is right for “red car”"),
+        ("no", "false", "Result 1 is wrong for “red car”"),
+        ("yes", "false", "Result 2 is right for “red car”"),
+        ("no", "false", "Result 2 is wrong for “red car”"),
+    ]
+    assert 'data-query="red car"' in html
 
 
 def test_more_is_offered_while_there_is_more() -> None:
     """2 shown of 100: 24 more are 26. 2 shown of 5: the 3 that are left. 2 of 2: none."""
-    cards = [card(1), card(2)]
-    assert 'data-k="26">Show 24 more' in render.results(cards, **SHOWN)
-    assert 'data-k="5">Show 3 more' in render.results(cards, **{**SHOWN, "total": 5})
-    assert "Show" not in render.results(cards, **{**SHOWN, "total": 2})
+    hits = hit(1), hit(2)
+    assert 'data-k="26">Show 24 more' in results(*hits)
+    assert 'data-k="5">Show 3 more' in results(*hits, total=5)
+    assert "Show" not in results(*hits, total=2)
 
 
 def test_an_empty_answer_offers_the_way_out() -> None:
-    html = render.results([], **{**SHOWN, "total": 0})
-    assert "No picture passes this." in html and 'data-do="clear-filters"' in html
-
-
-def test_numbers_are_written_for_people() -> None:
-    assert (
-        render.facts([(3, "added"), (0, "moved"), (1_200, "skipped")]) == "3 added, 1,200 skipped"
-    )
-    assert render.facts([(0, "added")]) == "nothing to do"
+    html = results(total=0)
+    assert "No picture matches these filters." in html and 'data-do="clear-filters"' in html
 
 
 def test_folders_are_named_without_what_they_share() -> None:
     """/home/me is shared by all; /home/me/a is one of them, so its own name is kept."""
     rows = [("/home/me/a", "k1", 9), ("/home/me/a/b", "k2", 4), ("/home/me/c", "k3", 1)]
-    html = render.filters(rows)
+    html = render.filters([FolderRow(*row) for row in rows])
     assert re.findall(r">([^<>]+) \(\d\)</option>", html) == ["a", "a/b", "c"]
     assert "/home/me/a/b" in Tags(html).attributes("title")
 
 
 def test_a_run_shows_what_can_be_done_with_it() -> None:
-    running = render.run(folders=["/p"], state="running", line="x", done=3, total=9)
+    assert render.run(None) == ""
+    progress = Progress(
+        phase="embedding", done=3, total=9, skipped=1, seen=9, rate=2.0, eta_seconds=3.0
+    )
+    running = render.run(Run(("/p",), progress=progress))
     assert '<progress value="3" max="9">' in running and 'data-do="stop"' in running
-    walking = render.run(folders=["/p"], state="running", line="x")
-    assert "<progress></progress>" in walking
-    assert 'data-do="stop"' not in render.run(folders=["/p"], state="stopping", line="x")
-    failed = render.run(folders=["/p"], state="failed", line="x")
+    assert "<p>3 of 9 pictures · 2 a second · 3.0 s left · 1 skipped</p>" in running
+    walking = render.run(Run(("/p",)))
+    assert "<progress></progress>" in walking and "<p>Getting ready</p>" in walking
+    assert 'data-do="stop"' not in render.run(Run(("/p",), stopping=True))
+    failed = render.run(Run(("/p",), error="x", over=True))
     assert 'role="alert"' in failed and "<progress" not in failed
 
 
+def test_a_finished_run_says_what_it_did() -> None:
+    """What did not happen is left out; skipped now and before are one number."""
+    summary = Summary(
+        added=3, moved=0, duplicates=0, removed=0, unchanged=1_200, skipped=1, skipped_before=1,
+        reasons={}, unavailable=(), seconds=12.3, embedded=3, stopped=False,
+    )  # fmt: skip
+    done = render.run(Run(("/p",), summary=summary, over=True))
+    assert "<p>3 added, 1,200 unchanged, 2 skipped, in 12 s</p>" in done
+    nothing = replace(summary, added=0, unchanged=0, skipped=0, skipped_before=0)
+    assert "nothing to do, in" in render.run(Run(("/p",), summary=nothing, over=True))
+    gone = render.run(Run(("/p",), summary=replace(summary, unavailable=("/p",)), over=True))
+    assert "not mounted, so nothing was removed</p>" in gone
+
+
 def test_a_long_list_of_skipped_files_says_what_is_left_out() -> None:
-    rows = [("/p/a", "truncated", "m"), ("/p/b", "truncated", "m"), ("/p/c", "empty", "m")]
-    html = render.run(folders=["/p"], state="done", line="x", skipped=rows, skipped_total=10)
+    reasons = [("/p/a", "truncated"), ("/p/b", "truncated"), ("/p/c", "empty")]
+    rows = tuple(SkippedRow(path, reason, "m") for path, reason in reasons)
+    html = render.run(Run(("/p",), error="x", over=True, skipped=rows, skipped_total=10))
     assert "10 files skipped: 2 truncated, 1 empty" in html and "and 7 more" in html
 
 
 def test_a_page_open_to_the_network_says_how_to_index_instead() -> None:
-    assert "<form" not in render.empty(may_index=False, indexing=False)
-    assert "<form" in render.empty(may_index=True, indexing=False)
-    assert "<form" not in render.empty(may_index=True, indexing=True)
+    assert "<form" not in render.empty("empty", may_index=False)
+    assert "<form" in render.empty("empty", may_index=True)
+    assert "<form" not in render.empty("indexing", may_index=True)
 
 
 # ---- what a page may ask
@@ -182,12 +267,15 @@ def test_a_page_open_to_the_network_says_how_to_index_instead() -> None:
 
 def test_an_ask_is_read_from_what_the_page_sends() -> None:
     """`until` is inclusive for people and exclusive for the catalog: one day later."""
-    ask = Ask.from_page({"words": " cake ", "until": "2023-12-31", "k": 5, "ticket": "9"})
-    assert ask == Ask(words="cake", until=date(2023, 12, 31), k=5)
+    ask = SearchRequest.from_page({"words": " cake ", "until": "2023-12-31", "k": 5, "ticket": "9"})
+    assert ask == SearchRequest(words="cake", until=date(2023, 12, 31), k=5)
     assert ask.before == date(2024, 1, 1)
-    assert Ask(until=date.max).before is None
-    assert Ask.from_page({}).is_empty and Ask.from_page({"words": "  ", "k": 99}).is_empty
-    assert not Ask.from_page({"folder": "x"}).is_empty
+    assert SearchRequest(until=date.max).before is None
+    assert (
+        SearchRequest.from_page({}).is_empty
+        and SearchRequest.from_page({"words": "  ", "k": 99}).is_empty
+    )
+    assert not SearchRequest.from_page({"folder": "x"}).is_empty
 
 
 @pytest.mark.parametrize(
@@ -197,11 +285,11 @@ def test_an_ask_is_read_from_what_the_page_sends() -> None:
         ({"k": 0}, "k is 0; it must be a whole number from 1"),
         ({"k": True}, "k is True"),
         ({"k": "many"}, "k is 'many'"),
-        ({"after": "May"}, "the date 'May' is none; write it like 2023-05-31"),
-        ({"after": "2023-02-30"}, "the date '2023-02-30' is none"),
+        ({"after": "May"}, "'May' is not a date; use the form 2023-05-31"),
+        ({"after": "2023-02-30"}, "'2023-02-30' is not a date"),
         ({"after": "2024-01-02", "until": "2024-01-01"}, "the first must not be later"),
     ],
 )
 def test_what_makes_no_sense_is_refused(data: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=re.escape(said)):
-        Ask.from_page(data)
+        SearchRequest.from_page(data)

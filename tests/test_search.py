@@ -209,7 +209,7 @@ def test_vectors_that_are_not_finite_are_an_error(writer: Writer, catalog: Catal
 
 def test_bad_arguments(writer: Writer, searcher: Searcher) -> None:
     fill(writer)
-    with pytest.raises(InputError, match=r"k is 0; it is how many pictures to show, at least 1"):
+    with pytest.raises(InputError, match=r"k is 0; it must be at least 1"):
         searcher.search("dog", k=0)
     with pytest.raises(InputError, match=r"k is -1"):
         searcher.similar(key("run"), k=-1)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import pytest
 from colours import ColourModel, paint
 
 from app.web.page import _listen
-from app.web.requests import Ask, UnknownPictureError
-from app.web.workspace import Workspace, folder_key
+from app.web.requests import SearchRequest, UnknownPictureError
+from app.web.workspace import Workspace
 from clipkit import lazy_encoder
 from clipkit.catalog import Catalog
 from clipkit.errors import CatalogBusy, InputError, ModelError
@@ -96,17 +97,17 @@ def test_a_model_that_cannot_be_loaded_says_so_each_time(tmp_path: Path, photos:
 
 
 def test_what_a_run_adds_is_found_at_once(workspace: Workspace, photos: Path) -> None:
-    assert workspace.search(Ask(words="red")).total == 0
+    assert workspace.search(SearchRequest(words="red")).total == 0
     paint(photos / "red.png", "red")
     workspace.index([str(photos)])
     assert finished(workspace).state == "done"
-    assert [hit.picture.path for hit in workspace.search(Ask(words="red")).hits] == [
+    assert [hit.picture.path for hit in workspace.search(SearchRequest(words="red")).hits] == [
         str(photos / "red.png")
     ]
     paint(photos / "blue.png", "blue")
     workspace.index([str(photos)])
     assert finished(workspace).summary.added == 1
-    assert workspace.search(Ask(words="red")).total == 2
+    assert workspace.search(SearchRequest(words="red")).total == 2
     assert workspace.status().pictures == 2
 
 
@@ -134,7 +135,7 @@ def test_one_run_at_a_time_here_and_in_other_processes(
     gate = threading.Event()
     workspace.model.encode_images = lambda images: gate.wait(30) and np.eye(3)[: len(images)]  # type: ignore[method-assign]
     workspace.index([str(photos)])
-    with pytest.raises(CatalogBusy, match="goes on already"):
+    with pytest.raises(CatalogBusy, match="already in progress"):
         workspace.index([str(photos)])
     workspace.stop()
     assert workspace.run is not None and workspace.run.state == "stopping"
@@ -152,7 +153,7 @@ def test_a_run_that_breaks_is_a_sentence(
     paint(photos / "a.png", "red")
     workspace.index([str(photos)])
     run = finished(workspace)
-    assert run.state == "failed" and "the terminal says more" in run.error
+    assert run.state == "failed" and "see the terminal" in run.error
     assert "deep inside" in caplog.text
     assert not workspace.indexing
 
@@ -177,12 +178,12 @@ def test_a_folder_with_an_odd_name_can_be_chosen(workspace: Workspace, photos: P
     paint(photos / "b" / "b.png", "red", number=1)
     workspace.index([str(photos)])
     finished(workspace)
-    keys = {folder: folder_key(folder) for folder, _ in workspace.folders()}
+    keys = {row.path: row.key for row in workspace.contents().folders}
     assert len(set(keys.values())) == len(keys) == 3
-    found = workspace.search(Ask(words="red", folder=keys[str(odd)]))
+    found = workspace.search(SearchRequest(words="red", folder=keys[str(odd)]))
     assert [hit.picture.path for hit in found.hits] == [str(odd / "a.png")]
     with pytest.raises(InputError, match="choose another one"):
-        workspace.search(Ask(words="red", folder="0" * 16))
+        workspace.search(SearchRequest(words="red", folder="0" * 16))
 
 
 def test_words_name_no_file(workspace: Workspace, photos: Path) -> None:
@@ -190,7 +191,7 @@ def test_words_name_no_file(workspace: Workspace, photos: Path) -> None:
     workspace.index([str(photos)])
     finished(workspace)
     with pytest.raises(InputError, match="names a file"):
-        workspace.search(Ask(words=f'+"{path}"'))
+        workspace.search(SearchRequest(words=f'+"{path}"'))
 
 
 def test_a_forgotten_picture_is_a_sentence(workspace: Workspace, photos: Path) -> None:
@@ -198,9 +199,9 @@ def test_a_forgotten_picture_is_a_sentence(workspace: Workspace, photos: Path) -
     workspace.index([str(photos)])
     finished(workspace)
     with pytest.raises(UnknownPictureError, match="drop it again"):
-        workspace.search(Ask(picture="0" * 32))
+        workspace.search(SearchRequest(picture="0" * 32))
     with pytest.raises(InputError, match="no picture"):
-        workspace.search(Ask(similar="0" * 32))
+        workspace.search(SearchRequest(similar="0" * 32))
 
 
 def test_a_large_library_does_not_list_itself(
@@ -210,9 +211,11 @@ def test_a_large_library_does_not_list_itself(
         paint(photos / f"{number}.png", "red", number=number)
     workspace.index([str(photos)])
     finished(workspace)
-    assert len(workspace.newest(2)) == 2
+    monkeypatch.setattr("app.web.workspace.NEWEST", 2)
+    contents = workspace.contents()
+    assert len(contents.newest) == 2
     monkeypatch.setattr("app.web.workspace.NEWEST_UP_TO", 2)
-    assert workspace.newest(2) == ()
+    assert replace(contents).newest == ()  # a copy has read nothing yet
 
 
 # ---- the server

@@ -1,19 +1,19 @@
 """The HTTP side of the app: pictures by content hash, dropped pictures, and the guard around it all.
 
-    GET  /health             what answers here
+    GET  /health             model, index and version
     GET  /thumbnails/{id}    a small picture; id is the picture's content hash, 32 hex digits
-    GET  /pictures/{id}      the picture as every browser shows it, made anew: without metadata
+    GET  /pictures/{id}      the picture, encoded anew for any browser and without metadata
     GET  /details/{id}       what the catalog knows of it, as JSON
-    POST /queries            a picture to ask with, as the request's body -> {"id": ...}
+    POST /queries            a picture to search with, as the request's body -> {"id": ...}
     GET  /queries/{id}       that picture, small
     GET  /ui/{name}          the page's own style, script and mark
     GET  /reports/{name}     a saved report's page, by the name of its folder
     GET  /sortings/{key}.csv the pictures as they were sorted into words
     POST /corrections        {"picture": id, "query": words, "right": true, false or null to unmark}
-    GET  /corrections.jsonl  all that was said of results, for `clipkit data build`
+    GET  /corrections.jsonl  all marks of results, for `clipkit data build`
 
 No path from a request reaches the file system. Errors are JSON: {"error": one sentence}. The only
-module that knows FastAPI; the page itself is Gradio's, mounted by ui.py.
+module that knows FastAPI; the page itself is Gradio's, mounted by page.py.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.corrections import MARK_BYTES, Mark
 from app.web.requests import QUERY_MEGABYTES, UnknownPictureError
-from app.web.sorting import Evaluation, UnknownReportError
+from app.web.saved_reports import SavedReports, UnknownReportError
+from app.web.sorting import Sorter, UnknownSortingError
 from app.web.workspace import PictureGoneError, Workspace
 from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
@@ -53,12 +54,11 @@ STATIC = {
         ("clipkit.css", "text/css; charset=utf-8"),
         ("clipkit.js", "text/javascript; charset=utf-8"),
         ("clipkit.svg", "image/svg+xml"),
-        ("page.html", "text/plain; charset=utf-8"),  # a part of the page, not one by itself
     )
 }
 
-# What of Gradio the page needs. All else that Gradio serves (files, uploads, proxy, API pages, run
-# history, monitoring, ...) does not exist here: each of its file-reading holes was in those.
+# The routes of Gradio that the page needs. All others (files, uploads, proxy, API pages, run history,
+# monitoring, ...) are closed: each of Gradio's file-reading vulnerabilities was in those.
 _GRADIO = re.compile(
     r"/(|config|theme\.css|manifest\.json|(assets|static/(js|fonts|img))/[\w.\-/]+|svelte/[\w.\-/]+"
     r"|gradio_api/(queue/(join|data)|reset|cancel|startup-events|heartbeat/\w+))"
@@ -77,12 +77,12 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
 }
 _LOCKED = "default-src 'none'; frame-ancestors 'none'; sandbox"
-# A report is a file that anybody may have written: it may look as it likes, but runs and asks nothing.
+# Anybody may have written a report file: it may have any style, but no script and no request.
 _REPORT = (
     _LOCKED + "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 )
-# 'unsafe-eval': Gradio's HTML component makes its template with Function(). Inline styles are
-# Svelte's. Inline scripts run by their hash only: an event handler smuggled into the page does not.
+# 'unsafe-eval': Gradio's HTML component compiles its template with Function(). Inline styles are
+# Svelte's. Inline scripts run by their hash only, so an injected event handler does not run.
 _PAGE = (
     "default-src 'none'; script-src 'self' 'unsafe-eval' {hashes}; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
@@ -91,19 +91,23 @@ _PAGE = (
 
 
 def create_app(
-    workspace: Workspace, *, evaluation: Evaluation | None = None, host: str = "127.0.0.1"
+    workspace: Workspace,
+    *,
+    sorter: Sorter | None = None,
+    reports: SavedReports | None = None,
+    host: str = "127.0.0.1",
 ) -> FastAPI:
-    """The routes above, guarded. `host` is where the server listens.
+    """Return the app with the routes above. `host` is the name on which the server listens.
 
-    Requests must name that, this machine or an address by number: pages elsewhere cannot reach in
-    under a name of their own (DNS rebinding).
+    A request's Host must be that name, this machine's or a numeric address, so that a page elsewhere
+    cannot reach the server under a name of its own (DNS rebinding).
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
-    evaluation = evaluation or Evaluation(workspace)
+    sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
     app.add_middleware(_Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
 
     @app.exception_handler(ClipkitError)
-    def told(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001
+    def refused(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001
         return JSONResponse({"error": str(error)}, _status(error))
 
     @app.exception_handler(StarletteHTTPException)
@@ -112,9 +116,7 @@ def create_app(
 
     @app.exception_handler(RequestValidationError)
     def malformed(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
-        sentence = (
-            "no picture has this address; a picture is named by its content hash, 32 hex digits"
-        )
+        sentence = "malformed picture id; it must be a content hash of 32 hex digits"
         return JSONResponse({"error": sentence}, 404)
 
     @app.get("/health")
@@ -143,8 +145,8 @@ def create_app(
 
     @app.post("/queries")
     async def ask_with(request: Request) -> dict[str, str]:
-        said = f"the picture is larger than {QUERY_MEGABYTES} MB, the limit here; resize it"
-        data = await _body(request, QUERY_MEGABYTES * 1_000_000, said)
+        too_large = f"the picture is larger than the limit of {QUERY_MEGABYTES} MB; resize it"
+        data = await _body(request, QUERY_MEGABYTES * 1_000_000, too_large)
         return {"id": await run_in_threadpool(workspace.dropped.add, data)}
 
     @app.get("/queries/{image_id}")
@@ -154,14 +156,15 @@ def create_app(
     @app.get("/ui/{name}")
     def static(name: str) -> Response:
         if name not in STATIC:
-            raise HTTPException(404, f"there is no {name!r} here")
+            raise HTTPException(404, f"no file {name!r}")
         data, mime = STATIC[name]
         return Response(data, media_type=mime, headers={"Cache-Control": "no-cache"})
 
     @app.get("/reports/{name}")
     def report(name: str) -> Response:
-        page = evaluation.report_page(name)
-        return Response(page, media_type="text/html", headers={"Cache-Control": "no-store"})
+        return Response(
+            reports.page(name), media_type="text/html", headers={"Cache-Control": "no-store"}
+        )
 
     @app.get("/sortings/{key}.csv")
     def sorting(key: str) -> Response:
@@ -169,14 +172,16 @@ def create_app(
             "Content-Disposition": 'attachment; filename="clipkit-sorted.csv"',
             "Cache-Control": "no-store",
         }
-        return StreamingResponse(evaluation.table(key), media_type="text/csv", headers=headers)
+        return StreamingResponse(sorter.table(key), media_type="text/csv", headers=headers)
 
     @app.post("/corrections")
-    async def mark(request: Request) -> dict[str, object]:
-        said = f"a mark has at most {MARK_BYTES // 1000} kB; shorten the query"
-        told = Mark.from_json(await _body(request, MARK_BYTES, said))
-        total = await run_in_threadpool(workspace.mark, told)
-        return {**asdict(told), "corrections": total}
+    async def add_mark(request: Request) -> dict[str, object]:
+        too_large = (
+            f"the mark is larger than the limit of {MARK_BYTES // 1000} kB; shorten the query"
+        )
+        mark = Mark.from_json(await _body(request, MARK_BYTES, too_large))
+        total = await run_in_threadpool(workspace.mark, mark)
+        return {**asdict(mark), "corrections": total}
 
     @app.get("/corrections.jsonl")
     def corrections() -> Response:
@@ -195,7 +200,7 @@ def create_app(
 
 
 async def _body(request: Request, limit: int, too_large: str) -> bytes:
-    """What was sent, up to `limit` bytes, counted as it comes: a Content-Length may lie."""
+    """Return the request's body of up to `limit` bytes, counted on arrival: a Content-Length may lie."""
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
@@ -211,7 +216,7 @@ def _picture(data: bytes, mime: str = "image/jpeg") -> Response:
 def _status(error: ClipkitError) -> int:
     if isinstance(error, PictureGoneError):
         return 410
-    if isinstance(error, UnknownPictureError | UnknownReportError):
+    if isinstance(error, UnknownPictureError | UnknownReportError | UnknownSortingError):
         return 404
     if isinstance(error, ImageError):
         return 422
@@ -250,7 +255,7 @@ class _Guard:
         if not self._known(host):
             return (
                 400,
-                f"this server does not go by the name {host!r}; open it as 127.0.0.1 or localhost",
+                f"unknown host {host!r}; open the page at 127.0.0.1 or localhost",
             )
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
@@ -258,15 +263,15 @@ class _Guard:
             if elsewhere or (origin is not None and urlsplit(origin).netloc != host):
                 return (
                     403,
-                    "this came from another site's page; only clipkit's own page may ask for it",
+                    "request from another site's page; only clipkit's own page may send it",
                 )
         path = scope["path"]
         if ".." in path or not (_OWN.fullmatch(path) or _GRADIO.fullmatch(path)):
-            return 404, "there is nothing at this address"
+            return 404, "not found"
         return None
 
     def _known(self, host: str) -> bool:
-        """Whether a Host header may name this server: rebinding needs a name, not a number."""
+        """Return whether a Host header is accepted: DNS rebinding needs a name, not a number."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -280,7 +285,7 @@ class _Guard:
         return True
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Gradio's page, held until it is whole, to allow just the inline scripts that are in it."""
+        """Send Gradio's page with a policy that allows exactly the inline scripts in it, by hash."""
         plain = [(key, value) for key, value in scope["headers"] if key != b"accept-encoding"]
         start: Message = {}
         body = bytearray()
@@ -306,7 +311,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _headed(send: Send, policy: str, *, assets: bool = False) -> Send:
-    """`send` with our headers. `assets`: the address carries a hash of the content."""
+    """Return `send` with our headers. `assets` says that the address has a hash of the content."""
 
     async def headed(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -316,7 +321,7 @@ def _headed(send: Send, policy: str, *, assets: bool = False) -> Send:
             headers["Content-Security-Policy"] = policy
             if assets and message["status"] == 200:
                 headers["Cache-Control"] = FOREVER
-            # Gradio lets other local pages read its answers; nobody but its own page needs to.
+            # Gradio lets other local pages read its answers; only its own page needs to.
             del headers["Access-Control-Allow-Origin"]
             del headers["Access-Control-Allow-Credentials"]
         await send(message)

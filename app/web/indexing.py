@@ -1,4 +1,4 @@
-"""Indexing from the page: at most one run, in a thread, with what can be told of it at any moment."""
+"""Indexing from the page: at most one run at a time, in a thread, with its state at any moment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SKIPPED_SHOWN = 200  # of the list of skipped files
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as it stands."""
+    """The state of an indexing run."""
 
     folders: tuple[str, ...]
     progress: Progress | None = None  # None: the model is not there yet
@@ -66,11 +66,14 @@ class Indexer:
         return run is not None and not run.over
 
     def start(self, folders: Sequence[str]) -> None:
-        """Begin a run. InputError for a folder that is none, CatalogBusy while a run goes on."""
+        """Start a run. Raises InputError for a path that is not a folder, and CatalogBusy while another
+        run is in progress."""
         roots = [_folder(folder) for folder in folders]
         with self._lock:
             if self._run is not None and not self._run.over:
-                raise CatalogBusy("an indexing run goes on already; stop it or wait for its end")
+                raise CatalogBusy(
+                    "indexing is already in progress; stop it or wait for it to finish"
+                )
             self._run = Run(folders=tuple(map(str, roots)))
             self._stop = threading.Event()
             self._thread = threading.Thread(
@@ -79,44 +82,44 @@ class Indexer:
             self._thread.start()
 
     def stop(self) -> None:
-        """Ask the run to end after its batch; what it has done stays."""
+        """Stop the run after its current batch; what it has indexed stays."""
         with self._lock:
             if self._run is not None and not self._run.over:
                 self._stop.set()
                 self._run = replace(self._run, stopping=True)
 
     def close(self) -> None:
-        """Stop and wait."""
+        """Stop the run and wait for its end."""
         self.stop()
         if self._thread is not None:
             self._thread.join()
 
-    def _tell(self, **changes: Any) -> None:
+    def _update(self, **changes: Any) -> None:
         with self._lock:
             assert self._run is not None
             self._run = replace(self._run, **changes)
 
     def _work(self, roots: Sequence[Path], stop: threading.Event) -> None:
-        told: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         try:
             _ = self._model.encoder_id  # a model that cannot be loaded creates no index
             with Catalog.open(self.folder, write=True) as catalog:
-                told["summary"] = index_folders(
+                changes["summary"] = index_folders(
                     catalog,
                     roots,
                     encoder=self._model,
                     limits=self._limits,
-                    on_progress=lambda progress: self._tell(progress=progress),
+                    on_progress=lambda progress: self._update(progress=progress),
                     stop=stop,
                 )
                 skipped = [row for row in catalog.skipped() if _below(row.path, roots)]
-            told |= {"skipped": tuple(skipped[:SKIPPED_SHOWN]), "skipped_total": len(skipped)}
+            changes |= {"skipped": tuple(skipped[:SKIPPED_SHOWN]), "skipped_total": len(skipped)}
         except ClipkitError as error:
-            told["error"] = str(error)
-        except Exception:  # the thread's edge: the person is told, the terminal has the rest
+            changes["error"] = str(error)
+        except Exception:  # the page shows a sentence, the terminal has the traceback
             log.exception("indexing failed")
-            told["error"] = "indexing failed in a way clipkit does not know; the terminal says more"
-        self._tell(over=True, **told)
+            changes["error"] = "unexpected error while indexing; see the terminal for details"
+        self._update(over=True, **changes)
 
 
 def _below(path: str, roots: Sequence[Path]) -> bool:
@@ -127,9 +130,7 @@ def _folder(typed: str) -> Path:
     text = typed.strip()
     path = Path(text).expanduser()
     if not path.is_absolute():
-        raise InputError(
-            f"{text!r} is not a full path; name the folder from the top, like /home/me/Pictures"
-        )
+        raise InputError(f"{text!r} is not a full path; use the form /home/me/Pictures")
     if not path.is_dir():
-        raise InputError(f"there is no folder {text}; check the spelling")
+        raise InputError(f"no folder {text}; check the spelling")
     return path

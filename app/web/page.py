@@ -1,9 +1,9 @@
 """The page: Gradio's blocks, events and queue around our own HTML, and the server that runs it.
 
 The only module that knows Gradio. The page is HTML components whose values render.py makes;
-clipkit.js sends four events ("ask", "evaluate", "index", "stop") and shows what comes back. No
-component that handles files is used, and api.py lets none of Gradio's file routes through: pictures
-go out by content hash from there.
+clipkit.js sends four events ("ask", "evaluate", "index", "stop") and shows what comes back. No event
+takes a component as its input and no component handles files, so that Gradio never resolves a path
+that a browser sends; api.py lets none of its file routes through. Pictures go out by content hash.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from app.corrections import as_query
 from app.web import render
 from app.web.api import STATIC, create_app
-from app.web.requests import PAGE, Ask
-from app.web.sort_page import EvaluationPage
-from app.web.sorting import Evaluation
-from app.web.workspace import Workspace, folder_key
-from clipkit.catalog import Catalog, PictureRow
+from app.web.indexing import Run
+from app.web.requests import SearchRequest
+from app.web.saved_reports import SavedReports
+from app.web.sorting import Sorter, SortRequest
+from app.web.workspace import Contents, Workspace
+from clipkit.catalog import Catalog
 from clipkit.errors import ClipkitError, InputError
 from clipkit.lazy_encoder import LazyEncoder
 
@@ -39,10 +39,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 EXAMPLES = ("birthday cake", "a red car", "penguin", "someone playing guitar", "a house in snow")
-NEWEST = 18  # pictures shown before the first search
 QUEUE = 64  # events that may wait; more are refused
-TICK_SECONDS = 0.7  # between looks at a run
-FAULT = "clipkit failed in a way it does not know; the terminal that runs it says more"
+TICK_SECONDS = 0.7  # between updates while something changes by itself
+FAULT = "Unexpected error; see the terminal for details"
 
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -51,18 +50,6 @@ SETTINGS = {
     "GRADIO_ANALYTICS_CACHE_FREQUENCY": str(10**9),
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",
 }
-BRAND = (
-    '<button type="button" data-do="home" aria-label="clipkit, start page">'
-    '<img src="ui/clipkit.svg" alt="">clipkit</button>'
-)
-TOOLS = (
-    '<div class="tools"><button type="button" class="plain" data-do="evaluate" '
-    'title="Sort pictures into words, see reports">Sort</button>'
-    '<button type="button" class="plain" data-do="add">Add pictures</button>'
-    '<button type="button" class="icon" data-do="theme" title="Light or dark" '
-    'aria-label="Light or dark"><i class="i-theme"></i></button></div>'
-)
-EMPTY = 'data-view="empty"'  # how render.empty marks itself
 # Gradio lets Python listen to the events whose names stand in quotes here.
 ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop'"
 
@@ -70,151 +57,125 @@ ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop'"
 class Page:
     """The HTML that each part of the page shows now."""
 
-    def __init__(self, workspace: Workspace, examples: Sequence[str]) -> None:
+    def __init__(
+        self,
+        workspace: Workspace,
+        sorter: Sorter,
+        reports: SavedReports,
+        examples: Sequence[str] = EXAMPLES,
+    ) -> None:
         self.workspace = workspace
+        self.sorter = sorter
+        self.reports = reports
         self.examples = tuple(examples)
+        self._filters: tuple[Contents, str] | None = None  # the last drawn
 
-    def parts(self) -> tuple[str, str, str, str]:
-        """Status, filters, run and start."""
+    def load(self) -> tuple[str, str, str, str]:
+        """Return status, filters, run and start page."""
         try:
-            return self.status(), self.filters(), self.run(), self.start()
+            contents = self.workspace.contents()
+            start = self._start(contents)
+            return self.status(contents), self._filters_of(contents), self.run(), start
         except ClipkitError as error:
             return "", "", self.run(), render.failure(str(error))
 
-    def status(self) -> str:
-        now = self.workspace.status()
-        return render.status(
-            spec=now.spec,
-            encoder_id=now.encoder_id,
-            model=now.model,
-            pictures=now.pictures,
-            newest=now.newest,
-        )
+    def tick(self) -> tuple[str, str, str]:
+        """Return what changes by itself: status, filters and run.
 
-    def filters(self) -> str:
-        return render.filters([(f, folder_key(f), n) for f, n in self.workspace.folders()])
-
-    def start(self) -> str:
-        """What is shown before anything is asked."""
-        now = self.workspace.status()
-        if not now.pictures:
-            return render.empty(may_index=self.workspace.may_index, indexing=now.indexing)
-        rows = self.workspace.newest(NEWEST)
-        newest = [_card(row, rank=rank) for rank, row in enumerate(rows, 1)]
-        return render.home(
-            pictures=now.pictures,
-            chips=self.examples,
-            newest=newest,
-            corrections=render.summary(now.corrections) if now.corrections else "",
-        )
-
-    def answer(self, data: Mapping[str, Any]) -> str:
-        """The results of one search, or the sentence that says why there are none."""
-        ticket = str(data.get("ticket", ""))
+        While the catalog stays as it is, this costs one look at its change counter.
+        """
         try:
-            ask = Ask.from_page(data)
-            now = self.workspace.status()
-            if ask.is_empty or not now.pictures:
-                return self.start()
-            found = self.workspace.search(ask)
-        except ClipkitError as error:
-            return render.failure(str(error), ticket=ticket)
-        except Exception:  # the page's edge: a sentence for the person, the rest for the terminal
-            log.exception("a search failed")
-            return render.failure(FAULT, ticket=ticket)
-        cards = [
-            _card(
-                hit.picture,
-                rank=hit.rank,
-                score=hit.score,
-                strength=hit.strength,
-                marks=render.buttons(hit.rank, found.said, found.marks.get(hit.picture.image_id)),
-            )
-            for hit in found.hits
-        ]
-        return render.results(
-            cards,
-            question=_question(ask),
-            key=_key(ask),
-            ticket=ticket,
-            total=found.total,
-            seconds=found.seconds,
-            page=PAGE,
-            query=as_query(found.said) if found.said else "",
-            corrections=render.summary(now.corrections),
-        )
+            contents = self.workspace.contents()
+            return self.status(contents), self._filters_of(contents), self.run()
+        except ClipkitError:
+            return "", "", self.run()
+
+    def status(self, contents: Contents | None = None) -> str:
+        try:
+            return render.status(self.workspace.status(contents))
+        except ClipkitError:
+            return ""
 
     def run(self) -> str:
-        return "" if self.workspace.run is None else render.run_card(self.workspace.run)
+        return render.run(self.workspace.run)
+
+    def search(self, data: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the results of one search, or the reason why there are none, and the status."""
+        ticket = str(data.get("ticket", ""))
+        try:
+            contents = self.workspace.contents()
+        except ClipkitError as error:
+            return render.failure(str(error), ticket=ticket), ""
+        # The status comes second: the first search loads the model.
+        return self._results(data, contents, ticket), self.status(contents)
+
+    def sort(self, data: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the Sort page, with the result if the browser sent words, and the status."""
+        fields = {key: str(data.get(key) or "") for key in ("words", "choice", "ticket")}
+        sorting, error = None, ""
+        if fields["words"].strip():
+            try:
+                sorting = self.sorter.sort(SortRequest.from_page(data))
+            except ClipkitError as caught:
+                error = str(caught)
+            except Exception:  # the person reads a sentence, the terminal has the traceback
+                log.exception("sorting failed")
+                error = FAULT
+        page = render.sort_page(fields, reports=self.reports.rows(), sorting=sorting, error=error)
+        return page, self.status()
 
     def index(self, data: Mapping[str, Any]) -> str:
-        """Begin to index the folder that was typed; the sentence why not, else empty."""
+        """Start to index the folder that was typed; return the reason if it cannot, else ""."""
         folder = data.get("folder")
         try:
             if not isinstance(folder, str):
                 raise InputError(f"the folder is {folder!r}; it must be text")
             self.workspace.index([folder])
         except ClipkitError as error:
-            return render.run(folders=[str(folder)], state="failed", line=str(error))
+            return render.run(Run(folders=(str(folder),), error=str(error), over=True))
         return ""
 
+    def _results(self, data: Mapping[str, Any], contents: Contents, ticket: str) -> str:
+        try:
+            request = SearchRequest.from_page(data)
+            if request.is_empty or not contents.pictures:
+                return self._start(contents)
+            answer = self.workspace.search(request, contents)
+            corrections = self.workspace.status(contents).corrections
+            return render.results(request, answer, ticket=ticket, total_corrections=corrections)
+        except ClipkitError as error:
+            return render.failure(str(error), ticket=ticket)
+        except Exception:  # the person reads a sentence, the terminal has the traceback
+            log.exception("a search failed")
+            return render.failure(FAULT, ticket=ticket)
 
-def _card(
-    row: PictureRow,
-    *,
-    rank: int,
-    score: float | None = None,
-    strength: str | None = None,
-    marks: str = "",
-) -> render.Card:
-    return render.Card(
-        rank=rank,
-        image_id=row.image_id,
-        name=PurePath(row.path).name,
-        caption=row.captions[0] if row.captions else "",
-        width=row.width,
-        height=row.height,
-        score=score,
-        strength=strength,
-        drawn=row.format in ("PNG", "GIF"),
-        marks=marks,
-    )
+    def _start(self, contents: Contents) -> str:
+        """Return what is shown before the first search."""
+        status = self.workspace.status(contents)
+        if not status.pictures:
+            return render.empty(status.stage, may_index=self.workspace.may_index)
+        return render.home(status, examples=self.examples, newest=contents.newest)
 
-
-def _question(ask: Ask) -> str:
-    """What was asked, as safe HTML."""
-    if ask.similar:
-        source = f"thumbnails/{render.text(ask.similar)}"
-        return f'Similar to <img src="{source}" alt="the chosen picture">'
-    words = f"“{render.text(ask.words)}”" if ask.words else ""
-    if ask.picture:
-        sample = f'<img src="queries/{render.text(ask.picture)}" alt="the dropped picture">'
-        return f"Like {sample} and {words}" if words else f"Like {sample}"
-    return words or "All pictures"
+    def _filters_of(self, contents: Contents) -> str:
+        if self._filters is None or self._filters[0] is not contents:
+            self._filters = contents, render.filters(contents.folders)
+        return self._filters[1]
 
 
-def _key(ask: Ask) -> str:
-    """Hex digits that name the question, however many results are shown."""
-    parts = (ask.words, ask.picture, ask.similar, ask.folder, ask.after, ask.until)
-    return hashlib.blake2b(repr(parts).encode(errors="replace"), digest_size=8).hexdigest()
-
-
-def build(
-    workspace: Workspace, evaluation: Evaluation, *, examples: Sequence[str] = EXAMPLES
-) -> gr.Blocks:
-    """The page and its events, not yet served. Sets Gradio's environment: it has no other way."""
+def build(page: Page) -> gr.Blocks:
+    """Return the page and its events, not yet served. Sets Gradio's environment variables, as there
+    is no other way to configure these."""
     os.environ.update(SETTINGS)
-    page, evaluations = Page(workspace, examples), EvaluationPage(evaluation)
-    form = STATIC["page.html"][0].decode()
-    form = form.replace("<!--ADD-->", render.add_form(may_index=workspace.may_index))
+    workspace = page.workspace
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = f'<script src="ui/clipkit.js?v={_version("clipkit.js")}"></script>'
+    form = render.ask(may_index=workspace.may_index)
 
     with gr.Blocks(title="clipkit", analytics_enabled=False, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):
-            gr.HTML(BRAND, elem_id="brand", **plain)
+            gr.HTML(render.brand(), elem_id="brand", **plain)
             status = gr.HTML("", elem_id="status", **plain)
-            gr.HTML(TOOLS, elem_id="tools", **plain)
+            gr.HTML(render.tools(), elem_id="tools", **plain)
         ask = gr.HTML(form, elem_id="ask", head=script, **{**plain, "js_on_load": ON_LOAD})
         filters = gr.HTML("", elem_id="filters", **plain)
         refusal = gr.HTML("", elem_id="refusal", **plain)
@@ -222,44 +183,44 @@ def build(
         results = gr.HTML("", elem_id="results", **plain)
         timer = gr.Timer(TICK_SECONDS, active=False)
 
-        def look() -> gr.Timer:
-            """The timer: it runs while something changes by itself. Ask before the page is drawn: a
-            run that ends in between is drawn as ended by one more tick, not as running for good.
+        def next_timer() -> gr.Timer:
+            """Return the timer: active while something changes by itself.
+
+            Call it before the page is drawn: a run that ends in between is then drawn as ended by
+            one more tick, instead of as running for good.
             """
             return gr.Timer(active=workspace.indexing or workspace.model.state == "loading")
 
         def on_load() -> tuple[Any, ...]:
-            timer = look()
-            return *page.parts(), timer
+            timer = next_timer()
+            return *page.load(), timer
 
         def on_ask(event: gr.EventData) -> tuple[str, str]:
-            return page.answer(_data(event)), page.parts()[0]
+            return page.search(_data(event))
 
         def on_evaluate(event: gr.EventData) -> tuple[str, str]:
-            return evaluations.answer(_data(event)), page.parts()[0]
+            return page.sort(_data(event))
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
-            timer, start = look(), page.parts()[3]
-            return refused, page.run(), start if EMPTY in start else gr.skip(), timer
+            timer = next_timer()
+            return refused, page.run(), page.status(), timer
 
         def on_stop() -> str:
             workspace.stop()
             return page.run()
 
-        def on_tick(shown: str) -> tuple[Any, ...]:
-            """`shown` is what stands in the results' place: only the empty state changes by itself."""
-            timer, (*parts, start) = look(), page.parts()
-            return *parts, start if EMPTY in shown else gr.skip(), timer
+        def on_tick() -> tuple[Any, ...]:
+            timer = next_timer()
+            return *page.tick(), timer
 
-        everything = [status, filters, run, results, timer]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        blocks.load(on_load, None, everything, **quiet)
+        blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
         ask.ask(on_ask, None, [results, status], trigger_mode="always_last", **quiet)
         ask.evaluate(on_evaluate, None, [results, status], trigger_mode="always_last", **quiet)
-        ask.index(on_index, None, [refusal, run, results, timer], **quiet)
+        ask.index(on_index, None, [refusal, run, status, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
-        timer.tick(on_tick, [results], everything, **quiet)
+        timer.tick(on_tick, None, [status, filters, run, timer], **quiet)
     blocks.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
     return blocks
 
@@ -275,13 +236,13 @@ def _version(name: str) -> str:
 def make_app(
     workspace: Workspace, *, host: str = "127.0.0.1", examples: Sequence[str] = EXAMPLES
 ) -> FastAPI:
-    """Page and API as one ASGI app."""
+    """Return page and API as one ASGI app."""
     style = f'<link rel="stylesheet" href="ui/clipkit.css?v={_version("clipkit.css")}">'
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-    evaluation = Evaluation(workspace)
+    sorter, reports = Sorter(workspace), SavedReports()
     return gr.mount_gradio_app(
-        create_app(workspace, evaluation=evaluation, host=host),
-        build(workspace, evaluation, examples=examples),
+        create_app(workspace, sorter=sorter, reports=reports, host=host),
+        build(Page(workspace, sorter, reports, examples)),
         path="/",
         # Plain Font objects: a font given as a string is fetched from Gradio's own set.
         theme=gr.themes.Base(
@@ -292,8 +253,8 @@ def make_app(
         head=style,
         footer_links=[],
         run_history=False,
-        # Nothing may be uploaded to, or read from the disk by Gradio: trap 28. api.py closes these
-        # routes as well.
+        # Gradio may take no upload and read nothing from the disk: its file routes had several path
+        # traversals (CVE-2024-1561, CVE-2024-47164 and others). api.py closes these routes as well.
         max_file_size="1b",
         allowed_paths=[],
         blocked_paths=[os.path.abspath(os.sep)],
@@ -356,7 +317,7 @@ def serve(
 
 
 def _model_of(index_folder: Path) -> str | None:
-    """The model that the index was made with last."""
+    """Return the spec of the model that the index was last made with."""
     if not (index_folder / "catalog.sqlite").exists():
         return None
     with Catalog.open(index_folder) as catalog:

@@ -1,7 +1,8 @@
-"""What a page may ask with: one search as it sends it, and the pictures that were dropped on it."""
+"""What a browser sends: one search, and the pictures that were dropped on the page."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -12,10 +13,10 @@ from typing import Any
 from clipkit.errors import InputError
 from clipkit.images import Limits, decode, image_id, thumbnail
 
-PAGE = 24  # pictures per page of results, and the step of "show more"
+PAGE_SIZE = 24  # pictures per page of results, and the step of "show more"
 QUERY_MEGABYTES = 64  # one dropped picture
-HELD_MEGABYTES = 256  # all dropped pictures that are remembered; the oldest go first
-SAMPLE_SIDE = 160  # a dropped picture as the page shows it
+HELD_MEGABYTES = 256  # all dropped pictures in memory; the oldest go first
+SAMPLE_SIDE = 160  # of a dropped picture as the page shows it, in pixels
 
 
 class UnknownPictureError(InputError):
@@ -23,22 +24,22 @@ class UnknownPictureError(InputError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One search: words, a dropped picture, both, or a picture of the library to find the like of."""
+class SearchRequest:
+    """One search: by words, by a dropped picture, by both, or by a picture of the library."""
 
     words: str = ""
     picture: str | None = None  # id of a dropped picture
     similar: str | None = None  # image_id of a picture in the library
-    folder: str | None = None  # a folder's key, see workspace.folder_key
+    folder: str | None = None  # FolderRow.key
     after: date | None = None
-    until: date | None = None  # inclusive, as people mean it
-    k: int = PAGE
+    until: date | None = None  # inclusive
+    k: int = PAGE_SIZE
 
     @classmethod
-    def from_page(cls, data: Mapping[str, Any]) -> Ask:
-        """Read what a browser sent. InputError for what is no value; unknown keys are ignored."""
+    def from_page(cls, data: Mapping[str, Any]) -> SearchRequest:
+        """Read what a browser sent; unknown keys are ignored. Raises InputError for a wrong value."""
         texts = {name: _text(data, name) for name in ("words", "picture", "similar", "folder")}
-        k = data.get("k", PAGE)
+        k = data.get("k", PAGE_SIZE)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number from 1")
         after, until = _date(data, "after"), _date(data, "until")
@@ -56,13 +57,19 @@ class Ask:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing is asked, not even a filter."""
-        return self == Ask(k=self.k)
+        """Whether there is neither a query nor a filter."""
+        return self == SearchRequest(k=self.k)
 
     @property
     def before(self) -> date | None:
         """The first day after `until`."""
         return self.until + timedelta(days=1) if self.until and self.until < date.max else None
+
+    @property
+    def key(self) -> str:
+        """Hex digits that identify the search, however many results are shown."""
+        parts = (self.words, self.picture, self.similar, self.folder, self.after, self.until)
+        return hashlib.blake2b(repr(parts).encode(errors="replace"), digest_size=8).hexdigest()
 
 
 class DroppedPictures:
@@ -74,7 +81,7 @@ class DroppedPictures:
         self._lock = threading.Lock()
 
     def add(self, data: bytes) -> str:
-        """Check that it is a picture and remember it; its id. Raises ImageError."""
+        """Check that the bytes are a picture, keep them and return its id. Raises ImageError."""
         decode(data, target=SAMPLE_SIDE, limits=self._limits)
         picture_id = image_id(data)
         with self._lock:
@@ -88,11 +95,11 @@ class DroppedPictures:
         with self._lock:
             data = self._held.get(picture_id)
         if data is None:
-            raise UnknownPictureError("the dropped picture is no longer remembered; drop it again")
+            raise UnknownPictureError("the dropped picture is no longer in memory; drop it again")
         return data
 
     def sample(self, picture_id: str) -> bytes:
-        """A small JPEG of it."""
+        """Return the picture as a small JPEG."""
         picture = decode(self[picture_id], target=SAMPLE_SIDE, limits=self._limits)
         return thumbnail(picture.rgb, side=SAMPLE_SIDE)
 
@@ -109,4 +116,4 @@ def _date(data: Mapping[str, Any], name: str) -> date | None:
     try:
         return date.fromisoformat(value) if value else None
     except ValueError:
-        raise InputError(f"the date {value!r} is none; write it like 2023-05-31") from None
+        raise InputError(f"{value!r} is not a date; use the form 2023-05-31") from None

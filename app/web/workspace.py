@@ -1,8 +1,7 @@
 """What the page works on: one index folder, one model, at most one indexing run.
 
-Knows neither Gradio nor FastAPI: ui.py and api.py ask it, and it asks clipkit. Threads may share it.
-Pictures leave by content hash only. No path comes in from a request, except the folder that a person
-types to have it indexed.
+page.py and api.py call it; it knows neither Gradio nor FastAPI. Threads may share it. Pictures are
+named by content hash only. The one path that a request may carry is that of a folder to index.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
-from app.corrections import Corrections, Mark, export, said
+from app.corrections import Corrections, Mark, export, marked_words
 from app.web.indexing import Indexer, Run
-from app.web.requests import Ask, DroppedPictures, UnknownPictureError
-from clipkit.catalog import Catalog, Filters, PictureRow
+from app.web.requests import DroppedPictures, SearchRequest, UnknownPictureError
+from clipkit.catalog import Catalog, CatalogStats, Filters, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
@@ -32,39 +32,93 @@ log = logging.getLogger(__name__)
 
 FOLDERS_SHOWN = 500  # choices of the folder filter
 THUMBNAIL_SIDE = 320
-NEWEST_UP_TO = 20_000  # pictures in a library that shows its newest unasked
+NEWEST = 18  # pictures on the start page
+NEWEST_UP_TO = 20_000  # pictures in a library whose start page lists its newest
 
 
 class PictureGoneError(InputError):
-    """The catalog knows the picture, but its file is gone or has other content now."""
+    """The picture is in the catalog, but its file was deleted or has other content now."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderRow:
+    """A folder of the library. `key` stands for its path in a page: it survives whatever bytes the
+    path has."""
+
+    path: str
+    key: str
+    pictures: int  # at any depth below
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Found:
-    """The answer to an Ask."""
+class SearchAnswer:
+    """The answer to a SearchRequest."""
 
     hits: tuple[SearchHit, ...]
     total: int  # pictures that pass the filters
     seconds: float
-    said: str | None = None  # the words that a mark of a hit speaks of; None: nothing to mark
+    words: str | None = None  # what a mark of a hit says is shown; None: hits cannot be marked
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What the page shows of the library beside results, for one value of the catalog's change
+    counter. Each part is read when it is first used, and then kept."""
+
+    catalog: Catalog | None  # None: there is no index yet
+    changes: int
+
+    @cached_property
+    def _stats(self) -> CatalogStats | None:
+        return self.catalog.stats() if self.catalog else None
+
+    @property
+    def pictures(self) -> int:
+        return self._stats.pictures if self._stats else 0
+
+    @property
+    def newest_at(self) -> str | None:
+        """When a picture was last added; UTC, ISO 8601."""
+        return self._stats.newest if self._stats else None
+
+    @cached_property
+    def folders(self) -> tuple[FolderRow, ...]:
+        """The FOLDERS_SHOWN folders with the most pictures, for the filter."""
+        folders = self.catalog.folders(FOLDERS_SHOWN) if self.catalog else []
+        return tuple(FolderRow(path, folder_key(path), pictures) for path, pictures in folders)
+
+    @cached_property
+    def newest(self) -> tuple[PictureRow, ...]:
+        """The NEWEST pictures by date; none of a library above NEWEST_UP_TO, where sorting every
+        row would take too long."""
+        if self.catalog is None or self.pictures > NEWEST_UP_TO:
+            return ()
+        nums = self.catalog.newest(NEWEST)
+        rows = self.catalog.rows(nums)
+        return tuple(rows[num] for num in nums if num in rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What answers here."""
+    """Which model and which index answer."""
 
     spec: str
     encoder_id: str | None
     model: str  # "unloaded", "loading" or "ready"
     pictures: int
-    newest: str | None  # when a picture was last added; UTC, ISO
+    newest: str | None  # when a picture was last added; UTC, ISO 8601
     indexing: bool
     corrections: int
 
+    @property
+    def stage(self) -> str:
+        """What the start page shows: "ready" with pictures, else "indexing" or "empty"."""
+        return "ready" if self.pictures else "indexing" if self.indexing else "empty"
+
 
 class Workspace:
-    """See the module. `may_index`: whether folders may be indexed from the page."""
+    """See the module. `may_index` says whether folders may be indexed from the page."""
 
     def __init__(
         self,
@@ -83,9 +137,10 @@ class Workspace:
         self._indexer = Indexer(folder, model, limits=self.limits)
         self._lock = threading.Lock()
         self._opened: tuple[Catalog, Searcher] | None = None
+        self._contents = Contents(None, 0)
 
     def _open(self) -> tuple[Catalog, Searcher] | None:
-        """Catalog and searcher; None while there is no index."""
+        """Return catalog and searcher, opened once; None while there is no index."""
         with self._lock:
             if self._opened is None and (self.folder / "catalog.sqlite").exists():
                 catalog = Catalog.open(self.folder)
@@ -96,56 +151,68 @@ class Workspace:
             return self._opened
 
     def close(self) -> None:
-        """Stop a run, wait for its end, close the catalog."""
+        """Stop a run, wait for its end and close the catalog."""
         self._indexer.close()
         with self._lock:
             if self._opened is not None:
                 self._opened[0].close()
             self._opened = None
 
-    def status(self) -> Status:
+    def contents(self) -> Contents:
+        """Return what the library holds now: the same object until the catalog changes."""
         opened = self._open()
-        stats = opened[0].stats() if opened else None
+        if opened is None:
+            return Contents(None, 0)
+        catalog, _ = opened
+        changes = catalog.change_counter()
+        contents = self._contents
+        if contents.catalog is not catalog or contents.changes != changes:
+            self._contents = contents = Contents(catalog, changes)
+        return contents
+
+    def status(self, contents: Contents | None = None) -> Status:
+        """Return the status as of `contents`, by default those of now."""
+        contents = contents or self.contents()
         corrections = self._readable()
         return Status(
             spec=self.model.spec,
             encoder_id=self.model.known_id,
             model=self.model.state,
-            pictures=stats.pictures if stats else 0,
-            newest=stats.newest if stats else None,
+            pictures=contents.pictures,
+            newest=contents.newest_at,
             indexing=self.indexing,
             corrections=corrections.total() if corrections else 0,
         )
 
     # ---- searching
 
-    def search(self, ask: Ask) -> Found:
-        """Raises ClipkitError with the sentence to show."""
-        begun = time.perf_counter()
+    def search(self, request: SearchRequest, contents: Contents | None = None) -> SearchAnswer:
+        """Search; `contents` are those of now, if the caller has them. Raises ClipkitError."""
+        started = time.perf_counter()
         opened = self._open()
         if opened is None:
-            return Found((), 0, 0.0)
+            return SearchAnswer((), 0, 0.0)
         _, searcher = opened
-        filters = self._filters(ask)
+        filters = self._filters(request, contents)
         words = None
-        if ask.similar:
-            result = searcher.similar(ask.similar, k=ask.k, filters=filters)
+        if request.similar:
+            result = searcher.similar(request.similar, k=request.k, filters=filters)
         else:
-            picture = self.dropped[ask.picture] if ask.picture else None
-            query = parse(ask.words)
-            result = searcher.search(query, k=ask.k, image=picture, filters=filters)
-            words = None if picture else said(query)
-        kept = self._readable() if words else None
-        return Found(
+            picture = self.dropped[request.picture] if request.picture else None
+            query = parse(request.words)
+            result = searcher.search(query, k=request.k, image=picture, filters=filters)
+            words = None if picture else marked_words(query)
+        corrections = self._readable() if words else None
+        return SearchAnswer(
             hits=result.hits,
             total=result.total,
-            seconds=time.perf_counter() - begun,
-            said=words if kept else None,
-            marks=kept.of(words) if kept and words else {},
+            seconds=time.perf_counter() - started,
+            words=words if corrections else None,
+            marks=corrections.of(words) if corrections and words else {},
         )
 
     def _readable(self) -> Corrections | None:
-        """The corrections; None if their file cannot be read: a search can do without."""
+        """Return the corrections; None if their file cannot be read, as searching works without."""
         try:
             self.corrections.total()
         except ClipkitError as error:
@@ -153,50 +220,39 @@ class Workspace:
             return None
         return self.corrections
 
-    def newest(self, number: int) -> tuple[PictureRow, ...]:
-        """Pictures to show before anything is asked: the latest by date. Needs no model."""
-        # Listing sorts every row of the library: half a second at this size, too long beyond.
-        if self.status().pictures > NEWEST_UP_TO:
-            return ()
-        return tuple(hit.picture for hit in self.search(Ask(k=number)).hits)
-
-    def folders(self) -> list[tuple[str, int]]:
-        """Folders and how many pictures lie below each, for the filter."""
-        opened = self._open()
-        return [] if opened is None else opened[0].folders(FOLDERS_SHOWN)
-
-    def _filters(self, ask: Ask) -> Filters:
+    def _filters(self, request: SearchRequest, contents: Contents | None) -> Filters:
         folders: tuple[str, ...] = ()
-        if ask.folder:
-            folders = tuple(name for name, _ in self.folders() if folder_key(name) == ask.folder)
+        if request.folder:
+            rows = (contents or self.contents()).folders
+            folders = tuple(row.path for row in rows if row.key == request.folder)
             if not folders:
-                raise InputError("that folder has no pictures any more; choose another one")
+                raise InputError("this folder has no pictures any more; choose another one")
         return Filters(
-            after=ask.after.isoformat() if ask.after else None,
-            before=ask.before.isoformat() if ask.before else None,
+            after=request.after.isoformat() if request.after else None,
+            before=request.before.isoformat() if request.before else None,
             folders=folders,
         )
 
     # ---- pictures, by content hash
 
     def thumbnail(self, picture_id: str) -> bytes:
-        """A small JPEG; one that is missing is made from the file and kept."""
-        catalog, row = self._known(picture_id)
-        small = catalog.thumbnail(picture_id)
-        if small is None:
+        """Return a small JPEG; one that is missing is made from the file and stored."""
+        catalog, row = self._row(picture_id)
+        jpeg = catalog.thumbnail(picture_id)
+        if jpeg is None:
             picture = decode(self._bytes(row), target=THUMBNAIL_SIDE, limits=self.limits)
-            small = thumbnail(picture.rgb)
-            catalog.put_thumbnail(picture_id, small)
-        return small
+            jpeg = thumbnail(picture.rgb)
+            catalog.put_thumbnail(picture_id, jpeg)
+        return jpeg
 
     def picture(self, picture_id: str) -> tuple[bytes, str]:
-        """(bytes, MIME type) as any browser shows it, made anew: no metadata leaves."""
-        _, row = self._known(picture_id)
+        """Return (bytes, MIME type), encoded anew for any browser and without metadata."""
+        _, row = self._row(picture_id)
         return encode_for_web(self._bytes(row), limits=self.limits)
 
     def details(self, picture_id: str) -> dict[str, Any]:
-        """What the catalog knows of a picture, as JSON; every text printable."""
-        _, row = self._known(picture_id)
+        """Return what the catalog knows of a picture, for JSON; every text is printable."""
+        _, row = self._row(picture_id)
         return {
             "image_id": row.image_id,
             "name": printable(PurePath(row.path).name),
@@ -211,15 +267,15 @@ class Workspace:
             "tags": [printable(tag) for tag in row.tags],
         }
 
-    def _known(self, picture_id: str) -> tuple[Catalog, PictureRow]:
+    def _row(self, picture_id: str) -> tuple[Catalog, PictureRow]:
         opened = self._open()
         row = opened[0].row(picture_id) if opened else None
         if opened is None or row is None:
-            raise UnknownPictureError(f"this library has no picture {picture_id}")
+            raise UnknownPictureError(f"no picture {picture_id} in this library")
         return opened[0], row
 
     def _bytes(self, row: PictureRow) -> bytes:
-        """The file's bytes, from the first of its places that still holds this very content."""
+        """Return the bytes of the first file that still has the picture's content."""
         for place in row.places:
             try:
                 data = read_bytes(Path(place), limits=self.limits)
@@ -228,19 +284,21 @@ class Workspace:
             if image_id(data) == row.image_id:
                 return data
         name = printable(PurePath(row.path).name)
-        raise PictureGoneError(f"the file {name} is gone or has changed; index its folder again")
+        raise PictureGoneError(
+            f"the file {name} was deleted or has changed; index its folder again"
+        )
 
     # ---- right or wrong
 
     def mark(self, mark: Mark) -> int:
-        """Keep what somebody said of a hit; how many corrections there are then. UnknownPictureError,
-        and what Corrections.put raises."""
-        self._known(mark.picture)
+        """Store a mark and return how many corrections there are then. Raises UnknownPictureError and
+        what Corrections.put raises."""
+        self._row(mark.picture)
         self.corrections.put(mark)
         return self.corrections.total()
 
     def exported(self) -> Iterator[dict[str, Any]]:
-        """The corrections as rows for `clipkit data build`."""
+        """Yield the corrections as rows for `clipkit data build`."""
         opened = self._open()
         return export(self.corrections.all(), opened[0]) if opened else iter(())
 
@@ -255,9 +313,9 @@ class Workspace:
         return self._indexer.busy
 
     def index(self, folders: Sequence[str]) -> None:
-        """Index folders in the background. InputError, CatalogBusy: see Indexer.start."""
+        """Index folders in the background. Raises InputError and CatalogBusy as Indexer.start does."""
         if not self.may_index:
-            raise InputError("this page may not index; on the server: clipkit index FOLDER")
+            raise InputError("this page may not index folders; on the server: clipkit index FOLDER")
         self._indexer.start(folders)
 
     def stop(self) -> None:
@@ -265,5 +323,5 @@ class Workspace:
 
 
 def folder_key(folder: str) -> str:
-    """A folder's name as the page sends it: it survives the way, whatever bytes the path has."""
+    """Return the FolderRow.key of a path."""
     return hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()

@@ -3,18 +3,18 @@
 Inside an index folder:
 
     catalog.sqlite      the truth (WAL; numbered migrations in PRAGMA user_version)
-    thumbnails.sqlite   derived: may be deleted at any time, a damaged one is made anew
+    thumbnails.sqlite   derived: may be deleted at any time; a damaged one is created again
     writer.lock         held by the one writer; the system frees it when that process dies
-    snapshots/          index.py's files; the catalog only points to the current one
+    snapshots/          files of clipkit.index; the catalog only points to the current one
 
 A picture is its content (`image_id`, a hash; `num`, a small integer, inside the index) and has any
 number of places (absolute paths). A picture without a place is dead: its rows stay, so that a file
 which comes back costs nothing, but no search, filter or count sees it. Paths are `str` as
 `os.fsdecode` gives them, stored as bytes: names that are not UTF-8 survive.
 
-catalog.py is the way in; store.py holds the file, its schema and the lock, queries.py filters,
-phrases and counts, vectors.py the blobs, rows.py the types. vector_store.py is a file of its own:
-vectors that evaluation and training compute once. Nothing else knows SQL.
+catalog.py is the public class; store.py holds the file, its schema and the lock; queries.py the SQL
+for filters, phrases, counts and vectors; rows.py the types. vector_store.py is a file of its own:
+vectors that evaluation and training compute once. No other package uses SQL.
 """
 
 from clipkit.catalog.catalog import Catalog

@@ -1,4 +1,4 @@
-"""The catalog's one class: see the package."""
+"""The Catalog class: see the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.catalog import queries
-from clipkit.catalog import vectors as stored
 from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     AnyPath,
@@ -52,7 +51,7 @@ class Catalog:
         self._forget()
 
     def _forget(self) -> None:
-        """Start the bookkeeping of the next transaction."""
+        """Reset the bookkeeping for the next transaction."""
         self._touched: set[int] = set()  # nums whose derived values are to be renewed
         self._new: set[int] = set()  # nums first added in this transaction
         self._made: dict[str, bytes] = {}  # thumbnails, written in one go after the commit
@@ -60,16 +59,17 @@ class Catalog:
 
     @classmethod
     def open(cls, folder: AnyPath, *, write: bool = False) -> Self:
-        """Open the index in `folder`; with `write=True` make it if absent, and be its one writer.
+        """Open the index in `folder`; with `write=True` create it if absent, as its one writer.
 
-        An older schema is migrated. InputError: no index there (reading), a dataset's folder,
-        another program's file, a newer schema. CatalogBusy: another writer, named by its process id.
+        An older schema is migrated. Raises InputError if there is no index to read, or if the folder
+        is a dataset, another program's or of a newer schema, and CatalogBusy if another process
+        (named by its id) is writing.
         """
         folder = Path(folder)
         return cls(folder, Store(folder, write=write))
 
     def close(self) -> None:
-        """Let go of files and lock. What was not committed is dropped."""
+        """Release files and lock; uncommitted changes are dropped."""
         self._store.close()
         self._thumbnails.close()
 
@@ -97,36 +97,38 @@ class Catalog:
     # ---- writing: files and pictures
 
     def add_root(self, root: AnyPath) -> None:
-        """Remember an indexed folder. A place belongs to every root that it lies below."""
+        """Add an indexed folder. A place belongs to every root above it."""
         with self._store.transaction() as db:
-            db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _root(root)[:1])
+            added = db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _root(root)[:1]).rowcount
+            self._changed |= bool(added)  # folders are listed and searched from their roots
 
     def remove_root(self, root: AnyPath) -> int:
-        """Forget a folder and all places below it; returns how many places."""
+        """Remove a folder and all places below it; return how many places."""
         with self._store.transaction() as db:
-            db.execute("DELETE FROM roots WHERE path = ?", _root(root)[:1])
+            removed = db.execute("DELETE FROM roots WHERE path = ?", _root(root)[:1]).rowcount
+            self._changed |= bool(removed)
             return len(self.remove_places(self.known_files(root)))
 
     def known_files(self, root: AnyPath, *, encoder_id: str | None = None) -> dict[str, KnownFile]:
-        """Every remembered file below `root`, by path; with `encoder_id`, a file whose picture has
-        no vector of that encoder is "pending" instead of "ok"."""
+        """Return every file of the catalog below `root`, by path; with `encoder_id`, a file whose
+        picture has no vector of that encoder is "pending" instead of "ok"."""
         with self._store.connection() as db:
             return queries.known_files(db, _root(root), encoder_id)
 
     def places_below(self, folder: AnyPath) -> int:
-        """How many places lie below `folder`: what an unmounted disk would seem to take away."""
+        """Count the places below `folder`: those that an unmounted disk would seem to delete."""
         sql = "SELECT count(*) FROM places WHERE path >= ? AND path < ?"
         with self._store.connection() as db:
             return int(db.execute(sql, _root(folder)).fetchone()[0])
 
     def has_picture(self, image_id: str) -> int | None:
-        """The num of the picture with this content, dead or alive; None if it was never seen."""
+        """Return the num of the picture with this content, dead or alive; None if it is unknown."""
         with self._store.connection() as db:
             row = db.execute("SELECT num FROM pictures WHERE image_id = ?", (image_id,)).fetchone()
             return row[0] if row else None
 
     def is_live(self, num: int) -> bool:
-        """Whether the picture has a place."""
+        """Return whether the picture has a place."""
         with self._store.connection() as db:
             sql = "SELECT 1 FROM places WHERE num = ? LIMIT 1"
             return db.execute(sql, (num,)).fetchone() is not None
@@ -145,7 +147,7 @@ class Catalog:
         tags: Sequence[str] = (),
         thumbnail: bytes | None = None,
     ) -> int:
-        """Add a picture, or with a known `image_id` change nothing but its thumbnail; the num."""
+        """Add a picture and return its num; with a known `image_id`, change only the thumbnail."""
         with self._store.transaction() as db:
             if thumbnail is not None:
                 self._made[image_id] = thumbnail
@@ -164,7 +166,7 @@ class Catalog:
             return num
 
     def set_texts(self, num: int, *, captions: Sequence[str], tags: Sequence[str]) -> None:
-        """Replace a picture's captions and tags; costs next to nothing when they are the same."""
+        """Replace a picture's captions and tags; nothing is written if they are the same."""
         new = (lines(captions), lines(tags))
         with self._store.transaction() as db:
             sql = "SELECT captions, tags FROM pictures WHERE num = ?"
@@ -174,8 +176,8 @@ class Catalog:
                 self._touch(num)
 
     def add_place(self, num: int, path: AnyPath, *, size: int, mtime_ns: int) -> bool:
-        """The picture `num` lies at `path` (absolute) now, whatever lay there before. Returns
-        whether that is news."""
+        """Record that the picture `num` is at `path` (absolute), in place of any other; return whether
+        that is new."""
         raw = os.fsencode(path)
         with self._store.transaction() as db:
             old = db.execute("SELECT num FROM places WHERE path = ?", (raw,)).fetchone()
@@ -188,14 +190,14 @@ class Catalog:
     def add_skipped(
         self, path: AnyPath, *, size: int, mtime_ns: int, reason: str, message: str
     ) -> None:
-        """The file at `path` cannot be indexed. Forgotten when it is good, or removed, later."""
+        """Record that the file at `path` cannot be indexed, until it is added or removed."""
         with self._store.transaction() as db:
             self.remove_places([path])
             row = (os.fsencode(path), size, mtime_ns, clean(reason), clean(message))
             db.execute("INSERT INTO skipped VALUES (?, ?, ?, ?, ?)", row)
 
     def remove_places(self, paths: Iterable[AnyPath]) -> list[int]:
-        """Forget files that are gone, skipped ones too; returns the num of each place that went."""
+        """Remove deleted files, skipped ones too; return the num of each removed place."""
         removed: list[int] = []
         with self._store.transaction() as db:
             for path in paths:
@@ -210,21 +212,23 @@ class Catalog:
     # ---- writing: encoders, vectors, snapshots
 
     def register_encoder(self, encoder_id: str, *, spec: str, config_json: str, dim: int) -> None:
-        """Make an encoder's vectors welcome; a known one is left as it is."""
+        """Add an encoder, whose vectors can then be stored; a known one is left as it is."""
         with self._store.transaction() as db:
             sql = "INSERT OR IGNORE INTO encoders VALUES (NULL, ?, ?, ?, ?)"
             db.execute(sql, (encoder_id, spec, config_json, dim))
 
     def has_vector(self, num: int, encoder_id: str) -> bool:
+        """Return whether the picture has a vector of this encoder."""
         return self.vector(num, encoder_id) is not None
 
     def add_vectors(self, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]) -> None:
         """Store vectors (N, D) of the pictures `nums` (N,) in half precision, under new seqs.
 
-        InputError: encoder not registered, a shape that does not fit, values that are not finite.
+        Raises InputError if the encoder is not registered, the shape is wrong or a value is not
+        finite.
         """
         with self._store.transaction() as db:
-            stored.add(db, encoder_id, nums, vectors)
+            queries.add_vectors(db, encoder_id, nums, vectors)
             self._changed = True
 
     def point_to_snapshot(self, encoder_id: str, *, name: str, last_seq: int) -> None:
@@ -238,7 +242,7 @@ class Catalog:
     # ---- writing: transactions
 
     def commit(self) -> None:
-        """Make everything since the last commit durable, and visible to readers all at once."""
+        """Commit: everything since the last one becomes durable and visible to readers at once."""
         with self._store.transaction() as db:
             self._settle(db)
             if self._changed:
@@ -265,46 +269,47 @@ class Catalog:
     # ---- reading: vectors
 
     def encoders(self) -> list[EncoderRow]:
-        """The registered encoders, oldest first."""
+        """Return the registered encoders, the oldest first."""
         sql = "SELECT encoder_id, spec, config, dim FROM encoders ORDER BY id"
         with self._store.connection() as db:
             return [EncoderRow(*row) for row in db.execute(sql)]
 
     def newest_encoder(self) -> EncoderRow | None:
-        """The encoder that was registered last: the index's own model. None in an empty index."""
+        """Return the encoder registered last, the index's own model; None in an empty index."""
         encoders = self.encoders()
         return encoders[-1] if encoders else None
 
     def vectors(self, encoder_id: str, *, after_seq: int = 0) -> StoredVectors:
-        """The encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.
+        """Return the encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.
 
-        An encoder that is not registered has none: shapes (0,) and (0, 0). A picture that was dead
-        and came back gets a new seq, so it can be in an older snapshot and here: take each num once.
+        Shapes are (0,) and (0, 0) for an encoder that is not registered. A picture that was dead and
+        came back gets a new seq: it can be in an older snapshot and here, so use each num once.
         """
         with self._reading() as db:
-            return stored.read(db, encoder_id, after_seq)
+            return queries.read_vectors(db, encoder_id, after_seq)
 
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
-        """One picture's vector (D,), dead or alive; None if it has none of this encoder."""
+        """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""
         with self._store.connection() as db:
             sql = "SELECT vector FROM vectors WHERE encoder = ? AND num = ?"
-            row = db.execute(sql, (stored.encoder(db, encoder_id)[0], num)).fetchone()
+            row = db.execute(sql, (queries.encoder_key(db, encoder_id)[0], num)).fetchone()
             return np.frombuffer(row[0], "<f2") if row else None
 
     def live_nums(self, encoder_id: str) -> Int64:
-        """The nums of the live pictures that have a vector of this encoder, sorted."""
-        sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({stored.DEAD})"
+        """Return the nums of the live pictures that have a vector of this encoder, sorted."""
+        sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({queries.DEAD})"
         with self._reading() as db:
-            return queries.joined_nums(db, sql, (stored.encoder(db, encoder_id)[0],))
+            return queries.joined_nums(db, sql, (queries.encoder_key(db, encoder_id)[0],))
 
     def snapshot(self, encoder_id: str) -> SnapshotPointer | None:
+        """Return the encoder's current snapshot, or None."""
         sql = "SELECT name, last_seq FROM snapshots WHERE encoder_id = ?"
         with self._store.connection() as db:
             row = db.execute(sql, (encoder_id,)).fetchone()
             return SnapshotPointer(*row) if row else None
 
     def change_counter(self) -> int:
-        """A number that rises with every commit after which a search may answer otherwise."""
+        """Return a number that rises with every commit after which a search or a count may differ."""
         with self._store.connection() as db:
             row = db.execute("SELECT value FROM meta WHERE key = 'changes'").fetchone()
             return int(row[0])
@@ -312,28 +317,30 @@ class Catalog:
     # ---- reading: pictures
 
     def rows(self, nums: Iterable[int]) -> dict[int, PictureRow]:
-        """What is known of these pictures, by num; dead and unknown ones are left out."""
+        """Return the rows of these pictures, by num; dead and unknown ones are left out."""
         with self._reading() as db:
             return queries.picture_rows(db, nums)
 
     def row(self, image_id: str) -> PictureRow | None:
-        """The live picture with this content, or None."""
+        """Return the live picture with this content, or None."""
         num = self.has_picture(image_id)
         return None if num is None else self.rows([num]).get(num)
 
     def matching(self, filters: Filters) -> Int64:
-        """The nums of the live pictures that pass, sorted, with or without vectors. InputError: a
-        date that is none, an unknown orientation."""
+        """Return the nums of the live pictures that pass, sorted, with or without vectors. Raises
+        InputError for a malformed date or an unknown orientation."""
         with self._reading() as db:
             return queries.matching(db, filters)
 
     def newest(self, limit: int, *, among: Int64 | None = None) -> list[int]:
-        """The nums of the last dated live pictures (of `among`), the newest first, undated last."""
+        """Return the nums of the last dated live pictures (of `among`), the newest first and those
+        without a date last."""
         with self._reading() as db:
             return queries.newest(db, limit, among)
 
     def phrase(self, text: str, *, limit: int | None = None) -> list[int]:
-        """The nums of the live pictures with this phrase in file name, caption or tag, best first.
+        """Return the nums of the live pictures with this phrase in file name, caption or tag, the
+        best (bm25) first.
 
         Any text is valid and none is an operator. Words match whole, whatever their letter case
         and diacritics; scripts written without spaces match by their whole runs only.
@@ -342,36 +349,38 @@ class Catalog:
             return queries.phrase(db, text, limit)
 
     def thumbnail(self, image_id: str) -> bytes | None:
+        """Return the stored thumbnail, a small JPEG, or None."""
         return self._made.get(image_id) or self._thumbnails.get(image_id)
 
     def put_thumbnail(self, image_id: str, data: bytes) -> None:
-        """Keep a thumbnail made later; a reader may, for they are derived."""
+        """Store a thumbnail. Readers may, since thumbnails are derived."""
         self._thumbnails.put({image_id: data})
 
     # ---- reading: the whole
 
     def roots(self) -> tuple[str, ...]:
-        """The remembered folders, by name."""
+        """Return the indexed folders, sorted."""
         with self._store.connection() as db:
             return queries.roots(db)
 
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
+        """Count what is live."""
         with self._reading() as db:
             return queries.stats(db, encoder_id)
 
     def skipped(self) -> list[SkippedRow]:
-        """The files that could not be indexed, by path."""
+        """Return the files that could not be indexed, sorted by path."""
         with self._store.connection() as db:
             rows = db.execute("SELECT path, reason, message FROM skipped ORDER BY path")
             return [SkippedRow(os.fsdecode(path), *why) for path, *why in rows]
 
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
-        """Folders by the number of places below them, most first: roots and all that they hold."""
+        """Return the folders with the most places below them, roots included, with that number."""
         with self._reading() as db:
             return queries.folders(db, limit)
 
     def date_range(self) -> tuple[str, str] | None:
-        """The dates (as in `Filters`) of the oldest and newest live picture; None without any."""
+        """Return the dates of the oldest and newest live picture; None without any."""
         with self._reading() as db:
             return queries.date_range(db)
 

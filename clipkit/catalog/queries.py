@@ -1,7 +1,6 @@
-"""Which pictures, and what is known of them; and the derived values that make this fast to tell.
+"""The catalog's queries, as functions over a connection, and the derived values that make them fast.
 
-Functions over a connection for catalog.py to call. Derived per picture, and renewed by `settle`
-in the transaction that changes what they follow from:
+Derived per picture, and renewed by `settle` in the transaction that changes what they depend on:
 
     live    it has a place
     dated   taken_at, else when its oldest present file was last modified
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from clipkit.catalog.rows import (
     ISO_DATE,
@@ -25,6 +25,7 @@ from clipkit.catalog.rows import (
     Int64,
     KnownFile,
     PictureRow,
+    StoredVectors,
     below,
     clean,
     fold,
@@ -34,9 +35,9 @@ from clipkit.catalog.rows import (
     tag_keys,
 )
 from clipkit.catalog.store import Connection
-from clipkit.catalog.vectors import DEAD, encoder
-from clipkit.errors import InputError
+from clipkit.errors import IndexDamaged, InputError
 
+DEAD = "SELECT num FROM pictures WHERE NOT live"  # few, so NOT IN (dead) costs less than IN (live)
 # A private-use token between captions, so that no phrase matches across the end of one.
 _BREAK = " \ue000 "
 _ORIENTATIONS = {
@@ -48,15 +49,15 @@ _ORIENTATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """Which pictures to look at: every field that is given must hold.
+    """Conditions on pictures, all of which must hold.
 
     `after` (inclusive) and `before` (exclusive) are ISO date prefixes, "2023", "2023-05" or
     "2023-05-01", each meaning the start of that period. A picture without an EXIF date counts as
     taken when its oldest present file was last modified (local time).
     Any of `folders` (the place lies below it; one that is not absolute may be anywhere in the
     path), `cameras` (substring) and `formats` (whole, as Pillow names them: "jpeg") may hold; all
-    of `paths` (substring of the place) and `tags` (whole) must. `folders` and `paths` ask for one
-    place that fulfils both. Letter case and Unicode form matter for absolute `folders` only.
+    of `paths` (substring of the place) and `tags` (whole) must. `folders` and `paths` must hold for
+    one and the same place. Letter case and Unicode form matter for absolute `folders` only.
     """
 
     after: str | None = None
@@ -72,9 +73,9 @@ class Filters:
 
 
 def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
-    """Renew the derived values of the pictures `nums`; those in `new` were never committed.
+    """Update the derived values of the pictures `nums`; those in `new` were never committed.
 
-    In one pass in the order of nums: FTS5 flushes a segment whenever rowids go backwards.
+    This is one pass in the order of nums, since FTS5 flushes a segment whenever rowids go backwards.
     """
     for num in sorted(nums):
         was_live, taken_at, captions, tags = db.execute(
@@ -94,7 +95,7 @@ def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
         sql = "UPDATE pictures SET live = ?, dated = ? WHERE num = ?"
         db.execute(sql, (bool(places), dated, num))
         if places and not was_live and num not in new:
-            # back from the dead: a snapshot made meanwhile left it out, so its vectors count as new
+            # live again: a snapshot made meanwhile left it out, so its vectors count as new
             db.execute(
                 "INSERT OR REPLACE INTO vectors (num, encoder, vector)"
                 " SELECT num, encoder, vector FROM vectors WHERE num = ?",
@@ -103,8 +104,8 @@ def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
 
 
 def joined_nums(db: Connection, sql: str, args: Iterable[object]) -> Int64:
-    """The nums of a query for one group_concat, sorted."""
-    # one text for numpy to parse: five times faster than a Python integer for each row
+    """Return the nums of a query for one group_concat, sorted."""
+    # numpy parses one string five times faster than SQLite returns an integer per row
     joined = db.execute(sql, tuple(args)).fetchone()[0]
     return np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","))
 
@@ -119,7 +120,8 @@ def newest(db: Connection, limit: int, among: Int64 | None) -> list[int]:
 
 
 def matching(db: Connection, filters: Filters) -> Int64:
-    """The nums of the live pictures that pass, sorted. InputError: not a date, no such orientation."""
+    """Return the nums of the live pictures that pass, sorted. Raises InputError for a malformed date
+    or an unknown orientation."""
     where = ["live"]
     args: list[object] = []
 
@@ -130,9 +132,13 @@ def matching(db: Connection, filters: Filters) -> Int64:
     for sign, date in ((">=", filters.after), ("<", filters.before)):
         if date is not None:
             if not ISO_DATE.fullmatch(date):
-                raise InputError(f"date {date!r} is not of the form 2023, 2023-05 or 2023-05-01")
+                raise InputError(
+                    f"{date!r} is not a date; use the form 2023, 2023-05 or 2023-05-01"
+                )
             need(f"dated {sign} ?", date)
-    if filters.cameras:  # few distinct ones: compared here, where case folding knows all of Unicode
+    if (
+        filters.cameras
+    ):  # few distinct ones: compared in Python, which folds the case of all Unicode
         sql = "SELECT DISTINCT camera FROM pictures WHERE live AND camera IS NOT NULL"
         wanted = [fold(camera) for camera in filters.cameras]
         cameras = [c for (c,) in db.execute(sql) if any(w in fold(c) for w in wanted)]
@@ -146,8 +152,8 @@ def matching(db: Connection, filters: Filters) -> Int64:
         need("height >= ?", filters.min_height)
     if filters.orientation is not None:
         if filters.orientation not in _ORIENTATIONS:
-            known = ", ".join(_ORIENTATIONS)
-            raise InputError(f"orientation {filters.orientation!r} is not one of {known}")
+            choices = ", ".join(_ORIENTATIONS)
+            raise InputError(f"orientation {filters.orientation!r} is not one of {choices}")
         need(_ORIENTATIONS[filters.orientation])
     for tag in filters.tags:
         need("instr(tag_keys, ?)", tag_keys(" ".join(tag.split())))
@@ -168,7 +174,8 @@ def matching(db: Connection, filters: Filters) -> Int64:
 
 
 def phrase(db: Connection, text: str, limit: int | None) -> list[int]:
-    """The nums of the pictures whose names, captions or tags hold the phrase, best (bm25) first."""
+    """Return the nums of the pictures whose names, captions or tags hold the phrase, best (bm25)
+    first."""
     quoted = '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
     sql = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid LIMIT ?"
     return [num for (num,) in db.execute(sql, (quoted, -1 if limit is None else limit))]
@@ -177,10 +184,10 @@ def phrase(db: Connection, text: str, limit: int | None) -> list[int]:
 def known_files(
     db: Connection, span: tuple[bytes, bytes], encoder_id: str | None
 ) -> dict[str, KnownFile]:
-    """The places and skipped files in a range of paths."""
+    """Return the places and skipped files in a range of paths."""
     has_vector, args = "1", tuple[Any, ...]()
     if encoder_id is not None:
-        args = (encoder(db, encoder_id)[0],)
+        args = (encoder_key(db, encoder_id)[0],)
         vectors = db.execute("SELECT count(*) FROM vectors WHERE encoder = ?", args).fetchone()
         if vectors == db.execute("SELECT count(*) FROM pictures").fetchone():
             args = ()  # every picture has one: nothing to look up
@@ -190,19 +197,19 @@ def known_files(
     places = db.execute(
         f"SELECT path, size, mtime_ns, num, {has_vector} FROM places {where}", (*args, *span)
     )
-    known = {
+    files = {
         os.fsdecode(path): KnownFile(size, mtime_ns, "ok" if done else "pending", num)
         for path, size, mtime_ns, num, done in places
     }
     for path, size, mtime_ns in db.execute(
         f"SELECT path, size, mtime_ns FROM skipped {where}", span
     ):
-        known[os.fsdecode(path)] = KnownFile(size, mtime_ns, "skipped", None)
-    return known
+        files[os.fsdecode(path)] = KnownFile(size, mtime_ns, "skipped", None)
+    return files
 
 
 def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
-    """The folders that hold the most places, roots and what lies below them, with their counts."""
+    """Return the folders with the most places: roots, folders below them, and their counts."""
     sep = os.sep.encode()
     direct = Counter(path.rpartition(sep)[0] for (path,) in db.execute("SELECT path FROM places"))
     tops = {path.rstrip(sep) for (path,) in db.execute("SELECT path FROM roots")}
@@ -218,7 +225,7 @@ def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
 
 
 def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
-    """What is known of the live ones of these pictures, by num."""
+    """Return the rows of those of these pictures that are live, by num."""
     wanted = (json.dumps([int(num) for num in nums]),)
     chosen = "num IN (SELECT value FROM json_each(?))"
     places: dict[int, list[str]] = {}
@@ -229,12 +236,12 @@ def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
         f" captions, tags FROM pictures WHERE live AND {chosen}",
         wanted,
     )
-    found: dict[int, PictureRow] = {}
+    result: dict[int, PictureRow] = {}
     for num, image_id, *facts, captions, tags in rows:
         path = min(places[num], key=lambda path: (len(path), path))
         facts += [tuple(filter(None, text.split("\n"))) for text in (captions, tags)]
-        found[num] = PictureRow(num, image_id, path, tuple(sorted(places[num])), *facts)
-    return found
+        result[num] = PictureRow(num, image_id, path, tuple(sorted(places[num])), *facts)
+    return result
 
 
 def roots(db: Connection) -> tuple[str, ...]:
@@ -248,7 +255,7 @@ def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
     ).fetchone()
     sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
     sql = f"SELECT ({sql}), (SELECT count(*) FROM places), (SELECT count(*) FROM skipped)"
-    vectors, places, skipped = db.execute(sql, (encoder(db, encoder_id)[0],)).fetchone()
+    vectors, places, skipped = db.execute(sql, (encoder_key(db, encoder_id)[0],)).fetchone()
     return CatalogStats(
         pictures=pictures,
         vectors=vectors,
@@ -265,3 +272,61 @@ def date_range(db: Connection) -> tuple[str, str] | None:
         (SELECT max(dated) FROM pictures WHERE live)"""
     first, last = db.execute(sql).fetchone()
     return None if first is None else (first, last)
+
+
+# ---- vectors: half-precision blobs, each under a seq that only ever rises
+
+
+def encoder_key(db: Connection, encoder_id: str | None) -> tuple[int | None, int]:
+    """Return the encoder's row id and dim, or (None, 0), which match no vector, if it is not
+    registered."""
+    sql = "SELECT id, dim FROM encoders WHERE encoder_id = ?"
+    row: tuple[int, int] | None = db.execute(sql, (encoder_id,)).fetchone()
+    return row or (None, 0)
+
+
+def add_vectors(
+    db: Connection, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]
+) -> None:
+    """Store vectors (N, D) under new seqs, in place of those that the pictures `nums` (N,) have."""
+    key, dim = encoder_key(db, encoder_id)
+    if key is None:
+        raise InputError(f"encoder {encoder_id} is not registered in this catalog")
+    if vectors.shape != (len(nums), dim):
+        raise InputError(f"vectors have shape {vectors.shape}; expected {(len(nums), dim)}")
+    with np.errstate(over="ignore"):  # an overflow is refused below
+        halves = np.ascontiguousarray(vectors, dtype="<f2")
+    if not np.isfinite(halves).all():
+        raise InputError("vectors hold values that are not finite in half precision")
+    db.executemany(
+        "INSERT OR REPLACE INTO vectors (num, encoder, vector) VALUES (?, ?, ?)",
+        ((int(num), key, row.tobytes()) for num, row in zip(nums, halves, strict=True)),
+    )
+
+
+def read_vectors(db: Connection, encoder_id: str, after_seq: int) -> StoredVectors:
+    """Return the encoder's vectors of live pictures with seq > `after_seq`, in the order of seq."""
+    key, dim = encoder_key(db, encoder_id)
+    # room for at least as many rows as will come; the count takes time, so only for a large gap
+    room = max(0, db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0] - after_seq)
+    if room > 10_000:
+        sql = "SELECT count(*) FROM vectors WHERE encoder = ?"
+        room = min(room, db.execute(sql, (key,)).fetchone()[0])
+    nums, vectors = np.empty(room, np.int64), np.empty((room, dim), np.float16)
+    done, last_seq = 0, after_seq
+    # +encoder: walk in the order of seq; through the index, SQLite would sort all the blobs
+    rows = db.execute(
+        "SELECT seq, num, vector FROM vectors"
+        f" WHERE +encoder = ? AND seq > ? AND num NOT IN ({DEAD}) ORDER BY seq",
+        (key, after_seq),
+    )
+    while chunk := rows.fetchmany(512):  # few enough to stay in the processor's cache
+        seqs, some, blobs = zip(*chunk, strict=True)
+        data = b"".join(blobs)
+        if len(data) != len(chunk) * dim * 2:
+            raise IndexDamaged(f"vectors {seqs[0]} to {seqs[-1]} are not of {dim} dimensions")
+        upto = done + len(chunk)
+        nums[done:upto] = some
+        vectors[done:upto] = np.frombuffer(data, "<f2").reshape(-1, dim)
+        done, last_seq = upto, seqs[-1]
+    return StoredVectors(nums[:done], vectors[:done], last_seq)

@@ -1,4 +1,4 @@
-"""What the catalog takes and hands out, and how it makes names comparable. Pure: no SQL, no I/O."""
+"""The catalog's row types, and the folded forms in which it compares names. No SQL and no I/O."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d)?)?)?)?)?", re.ASCII
 
 
 class KnownFile(NamedTuple):
-    """What the catalog remembers of one file, to tell in an instant whether it changed."""
+    """The catalog's record of one file, by which a change is seen without reading it."""
 
     size: int
     mtime_ns: int
-    state: str  # "ok"; "skipped"; "pending": its picture has no vector of the asked encoder yet
+    state: str  # "ok"; "skipped"; "pending": its picture has no vector of the encoder yet
     num: int | None  # its picture; None if skipped
 
 
 class StoredVectors(NamedTuple):
     nums: Int64  # (N,)
     vectors: npt.NDArray[np.float16]  # (N, D), rows in the order of nums
-    last_seq: int  # pass it as `after_seq` to get only what is newer
+    last_seq: int  # pass it as `after_seq` to read only newer ones
 
 
 class EncoderRow(NamedTuple):
@@ -72,7 +72,7 @@ class PictureRow:
 
 @dataclass(frozen=True, slots=True)
 class CatalogStats:
-    """Counts of what is live. `vectors` counts one encoder's; `newest` is the last `added_at`."""
+    """Counts of live pictures. `vectors` are one encoder's; `newest` is the last `added_at`."""
 
     pictures: int
     vectors: int
@@ -84,19 +84,19 @@ class CatalogStats:
 
 
 def below(folder: AnyPath) -> tuple[bytes, bytes]:
-    """The half-open range of stored paths that lie below a folder: no pattern, nothing to escape."""
+    """Return the half-open range of stored paths below a folder: no pattern, nothing to escape."""
     sep = os.sep.encode()
     low = os.fsencode(folder).rstrip(sep) + sep
     return low, low[:-1] + bytes([sep[0] + 1])
 
 
 def clean(text: str) -> str:
-    """Text that any file or tag can hold, fit for a database: no lone surrogates, no NUL."""
+    """Return any text in a form that SQLite can store: no lone surrogates, no NUL."""
     return text.encode("utf-8", "replace").decode().replace("\0", " ")
 
 
 def fold(text: str) -> str:
-    """The form in which two spellings compare equal: "CAFÉ" and a decomposed "café" do."""
+    """Return the form in which spellings compare equal, as "CAFÉ" and a decomposed "café" do."""
     return unicodedata.normalize("NFKC", clean(text)).casefold()
 
 
@@ -105,34 +105,34 @@ def fold_path(path: str) -> str:
 
 
 def tag_keys(tags: str) -> str:
-    """Tags, a line each, such that `tag_keys(tag) in tag_keys(tags)` finds a whole tag."""
+    """Fold tags, one a line, such that `tag_keys(tag) in tag_keys(tags)` finds a whole tag."""
     return "".join(f"\n{' '.join(fold(tag).split())}\n" for tag in tags.split("\n"))
 
 
 def lines(texts: Iterable[str]) -> str:
-    """Captions or tags as one stored text: a line each, white space evened out, empty ones left out."""
+    """Join captions or tags for storage, one a line, with single spaces and without empty ones."""
     return "\n".join(filter(None, (" ".join(clean(text).split()) for text in texts)))
 
 
 def name_words(paths: Iterable[str]) -> str:
-    """The searchable words of file names: "redCar_2023.jpg" is found by redcar, red, car and 2023.
+    """Return the searchable words of file names: "redCar_2023.jpg" matches redcar, red, car and 2023.
 
     The tokenizer itself splits at _ - and other signs; here letter case and digits split too.
     """
-    found: dict[str, None] = {}
+    words: dict[str, None] = {}
     for path in paths:
         stem = clean(os.path.splitext(os.path.basename(path))[0])
-        found[stem] = None
+        words[stem] = None
         split = "".join(
             f" {b}" if (a.islower() and b.isupper()) or a.isdigit() != b.isdigit() else b
             for a, b in zip(" " + stem, stem, strict=False)
         )
-        found[" ".join(split.split())] = None
-    return "\n".join(found)
+        words[" ".join(split.split())] = None
+    return "\n".join(words)
 
 
 def local_time(mtime_ns: int) -> str | None:
-    """A file's modification time as EXIF would say it; None if the clock was out of this world."""
+    """Return a file's modification time in EXIF's form; None if it is out of range."""
     try:
         text = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(mtime_ns // 10**9))
     except (OverflowError, ValueError, OSError):

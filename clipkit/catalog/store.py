@@ -1,7 +1,7 @@
 """The SQLite files beneath the catalog: schema, migrations, connections, the writer's lock.
 
-`Store` owns catalog.sqlite, `Thumbnails` the derived thumbnails.sqlite. What the rows mean is
-told by catalog.py and the modules beside it; this one alone imports sqlite3.
+`Store` owns catalog.sqlite, `Thumbnails` the derived thumbnails.sqlite. catalog.py and queries.py say
+what the rows mean; this module alone imports sqlite3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ APPLICATION_ID = 0x434C4B31  # "CLK1" in the file's header says whose SQLite fil
 
 _UNUSABLE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
-# Entry i takes a catalog from version i to i + 1. A released entry is never edited, only followed.
+# Entry i migrates a catalog from version i to i + 1. A released entry is never edited.
 MIGRATIONS: tuple[str, ...] = (
     f"""
     PRAGMA application_id = {APPLICATION_ID};
@@ -41,7 +41,7 @@ MIGRATIONS: tuple[str, ...] = (
         format TEXT NOT NULL, taken_at TEXT, dated TEXT, camera TEXT, added_at TEXT NOT NULL,
         tag_keys TEXT NOT NULL DEFAULT '', tags TEXT NOT NULL DEFAULT '',
         captions TEXT NOT NULL DEFAULT '');
-    -- every fact that filters and counts ask for: 15 ms for 100,000, the table itself takes 100
+    -- every fact that filters and counts need: 15 ms for 100,000, against 100 ms for the table
     CREATE INDEX pictures_facts ON pictures
         (dated, camera, format, width, height, tag_keys, bytes, added_at) WHERE live;
     CREATE INDEX pictures_dead ON pictures (num) WHERE NOT live;
@@ -74,7 +74,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, write: bool) -> None:
-        """Open; for writing also create and migrate. InputError, IndexDamaged, CatalogBusy."""
+        """Open; for writing also create and migrate. Raises InputError, IndexDamaged, CatalogBusy."""
         self.path = folder / "catalog.sqlite"
         self._mutex = threading.RLock()
         self._idle: list[sqlite3.Connection] = []
@@ -99,7 +99,7 @@ class Store:
             raise no_index
         with self._translated(), closing(self._connect()) as db:
             version = self._version(db)
-        if version == 0:  # a first writer died, or has not yet come to its first commit
+        if version == 0:  # a first writer died, or has not committed yet
             raise no_index
         if version < len(MIGRATIONS):  # only a writer may migrate
             Store(folder, write=True).close()
@@ -147,7 +147,8 @@ class Store:
         return db
 
     def _version(self, db: sqlite3.Connection) -> int:
-        """The schema version; 0 for a new file. InputError for another program's or a newer one."""
+        """Return the schema version; 0 for a new file. Raises InputError for another program's file or a
+        newer version."""
         application = db.execute("PRAGMA application_id").fetchone()[0]
         version: int = db.execute("PRAGMA user_version").fetchone()[0]
         tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
@@ -179,7 +180,7 @@ class Store:
         db.execute("UPDATE meta SET value = ? WHERE key = 'writer'", (os.getpid(),))
 
     def close(self) -> None:
-        """Let go of files and lock; what was not committed is dropped. Calls in flight finish."""
+        """Release files and lock; uncommitted changes are dropped. Calls in flight finish."""
         with self._mutex:
             self._closed = True
             while self._idle:
@@ -189,7 +190,7 @@ class Store:
 
     @contextmanager
     def connection(self) -> Iterator[sqlite3.Connection]:
-        """A connection that sees one committed state; for a writer, its own state."""
+        """Yield a connection that sees one committed state; for a writer, its own state."""
         if self._closed:
             raise InputError(f"the catalog at {self.path} was closed; open it again")
         if self._lock:
@@ -212,7 +213,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """The writer's connection, in the transaction that lasts until its COMMIT or ROLLBACK."""
+        """Yield the writer's connection, in the transaction that lasts until COMMIT or ROLLBACK."""
         if not self.writable:
             raise InputError(f"{self.path} is open for reading; open it with write=True")
         with self.connection() as db:
@@ -222,20 +223,20 @@ class Store:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """SQLite's errors as clipkit's."""
+        """Raise SQLite's errors as clipkit's."""
         try:
             yield
         except IndexDamaged as error:
             raise self._damaged(str(error)) from error
         except (TypeError, ValueError, LookupError) as error:
-            # a bug, or a flipped bit that made a path a number or hid a row: the file knows
+            # a bug, or a flipped bit that made a path a number or hid a row: check the file
             with self._translated(), closing(self._connect()) as db:
                 verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if verdict == "ok":
                 raise
             raise self._damaged(verdict) from error
         except sqlite3.DatabaseError as error:
-            # no code: Python itself found text that is not UTF-8, which was never written here
+            # no code: Python found text that is not UTF-8, which clipkit never writes
             code = getattr(error, "sqlite_errorcode", None)
             if code is None and not isinstance(error, sqlite3.OperationalError):
                 raise
@@ -245,7 +246,7 @@ class Store:
             if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
                 raise CatalogBusy(f"{self.path} was locked for 30 s; try again later") from error
             if code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISUSE):
-                raise  # a bug here, not a state of the disk
+                raise  # a bug in clipkit, not a state of the disk
             raise ClipkitError(
                 f"cannot use {self.path}: {error}; it needs free disk space and a writable folder"
             ) from error
@@ -258,8 +259,8 @@ class Store:
 
 
 class Thumbnails:
-    """thumbnails.sqlite: small pictures by image_id. Derived, so no fault of it is an error: what
-    cannot be read is absent, what cannot be written is dropped, a damaged file is made anew."""
+    """thumbnails.sqlite: small pictures by image_id. Derived, so its faults are no errors: what cannot
+    be read is absent, what cannot be written is dropped, and a damaged file is created again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -283,7 +284,9 @@ class Thumbnails:
             self._db = None
 
     def _run(self, action: Callable[[sqlite3.Connection], sqlite3.Cursor]) -> list[Any]:
-        for _ in range(2):  # a file that was damaged or moved away gets a second, fresh try
+        for _ in range(
+            2
+        ):  # a file that was damaged or moved is created again, then tried once more
             try:
                 with self._mutex:
                     if self._db is None:

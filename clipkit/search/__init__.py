@@ -1,7 +1,7 @@
-"""Query -> hits: the one entry that the page, the API and the command line share.
+"""Search a catalog by a query: the entry that the page, the API and the command line share.
 
-searcher.py answers; query_encoder.py makes a query one vector, live_vectors.py holds the catalog's
-vectors in memory and follows it, ranking.py fuses rankings and calls hits strong, fair or weak.
+searcher.py answers and ranks; query_encoder.py encodes a query as one vector; live_vectors.py holds
+the catalog's vectors in memory and follows its changes.
 """
 
 from clipkit.search.searcher import Searcher, SearchHit, SearchResult

@@ -1,8 +1,8 @@
-"""What can be found by vector right now: one encoder's vectors of the live pictures, in memory.
+"""One encoder's vectors of the live pictures, in memory, kept up to date with the catalog.
 
-A library is parts, each an immutable VectorIndex: the catalog's snapshot, if it has one, and what is
-newer than it (vectors with a greater seq), exact. `follow` turns one state into the next by loading
-only what is new, so a running indexer costs a search milliseconds; a search holds one state from
+They are parts, each an immutable VectorIndex: the catalog's snapshot, if it has one, and exact parts
+with the vectors that are newer (of a greater seq). `follow` makes the next state from one by loading
+only new vectors, so a running indexer costs a search milliseconds; a search uses one state from
 beginning to end. New parts are merged like digits of a binary counter: few parts, little copying.
 
 A snapshot that is lost, damaged or another encoder's is never searched: the catalog is the truth.
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from clipkit.catalog import Catalog
 from clipkit.index import VectorIndex, load_snapshot
 
-SAMPLE = 2_000  # pictures that tell how high a query scores by chance
+SAMPLE = 2_000  # pictures from which a query's scores by chance are estimated
 FEW_DEAD = 1_000  # dead rows that are cheaper to skip among the hits than to mask in the search
 
 Int64 = npt.NDArray[np.int64]
@@ -29,18 +29,20 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Some vectors, and which of them count: not those of dead pictures or with a newer vector."""
+    """An index, and which of its vectors are alive: those of live pictures without a newer vector."""
 
     index: VectorIndex
-    nums: Int64  # (N,) all that the index holds, sorted
-    alive: Int64  # (M,) those that count, sorted
+    nums: Int64  # (N,) of all its vectors, sorted
+    alive: Int64  # (M,) of those that are alive, sorted
 
 
 @dataclass(frozen=True, eq=False)
 class LiveVectors:
-    """One state. Immutable: threads may share it. Nums are the catalog's `num`."""
+    """One immutable state, which threads may share. Nums are the catalog's `num`."""
 
+    catalog: Catalog
     encoder_id: str
+    spec: str  # of the encoder; empty if the catalog does not know it
     changes: int  # the catalog's change counter before this was read
     snapshot: str | None  # the name of the snapshot that the catalog points to, usable or not
     last_seq: int
@@ -49,15 +51,15 @@ class LiveVectors:
 
     @cached_property
     def nums(self) -> Int64:
-        """All that can be found, sorted."""
+        """The nums of all pictures that a search can return, sorted."""
         return np.sort(np.concatenate([np.empty(0, np.int64), *(p.alive for p in self.parts)]))
 
     @cached_property
     def sample(self) -> Float32:
-        """Vectors (S, D) of up to SAMPLE pictures, S = 0 for an empty library.
+        """Vectors (S, D) of up to SAMPLE pictures; S = 0 for an empty library.
 
-        Always the same pictures, in random order of their nums: those with the least hash (a
-        bottom-k sample). A picture that is added or removed changes at most one of them.
+        This is a bottom-k sample: always the pictures whose nums have the least hash. A picture that
+        is added or removed changes at most one of them.
         """
         nums = self.nums
         if len(nums) > SAMPLE:
@@ -67,28 +69,37 @@ class LiveVectors:
     def search(
         self, vector: Float32, k: int, *, allowed: Int64 | None = None
     ) -> tuple[Int64, Float32]:
-        """The k nearest of the pictures in `allowed` (sorted nums; None: all), fewer if there are
-        fewer: nums and cosines, by falling cosine, then by num."""
-        found = [_search_part(part, vector, k, allowed) for part in self.parts]
-        nums = np.concatenate([np.empty(0, np.int64), *(nums for nums, _ in found)])
-        scores = np.concatenate([np.empty(0, np.float32), *(scores for _, scores in found)])
+        """Return up to k nearest of the pictures in `allowed` (sorted nums; None: all): nums and
+        cosines, by falling cosine, then by num."""
+        results = [_search_part(part, vector, k, allowed) for part in self.parts]
+        nums = np.concatenate([np.empty(0, np.int64), *(nums for nums, _ in results)])
+        scores = np.concatenate([np.empty(0, np.float32), *(scores for _, scores in results)])
         order = np.lexsort((nums, -scores))[:k]
         return nums[order], scores[order]
 
     def vectors_of(self, nums: Int64) -> Float32:
-        """Vectors (M, D) of those of `nums` that can be found, in any order."""
-        rows = [part.index.vectors_of(np.intersect1d(part.alive, nums)) for part in self.parts]
+        """Return the vectors (M, D) of those of the unique `nums` that are alive, in any order."""
+        rows = [
+            part.index.vectors_of(np.intersect1d(part.alive, nums, assume_unique=True))
+            for part in self.parts
+        ]
         return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+
+    def unit_vector(self, num: int | None) -> Float32 | None:
+        """Return the unit vector (D,) of a picture; None if it is not among these."""
+        rows = self.vectors_of(np.array([] if num is None else [num], dtype=np.int64))
+        return rows[0] / np.linalg.norm(rows[0]) if len(rows) else None
 
 
 def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) -> LiveVectors:
-    """The library as the catalog is now; `old` itself if nothing has changed since."""
+    """Return the state of the catalog as it is now; `old` itself if nothing has changed since."""
     changes = catalog.change_counter()
     if old is not None and old.changes == changes:
         return old
-    # In this order, each from a later state than the one before: a picture that comes in between is
-    # loaded but not yet live, one that goes is live but not loaded. Neither is found until the next
+    # In this order, each read at a later state than the one before: a picture added in between is
+    # loaded but not yet live, one removed is live but not loaded. Neither is returned until the next
     # call, which sees another change counter.
+    specs = {row.encoder_id: row.spec for row in catalog.encoders()}
     live = catalog.live_nums(encoder_id)
     pointer = catalog.snapshot(encoder_id)
     name = pointer.name if pointer else None
@@ -103,7 +114,8 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     if len(new.nums):
         parts.append(_exact(new.nums, new.vectors))
     alive = _alive(_merge(parts, keep_first=from_snapshot), live)
-    return LiveVectors(encoder_id, changes, name, new.last_seq, alive, from_snapshot)
+    spec = specs.get(encoder_id, "")
+    return LiveVectors(catalog, encoder_id, spec, changes, name, new.last_seq, alive, from_snapshot)
 
 
 def _exact(nums: Int64, vectors: npt.NDArray[np.float16]) -> Part:
@@ -119,15 +131,17 @@ def _merge(parts: Sequence[Part], *, keep_first: bool) -> list[Part]:
     merged = list(parts)
     while len(merged) > 1 + keep_first and 2 * len(merged[-1].nums) >= len(merged[-2].nums):
         newer, older = merged.pop(), merged.pop()
-        kept = np.setdiff1d(older.nums, newer.nums, assume_unique=True)
-        vectors = np.concatenate([older.index.vectors_of(kept), newer.index.vectors_of(newer.nums)])
-        # the parts' codes are half precision: nothing is lost on the way
-        merged.append(_exact(np.concatenate([kept, newer.nums]), vectors.astype(np.float16)))
+        only_old = np.setdiff1d(older.nums, newer.nums, assume_unique=True)
+        vectors = np.concatenate(
+            [older.index.vectors_of(only_old), newer.index.vectors_of(newer.nums)]
+        )
+        # the parts' codes are half precision already: nothing is lost
+        merged.append(_exact(np.concatenate([only_old, newer.nums]), vectors.astype(np.float16)))
     return merged
 
 
 def _alive(parts: Sequence[Part], live: Int64) -> tuple[Part, ...]:
-    """The parts with what counts of each now: live, and in no newer part."""
+    """Return the parts with their `alive` updated: those live now and in no newer part."""
     ends = [int(nums[-1]) + 1 for nums in (live, *(part.nums for part in parts)) if len(nums)]
     wanted = np.zeros(max(ends, default=0), dtype=bool)  # by num: nums are small integers
     wanted[live] = True
@@ -142,7 +156,7 @@ def _alive(parts: Sequence[Part], live: Int64) -> tuple[Part, ...]:
 def _search_part(
     part: Part, vector: Float32, k: int, allowed: Int64 | None
 ) -> tuple[Int64, Float32]:
-    """As LiveVectors.search, in one part."""
+    """Search one part as LiveVectors.search does."""
     dead = len(part.nums) - len(part.alive)
     if allowed is not None:
         mask: Int64 | None = part.alive[np.isin(part.alive, allowed, assume_unique=True)]
@@ -155,13 +169,13 @@ def _search_part(
         return np.empty(0, np.int64), np.empty(0, np.float32)
     nums, scores = part.index.search(vector[None, :], k + dead, allowed=mask)[0]
     if dead:
-        found = np.isin(nums, part.alive)
-        nums, scores = nums[found], scores[found]
+        alive = np.isin(nums, part.alive)
+        nums, scores = nums[alive], scores[alive]
     return nums[:k], scores[:k]
 
 
 def _hash(nums: Int64) -> npt.NDArray[np.uint64]:
-    """A fixed random order of integers: the finalizer of splitmix64 (Steele et al. 2014)."""
+    """Hash integers to a fixed random order by the finalizer of splitmix64 (Steele et al. 2014)."""
     x = nums.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Query -> one unit vector, with an encoder that is loaded by the first text or picture.
+"""Encode a query as one unit vector; the encoder is loaded by the first text or picture.
 
 The vector is normalise(sum of weight * unit vector of each text and example picture, less
 EXCLUDED * weight * unit vector of each excluded text).
@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from clipkit import images
 from clipkit.errors import EncoderMismatch, ImageError, ModelError, QueryError
 from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query
+from clipkit.search.live_vectors import LiveVectors
 
 EXCLUDED = 0.5  # how hard `-word` pushes, against 1 for a word
 CACHED_TEXTS = 512
@@ -28,30 +28,25 @@ CACHED_TEXTS = 512
 Float32 = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class Searched:
-    """The vectors that a query will be compared with: whose they are, and those that are stored."""
-
-    spec: str
-    encoder_id: str
-    stored: Callable[[str], Float32 | None]  # the unit vector (D,) of a picture by its image_id
-
-    def mismatch(self, spec: str, encoder_id: str) -> EncoderMismatch:
-        """The error for a query of another encoder."""
-        if spec == self.spec:  # such as a checkpoint that was trained further in its place
-            return EncoderMismatch(
-                f"{spec} has changed since the index was made (encoder {self.encoder_id} then, "
-                f"{encoder_id} now); index the pictures again: clipkit index FOLDER --model {spec}"
-            )
+def encoder_mismatch(
+    *, index_spec: str, index_id: str, query_spec: str, query_id: str
+) -> EncoderMismatch:
+    """Return the error for a query of another encoder than the index's."""
+    if query_spec == index_spec:  # such as a checkpoint that was trained further in its place
         return EncoderMismatch(
-            f"this index holds vectors of {self.spec} (encoder {self.encoder_id}), but the search is "
-            f"with {spec} (encoder {encoder_id}); search with --model {self.spec}, or index the "
-            f"pictures with the other model: clipkit index FOLDER --model {spec}"
+            f"{query_spec} has changed since the index was made (encoder {index_id} then, "
+            f"{query_id} now); index the pictures again: clipkit index FOLDER --model {query_spec}"
         )
+    return EncoderMismatch(
+        f"this index holds vectors of {index_spec} (encoder {index_id}), but the search is with "
+        f"{query_spec} (encoder {query_id}); search with --model {index_spec}, or index the "
+        f"pictures with the other model: clipkit index FOLDER --model {query_spec}"
+    )
 
 
 class QueryEncoder:
-    """Threads may share it. Vectors of texts are kept, the CACHED_TEXTS last used."""
+    """Encodes queries and caches the vectors of the CACHED_TEXTS last used texts. Threads may share
+    it."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
@@ -63,40 +58,46 @@ class QueryEncoder:
         query: Query,
         image: Image.Image | bytes | None,
         *,
-        searched: Searched,
+        live: LiveVectors,
         files: bool,
     ) -> Float32:
-        """The unit vector (D,) of the query's texts and examples, `image` (RGB, or a file's bytes)
-        being one more example.
+        """Return the unit vector (D,) of the query's texts and examples, `image` (RGB, or a file's
+        bytes) being one more example.
 
-        An example that is among the stored ones needs no encoder. Without `files` one that names a
-        file is refused. Raises QueryError, ImageError (a picture cannot be read), EncoderMismatch,
-        ModelError (a vector that is not finite).
+        An example that is among the `live` pictures needs no encoder. Without `files`, one that
+        names a file is refused. Raises QueryError, ImageError (a picture cannot be read),
+        EncoderMismatch, ModelError (a vector that is not finite).
         """
-        texts = self._encode_texts([term.text for term in (*query.terms, *query.exclude)], searched)
+        texts = self._encode_texts([term.text for term in (*query.terms, *query.exclude)], live)
         parts = [term.weight * texts[term.text] for term in query.terms]
         parts += [-EXCLUDED * term.weight * texts[term.text] for term in query.exclude]
         for example in query.examples:
-            parts.append(example.weight * self._example(example.path, searched, files))
+            parts.append(example.weight * self._example(example.path, live, files))
         if image is not None:
-            parts.append(self._encode_image(image, searched))
+            parts.append(self._encode_image(image, live))
         total = np.sum(parts, axis=0, dtype=np.float32)
         norm = float(np.linalg.norm(total))
         if norm < 1e-3:
             raise QueryError("the query's terms cancel out; change a weight or leave one out")
         return np.asarray(total / norm, dtype=np.float32)
 
-    def _fitting(self, searched: Searched) -> Encoder:
+    def _matching_encoder(self, live: LiveVectors) -> Encoder:
+        """Return the encoder. Raises EncoderMismatch if `live` are not its vectors."""
         encoder = self._encoder
-        if encoder.encoder_id != searched.encoder_id:
-            raise searched.mismatch(encoder.spec, encoder.encoder_id)
+        if encoder.encoder_id != live.encoder_id:
+            raise encoder_mismatch(
+                index_spec=live.spec,
+                index_id=live.encoder_id,
+                query_spec=encoder.spec,
+                query_id=encoder.encoder_id,
+            )
         return encoder
 
-    def _encode_texts(self, texts: Sequence[str], searched: Searched) -> dict[str, Float32]:
-        """Unit vectors (D,) by text; new ones in one batch."""
+    def _encode_texts(self, texts: Sequence[str], live: LiveVectors) -> dict[str, Float32]:
+        """Return unit vectors (D,) by text; new ones are encoded in one batch."""
         if not texts:
             return {}
-        encoder = self._fitting(searched)
+        encoder = self._matching_encoder(live)
         with self._caching:
             vectors = {text: self._texts[text] for text in texts if text in self._texts}
         new = list(dict.fromkeys(text for text in texts if text not in vectors))
@@ -111,8 +112,11 @@ class QueryEncoder:
                 self._texts.popitem(last=False)
         return vectors
 
-    def _example(self, path: str, searched: Searched, files: bool) -> Float32:
-        if re.fullmatch(r"[0-9a-f]{32}", path) and (vector := searched.stored(path)) is not None:
+    def _example(self, path: str, live: LiveVectors, files: bool) -> Float32:
+        if (
+            re.fullmatch(r"[0-9a-f]{32}", path)
+            and (vector := live.unit_vector(live.catalog.has_picture(path))) is not None
+        ):
             return vector
         if not files:
             raise QueryError(
@@ -120,18 +124,19 @@ class QueryEncoder:
                 "give the picture itself, or the image_id of one in the library"
             )
         try:
-            return self._encode_image(images.read_bytes(Path(path).expanduser()), searched)
+            return self._encode_image(images.read_bytes(Path(path).expanduser()), live)
         except ImageError as error:
             raise ImageError(f"example '+{path}': {error}", reason=error.reason) from None
 
-    def _encode_image(self, image: Image.Image | bytes, searched: Searched) -> Float32:
-        """A picture's unit vector (D,): the stored one if the library has these very bytes."""
+    def _encode_image(self, image: Image.Image | bytes, live: LiveVectors) -> Float32:
+        """Return a picture's unit vector (D,): the stored one if the library has the same bytes."""
         if isinstance(image, bytes):
-            if (vector := searched.stored(images.image_id(image))) is not None:
+            num = live.catalog.has_picture(images.image_id(image))
+            if (vector := live.unit_vector(num)) is not None:
                 return vector
-            side = self._fitting(searched).towers().preferred_side
+            side = self._matching_encoder(live).towers().preferred_side
             image = images.decode(image, target=side).rgb
-        towers = self._fitting(searched).towers()
+        towers = self._matching_encoder(live).towers()
         rows = _finite(towers.encode_images([image]), "the example picture")
         return np.asarray(rows[0])
 

@@ -1,11 +1,12 @@
-"""Query -> hits: the one entry that the page, the API and the command line share.
+"""Search a catalog: the entry that the page, the API and the command line share.
 
 1. Filters and phrases come first: only pictures that pass them are ranked, and `total` counts them.
-2. Words, examples and exclusions make one vector (query_encoder.py); pictures rank by their cosine
-   to it. With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal rank.
+2. Words, examples and exclusions are encoded as one vector (query_encoder.py); pictures rank by
+   their cosine to it. With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal
+   rank.
 3. Ties go by image_id.
-4. `sort:` orders what is shown. With words or examples the k best are chosen first, then ordered.
-   Without, all that passes is ordered: by the phrases' ranks, or else by date, newest first.
+4. `sort:` orders the hits. With words or examples the k best are chosen first, then sorted. Without,
+   all pictures that pass are sorted: by the phrases' ranks, or else by date, the newest first.
 
 Filters, phrases, `similar` and examples that are in the library need no encoder: it is loaded by
 the first query that has something to encode.
@@ -28,8 +29,14 @@ from clipkit.errors import InputError
 from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query, parse
 from clipkit.search.live_vectors import LiveVectors, follow
-from clipkit.search.query_encoder import QueryEncoder, Searched
-from clipkit.search.ranking import reciprocal_rank_fusion, strengths
+from clipkit.search.query_encoder import QueryEncoder, encoder_mismatch
+
+RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
+# Strength is a z-score: by how many standard deviations a cosine is above the mean of the same
+# query's cosines to a random sample of the library.
+STRONG_Z = 4.0
+FAIR_Z = 2.5
+FEWEST_FOR_Z = 30  # in a smaller library the sample says too little about the spread
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -51,7 +58,7 @@ class SearchHit:
 class SearchResult:
     hits: tuple[SearchHit, ...]
     total: int  # exact: all pictures that pass filters and phrases
-    seconds: Mapping[str, float]  # by stage: "load" (what is new), "encode", "search", "rows"
+    seconds: Mapping[str, float]  # by stage: "load" (new vectors), "encode", "search", "rows"
 
 
 class _Clock:
@@ -68,11 +75,11 @@ class _Clock:
 class Searcher:
     """Searches one catalog with one encoder; threads may share it.
 
-    `catalog` is one opened for reading; what an indexer commits is found by the next query.
-    `encoder` is loaded by the first query that needs it. `encoder_id` says which vectors to search
+    `catalog` is one opened for reading; the next query sees what an indexer has committed.
+    `encoder` is loaded by the first query that needs it. `encoder_id` names the vectors to search
     before that; without it, and with an encoder whose id only loading tells, they are those of the
-    catalog's one encoder. With `files=False` an
-    example `+FILE` is refused: for callers who must not make this machine read its files.
+    catalog's one encoder. With `files=False`, an example `+FILE` is refused, for callers on whose
+    behalf this machine must not read its files.
     """
 
     def __init__(
@@ -99,11 +106,11 @@ class Searcher:
         image: Image.Image | bytes | None = None,
         filters: Filters | None = None,
     ) -> SearchResult:
-        """The k best pictures for a query, with `image` (RGB, or a file's bytes) as one more example
-        and `filters` beside the query's own.
+        """Return the k best pictures for a query, with `image` (RGB, or a file's bytes) as one more
+        example and `filters` in addition to the query's own.
 
         Raises QueryError, ImageError (an example cannot be read), EncoderMismatch (the catalog has
-        other encoders' vectors only), ModelError (a vector that is not finite), InputError.
+        vectors of other encoders only), ModelError (a vector that is not finite), InputError.
         """
         _check_k(k)
         query = parse(query) if isinstance(query, str) else query
@@ -111,9 +118,9 @@ class Searcher:
         allowed = self._passing(query, filters)
         rankings = []
         for phrase in query.phrases:
-            found = np.array(self.catalog.phrase(phrase.text), dtype=np.int64)
-            rankings.append((phrase.weight, found))
-            allowed = np.sort(found) if allowed is None else np.intersect1d(allowed, found)
+            nums = np.array(self.catalog.phrase(phrase.text), dtype=np.int64)
+            rankings.append((phrase.weight, nums))
+            allowed = _common(allowed, nums)
         clock.lap("search")
         if not (query.terms or query.exclude or query.examples or image is not None):
             return self._listed(allowed, rankings, k, query.sort, clock)
@@ -121,17 +128,16 @@ class Searcher:
         clock.lap("load")
         if not len(live.nums):
             return SearchResult((), 0, clock.seconds)
-        searched = self._searched(live)
-        vector = self._queries.vector(query, image, searched=searched, files=self._files)
+        vector = self._queries.vector(query, image, live=live, files=self._files)
         clock.lap("encode")
         if allowed is not None:
-            allowed = np.intersect1d(allowed, live.nums)
+            allowed = _common(allowed, live.nums)
         return self._ranked(live, vector, allowed, rankings, k, query.sort, clock)
 
     def similar(
         self, image_id: str, *, k: int = 24, filters: Filters | None = None
     ) -> SearchResult:
-        """The k pictures nearest to one of the library, itself left out. Needs no encoder.
+        """Return the k pictures nearest to one of the library, without itself. Needs no encoder.
 
         Raises InputError if the library has no such picture, EncoderMismatch as `search` does.
         """
@@ -139,19 +145,19 @@ class Searcher:
         clock = _Clock()
         live = self._current()
         clock.lap("load")
-        vector = self._stored(image_id, live)
+        num = self.catalog.has_picture(image_id)
+        vector = live.unit_vector(num)
         if vector is None:
             raise InputError(f"no picture {image_id!r} in this library; search for it by words")
         allowed = self._passing(Query(), filters)
         if allowed is not None:
-            allowed = np.intersect1d(allowed, live.nums)
-        itself = self.catalog.has_picture(image_id)
-        return self._ranked(live, vector, allowed, [], k, None, clock, without=itself)
+            allowed = _common(allowed, live.nums)
+        return self._ranked(live, vector, allowed, [], k, None, clock, without=num)
 
-    # ---- what is searched
+    # ---- vectors and filters
 
     def _current(self) -> LiveVectors:
-        """The vectors as of now; EncoderMismatch if there are only other encoders' ones."""
+        """Return the vectors as of now. Raises EncoderMismatch if all are of other encoders."""
         with self._following:
             encoder_id = self._searched_id()
             old = self._live if self._live and self._live.encoder_id == encoder_id else None
@@ -173,20 +179,23 @@ class Searcher:
         specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
         others = [key for key in specs if key != encoder_id and len(self.catalog.live_nums(key))]
         if others:
-            held = Searched(specs[others[-1]], others[-1], lambda _: None)
-            raise held.mismatch(self._encoder.spec, encoder_id)
+            raise encoder_mismatch(
+                index_spec=specs[others[-1]],
+                index_id=others[-1],
+                query_spec=self._encoder.spec,
+                query_id=encoder_id,
+            )
 
     def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
-        """The pictures that pass the query's filters and `filters`, sorted; None: all."""
+        """Return the nums that pass the query's filters and `filters`, sorted; None: all."""
         passing = None
-        for some in (self._catalog_filters(query), filters):
-            if some is not None and some != Filters():
-                found = self.catalog.matching(some)
-                passing = found if passing is None else np.intersect1d(passing, found)
+        for one in (self._catalog_filters(query), filters):
+            if one is not None and one != Filters():
+                passing = _common(passing, self.catalog.matching(one))
         return passing
 
     def _catalog_filters(self, query: Query) -> Filters:
-        """The query's filters as the catalog takes them.
+        """Convert the query's filters to the catalog's.
 
         A relative `folder:` is below an indexed folder or begins with its name: where
         /home/me/photos is indexed, folder:photos/2023 and folder:2023 are the same.
@@ -194,7 +203,7 @@ class Searcher:
         values: dict[str, list[str]] = {}
         for item in query.filters:
             values.setdefault(item.key, []).append(item.value)
-        one = {key: found[0] for key, found in values.items()}
+        one = {key: several[0] for key, several in values.items()}
         folders = [Path(value).expanduser() for value in values.get("folder", ())]
         if not all(folder.is_absolute() for folder in folders):
             roots = [Path(root) for root in self.catalog.roots()]
@@ -212,20 +221,6 @@ class Searcher:
             min_height=int(one.get("height", 0)),
             orientation=one.get("orientation"),
         )
-
-    def _searched(self, live: LiveVectors) -> Searched:
-        specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
-        return Searched(
-            spec=specs[live.encoder_id],
-            encoder_id=live.encoder_id,
-            stored=lambda image_id: self._stored(image_id, live),
-        )
-
-    def _stored(self, image_id: str, live: LiveVectors) -> Float32 | None:
-        """The unit vector (D,) of a picture that can be found now."""
-        num = self.catalog.has_picture(image_id)
-        rows = live.vectors_of(np.array([] if num is None else [num], dtype=np.int64))
-        return rows[0] / np.linalg.norm(rows[0]) if len(rows) else None
 
     # ---- ranking
 
@@ -259,11 +254,11 @@ class Searcher:
         if sort in ("date", "name"):
             rows = _sorted(rows, sort)
         by_num = dict(zip(nums.tolist(), scores.tolist(), strict=True))
-        found = [by_num[row.num] for row in rows]
-        bands = strengths(np.array(found, dtype=np.float32), sample)
+        cosines = [by_num[row.num] for row in rows]
+        bands = strengths(np.array(cosines, dtype=np.float32), sample)
         hits = tuple(
             SearchHit(rank, score, band, row)
-            for rank, (row, score, band) in enumerate(zip(rows, found, bands, strict=True), 1)
+            for rank, (row, score, band) in enumerate(zip(rows, cosines, bands, strict=True), 1)
         )
         clock.lap("rows")
         return SearchResult(hits, total, clock.seconds)
@@ -271,7 +266,7 @@ class Searcher:
     def _listed(
         self, allowed: Int64 | None, rankings: Rankings, k: int, sort: str | None, clock: _Clock
     ) -> SearchResult:
-        """Pictures by filters and phrases alone."""
+        """List pictures by filters and phrases alone."""
         nums = self.catalog.matching(Filters()) if allowed is None else allowed
         clock.lap("search")
         if rankings and sort in (None, "score"):
@@ -280,22 +275,22 @@ class Searcher:
             rows = _sorted(self.catalog.rows(nums.tolist()).values(), sort)[:k]
         else:
             newest = self.catalog.newest(k, among=allowed)
-            found = self.catalog.rows(newest)
-            rows = [found[num] for num in newest if num in found]
+            by_num = self.catalog.rows(newest)
+            rows = [by_num[num] for num in newest if num in by_num]
         hits = tuple(SearchHit(rank, None, None, row) for rank, row in enumerate(rows, 1))
         clock.lap("rows")
         return SearchResult(hits, len(nums), clock.seconds)
 
     def _best_rows(self, nums: Int64, keys: npt.NDArray[np.float64], k: int) -> list[PictureRow]:
-        """The rows of the k greatest keys, by (-key, image_id)."""
-        if len(nums) > k:  # all that tie with the last one: image_id decides among them
+        """Return the rows of the k greatest keys, by (-key, image_id)."""
+        if len(nums) > k:  # with all that tie with the last one: image_id decides among them
             chosen = keys >= np.partition(keys, len(keys) - k)[len(keys) - k]
             nums, keys = nums[chosen], keys[chosen]
         rows = self.catalog.rows(nums.tolist())
         order = sorted(
             (-key, rows[num].image_id, num)
             for num, key in zip(nums.tolist(), keys.tolist(), strict=True)
-            if num in rows  # it may have gone since
+            if num in rows  # it may have been removed since
         )
         return [rows[num] for _, _, num in order[:k]]
 
@@ -303,23 +298,65 @@ class Searcher:
 def _nearest(
     live: LiveVectors, vector: Float32, k: int, allowed: Int64 | None
 ) -> tuple[Int64, Float32]:
-    """The k nearest, and whatever ties with the last of them."""
-    ask = k + 8
+    """Return the k nearest and all that tie with the last of them."""
+    limit = k + 8
     while True:
-        nums, scores = live.search(vector, ask, allowed=allowed)
-        if len(nums) < ask or scores[-1] < scores[k - 1]:
+        nums, scores = live.search(vector, limit, allowed=allowed)
+        if len(nums) < limit or scores[-1] < scores[k - 1]:
             return nums, scores
-        ask *= 4
+        limit *= 4
 
 
 def _sorted(rows: Iterable[PictureRow], sort: str | None) -> list[PictureRow]:
-    """By file name, or by date, the newest first and what has none last. Ties by image_id."""
+    """Sort by file name, or by date with the newest first and undated rows last. Ties go by
+    image_id."""
     rows = sorted(rows, key=lambda row: row.image_id)
     if sort == "name":
         return sorted(rows, key=lambda row: Path(row.path).name.casefold())
     return sorted(rows, key=lambda row: row.dated or "", reverse=True)
 
 
+def _common(allowed: Int64 | None, nums: Int64) -> Int64:
+    """Return those of the unique `nums` that are in `allowed` (None: all), sorted."""
+    if allowed is None:
+        return np.sort(nums)
+    return np.intersect1d(allowed, nums, assume_unique=True)
+
+
 def _check_k(k: int) -> None:
     if k < 1:
-        raise InputError(f"k is {k}; it is how many pictures to show, at least 1")
+        raise InputError(f"k is {k}; it must be at least 1, the number of pictures to show")
+
+
+def reciprocal_rank_fusion(
+    rankings: Sequence[tuple[float, npt.NDArray[np.int64]]], nums: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return a key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
+
+    `rankings` are (weight, nums best first). Ranks count from 1 among `nums`, skipping all others; a
+    num that is not in a ranking gets nothing from it.
+    """
+    order = np.argsort(nums)
+    keys = np.zeros(len(nums))
+    for weight, ranking in rankings:
+        ranked = ranking[np.isin(ranking, nums)]
+        positions = order[np.searchsorted(nums, ranked, sorter=order)]
+        keys[positions] += weight / (RRF_K + 1 + np.arange(len(ranked)))
+    return keys.round(12)  # so that 1/61 + 1/62 and 1/62 + 1/61 tie exactly
+
+
+def strengths(scores: npt.NDArray[np.float32], sample: npt.NDArray[np.float32]) -> list[str]:
+    """Return the band of each cosine, given the cosines (S,), S >= 1, of the sample to the same query.
+
+    A z-score of at least STRONG_Z is "strong", of at least FAIR_Z "fair", a lower one "weak". In a
+    sample of fewer than FEWEST_FOR_Z, or without spread, nothing can stand out: a cosine at or above
+    the mean is "fair", a lower one "weak".
+    """
+    mean, spread = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
+    if len(sample) < FEWEST_FOR_Z or spread < 1e-6:
+        return ["fair" if score >= mean - 1e-6 else "weak" for score in scores.tolist()]
+    bands = []
+    for score in scores.tolist():
+        z = (score - mean) / spread
+        bands.append("strong" if z >= STRONG_Z else "fair" if z >= FAIR_Z else "weak")
+    return bands

@@ -78,6 +78,15 @@
     return question;
   };
 
+  // The start page of a library without pictures is out of date as soon as the status line says so:
+  // indexing has begun or ended, or there are pictures to search.
+  const renew = () => {
+    const start = $("#results [data-view=empty]");
+    const now = $("#status [data-stage]");
+    if (!start || !now || start.dataset.stage === now.dataset.stage || document.body.dataset.busy) return;
+    send(from_address(), { remember: false });
+  };
+
   const answered = () => {
     const root = $("#results [data-view]");
     if (!root) return;
@@ -89,6 +98,7 @@
     }
     if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
     ages();
+    renew();
   };
 
   // ------------------------------------------------------------------ a dropped, pasted or chosen picture
@@ -446,7 +456,7 @@
       viewer().addEventListener("close", closed);
       new MutationObserver(answered).observe($("#results"), { childList: true, subtree: true });
       new MutationObserver(narrow).observe($("#filters"), { childList: true, subtree: true });
-      new MutationObserver(ages).observe($("#status"), { childList: true, subtree: true });
+      new MutationObserver(() => (ages(), renew())).observe($("#status"), { childList: true, subtree: true, attributes: true });
       addEventListener("popstate", (event) => back(event.state));
       answered();
     },
