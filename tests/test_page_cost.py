@@ -60,7 +60,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gallery")
     model = ColourModel()
     with Catalog.open(folder, write=True) as catalog:
-        index_folders(catalog, [GALLERY], encoder_id=model.encoder_id, load_encoder=model.towers)
+        index_folders(catalog, [GALLERY], encoder=model)
     return folder
 
 
@@ -119,7 +119,7 @@ def test_a_tick_sees_what_an_indexer_has_committed(
 
     def reindex(folder: Path) -> None:
         with Catalog.open(index, write=True) as catalog:
-            index_folders(catalog, [folder], encoder_id=model.encoder_id, load_encoder=model.towers)
+            index_folders(catalog, [folder], encoder=model)
 
     reindex(tmp_path / "photos")
     page = Events(index)

@@ -73,7 +73,7 @@ def test_a_file_of_options_is_read_and_flags_win(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "data is not set"),
+        ((), "data is not given"),
         (("no/such",), "no/such"),
         (("x", "--learning-rte", "1"), "did you mean 'learning_rate'?"),
         (("x", "--epochs", "many"), "epochs is 'many', str; it must be a whole number"),
