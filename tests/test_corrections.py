@@ -78,8 +78,14 @@ def test_what_was_said_is_said_again_when_it_is_sent(typed: str) -> None:
         ({"picture": ONE, "query": "x"}, "right is None; it must be true, false, or null"),
         ({"picture": ONE, "query": "x", "right": 1}, "right is 1; it must be"),
         ({"picture": ONE, "query": "aftr:2023", "right": True}, "unknown key 'aftr'"),
-        ({"picture": ONE, "query": "dog -leash", "right": True}, "only results of a search by words"),
-        ({"picture": ONE, "query": "after:2023", "right": False}, "only results of a search by words"),
+        (
+            {"picture": ONE, "query": "dog -leash", "right": True},
+            "only results of a search by words",
+        ),
+        (
+            {"picture": ONE, "query": "after:2023", "right": False},
+            "only results of a search by words",
+        ),
     ],
 )
 def test_what_is_no_mark_is_refused_in_a_sentence(fields: Any, sentence: str) -> None:
