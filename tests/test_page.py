@@ -219,7 +219,7 @@ def test_a_dropped_or_pasted_picture_finds_its_like(site: str, visit: Open, tmp_
     page = visit(site)
     red = paint(tmp_path / "mine.png", "red", size=(50, 50)).read_bytes()
     hand_over(page, "dragenter", "DragEvent", "mine.png", red)
-    assert page.inner_text("#drop") == "Drop a picture to find its like"
+    assert page.inner_text("#drop") == "Drop a picture to find similar ones"
     hand_over(page, "drop", "DragEvent", "mine.png", red)
     page.wait_for_selector(".summary h2 img")
     settled(page)

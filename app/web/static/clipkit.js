@@ -1,15 +1,15 @@
-// The page's own behaviour: asking, the picture viewer, dropping, keyboard, theme. No library, no request to anywhere
-// but this server. Text that comes from files or people is only ever set as textContent or an attribute.
+// The page's own behaviour: searching, the picture viewer, dropping, keyboard, theme. No library, and no request to any
+// other server. Text from files or people is only ever set as textContent or an attribute.
 "use strict";
 
 (() => {
   const $ = (selector, root = document) => root.querySelector(selector);
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
   const NARROW = ["folder", "after", "until"];
-  const SAID = ["words", "picture", "similar", ...NARROW]; // what makes a question, and its address
-  const empty = () => ({ ...Object.fromEntries(SAID.map((key) => [key, ""])), k: 0 });
+  const FIELDS = ["words", "picture", "similar", ...NARROW]; // of a search, and of its address
+  const empty = () => ({ ...Object.fromEntries(FIELDS.map((key) => [key, ""])), k: 0 });
   let trigger = null; // set by attach(): sends an event to Python
-  let asked = empty();
+  let current = empty();
   let ticket = 0;
   let arriving = true; // nothing has been shown yet
   let shown = -1; // position of the viewed picture among the cards on the page
@@ -26,15 +26,15 @@
   dark.addEventListener("change", themed);
   themed();
 
-  // ------------------------------------------------------------------ asking
+  // ------------------------------------------------------------------ searching
   const field = (name) => $(`#filters [name=${name}]`);
   const filters = () => Object.fromEntries(NARROW.map((name) => [name, field(name)?.value || ""]));
   const narrow = () => {
-    for (const name of NARROW) if (field(name)) field(name).value = asked[name];
-    $("#ask").classList.toggle("filtered", NARROW.some((name) => asked[name]));
+    for (const name of NARROW) if (field(name)) field(name).value = current[name];
+    $("#ask").classList.toggle("filtered", NARROW.some((name) => current[name]));
   };
 
-  // The evaluation page stands in the results' place, and has an address like a question.
+  // The Sort page replaces the results, and has an address like a search.
   const evaluate = ({ words = "", choice = "" } = {}, { remember = true } = {}) => {
     ticket += 1;
     document.body.dataset.busy = "yes";
@@ -48,33 +48,33 @@
   };
 
   const send = (question, { remember = true } = {}) => {
-    asked = { ...empty(), ...question };
+    current = { ...empty(), ...question };
     ticket += 1;
     document.body.dataset.busy = "yes";
-    $("#ask [name=words]").value = asked.words;
+    $("#ask [name=words]").value = current.words;
     narrow();
     sample();
     if (remember) {
-      const said = new URLSearchParams();
-      for (const key of SAID) if (asked[key]) said.set(key, asked[key]);
-      history.pushState(asked, "", said.size ? `#${said}` : location.pathname + location.search);
+      const parameters = new URLSearchParams();
+      for (const key of FIELDS) if (current[key]) parameters.set(key, current[key]);
+      history.pushState(current, "", parameters.size ? `#${parameters}` : location.pathname + location.search);
     }
-    const { k, ...rest } = asked;
+    const { k, ...rest } = current;
     trigger("ask", { ...rest, ...(k ? { k } : {}), ticket: String(ticket) });
   };
 
-  // The picture that is asked with, shown in the search box as a small removable sample.
+  // The picture of the search, shown in the search box as a small removable sample.
   const sample = () => {
     const box = $("#ask .sample");
-    box.hidden = !(asked.picture || asked.similar);
-    if (asked.picture) $("img", box).src = `queries/${asked.picture}`;
-    if (asked.similar) $("img", box).src = `thumbnails/${asked.similar}`;
+    box.hidden = !(current.picture || current.similar);
+    if (current.picture) $("img", box).src = `queries/${current.picture}`;
+    if (current.similar) $("img", box).src = `thumbnails/${current.similar}`;
   };
 
   const from_address = () => {
-    const said = new URLSearchParams(location.hash.slice(1));
+    const parameters = new URLSearchParams(location.hash.slice(1));
     const question = empty();
-    for (const key of SAID) question[key] = said.get(key) || "";
+    for (const key of FIELDS) question[key] = parameters.get(key) || "";
     return question;
   };
 
@@ -92,7 +92,7 @@
     if (!root) return;
     document.body.dataset.view = root.dataset.view;
     if (arriving) {
-      // Only now: the start page is on its way until it is here, and would replace an answer.
+      // Not before: the start page is still to come until now, and would replace an answer.
       arriving = false;
       if (location.hash.length > 1) return back(history.state);
     }
@@ -109,7 +109,7 @@
   };
 
   const unanswered = (error) =>
-    error instanceof TypeError ? "The clipkit server does not answer; is it still running?" : error.message;
+    error instanceof TypeError ? "The clipkit server does not answer; check that it is running" : error.message;
 
   const ask_with = async (file) => {
     notice("");
@@ -120,9 +120,9 @@
         headers: { "Content-Type": "application/octet-stream" },
         body: file,
       });
-      const told = await answer.json();
-      if (!answer.ok) throw new Error(told.error);
-      send({ picture: told.id, ...filters() });
+      const payload = await answer.json();
+      if (!answer.ok) throw new Error(payload.error);
+      send({ picture: payload.id, ...filters() });
     } catch (error) {
       delete document.body.dataset.busy;
       notice(unanswered(error));
@@ -165,11 +165,11 @@
   };
 
   const fact = (name, ...values) => {
-    const said = values.filter(Boolean);
-    if (!said.length) return;
+    const texts = values.filter(Boolean);
+    if (!texts.length) return;
     const term = document.createElement("dt");
     term.textContent = name;
-    const list = said.map((value) => {
+    const list = texts.map((value) => {
       const item = document.createElement("dd");
       item.append(value);
       return item;
@@ -204,7 +204,7 @@
     picture.hidden = false;
     picture.alt = $("img", card).alt;
     picture.removeAttribute("style");
-    // The thumbnail is there at once, in the right shape; the full picture takes its place when it has come.
+    // Show the thumbnail, which has the right shape, until the full picture has loaded.
     picture.src = $("img", card).src;
     const full = new Image();
     full.onload = () => box.dataset.id === id && (picture.src = full.src);
@@ -220,26 +220,26 @@
       box.showModal();
     }
     const answer = await fetch(`details/${id}`);
-    const told = await answer.json();
+    const payload = await answer.json();
     if (box.dataset.id !== id) return;
     $("dl", box).replaceChildren();
-    if (!answer.ok) return fact("Note", told.error);
-    picture.style.setProperty("--width", `${3 * told.width + 40}px`);
-    picture.style.setProperty("--height", `${3 * told.height + 40}px`);
-    $("h2", box).textContent = told.captions[0] || told.name;
+    if (!answer.ok) return fact("Note", payload.error);
+    picture.style.setProperty("--width", `${3 * payload.width + 40}px`);
+    picture.style.setProperty("--height", `${3 * payload.height + 40}px`);
+    $("h2", box).textContent = payload.captions[0] || payload.name;
     if (card.dataset.score) fact("Match", `${card.dataset.band}, cosine ${card.dataset.score}`);
-    fact(told.places.length > 1 ? "Places" : "Place", ...told.places.map(place_row));
-    fact("Captions", ...told.captions.slice(1));
-    fact("Tags", told.tags.join(", "));
-    fact("Size", `${told.width} × ${told.height}, ${told.format}, ${size_of(told.bytes)}`);
-    fact("Taken", told.taken_at && new Date(told.taken_at).toLocaleString());
-    fact("Camera", told.camera);
+    fact(payload.places.length > 1 ? "Places" : "Place", ...payload.places.map(place_row));
+    fact("Captions", ...payload.captions.slice(1));
+    fact("Tags", payload.tags.join(", "));
+    fact("Size", `${payload.width} × ${payload.height}, ${payload.format}, ${size_of(payload.bytes)}`);
+    fact("Taken", payload.taken_at && new Date(payload.taken_at).toLocaleString());
+    fact("Camera", payload.camera);
   };
 
   const gone = async (id) => {
     const answer = await fetch(`pictures/${id}`);
-    const told = answer.ok ? {} : await answer.json();
-    $("#viewer .stage p").textContent = told.error || "This picture cannot be shown.";
+    const payload = answer.ok ? {} : await answer.json();
+    $("#viewer .stage p").textContent = payload.error || "This picture cannot be shown.";
     $("#viewer .stage p").hidden = false;
   };
 
@@ -256,7 +256,7 @@
   const marks_of = (card) => $$("[data-do=mark]", card);
   let marking = Promise.resolve(); // marks go out one after the other, in the order of the clicks
 
-  // The viewer's two buttons say what the card's do.
+  // The viewer's two buttons show the same state as the card's.
   const judge = (card) => {
     const theirs = marks_of(card);
     $("#viewer .judge").hidden = !theirs.length;
@@ -270,10 +270,10 @@
     if (viewer().open && viewer().dataset.id === card.dataset.id) judge(card);
   };
 
-  const tell_total = (total) => {
-    for (const said of $$(".corrections")) {
-      said.hidden = !total;
-      $(".total", said).textContent = `${total.toLocaleString("en")} correction${total === 1 ? "" : "s"}`;
+  const show_total = (total) => {
+    for (const summary of $$(".corrections")) {
+      summary.hidden = !total;
+      $(".total", summary).textContent = `${total.toLocaleString("en")} correction${total === 1 ? "" : "s"}`;
     }
   };
 
@@ -283,12 +283,12 @@
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(mark),
     });
-    const told = await answer.json();
-    if (!answer.ok) throw new Error(told.error);
-    tell_total(told.corrections);
+    const payload = await answer.json();
+    if (!answer.ok) throw new Error(payload.error);
+    show_total(payload.corrections);
   };
 
-  // Shown at once; taken back if the server did not keep it.
+  // Shown at once; undone if the server did not store it.
   const mark = (button) => {
     const card = button.closest(".hit");
     const was = marks_of(card).find(pressed);
@@ -383,9 +383,9 @@
     close,
     copy,
     words: (button) => send({ words: button.dataset.words, ...filters() }),
-    more: (button) => send({ ...asked, k: Number(button.dataset.k) }, { remember: false }),
-    "clear-filters": () => send({ words: asked.words, picture: asked.picture, similar: asked.similar }),
-    "clear-sample": () => send({ words: asked.words, ...filters() }),
+    more: (button) => send({ ...current, k: Number(button.dataset.k) }, { remember: false }),
+    "clear-filters": () => send({ words: current.words, picture: current.picture, similar: current.similar }),
+    "clear-sample": () => send({ words: current.words, ...filters() }),
     pick: () => $("#ask input[type=file]").click(),
     filters: () => $("#ask").classList.toggle("open"),
     add: () => $("#adder").showModal(),
@@ -413,7 +413,7 @@
     if (sent.dataset.do === "search") {
       notice("");
       const words = sent.elements.words.value.trim();
-      send({ words, picture: asked.picture, similar: asked.similar, ...filters() });
+      send({ words, picture: current.picture, similar: current.similar, ...filters() });
     } else if (sent.dataset.do === "sort") {
       evaluate({ words: sent.elements.words.value, choice: sent.elements.choice.value });
     } else if (sent.dataset.do === "index") {
@@ -428,18 +428,18 @@
       if (event.target.files[0]) ask_with(event.target.files[0]);
       event.target.value = "";
     } else if (event.target.matches("#filters [name]")) {
-      send({ ...asked, words: $("#ask [name=words]").value.trim(), ...filters(), k: 0 });
+      send({ ...current, words: $("#ask [name=words]").value.trim(), ...filters(), k: 0 });
     }
   });
 
   // ------------------------------------------------------------------ times as ages
   const ages = () => {
-    const said = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
+    const relative = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
     for (const time of $$("time[datetime]")) {
       const seconds = (new Date(time.dateTime) - Date.now()) / 1000;
       if (Number.isNaN(seconds)) continue;
       const [unit, length] = [["day", 86400], ["hour", 3600], ["minute", 60]].find(([, l]) => -seconds >= l) || [];
-      const age = unit ? said.format(Math.round(seconds / length), unit) : "just now";
+      const age = unit ? relative.format(Math.round(seconds / length), unit) : "just now";
       if (time.textContent === age) continue; // an observer calls this: writing the same again would never end
       time.textContent = age;
       time.title = new Date(time.dateTime).toLocaleString();
