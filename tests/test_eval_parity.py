@@ -125,7 +125,7 @@ class Case:
         self.model, self.transform, self.tokenizer = open_clip_reference(folder)
         self.rng = np.random.default_rng(seed)
         self.labels = self.rng.integers(0, len(CLASSES), 48)
-        pictures = painted(self.labels, self.encoder.preferred_side, self.rng)
+        pictures = painted(self.labels, self.encoder.towers().preferred_side, self.rng)
         self.stored = Stored(pictures)
         self.pixels = [self.transform(picture) for picture in pictures]
         none = FeatureCache(None)

@@ -405,7 +405,7 @@ def test_vectors_of_an_id_are_what_was_given(ids: Ids, rows: Any, indexes: Any) 
 @pytest.mark.parametrize(
     ("ids", "vectors", "message"),
     [
-        ([1, 2, 1], np.eye(3, dtype=np.float32), "id 1 is given twice"),
+        ([1, 2, 1], np.eye(3, dtype=np.float32), "id 1 occurs twice"),
         ([1, 2], np.eye(3, dtype=np.float32), r"shape \(2,\), vectors \(3, 3\)"),
         ([1], np.ones((1, 0), np.float32), r"\(N, D\) are expected"),
         ([1, 2, 3], np.eye(3), "float64; int64 and float16 or float32"),

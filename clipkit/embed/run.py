@@ -113,7 +113,7 @@ def index_folders(
         on_progress=on_progress or (lambda _: None),
         stop=stop or threading.Event(),
     )
-    return indexing.run(distinct_roots(folders, known=lambda f: catalog.places_below(f) > 0))
+    return indexing.run(distinct_roots(folders, in_catalog=lambda f: catalog.places_below(f) > 0))
 
 
 _Facts = dict[str, Any]  # the arguments of Catalog.add_picture
@@ -149,14 +149,14 @@ class _Run:
         changed: list[FoundFile] = []
         for root in roots:
             self.catalog.add_root(root)
-            known = self.catalog.known_files(root, encoder_id=self.encoder_id)
+            indexed = self.catalog.known_files(root, encoder_id=self.encoder_id)
             files, unreadable = self._survey(root)
-            if known and (root in unreadable or not files):
+            if indexed and (root in unreadable or not files):
                 unavailable.append(root)
                 continue
-            changed += self._changed(files, known)
+            changed += self._changed(files, indexed)
             hidden = tuple(folder + os.sep for folder in unreadable)
-            missing += [p for p in known if p not in files and not p.startswith(hidden)]
+            missing += [p for p in indexed if p not in files and not p.startswith(hidden)]
         self._embed(changed)
         stopped = self.stop.is_set()
         self._report("finishing", done=self.counts["done"], total=len(changed))
@@ -204,11 +204,11 @@ class _Run:
         return files, unreadable
 
     def _changed(
-        self, files: Mapping[str, FoundFile | Problem], known: Mapping[str, KnownFile]
+        self, files: Mapping[str, FoundFile | Problem], indexed: Mapping[str, KnownFile]
     ) -> Iterator[FoundFile]:
         """Yield the files that are new or changed; count and note the others."""
         for path, item in files.items():
-            before = known.get(path)
+            before = indexed.get(path)
             same = before and (before.size, before.mtime_ns) == (item.size, item.mtime_ns)
             if isinstance(item, Problem):
                 self._skip(item)
@@ -251,8 +251,8 @@ class _Run:
     def _stored(self, image_id: str) -> int | None:
         """Return the num of a picture that has its vector already."""
         num = self.catalog.has_picture(image_id)
-        known = num is not None and self.catalog.has_vector(num, self.encoder_id)
-        return num if known else None
+        has_vector = num is not None and self.catalog.has_vector(num, self.encoder_id)
+        return num if has_vector else None
 
     def _prepare(self, file: FoundFile, image_id: str, data: bytes) -> tuple[Any, _Facts]:
         """In a decode thread: the tower's pixels, and what the catalog keeps of a picture."""

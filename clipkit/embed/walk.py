@@ -37,16 +37,18 @@ class Problem:
 
 
 def distinct_roots(
-    folders: Sequence[str | os.PathLike[str]], *, known: Callable[[str], bool] = lambda _: False
+    folders: Sequence[str | os.PathLike[str]],
+    *,
+    in_catalog: Callable[[str], bool] = lambda _: False,
 ) -> list[str]:
     """Return the absolute folders, without those below another one.
 
-    Raises InputError for a path that is not a folder, unless it is `known`: it may then be a disk that
-    is not mounted now.
+    Raises InputError for a path that is not a folder, unless it is `in_catalog`: it may then be a disk
+    that is not mounted now.
     """
     roots: list[str] = []
     for folder in sorted({os.path.abspath(os.path.expanduser(f)) for f in folders}):
-        if not Path(folder).is_dir() and not known(folder):
+        if not Path(folder).is_dir() and not in_catalog(folder):
             problem = "is a file" if Path(folder).exists() else "does not exist"
             raise InputError(f"folder {folder} {problem}; name a folder that holds pictures")
         if not any(folder.startswith(root.rstrip(os.sep) + os.sep) for root in roots):

@@ -205,13 +205,13 @@ def _check_tiff(data: bytes, max_pixels: int) -> None:
 
 def _check_boxes(data: bytes, _max_pixels: int) -> None:
     """Check every EXIF block in an AVIF or HEIF file: their readers parse it while they open."""
-    view, found = memoryview(data), 0
+    view, count = memoryview(data), 0
     for mark in _TIFF_MARKS[:2]:
         at = data.find(mark)
         while at >= 0:
-            found += 1
+            count += 1
             tiff = Tiff.parse(view[at:])
-            if found > _MOST_HIDDEN_EXIF or (tiff is not None and tiff.amplifies()):
+            if count > _MOST_HIDDEN_EXIF or (tiff is not None and tiff.amplifies()):
                 raise _broken("picture's EXIF claims more data than the file has")
             at = data.find(mark, at + 1)
 

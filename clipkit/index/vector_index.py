@@ -138,8 +138,8 @@ class VectorIndex:
         match and rows that are not unit vectors.
         """
         if kind != "auto" and kind not in KINDS:
-            known = ", ".join(["auto", *KINDS])
-            raise InputError(f"unknown index kind {kind!r}; known kinds: {known}")
+            names = ", ".join(["auto", *KINDS])
+            raise InputError(f"unknown index kind {kind!r}; known kinds: {names}")
         started = time.perf_counter()
         store = _fill_store(ids, vectors)
         size = len(store.ids)
@@ -205,9 +205,9 @@ class VectorIndex:
         """Return the stored vectors of these ids, float32 (M, D). Raises InputError for unknown ids."""
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
         rows = np.searchsorted(self._store.ids, ids)
-        known = self._known(rows, ids)
-        if not known.all():
-            raise InputError(f"id {ids[~known][0]} is not in this index of {self.size} vectors")
+        present = self._present(rows, ids)
+        if not present.all():
+            raise InputError(f"id {ids[~present][0]} is not in this index of {self.size} vectors")
         return self._store.decode(rows)
 
     def save(self, folder: Path, *, encoder_id: str, last_seq: int) -> None:
@@ -262,18 +262,18 @@ class VectorIndex:
             )
         return queries
 
-    def _known(self, rows: Ids, ids: Ids) -> Mask:
+    def _present(self, rows: Ids, ids: Ids) -> Mask:
         """Tell whether rows[i], from searchsorted and perhaps past the end, is the row of ids[i]."""
-        known = rows < self.size
-        known[known] = self._store.ids[rows[known]] == ids[known]
-        return known
+        present = rows < self.size
+        present[present] = self._store.ids[rows[present]] == ids[present]
+        return present
 
     def _mask(self, allowed: Ids) -> Mask:
         """Return a mask, bool (N,), of the rows whose ids are allowed."""
         allowed = np.asarray(allowed, dtype=np.int64).reshape(-1)
         rows = np.searchsorted(self._store.ids, allowed)
         mask = np.zeros(self.size, np.bool_)
-        mask[rows[self._known(rows, allowed)]] = True
+        mask[rows[self._present(rows, allowed)]] = True
         return mask
 
     def _candidates(
@@ -337,7 +337,7 @@ def _fill_store(ids: Ids, vectors: npt.NDArray[Any]) -> Store:
     ids = ids[order].astype(np.int64)
     doubled = np.flatnonzero(ids[1:] == ids[:-1])
     if len(doubled):
-        raise InputError(f"id {ids[doubled[0]]} is given twice; ids must be unique")
+        raise InputError(f"id {ids[doubled[0]]} occurs twice; ids must be unique")
     store = Store(ids, vectors.shape[1])
     for start in range(0, len(ids), CHUNK):
         part = slice(start, start + CHUNK)

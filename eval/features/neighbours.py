@@ -52,19 +52,19 @@ def neighbours(
 
 def nearest_known(
     queries: Float32,
-    known: Float32,
+    vectors: Float32,
     k: int,
     *,
     seed: int | None = None,
     on_progress: OnProgress | None = None,
     stop: threading.Event | None = None,
 ) -> tuple[Int64, Float32]:
-    """Return the rows of `known` (N, D), k <= N, nearest to each query (Q, D), and their cosines:
+    """Return the rows of `vectors` (N, D), k <= N, nearest to each query (Q, D), and their cosines:
     both (Q, k)."""
-    ids = np.arange(len(known))
+    ids = np.arange(len(vectors))
     if seed is not None:
         ids = np.random.default_rng(seed).permutation(ids)
-    index = VectorIndex.build(ids, known, kind="exact")
+    index = VectorIndex.build(ids, vectors, kind="exact")
     blocks = list(_search(index, queries, k, on_progress, stop))
     nearest = np.concatenate([block[0] for block in blocks])
     return np.argsort(ids)[nearest], np.concatenate([block[1] for block in blocks])
