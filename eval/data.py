@@ -226,27 +226,27 @@ def _collect(
     source = open_source(data if name is None else path, kind=kind, options=options)
     source = replace(source, split=name or source.split)
     rows: list[Row] = []
-    broken: Counter[str] = Counter()
     first: Broken | None = None
+    without = 0
     for row in source.rows():
         if isinstance(row, Row):
             rows.append(row)
             continue
         if row.reason not in _WITHOUT_PICTURE:
             raise DatasetError(
-                f"{source.where(row.place)}: {row.detail}; mend it, or leave such rows out with: "
+                f"{source.where(row.place)}: {row.detail}; correct it, or leave such rows out with: "
                 f"clipkit data build {data} --out DIR"
             )
         first = first or row
-        broken[row.reason] += 1
+        without += 1
     if not rows:
-        raise source.nothing_read(broken.total(), first)
+        raise source.nothing_read(without, first)
     if source.split is None:
         source, rows = _of_split(source, rows, data, split)
     warnings = []
     if first is not None:
         warnings.append(
-            f"{broken.total():,} rows of {data} have no picture and are left out, the first: "
+            f"{data} has {without:,} row{'s' * (without > 1)} without a picture, left out; the first: "
             f"{first.place}: {first.detail}"
         )
     if source.split == "train" and split is None:

@@ -105,6 +105,60 @@ def test_any_fields_are_read_or_refused(
         assert labelled.classes and all(isinstance(name, str) for name in labelled.classes)
 
 
+# ---- tables
+
+
+def test_a_table_names_splits_and_labels(tmp_path: Path) -> None:
+    """Without --split the test rows; a row without a split is in none."""
+    path = str(
+        write(
+            tmp_path / "t.csv",
+            "image,caption,species,label,split\n"
+            "a.png,A dog,canis,dog,train\nb.png,A cat,felis,cat,test\n"
+            "b.png,A pet,felis,cat,test\nc.png,A fox,vulpes,fox,\n",
+        )
+    )
+    data = open_captioned(path)
+    assert (data.split, data.captions, names(data)) == ("test", ("A cat", "A pet"), ["b.png"])
+    assert data.warnings == ()
+    assert open_captioned(path, split="train").captions == ("A dog",)
+    with pytest.raises(InputError, match="no split 'validation'; it has train, test"):
+        open_captioned(path, split="validation")
+    labelled = open_labelled(path, split="train")
+    assert (labelled.classes, labelled.split) == (("dog",), "train")
+
+
+def test_a_table_of_class_numbers_takes_names(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "t.csv", "image,label\na.png,1\nb.png,0\n"))
+    data = open_labelled(path, classes=["cat", "dog"])
+    assert data.labels is not None
+    assert (data.labels.tolist(), data.classes) == ([1, 0], ("cat", "dog"))
+    with pytest.raises(InputError, match="names no classes"):
+        open_labelled(str(write(tmp_path / "u.csv", "image,caption\na.png,A dog\n")))
+
+
+def test_class_names_are_no_captions(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "t.csv", "image,label\na.png,dog\nb.png,cat\n"))
+    with pytest.raises(InputError, match=r"no picture of .* has a caption"):
+        open_captioned(path)
+    assert open_labelled(path).classes == ("cat", "dog")
+
+
+def test_a_table_beside_class_folders_need_not_be_about_them(tmp_path: Path) -> None:
+    write(Path(classed(tmp_path, cat=1, dog=1)) / "prices.csv", "item,price\nfood,3\ntoys,7\n")
+    assert open_labelled(str(tmp_path)).classes == ("cat", "dog")
+    with pytest.raises(DatasetError, match=r"prices\.csv: no column names picture files"):
+        open_captioned(str(tmp_path))
+
+
+def test_a_broken_row_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "t.csv", "image,caption\na.png,A dog\nb.png,A,cat\n"))
+    with pytest.raises(
+        DatasetError, match=r"t\.csv, line 3: 3 fields instead of 2: b\.png,A,cat; c"
+    ):
+        open_captioned(path)
+
+
 # ---- folders with captions
 
 
@@ -139,6 +193,14 @@ def test_captions_beside_pictures(tmp_path: Path) -> None:
     assert sorted(data.tags) == [(), ("t",)]
     with pytest.raises(InputError, match=r"has no splits.*leave out --split"):
         open_captioned(str(tmp_path / "a"), split="test")
+
+
+def test_a_folder_called_train_beside_others_is_no_split(tmp_path: Path) -> None:
+    for name in ("train/a", "cars/b"):
+        write(tmp_path / f"{name}.png", png(len(name)))
+        write(tmp_path / f"{name}.txt", name)
+    data = open_captioned(str(tmp_path))
+    assert (data.split, data.captions) == (None, ("cars/b", "train/a"))
 
 
 def test_no_captions_and_no_pictures_are_errors(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,19 @@ import pytest
 from data_samples import picture, rows_of, save, save_all, told
 
 from clipkit.errors import DatasetError
-from clipkit.sources import SOURCES, Broken, Options, Row, detect, open_source, open_sources
+from clipkit.sources import (
+    SOURCES,
+    Broken,
+    Options,
+    PictureFile,
+    Row,
+    Source,
+    detect,
+    open_source,
+    open_sources,
+)
+from data_prep.build import build_once
+from eval.data import open_captioned
 
 
 def jsonl(path: Path, *objects: object) -> Path:
@@ -358,7 +371,11 @@ def test_pictures_are_found_by_folder_suffix_and_foreign_slashes(tmp_path: Path)
         ("x.json", "{}", "neither COCO captions"),
         ("x.json", '{"a": 1}\n{"b": 2}', r"is not JSON.*name it \.jsonl"),
         ("x.jsonl", "[]\n", "holds no JSON objects"),
-        ("x.dat", "x", "cannot tell what .* --kind, one of classes, coco, corrections"),
+        (
+            "x.dat",
+            "x",
+            r"cannot tell what .* as in table:x\.dat; there are classes, coco, corrections",
+        ),
         ("x.jpg", "x", "is a single picture"),
         ("x.csv", "", "is empty"),
         ("x.csv", "no separators here\nat all\n", "has one column only"),
@@ -400,3 +417,61 @@ def test_what_is_not_there_and_unknown_kinds(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"unknown kind 'jsnol'.*did you mean 'jsonl'\?"):
         open_source(tmp_path, kind="jsnol")
     assert sorted(SOURCES) == list(SOURCES)
+
+
+def test_a_link_to_a_folder_above_is_not_followed_for_ever(tmp_path: Path) -> None:
+    save(tmp_path / "far" / "b.png", 1)
+    save(tmp_path / "in" / "a.png", 0)
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "other").symlink_to(tmp_path / "far")
+    assert told(rows_of(tmp_path / "in")) == [
+        ("a.png", (), None),
+        ("loop", "symlink-loop"),
+        ("other/b.png", (), None),
+    ]
+
+
+def test_a_folder_with_one_table_is_that_table(tmp_path: Path) -> None:
+    """captions.jsonl beside the pictures, or a COCO file over images/; but not JSON of another kind,
+    nor a list beside pictures that have captions of their own."""
+    save_all(tmp_path / "a", "1.png", "2.png")
+    jsonl(tmp_path / "a" / "captions.jsonl", {"picture": "1.png", "description": "A dog"})
+    assert detect(tmp_path / "a") == "jsonl"
+    assert told(rows_of(tmp_path / "a")) == [("1.png", ("A dog",), None)]
+    save(tmp_path / "b" / "images" / "1.png", 0)
+    coco = {"images": [{"id": 1, "file_name": "1.png"}], "annotations": []}
+    (tmp_path / "b" / "captions.json").write_text(json.dumps(coco))
+    assert detect(tmp_path / "b") == "coco"
+    assert told(rows_of(tmp_path / "b")) == [("1.png", (), None)]
+    save(tmp_path / "c" / "1.png", 0)
+    (tmp_path / "c" / "about.json").write_text('{"camera": "a phone"}')
+    assert detect(tmp_path / "c") == "folder"
+    (tmp_path / "c" / "1.txt").write_text("A cat")
+    jsonl(tmp_path / "c" / "exif.jsonl", {"file": "1.png", "iso": 100})
+    (tmp_path / "c" / "about.json").unlink()
+    assert told(rows_of(tmp_path / "c")) == [("1.png", ("A cat",), None)]
+
+
+def test_a_kind_that_is_registered_is_read_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader from outside: a file of `NAME = caption` lines, as KIND:PATH wherever data is named."""
+
+    def open_equations(path: Path, _: Options) -> Source:
+        def rows() -> Iterator[Row | Broken]:
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                name, _, caption = line.partition(" = ")
+                picture = PictureFile(path.parent / name)
+                yield Row(picture, name, f"line {number}", (caption,))
+
+        return Source("equations", str(path), "equations", None, rows)
+
+    monkeypatch.setitem(SOURCES, "equations", open_equations)
+    save(tmp_path / "a.png", 0)
+    (tmp_path / "x.eq").write_text("a.png = A dog\n")
+    name = f"equations:{tmp_path / 'x.eq'}"
+    assert told(rows_of(name)) == [("a.png", ("A dog",), None)]
+    assert open_captioned(name).captions == ("A dog",)
+    folder, built = build_once(name, tmp_path / "built")
+    assert built is not None and built.captions == 1
+    assert build_once(name, tmp_path / "built") == (folder, None)

@@ -34,6 +34,11 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
     assert data.captions == ("one", "two", "three")
     assert data.owner.tolist() == [0, 1, 1]
     assert data.tags == (("t",), (), ())
+    (warning,) = data.warnings
+    assert (
+        "1 row without a picture, left out;" in warning
+        and "the first: 00000.tar: 000000001: only json" in warning
+    )
     assert [data.pictures.read(row) for row in range(3)] == [png(1), png(2), b"no caption"]
     assert open_captioned(str(tmp_path / "0000[01].tar")).captions == data.captions
     assert open_captioned(str(tmp_path / "00001.tar")).captions == ("two", "three")

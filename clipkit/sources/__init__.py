@@ -85,10 +85,14 @@ def open_source(
 ) -> Source:
     """Open the source at `path`, of the given kind or the one that is detected.
 
-    `path` may also be "hf:ORG/NAME", "hf:ORG/NAME/CONFIG" or a benchmark's name such as "cifar10".
-    Raises DatasetError if nothing is there, the kind is unknown, or the layout is not that kind's.
+    `path` may also be "hf:ORG/NAME", "hf:ORG/NAME/CONFIG", a benchmark's name such as "cifar10", or
+    "KIND:PATH", as in "coco:captions.txt". Raises DatasetError if nothing is there, the kind is unknown,
+    or the layout is not that kind's.
     """
     options = options or Options()
+    prefix, colon, rest = str(path).partition(":")
+    if kind is None and colon and prefix in SOURCES and prefix != "hf" and not Path(path).exists():
+        kind, path = prefix, rest
     if str(path).startswith("hf:"):
         local = Path(str(path).removeprefix("hf:")).expanduser()
         if not local.exists():
@@ -176,8 +180,8 @@ def _kind_of_file(path: Path) -> str:
     if suffix in SUFFIXES:
         raise DatasetError(f"{path} is a single picture; give its folder, or a table of captions")
     raise DatasetError(
-        f"cannot tell what {path} is by its suffix {suffix!r}; rename it, or give `clipkit data` its "
-        f"--kind, one of {', '.join(sorted(SOURCES))}"
+        f"cannot tell what {path} is by its suffix {suffix!r}; rename it, or write its kind before it, "
+        f"as in table:{path.name}; there are {', '.join(sorted(SOURCES))}"
     )
 
 
