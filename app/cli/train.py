@@ -259,10 +259,10 @@ def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
     """Write report.html: the start and the result on held-out pictures, and on generic data."""
     from clipkit.lazy_encoder import LazyEncoder
     from data_prep import gallery
+    from eval.compare import training_report
     from eval.data import open_captioned, open_labelled
     from eval.features import FeatureCache, Stopped
     from eval.session import Session
-    from eval.training_report import training_report
 
     facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
     config = facts["config"]
