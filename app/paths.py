@@ -1,23 +1,33 @@
-"""Where clipkit keeps indexes and caches unless a folder is named."""
+"""Default folders of the application."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
-def index_folder(named: Path | None) -> Path:
-    """Return the named index folder, else the default one (see `clipkit.library.default_index`)."""
-    if named is not None:
-        return named.expanduser()
+def index_folder(path: Path | None) -> Path:
+    """Return the index's folder: `path`, or by default `clipkit.library.default_index()`."""
+    if path is not None:
+        return path.expanduser()
     from clipkit.library import default_index
 
     return default_index()
 
 
-def features_folder(named: Path | None) -> Path:
-    """Return the named feature cache, else one in the user's cache folder."""
-    if named is not None:
-        return named.expanduser()
+def features_folder(path: Path | None) -> Path:
+    """Return the evaluators' feature cache: `path`, or by default one in the user's cache folder."""
+    if path is not None:
+        return path.expanduser()
     from platformdirs import user_cache_path
 
     return user_cache_path("clipkit") / "features"
+
+
+def reports_folder() -> Path:
+    """Return where reports are saved: $CLIPKIT_REPORTS, or a folder in the user's data folder."""
+    if path := os.environ.get("CLIPKIT_REPORTS"):
+        return Path(path)
+    from platformdirs import user_data_path
+
+    return user_data_path("clipkit") / "reports"

@@ -24,7 +24,7 @@ from app.cli.terminal import (
     progress_shown,
     stop_on_signal,
 )
-from app.paths import features_folder, index_folder
+from app.paths import features_folder, index_folder, reports_folder
 from clipkit.errors import InputError
 from clipkit.wording import printable
 
@@ -560,8 +560,6 @@ def command_line() -> str:
 
 def report_folder(out: Path | None, *names: str) -> Path:
     """Return the report's folder: `out`, else a new one named after task, dataset and model."""
-    from app.web.sorting import reports_folder
-
     if out is not None:
         return out.expanduser()
     parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in names]

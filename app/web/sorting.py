@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import threading
 import time
@@ -22,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 
+from app.paths import reports_folder
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.errors import InputError
 from eval.prompts import Templates, load_templates
@@ -269,12 +268,6 @@ class Evaluation:
             return path if real == self._reports.resolve() / name / file else None
         except (OSError, RuntimeError):
             return None
-
-
-def reports_folder() -> Path:
-    """Where reports are kept: $CLIPKIT_REPORTS, else below the user's data."""
-    given = os.environ.get("CLIPKIT_REPORTS")
-    return Path(given) if given else platformdirs.user_data_path("clipkit") / "reports"
 
 
 # ---- sorting, step by step
