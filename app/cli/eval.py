@@ -24,7 +24,7 @@ from app.cli.terminal import (
     progress_shown,
     stop_on_signal,
 )
-from app.paths import features_folder, index_folder
+from app.paths import features_folder, index_folder, reports_folder
 from clipkit.errors import InputError
 from clipkit.wording import printable
 

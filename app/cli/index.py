@@ -209,7 +209,7 @@ def corrections(
         rows = list(export(marks, catalog))
     if not marks:
         raise InputError(
-            f"there are no corrections in {place} yet; mark results of a text search in: clipkit app"
+            f"no corrections in {place} yet; mark results of a text search in: clipkit app"
         )
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     if out is None:
@@ -224,7 +224,7 @@ def corrections(
         print(f"written to {printable(str(out))}")
     if left := len(marks) - len(rows):
         print(
-            f"{left:,} left out: their pictures have left the index, or are gone or changed on the disk",
+            f"{left:,} left out: their pictures left the index, or their files were deleted or changed",
             file=sys.stderr,
         )
 
