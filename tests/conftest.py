@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 # Nothing in the tests may reach a network, and what tries fails at once instead of retrying.
@@ -18,6 +19,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Side by side, the test processes share the cores; torch reads this when it is imported.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+# Examples have no time limit: the tests must pass on a busy machine.
+settings.register_profile("clipkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("clipkit")
 
 _VISION = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
 _TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}

@@ -211,7 +211,7 @@ def test_any_file_name_survives(writer: Catalog, reader: Catalog) -> None:
     """Trap 27: names are bytes, often not UTF-8, and must lead back to their file."""
     num = add(writer, 1)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(NAMES)
     def check(name: bytes) -> None:
         path = os.fsdecode(b"/p/" + name)

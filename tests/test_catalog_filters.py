@@ -79,7 +79,7 @@ def test_any_text_can_be_asked_for(writer: Catalog, reader: Catalog) -> None:
     add(writer, 1, "/p/cat.jpg", captions=["a cat"])
     writer.commit()
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(ANY_TEXT | st.text('"*^(){}:+-ANDORNEARnames \0', max_size=30))
     def check(text: str) -> None:
         assert set(reader.phrase(text)) <= {1}
@@ -93,7 +93,7 @@ def test_any_text_can_be_asked_for(writer: Catalog, reader: Catalog) -> None:
 def test_any_text_can_be_kept(writer: Catalog) -> None:
     num = add(writer, 1, "/p/cat.jpg")
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.lists(ANY_TEXT, max_size=4))
     def check(texts: list[str]) -> None:
         writer.set_texts(num, captions=texts, tags=texts)

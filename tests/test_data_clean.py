@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from data_samples import picture
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -118,7 +118,6 @@ def test_the_same_caption() -> None:
     assert same_caption("caf\u00e9") == same_caption("cafe\u0301")
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_mending_gives_one_clean_line_of_any_text(text: str) -> None:
     meant = mend(text)

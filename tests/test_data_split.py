@@ -38,7 +38,7 @@ def test_copies_look_alike_and_others_do_not() -> None:
     assert min(bits_apart(original, picture(n, 320, 240)) for n in range(2, 12)) > 60
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 99), radius=st.integers(0, 15))
 def test_near_pairs_equal_a_search_of_all_pairs(seed: int, radius: int) -> None:
     """Clusters of hashes a few bits apart; equal rows are chained, so groups are what is compared."""
@@ -70,7 +70,7 @@ def test_fractions_and_seeds() -> None:
     assert set(all_train) == {"train"}
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.permutations(range(40)), st.integers(0, 39))
 def test_a_picture_never_moves_when_data_is_added(order: list[int], first: int) -> None:
     """Any part of the data, in any order, puts each picture where the whole does."""
@@ -81,7 +81,7 @@ def test_a_picture_never_moves_when_data_is_added(order: list[int], first: int) 
     assert splits == [whole[image_id] for image_id in part]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 12), min_size=60, max_size=60), st.integers(1, 60))
 def test_what_was_trained_on_is_never_tested_on(numbers: list[int], before: int) -> None:
     """Groups stay together, and a group that grows can only move towards training: whatever is

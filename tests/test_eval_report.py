@@ -385,7 +385,7 @@ def test_drawing_leaves_no_trace_in_matplotlib() -> None:
     assert dict(mpl.rcParams) == before
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(name=st.text(max_size=40), value=st.floats(allow_nan=True, allow_infinity=True))
 def test_any_name_and_number_can_be_kept_and_shown(name: str, value: float) -> None:
     made = report(

@@ -151,7 +151,7 @@ def test_scores_are_float32_whatever_the_vectors_are() -> None:
     ),
     st.integers(1, 97),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_equal_classes_have_equal_scores(which: np.ndarray, dim: int) -> None:
     """A matrix product alone may sum its last columns in another order."""
     rng = np.random.default_rng(dim)

@@ -166,7 +166,7 @@ SMALL = {
 }
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(
     name=st.sampled_from(sorted(SMALL)),
     edits=st.lists(

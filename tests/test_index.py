@@ -132,7 +132,7 @@ def test_recall_against_brute_force(
     k=st.integers(1, 90),
     data=st.data(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_exact_is_brute_force_with_ties(
     axes: list[int], query: tuple[int, ...], k: int, data: st.DataObject
 ) -> None:

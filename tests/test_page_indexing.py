@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,25 +20,41 @@ from app.web.workspace import Workspace
 from clipkit.errors import InputError
 
 
-class SlowModel(ColourModel):
-    """Takes `pause` seconds for each two pictures."""
+class HeldModel(ColourModel):
+    """Encodes 16 pictures at once; what comes after them waits until `released` is set."""
 
     preferred_batch = 2
-    pause = 0.25
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.released = threading.Event()
+        self._encoded = 0
 
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
-        time.sleep(self.pause)
+        if self._encoded >= 16:
+            assert self.released.wait(timeout=240)
+        self._encoded += len(images)
         return super().encode_images(images)
 
 
-def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
-    """600 pictures would take 75 s: time to look, to search and to stop. The second run is quick."""
+def wait_for_stopping(workspace: Workspace) -> None:
+    """Wait until the click on Stop has reached the run."""
+    while workspace.run is None or workspace.run.state != "stopping":
+        time.sleep(0.01)  # pytest-timeout ends what never happens
+
+
+def test_a_folder_is_indexed_from_the_page(
+    tmp_path: Path, visit: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run is held after 16 of 60 pictures, so it cannot end before it is stopped."""
+    monkeypatch.setattr("clipkit.embed.run.COMMIT_SECONDS", 0)
     photos = tmp_path / "photos"
-    for number in range(600):
+    for number in range(60):
         paint(photos / f"blue {number:03}.png", "blue", number=number)
     (photos / "broken <b>.jpg").write_bytes(b"\xff\xd8\xff\xe0 no picture")
-    model = SlowModel()
-    with served(Workspace(tmp_path / "index", model)) as address:  # type: ignore[arg-type]
+    model = HeldModel()
+    workspace = Workspace(tmp_path / "index", model)  # type: ignore[arg-type]
+    with served(workspace) as address:
         page = visit(address)
         assert page.inner_text("#results h1") == "Nothing indexed yet"
         page.click("[data-do=add]")  # the same in a dialog, which must not open unseen
@@ -50,7 +67,7 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
         page.fill("#results form.add input", str(photos))
         page.click("#results form.add button")
         page.wait_for_selector("#run .run.running progress[max]")
-        assert re.search(r"\d+ of 60[01] pictures", page.inner_text("#run"))
+        assert re.search(r"\d+ of 6[01] pictures", page.inner_text("#run"))
         # The first are found while the rest is on its way.
         page.wait_for_selector(".home .chips")
         ask(page, "blue")
@@ -63,8 +80,9 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
         page.wait_for_selector("#refusal .run.failed >> text=already in progress")
         page.wait_for_selector("#run [data-do=stop]")
         page.click("#run [data-do=stop]")
+        wait_for_stopping(workspace)
+        model.released.set()
         page.wait_for_selector("#run .run.stopped")
-        model.pause = 0
         page.click("#tools [data-do=add]")
         page.fill("#adder input", str(photos))
         page.click("#adder form button")
@@ -72,9 +90,9 @@ def test_a_folder_is_indexed_from_the_page(tmp_path: Path, visit: Open) -> None:
         assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#run p"))
         page.click("#run summary")
         assert "broken <b>.jpg" in page.inner_text("#run details")
-        assert "600 pictures" in page.inner_text("#status")
+        assert "60 pictures" in page.inner_text("#status")
         ask(page, "blue blue")
-        assert "of 600 pictures" in page.inner_text(".summary p")
+        assert "of 60 pictures" in page.inner_text(".summary p")
         page.click("#run [data-do=dismiss]")
         assert page.locator("#run .run").is_hidden()
 
@@ -86,7 +104,8 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown_as_ended(
     stops, and "Stopping" stands for good."""
     for number in range(60):
         paint(tmp_path / "photos" / f"{number}.png", "blue", number=number)
-    workspace = Workspace(tmp_path / "index", SlowModel())  # type: ignore[arg-type]
+    model = HeldModel()
+    workspace = Workspace(tmp_path / "index", model)  # type: ignore[arg-type]
     drawn = Page.tick
 
     def tick(self: Page) -> Any:
@@ -102,6 +121,8 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown_as_ended(
         page.click("#results form.add button")
         page.wait_for_selector("#run [data-do=stop]")
         page.click("#run [data-do=stop]")
+        wait_for_stopping(workspace)
+        model.released.set()
         page.wait_for_selector("#run .run.stopped")
 
 

@@ -147,7 +147,7 @@ cells = st.text(
 ).map(str.strip)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(cells.filter(bool), cells), min_size=1, max_size=8),
     separator=st.sampled_from([",", ";", "\t", "|"]),
