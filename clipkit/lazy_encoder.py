@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clipkit import checkpoint
 from clipkit.errors import ClipkitError
-from clipkit.text_towers.bert import TextTower, open_text_tower
+from clipkit.text_towers import TextTower, open_text_tower
 
 if TYPE_CHECKING:
     import numpy as np

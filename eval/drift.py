@@ -20,10 +20,10 @@ from clipkit.metrics import Interval, TwoSampleTest, mean_interval
 from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, fingerprint
-from eval.features.neighbours import LOOKED_AT, check_unit, nearest_known, neighbours
 from eval.reports.report import EvalReport, exhibit, histogram_series
 from eval.reports.wording import p_text, percent_interval
 from eval.session import Results, Session
+from eval.space import LOOKED_AT, check_unit, nearest_known, neighbours
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]

@@ -18,6 +18,8 @@ from PIL import Image
 from clipkit import checkpoint, images, towers
 from data_prep.builtin_model import measure, recipe, sources
 
+pytestmark = pytest.mark.end_to_end
+
 FOLDER = checkpoint.builtin_folder()
 GALLERY = Path(__file__).parent.parent / "data_prep" / "gallery" / "pictures"
 DATA = Path(os.environ.get("CLIPKIT_DATA", "/nonexistent"))

@@ -17,9 +17,8 @@ from clipkit import metrics
 from clipkit.errors import InputError
 from eval.data import open_captioned, open_labelled
 from eval.features import FeatureCache, Stopped
-from eval.features.neighbours import nearest_known, neighbours
 from eval.session import Session
-from eval.space import evaluate_space, space_of_vectors
+from eval.space import evaluate_space, nearest_known, neighbours, space_of_vectors
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

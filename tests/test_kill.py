@@ -28,6 +28,8 @@ from PIL import Image
 from clipkit.catalog import Catalog
 from clipkit.errors import InputError
 
+pytestmark = pytest.mark.end_to_end
+
 PROJECT = Path(__file__).parents[1]
 
 Vector = npt.NDArray[np.float16]

@@ -82,6 +82,16 @@ def test_jsonl_with_broken_lines_and_odd_names(tmp_path: Path) -> None:
     assert isinstance(rows[0], Row) and rows[0].meta == {"n": 1}
 
 
+def test_a_key_that_begins_behind_the_sample_has_a_role_too(tmp_path: Path) -> None:
+    """300 lines are more than the 200 that roles are chosen by; "caption" alone would lose the last."""
+    save_all(tmp_path, "a.jpg")
+    path = tmp_path / "pairs.jsonl"
+    first = '{"image": "a.jpg", "caption": "A dog"}\n' * 300
+    path.write_text(first + '{"image": "a.jpg", "captions": ["A cat", "A pet"]}\n')
+    *_, last = rows_of(path)
+    assert isinstance(last, Row) and last.captions == ("A cat", "A pet")
+
+
 def test_a_json_list_is_read_like_lines(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", 0)
     (tmp_path / "pairs.json").write_text('[{"image": "a.jpg", "caption": "A dog"}, 7]')

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY, WORDS
 
 from clipkit import towers
-from clipkit.text_towers.bert import open_text_tower
+from clipkit.text_towers import open_text_tower
 
 TEXTS = [*WORDS, "", "a  photo of\n the red house", "unknown words &amp; more", "red blue " * 40]
 
@@ -44,7 +44,7 @@ def test_specs_of_a_hub_are_left_to_the_towers() -> None:
 
 def test_it_needs_no_torch(tiny_checkpoint: Callable[..., Path]) -> None:
     code = (
-        "import sys; from clipkit.text_towers.bert import open_text_tower;"
+        "import sys; from clipkit.text_towers import open_text_tower;"
         f"open_text_tower({str(tiny_checkpoint('timm-hf'))!r}).encode_texts(['a car']);"
         "print([m for m in ('torch', 'transformers', 'open_clip') if m in sys.modules])"
     )

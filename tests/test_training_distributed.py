@@ -20,6 +20,8 @@ from clipkit.training.config import TrainConfig
 from clipkit.training.gradient_cache import ChunkedTower, backward
 from clipkit.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.end_to_end
+
 PAIRS = 8
 
 

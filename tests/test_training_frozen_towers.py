@@ -83,6 +83,7 @@ def test_a_loss_that_is_not_a_number_names_the_step_and_the_pictures(
         run(options, name="second")
 
 
+@pytest.mark.end_to_end
 def test_heads_stay_near_a_start_that_knows_the_data(options: dict[str, Any]) -> None:
     """New heads have no limit; a start better than chance has 0.06 * sqrt(12 / 1,000) = 0.66 % of its
     weights' size; a configured limit is used as it is.

@@ -236,6 +236,7 @@ def test_a_browser_that_is_early_waits_and_is_not_refused() -> None:
         socket.create_connection(listener.getsockname(), timeout=5).close()
 
 
+@pytest.mark.end_to_end
 def test_the_server_starts_answers_and_ends(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:

@@ -112,9 +112,17 @@ def read_objects(path: Path) -> Iterator[Record | Broken]:
 def sample_of(
     records: Iterator[tuple[str, dict[str, Any]] | Broken],
 ) -> list[dict[str, Any]]:
-    """Return the fields of the first records, for `choose`."""
-    head = itertools.islice(records, SAMPLE)
-    return [item[1] for item in head if not isinstance(item, Broken)]
+    """Return the fields of the first SAMPLE records, and of each later one with a new key.
+
+    For `choose`: a key that begins to occur behind the sample has a role too.
+    """
+    sample: list[dict[str, Any]] = []
+    keys: set[str] = set()
+    for item in records:
+        if not isinstance(item, Broken) and (len(sample) < SAMPLE or not item[1].keys() <= keys):
+            sample.append(item[1])
+            keys.update(item[1])
+    return sample
 
 
 def load_json(path: Path) -> Any:

@@ -26,7 +26,7 @@ def open_table(path: Path, options: Options) -> Source:
     Raises DatasetError if the file has no rows or no columns, or their roles cannot be told.
     """
     table = Table.open(path)
-    sample = sample_of(table.records())
+    sample = sample_of(itertools.islice(table.records(), SAMPLE))
     if not sample:
         raise DatasetError(f"{path} has no rows below its {len(table.names)} columns")
     columns = choose(sample, options, where=str(path))

@@ -1,5 +1,156 @@
-"""Text towers without torch, for a search that starts at once."""
+"""The text tower of a BERT checkpoint in numpy, for a search that does not wait for torch.
 
-from clipkit.text_towers.bert import TextTower, open_text_tower
+Importing torch, OpenCLIP and transformers takes seconds; a search from the command line encodes one
+short text with one small transformer. This module is that forward pass only: `open_text_tower`
+returns None for any other architecture, which `towers.load` loads. A test compares its output with
+that of the towers.
 
-__all__ = ["TextTower", "open_text_tower"]
+Source: BERT, arXiv 1810.04805, as in transformers/models/bert/modeling_bert.py, with
+open_clip/hf_model.py's mean pooling and projection.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit import checkpoint
+from clipkit.errors import ModelError
+
+Float32 = npt.NDArray[np.float32]
+
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextTower:
+    """Encodes texts one at a time: exact, and fast enough for a handful."""
+
+    dim: int
+    layers: int
+    heads: int
+    epsilon: float
+    weights: Mapping[str, npt.NDArray[Any]]  # float32; WORD_EMBEDDINGS in the stored dtype
+    tokenize: Callable[[str], Sequence[int]]
+
+    def encode_texts(self, texts: Sequence[str]) -> Float32:
+        """Encode texts to float32 (N, D), unit rows, equal to `towers.DualEncoder.encode_texts`."""
+        rows = [self._encode(self.tokenize(text)) for text in texts]
+        return np.stack(rows) if rows else np.empty((0, self.dim), np.float32)
+
+    def _encode(self, tokens: Sequence[int]) -> Float32:
+        w = self.weights
+        x = w[WORD_EMBEDDINGS][list(tokens)].astype(np.float32)  # (L, width)
+        x = x + w["embeddings.position_embeddings.weight"][: len(tokens)]
+        x = self._norm(x + w["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
+        for layer in range(self.layers):
+            name = f"encoder.layer.{layer}"
+            attended = self._linear(self._attend(x, name), f"{name}.attention.output.dense")
+            x = self._norm(x + attended, f"{name}.attention.output.LayerNorm")
+            inner = _gelu(self._linear(x, f"{name}.intermediate.dense"))
+            x = self._norm(
+                x + self._linear(inner, f"{name}.output.dense"), f"{name}.output.LayerNorm"
+            )
+        row = self._project(x.mean(axis=0))
+        return np.asarray(row / np.linalg.norm(row), np.float32)
+
+    def _attend(self, x: Float32, name: str) -> Float32:
+        length, width = x.shape
+        query, key, value = (
+            self._linear(x, f"{name}.attention.self.{part}")
+            .reshape(length, self.heads, width // self.heads)
+            .transpose(1, 0, 2)  # (heads, L, width / heads)
+            for part in ("query", "key", "value")
+        )
+        scores = query @ key.transpose(0, 2, 1) / math.sqrt(width // self.heads)
+        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        scores /= scores.sum(axis=-1, keepdims=True)
+        return np.asarray((scores @ value).transpose(1, 0, 2).reshape(length, width))
+
+    def _linear(self, x: Float32, name: str) -> Float32:
+        return np.asarray(x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"])
+
+    def _norm(self, x: Float32, name: str) -> Float32:
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + self.epsilon)
+        return np.asarray(x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"])
+
+    def _project(self, pooled: Float32) -> Float32:
+        w = self.weights
+        if "proj.weight" in w:
+            return np.asarray(w["proj.weight"] @ pooled)
+        return np.asarray(w["proj.2.weight"] @ _gelu(w["proj.0.weight"] @ pooled))
+
+
+def _gelu(x: Float32) -> Float32:
+    return np.asarray(x * (1 + _erf(x / math.sqrt(2)).astype(np.float32)) / 2)
+
+
+def open_text_tower(spec: str) -> TextTower | None:
+    """Open the text tower of a checkpoint folder or `builtin`; None if it is no such architecture."""
+    folder = checkpoint.find_folder(spec)
+    if folder is None or not (folder / checkpoint.WEIGHTS_FILE).is_file():
+        return None
+    text = checkpoint.read_config(folder)[0]["text_cfg"]
+    config_file, tokenizer_file = folder / checkpoint.TEXT_CONFIG_FILE, folder / "tokenizer.json"
+    if not (config_file.is_file() and tokenizer_file.is_file()) or not _is_plain(text):
+        return None
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    if config.get("model_type") != "bert" or config.get("hidden_act", "gelu") != "gelu":
+        return None
+    prefixes = {"text.transformer.": "", "text.proj.": "proj."}
+    weights = {}
+    for name, array in checkpoint.read_weights(folder / checkpoint.WEIGHTS_FILE, tuple(prefixes)):
+        prefix = next(p for p in prefixes if name.startswith(p))
+        short = prefixes[prefix] + name.removeprefix(prefix)
+        # Half of a small tower are its word embeddings, and a query needs a few rows of them.
+        weights[short] = array.copy() if short == WORD_EMBEDDINGS else array.astype(np.float32)
+    return TextTower(
+        dim=checkpoint.read_config(folder)[0]["embed_dim"],
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        epsilon=config.get("layer_norm_eps", 1e-12),
+        weights=weights,
+        tokenize=_tokenizer(tokenizer_file, text.get("context_length", 77)),
+    )
+
+
+def _is_plain(text: Mapping[str, Any]) -> bool:
+    """Tell whether the tower is mean pooling, a bias-free projection and an unmodified tokenizer."""
+    return (
+        text.get("hf_pooler_type") == "mean_pooler"
+        and text.get("hf_proj_type") in ("linear", "mlp")
+        and not text.get("tokenizer_kwargs")
+        and not text.get("tokenizer_mode")
+    )
+
+
+def _tokenizer(file: Path, context_length: int) -> Callable[[str], Sequence[int]]:
+    import ftfy
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises a bare Exception
+        raise ModelError(
+            f"{file} is not a tokenizer ({error}); copy the checkpoint again"
+        ) from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(context_length)
+
+    def tokenize(text: str) -> Sequence[int]:
+        # open_clip/tokenizer.py, clean="whitespace"
+        clean = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        return list(tokenizer.encode(re.sub(r"\s+", " ", clean).strip()).ids)
+
+    return tokenize
