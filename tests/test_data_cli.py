@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 from app.cli.data import data
 from clipkit.errors import InputError
 
+pytestmark = pytest.mark.end_to_end
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 
 from eval.reports import load
 
+pytestmark = pytest.mark.end_to_end
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -42,7 +44,6 @@ def classed(tmp_path: Path, noise_picture: Callable[..., Image.Image]) -> Path:
     return tmp_path / "classed"
 
 
-@pytest.mark.end_to_end
 def test_the_real_command_measures_keeps_and_repeats(
     tmp_path: Path, captioned: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:

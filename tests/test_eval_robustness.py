@@ -20,6 +20,8 @@ from eval.prompts import Templates
 from eval.robustness import evaluate_robustness
 from eval.session import Session
 
+pytestmark = pytest.mark.end_to_end
+
 PLAIN = Templates("plain", ("a photo of {}",))
 Picture = Callable[..., Image.Image]
 

@@ -22,6 +22,8 @@ from clipkit.training import TrainConfig
 from data_prep.build import build
 from data_prep.split import Fractions
 
+pytestmark = pytest.mark.end_to_end
+
 Clipkit = Callable[..., tuple[int, str, str]]
 
 # Twelve pictures with two captions each.

@@ -14,6 +14,8 @@ from hostile import Hostile, make_hostile
 from clipkit.errors import ImageError
 from clipkit.images import decode, encode_for_web, read_bytes
 
+pytestmark = pytest.mark.end_to_end
+
 ROOT = Path(__file__).parent.parent
 
 

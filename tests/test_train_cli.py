@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.end_to_end
+
 Run = Callable[..., tuple[int, str, str]]
 WORDS = ("cake", "car", "dog", "cat", "house", "boat")
 

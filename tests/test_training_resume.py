@@ -16,6 +16,8 @@ from clipkit.errors import InputError
 from clipkit.training import Progress, RunSummary, TrainConfig, resume, train
 from clipkit.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.end_to_end
+
 
 def leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Every leaf of a nested state, by its path."""

@@ -18,6 +18,8 @@ from clipkit.losses import LOSSES, Loss
 from clipkit.training import Progress, TrainConfig, train
 from clipkit.training.run_folder import RunFolder
 
+pytestmark = pytest.mark.end_to_end
+
 Checkpoint = Callable[..., Path]
 
 # ---- what comes out
