@@ -34,6 +34,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 
 # Keys about how a model was loaded, not about what the towers compute.
 _VOLATILE_KEYS = frozenset({"timm_model_pretrained", "hf_model_pretrained"})
+# TowerConfig's fields that say how a picture is prepared.
+_IMAGE_SETTINGS = ("image_size", "mean", "std", "interpolation", "resize_mode", "fill")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +85,10 @@ class TowerConfig:
 def _image_tower_name(vision: Mapping[str, Any]) -> str:
     if "timm_model_name" in vision:
         return str(vision["timm_model_name"])
-    if isinstance(vision.get("layers"), list):
-        return f"resnet {vision['layers']}"
-    return (
-        f"vit {vision.get('layers', 12)}x{vision.get('width', 768)}/{vision.get('patch_size', 16)}"
-    )
+    layers, width = vision.get("layers", 12), vision.get("width", 768)
+    if isinstance(layers, list):
+        return f"resnet {layers}"
+    return f"vit {layers}x{width}/{vision.get('patch_size', 16)}"
 
 
 def _text_tower_name(text: Mapping[str, Any]) -> str:
@@ -101,18 +102,13 @@ def _triple(values: float | Iterable[float]) -> tuple[float, float, float]:
     return cast(tuple[float, float, float], tuple(listed))
 
 
-def builtin_folder() -> Path:
-    """Return the folder of the built-in model's checkpoint."""
-    return Path(__file__).parent / "builtin"
-
-
 def find_folder(spec: str) -> Path | None:
     """Return the folder that a spec names, or None if it names a model of a hub.
 
     The folder of a training run stands for its final checkpoint.
     """
     if spec == "builtin":
-        return builtin_folder()
+        return Path(__file__).parent / "builtin"
     folder = Path(spec.removeprefix("local-dir:")).expanduser()
     result = folder / RUN_RESULT
     if (result / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
@@ -160,14 +156,7 @@ def combine_identity(
     resolved = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
     settings = {
         "model": _without_volatile(model_cfg),
-        "image": [
-            resolved.image_size,
-            resolved.mean,
-            resolved.std,
-            resolved.interpolation,
-            resolved.resize_mode,
-            resolved.fill,
-        ],
+        "image": [getattr(resolved, name) for name in _IMAGE_SETTINGS],
         "tokenizer": tokenizer,
         "weights": weights,
     }

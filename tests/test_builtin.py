@@ -20,7 +20,7 @@ from data_prep.builtin_model import measure, recipe, sources
 
 pytestmark = pytest.mark.end_to_end
 
-FOLDER = checkpoint.builtin_folder()
+FOLDER = checkpoint.find_folder("builtin")
 GALLERY = Path(__file__).parent.parent / "data_prep" / "gallery" / "pictures"
 DATA = Path(os.environ.get("CLIPKIT_DATA", "/nonexistent"))
 

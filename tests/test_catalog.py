@@ -88,7 +88,6 @@ def test_a_moved_file_is_a_new_place_and_a_lost_one_can_come_back(
     assert reader.rows([num]) == {}
     assert reader.row(image_id(1)) is None
     assert not reader.is_live(num)
-    assert reader.date_range() is None
     stats = reader.stats(ENCODER)
     assert (stats.pictures, stats.vectors, stats.places, stats.bytes) == (0, 0, 0, 0)
     # ... but nothing has to be computed again

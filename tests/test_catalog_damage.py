@@ -26,7 +26,6 @@ def everything(catalog: Catalog) -> None:
     catalog.stats(ENCODER)
     catalog.folders()
     catalog.skipped()
-    catalog.date_range()
 
 
 # ---- thumbnails

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ def test_every_recipe_has_all_defaults(recipe: str) -> None:
 
 def test_a_config_survives_json() -> None:
     config = TrainConfig.from_mapping({"data": "d", "recipe": "lora", "warmup": 0.25, "seed": 7})
-    assert TrainConfig.from_mapping(json.loads(json.dumps(config.to_json()))) == config
+    assert TrainConfig.from_mapping(json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_flags_override_a_file(tmp_path: Path) -> None:

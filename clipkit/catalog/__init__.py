@@ -21,24 +21,20 @@ from clipkit.catalog.catalog import Catalog
 from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     CatalogStats,
-    EncoderRow,
     KnownFile,
     PictureRow,
     SkippedRow,
     SnapshotPointer,
-    StoredVectors,
 )
 from clipkit.catalog.vector_store import VectorStore
 
 __all__ = [
     "Catalog",
     "CatalogStats",
-    "EncoderRow",
     "Filters",
     "KnownFile",
     "PictureRow",
     "SkippedRow",
     "SnapshotPointer",
-    "StoredVectors",
     "VectorStore",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -251,12 +252,6 @@ class Catalog:
             self._thumbnails.put(self._made)
             self._forget()
 
-    def rollback(self) -> None:
-        """Drop everything since the last commit."""
-        with self._store.transaction() as db:
-            db.execute("ROLLBACK")
-            self._forget()
-
     def _touch(self, *nums: int) -> None:
         self._touched.update(nums)
         self._changed = True
@@ -335,8 +330,11 @@ class Catalog:
     def newest(self, limit: int, *, among: Int64 | None = None) -> list[int]:
         """Return the nums of the last dated live pictures (of `among`), the newest first and those
         without a date last."""
+        chosen = "" if among is None else "AND num IN (SELECT value FROM json_each(?))"
+        args = [] if among is None else [json.dumps(among.tolist())]
+        sql = f"SELECT num FROM pictures WHERE live {chosen} ORDER BY dated DESC, image_id LIMIT ?"
         with self._reading() as db:
-            return queries.newest(db, limit, among)
+            return [num for (num,) in db.execute(sql, (*args, min(limit, 2**63 - 1)))]
 
     def phrase(self, text: str, *, limit: int | None = None) -> list[int]:
         """Return the nums of the live pictures with this phrase in file name, caption or tag, the
@@ -345,8 +343,10 @@ class Catalog:
         Any text is valid and none is an operator. Words match whole, whatever their letter case
         and diacritics; scripts written without spaces match by their whole runs only.
         """
+        quoted = '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
+        sql = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid LIMIT ?"
         with self._reading() as db:
-            return queries.phrase(db, text, limit)
+            return [num for (num,) in db.execute(sql, (quoted, -1 if limit is None else limit))]
 
     def thumbnail(self, image_id: str) -> bytes | None:
         """Return the stored thumbnail, a small JPEG, or None."""
@@ -378,11 +378,6 @@ class Catalog:
         """Return the folders with the most places below them, roots included, with that number."""
         with self._reading() as db:
             return queries.folders(db, limit)
-
-    def date_range(self) -> tuple[str, str] | None:
-        """Return the dates of the oldest and newest live picture; None without any."""
-        with self._reading() as db:
-            return queries.date_range(db)
 
 
 def _root(folder: AnyPath) -> tuple[bytes, bytes]:

@@ -110,18 +110,8 @@ def joined_nums(db: Connection, sql: str, args: Iterable[object]) -> Int64:
     return np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","))
 
 
-def newest(db: Connection, limit: int, among: Int64 | None) -> list[int]:
-    chosen, args = "", []
-    if among is not None:
-        chosen, args = "AND num IN (SELECT value FROM json_each(?))", [json.dumps(among.tolist())]
-    sql = f"""SELECT num FROM pictures WHERE live {chosen}
-        ORDER BY dated DESC, image_id LIMIT ?"""
-    return [num for (num,) in db.execute(sql, (*args, min(limit, 2**63 - 1)))]
-
-
 def matching(db: Connection, filters: Filters) -> Int64:
-    """Return the nums of the live pictures that pass, sorted. Raises InputError for a malformed date
-    or an unknown orientation."""
+    """See Catalog.matching."""
     where = ["live"]
     args: list[object] = []
 
@@ -136,9 +126,8 @@ def matching(db: Connection, filters: Filters) -> Int64:
                     f"{date!r} is not a date; use the form 2023, 2023-05 or 2023-05-01"
                 )
             need(f"dated {sign} ?", date)
-    if (
-        filters.cameras
-    ):  # few distinct ones: compared in Python, which folds the case of all Unicode
+    if filters.cameras:
+        # few distinct ones: compared in Python, which folds the case of all Unicode
         sql = "SELECT DISTINCT camera FROM pictures WHERE live AND camera IS NOT NULL"
         wanted = [fold(camera) for camera in filters.cameras]
         cameras = [c for (c,) in db.execute(sql) if any(w in fold(c) for w in wanted)]
@@ -171,14 +160,6 @@ def matching(db: Connection, filters: Filters) -> Int64:
         need(f"num IN (SELECT num FROM places WHERE {' AND '.join(place)})", *values)
     sql = f"SELECT group_concat(num) FROM pictures WHERE {' AND '.join(where)}"
     return joined_nums(db, sql, args)
-
-
-def phrase(db: Connection, text: str, limit: int | None) -> list[int]:
-    """Return the nums of the pictures whose names, captions or tags hold the phrase, best (bm25)
-    first."""
-    quoted = '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
-    sql = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid LIMIT ?"
-    return [num for (num,) in db.execute(sql, (quoted, -1 if limit is None else limit))]
 
 
 def known_files(
@@ -256,22 +237,7 @@ def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
     sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
     sql = f"SELECT ({sql}), (SELECT count(*) FROM places), (SELECT count(*) FROM skipped)"
     vectors, places, skipped = db.execute(sql, (encoder_key(db, encoder_id)[0],)).fetchone()
-    return CatalogStats(
-        pictures=pictures,
-        vectors=vectors,
-        places=places,
-        skipped=skipped,
-        bytes=size,
-        roots=roots(db),
-        newest=newest,
-    )
-
-
-def date_range(db: Connection) -> tuple[str, str] | None:
-    sql = """SELECT (SELECT min(dated) FROM pictures WHERE live),
-        (SELECT max(dated) FROM pictures WHERE live)"""
-    first, last = db.execute(sql).fetchone()
-    return None if first is None else (first, last)
+    return CatalogStats(pictures, vectors, places, skipped, size, roots(db), newest)
 
 
 # ---- vectors: half-precision blobs, each under a seq that only ever rises
@@ -288,7 +254,7 @@ def encoder_key(db: Connection, encoder_id: str | None) -> tuple[int | None, int
 def add_vectors(
     db: Connection, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]
 ) -> None:
-    """Store vectors (N, D) under new seqs, in place of those that the pictures `nums` (N,) have."""
+    """See Catalog.add_vectors; vectors that the pictures have are replaced."""
     key, dim = encoder_key(db, encoder_id)
     if key is None:
         raise InputError(f"encoder {encoder_id} is not registered in this catalog")
@@ -305,7 +271,7 @@ def add_vectors(
 
 
 def read_vectors(db: Connection, encoder_id: str, after_seq: int) -> StoredVectors:
-    """Return the encoder's vectors of live pictures with seq > `after_seq`, in the order of seq."""
+    """See Catalog.vectors."""
     key, dim = encoder_key(db, encoder_id)
     # room for at least as many rows as will come; the count takes time, so only for a large gap
     room = max(0, db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0] - after_seq)

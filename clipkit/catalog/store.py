@@ -25,7 +25,8 @@ Connection = sqlite3.Connection
 
 APPLICATION_ID = 0x434C4B31  # "CLK1" in the file's header says whose SQLite file this is
 
-_UNUSABLE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
+# ERROR: a table is missing, or its definition cannot be read
+UNUSABLE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
 
 # Entry i migrates a catalog from version i to i + 1. A released entry is never edited.
 MIGRATIONS: tuple[str, ...] = (
@@ -122,9 +123,8 @@ class Store:
             if self.path.is_file():
                 with self._translated(), closing(self._connect()) as db:
                     if self._version(db):
-                        pid = db.execute("SELECT value FROM meta WHERE key = 'writer'").fetchone()[
-                            0
-                        ]
+                        sql = "SELECT value FROM meta WHERE key = 'writer'"
+                        pid = db.execute(sql).fetchone()[0]
             who = "this process" if pid == os.getpid() else f"process {pid or '(just starting)'}"
             raise CatalogBusy(
                 f"{who} is writing to the index at {folder}; wait for it to end, or stop it:"
@@ -164,9 +164,8 @@ class Store:
     def _migrate(self, db: sqlite3.Connection) -> None:
         version = self._version(db)
         if version == 0:
-            db.execute(
-                "PRAGMA page_size = 8192"
-            )  # seven 512-d vectors a page; 4096 wastes a quarter
+            # seven 512-d vectors a page; 4096 wastes a quarter
+            db.execute("PRAGMA page_size = 8192")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA journal_size_limit = 67108864")
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
@@ -284,9 +283,7 @@ class Thumbnails:
             self._db = None
 
     def _run(self, action: Callable[[sqlite3.Connection], sqlite3.Cursor]) -> list[Any]:
-        for _ in range(
-            2
-        ):  # a file that was damaged or moved is created again, then tried once more
+        for _ in range(2):  # a file that was damaged or moved is created and tried once more
             try:
                 with self._mutex:
                     if self._db is None:
@@ -301,7 +298,7 @@ class Thumbnails:
                         return action(self._db).fetchall()
             except sqlite3.Error as error:
                 self.close()
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNUSABLE:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF in UNUSABLE:
                     for suffix in ("", "-wal", "-shm"):
                         with suppress(OSError):
                             Path(f"{self._path}{suffix}").unlink()

@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.catalog.store import UNUSABLE
 from clipkit.errors import ClipkitError
 
 log = logging.getLogger(__name__)
@@ -204,9 +205,7 @@ def _means_damage(error: Exception) -> bool:
     """Whether the file itself is at fault, and not the disk, its rights or a lock."""
     if isinstance(error, _Damaged | TypeError):  # TypeError: a flipped bit made a blob a number
         return True
-    # ERROR: a table is missing, or its definition cannot be read
-    damage = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in damage
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in UNUSABLE
 
 
 def _digest(space: str, key: bytes, content: bytes) -> bytes:

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ import numpy as np
 
 from clipkit import images
 from clipkit.catalog import Catalog, KnownFile
-from clipkit.embed.pictures import Encoded, Known, Prepared, Unreadable, encode_pictures
+from clipkit.embed.pictures import Encoded, Known, Unreadable, encode_pictures
 from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ModelError
 from clipkit.lazy_encoder import Encoder
@@ -138,9 +138,8 @@ class _Run:
         self.captions = FolderCaptions()
         # Captions that changed since the last picture was added are read again, which costs little.
         newest = self.catalog.stats().newest
-        self.texts_read_ns = (
-            int(datetime.fromisoformat(newest).timestamp()) * 10**9 if newest else 0
-        )
+        seconds = datetime.fromisoformat(newest).timestamp() if newest else 0
+        self.texts_read_ns = int(seconds) * 10**9
         self._rate = _Rate()
 
     def run(self, roots: Sequence[str]) -> Summary:
@@ -293,9 +292,8 @@ class _Run:
                 continue
             num = self.catalog.has_picture(picture.image_id)
             if num is None:
-                num = self._add(picture)
-            else:
-                self._place(num, picture.item)
+                num = self.catalog.add_picture(**picture.extra)
+            self._place(num, picture.item)
             nums.append(num)
         self.catalog.register_encoder(
             self.encoder_id, spec=towers.spec, config_json=towers.describe(), dim=towers.dim
@@ -304,16 +302,8 @@ class _Run:
         self.counts["embedded"] += len(batch.pictures)
         self._rate.add(len(batch.pictures))
 
-    def _add(self, picture: Prepared[FoundFile, _Facts]) -> int:
-        file = picture.item
-        num = self.catalog.add_picture(**picture.extra)
-        self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
-        self.counts["added"] += 1
-        self.counts["done"] += 1
-        return num
-
     def _place(self, num: int, file: FoundFile) -> None:
-        """Note a file of a known picture: a copy, a moved file, or a restored one."""
+        """Note a file of a picture: a new one, a copy, a moved file, or a restored one."""
         was_live = self.catalog.is_live(num)
         is_new = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["done"] += 1
@@ -323,13 +313,7 @@ class _Run:
             self.new_places[num] += 1
 
     def _skip(self, problem: Problem) -> None:
-        self.catalog.add_skipped(
-            problem.path,
-            size=problem.size,
-            mtime_ns=problem.mtime_ns,
-            reason=problem.reason,
-            message=problem.message,
-        )
+        self.catalog.add_skipped(**asdict(problem))
         self.reasons[problem.reason] += 1
 
     def _remove(self, missing: Sequence[str]) -> None:

@@ -42,9 +42,8 @@ _UNSUPPORTED = (
 
 _MOST_SCANS = 100  # honest progressive JPEGs have about 10; each costs a pass over all pixels
 _MOST_MARKERS = 10_000
-_MOST_GIF_PREAMBLE = (
-    1_000_000  # bytes of comments before the first frame: Pillow's time is quadratic
-)
+# Bytes of comments before the first frame: Pillow's time is quadratic.
+_MOST_GIF_PREAMBLE = 1_000_000
 _MOST_SAMPLES = 6  # per pixel in a TIFF: what Pillow decodes
 _MOST_HIDDEN_EXIF = 16  # EXIF blocks in one AVIF or HEIF file
 

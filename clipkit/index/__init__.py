@@ -16,18 +16,11 @@ the one that a catalog points to.
 
 from clipkit.index.kinds import KINDS, Kind
 from clipkit.index.snapshot import load_snapshot, refresh_snapshot
-from clipkit.index.vector_index import (
-    Manifest,
-    Measured,
-    VectorIndex,
-    read_manifest,
-    typical_queries,
-)
+from clipkit.index.vector_index import Measured, VectorIndex, read_manifest, typical_queries
 
 __all__ = [
     "KINDS",
     "Kind",
-    "Manifest",
     "Measured",
     "VectorIndex",
     "load_snapshot",

@@ -33,9 +33,8 @@ Hits = tuple[Ids, Floats]
 
 VERSION = f"faiss {faiss.__version__}"
 CHUNK = 65_536  # rows decoded at a time when building
-_BLOCK = (
-    512  # rows decoded at a time when scoring: 1 MB of float32 at 512 dimensions stays in cache
-)
+# Rows decoded at a time when scoring: 1 MB of float32 at 512 dimensions stays in cache.
+_BLOCK = 512
 
 
 @contextmanager

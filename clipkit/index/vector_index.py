@@ -287,9 +287,8 @@ class VectorIndex:
         found 5 and hnsw 8.
         """
         approximate = KINDS[self.kind]
-        if (
-            approximate is None or 2 * count < self.size
-        ):  # scanning under half of the rows is as quick
+        # scanning under half of the rows is as quick
+        if approximate is None or 2 * count < self.size:
             return [None] * len(queries)
         depth = k if mask is None else 2 * k
         want = depth * self.settings["refine"]

@@ -157,14 +157,11 @@ def _search_part(
     part: Part, vector: Float32, k: int, allowed: Int64 | None
 ) -> tuple[Int64, Float32]:
     """Search one part as LiveVectors.search does."""
-    dead = len(part.nums) - len(part.alive)
+    dead, mask = len(part.nums) - len(part.alive), None
     if allowed is not None:
-        mask: Int64 | None = part.alive[np.isin(part.alive, allowed, assume_unique=True)]
-        dead = 0
+        mask, dead = part.alive[np.isin(part.alive, allowed, assume_unique=True)], 0
     elif dead > FEW_DEAD:
         mask, dead = part.alive, 0
-    else:
-        mask = None
     if k == 0 or (mask is not None and not len(mask)):
         return np.empty(0, np.int64), np.empty(0, np.float32)
     nums, scores = part.index.search(vector[None, :], k + dead, allowed=mask)[0]

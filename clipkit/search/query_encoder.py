@@ -28,10 +28,9 @@ CACHED_TEXTS = 512
 Float32 = npt.NDArray[np.float32]
 
 
-def encoder_mismatch(
-    *, index_spec: str, index_id: str, query_spec: str, query_id: str
-) -> EncoderMismatch:
-    """Return the error for a query of another encoder than the index's."""
+def encoder_mismatch(index: tuple[str, str], query: tuple[str, str]) -> EncoderMismatch:
+    """Return the error for a query of another encoder than the index's, each as (spec, encoder_id)."""
+    (index_spec, index_id), (query_spec, query_id) = index, query
     if query_spec == index_spec:  # such as a checkpoint that was trained further in its place
         return EncoderMismatch(
             f"{query_spec} has changed since the index was made (encoder {index_id} then, "
@@ -54,12 +53,7 @@ class QueryEncoder:
         self._caching = threading.Lock()
 
     def vector(
-        self,
-        query: Query,
-        image: Image.Image | bytes | None,
-        *,
-        live: LiveVectors,
-        files: bool,
+        self, query: Query, image: Image.Image | bytes | None, *, live: LiveVectors, files: bool
     ) -> Float32:
         """Return the unit vector (D,) of the query's texts and examples, `image` (RGB, or a file's
         bytes) being one more example.
@@ -85,12 +79,8 @@ class QueryEncoder:
         """Return the encoder. Raises EncoderMismatch if `live` are not its vectors."""
         encoder = self._encoder
         if encoder.encoder_id != live.encoder_id:
-            raise encoder_mismatch(
-                index_spec=live.spec,
-                index_id=live.encoder_id,
-                query_spec=encoder.spec,
-                query_id=encoder.encoder_id,
-            )
+            index, query = (live.spec, live.encoder_id), (encoder.spec, encoder.encoder_id)
+            raise encoder_mismatch(index, query)
         return encoder
 
     def _encode_texts(self, texts: Sequence[str], live: LiveVectors) -> dict[str, Float32]:

@@ -130,8 +130,6 @@ class Searcher:
             return SearchResult((), 0, clock.seconds)
         vector = self._queries.vector(query, image, live=live, files=self._files)
         clock.lap("encode")
-        if allowed is not None:
-            allowed = _common(allowed, live.nums)
         return self._ranked(live, vector, allowed, rankings, k, query.sort, clock)
 
     def similar(
@@ -150,8 +148,6 @@ class Searcher:
         if vector is None:
             raise InputError(f"no picture {image_id!r} in this library; search for it by words")
         allowed = self._passing(Query(), filters)
-        if allowed is not None:
-            allowed = _common(allowed, live.nums)
         return self._ranked(live, vector, allowed, [], k, None, clock, without=num)
 
     # ---- vectors and filters
@@ -179,12 +175,8 @@ class Searcher:
         specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
         others = [key for key in specs if key != encoder_id and len(self.catalog.live_nums(key))]
         if others:
-            raise encoder_mismatch(
-                index_spec=specs[others[-1]],
-                index_id=others[-1],
-                query_spec=self._encoder.spec,
-                query_id=encoder_id,
-            )
+            index = (specs[others[-1]], others[-1])
+            raise encoder_mismatch(index, (self._encoder.spec, encoder_id))
 
     def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
         """Return the nums that pass the query's filters and `filters`, sorted; None: all."""
@@ -236,6 +228,8 @@ class Searcher:
         *,
         without: int | None = None,
     ) -> SearchResult:
+        if allowed is not None:
+            allowed = _common(allowed, live.nums)
         searched = live.nums if allowed is None else allowed
         total = len(searched)
         if rankings:

@@ -122,9 +122,11 @@ class DualEncoder:
             image = _without_far_ends(image)
         pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
         pixels = pixels.permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), channels last in memory
+        size = self._resized_shape(*pixels.shape[2:])
+        if pixels.shape[2:] != size:
+            pixels = F.interpolate(pixels, size, mode=self.config.interpolation, antialias=True)
         height, width = self.config.image_size
-        resized = self._resize(pixels, *self._resized_shape(pixels.shape[2], pixels.shape[3]))
-        return _centre_crop_or_pad(resized, height, width, self.config.fill)[0].contiguous()
+        return _centre_crop_or_pad(pixels, height, width, self.config.fill)[0].contiguous()
 
     def _resized_shape(self, height: int, width: int) -> tuple[int, int]:
         target_h, target_w = self.config.image_size
@@ -140,13 +142,6 @@ class DualEncoder:
             return (target_h, longer) if height <= width else (longer, target_h)
         ratio = min(ratios)
         return round(height / ratio), round(width / ratio)
-
-    def _resize(self, pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        if pixels.shape[2:] == (height, width):
-            return pixels
-        return F.interpolate(
-            pixels, size=(height, width), mode=self.config.interpolation, antialias=True
-        )
 
     def encode_images(
         self,
@@ -256,10 +251,8 @@ class DualEncoder:
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             # Tied weights are written once each; safetensors refuses shared memory.
-            name: tensor.detach().cpu().float().contiguous().clone()
-            if tensor.is_floating_point()
-            else tensor.detach().cpu().contiguous().clone()
-            for name, tensor in self.model.state_dict().items()
+            name: (t.float() if t.is_floating_point() else t).cpu().contiguous().clone()
+            for name, t in self.model.state_dict().items()
         }
         save_file(tensors, folder / checkpoint.WEIGHTS_FILE, metadata={"format": "pt"})
         write_settings(folder, self.model, self._tokenizer, self._model_cfg, self._preprocess_cfg)

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,19 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(chosen_device, precision)
     folder = checkpoint.find_folder(spec)
-    with _quiet_open_clip(), _hub_unless_local(folder):
+    with _quiet_open_clip(), contextlib.nullcontext() if folder else asking_the_hub():
         if folder is None and spec.startswith("hf-hub:"):
             folder = _snapshot(spec)
         if folder is not None:
             model_cfg, preprocess_cfg = checkpoint.read_config(folder)
-            name, build = f"local-dir:{folder}", _folder_builder(folder, model_cfg)
+            name, options = f"local-dir:{folder}", _folder_options(folder, model_cfg)
         else:
-            name, model_cfg, preprocess_cfg, build = _pretrained_builder(spec)
+            name, model_cfg, options = _pretrained(spec)
+            preprocess_cfg = {}
         try:
-            model = build()
+            model = open_clip.create_model(
+                name, require_pretrained=True, weights_only=True, **options
+            )
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # OpenCLIP and the hub raise whatever they like
             raise ModelError(_unreachable(spec, error)) from error
@@ -61,10 +64,6 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
         device=chosen_device,
         precision=chosen_precision,
     )
-
-
-def _hub_unless_local(folder: Path | None) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if folder is not None else asking_the_hub()
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -107,33 +106,18 @@ def choose_precision(device: torch.device, precision: str = "auto") -> Precision
     return "float32"
 
 
-def _folder_builder(folder: Path, model_cfg: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
-    import open_clip
-
-    overrides = {}
-    if (
-        "hf_model_name" in model_cfg["text_cfg"]
-        and (folder / checkpoint.TEXT_CONFIG_FILE).is_file()
-    ):
-        # The text transformer's settings are in the folder: the hub is not needed for them.
-        overrides["text_cfg"] = {
-            **model_cfg["text_cfg"],
-            "hf_model_name": str(folder.resolve()),
-            "hf_model_pretrained": False,
-        }
-
-    def build() -> torch.nn.Module:
-        model: torch.nn.Module = open_clip.create_model(
-            f"local-dir:{folder}", require_pretrained=True, weights_only=True, **overrides
-        )
-        return model
-
-    return build
+def _folder_options(folder: Path, model_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with which OpenCLIP makes the model of a checkpoint folder."""
+    text = model_cfg["text_cfg"]
+    if "hf_model_name" not in text or not (folder / checkpoint.TEXT_CONFIG_FILE).is_file():
+        return {}
+    # The text transformer's settings are in the folder: the hub is not needed for them.
+    local = {"hf_model_name": str(folder.resolve()), "hf_model_pretrained": False}
+    return {"text_cfg": {**text, **local}}
 
 
-def _pretrained_builder(
-    spec: str,
-) -> tuple[str, dict[str, Any], dict[str, Any], Callable[[], torch.nn.Module]]:
+def _pretrained(spec: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return the architecture, model_cfg and options with which OpenCLIP makes ARCHITECTURE/TAG."""
     import open_clip
     from open_clip.pretrained import get_pretrained_cfg
 
@@ -149,18 +133,7 @@ def _pretrained_builder(
     # The activation is part of the weights' identity: OpenCLIP only warns when the two disagree.
     quick_gelu = bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
     model_cfg["quick_gelu"] = quick_gelu
-
-    def build() -> torch.nn.Module:
-        model: torch.nn.Module = open_clip.create_model(
-            architecture,
-            pretrained=tag,
-            require_pretrained=True,
-            weights_only=True,
-            quick_gelu=quick_gelu,
-        )
-        return model
-
-    return architecture, model_cfg, {}, build
+    return architecture, model_cfg, {"pretrained": tag, "quick_gelu": quick_gelu}
 
 
 def _snapshot(spec: str) -> Path:
@@ -222,11 +195,14 @@ def _identify_loaded(
 @contextlib.contextmanager
 def _quiet_open_clip() -> Iterator[None]:
     """Hide what OpenCLIP logs to the root logger; errors are raised anyway."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return f"{os.sep}open_clip{os.sep}" not in record.pathname
+
     root = logging.getLogger()
-    drop = _DropOpenClip()
     handlers = list(root.handlers)
     for handler in handlers:
-        handler.addFilter(drop)
+        handler.addFilter(keep)
     # Without any handler logging.warning() would install one that writes to stderr.
     silencer = None if handlers else logging.NullHandler()
     if silencer:
@@ -237,11 +213,6 @@ def _quiet_open_clip() -> Iterator[None]:
             yield
     finally:
         for handler in handlers:
-            handler.removeFilter(drop)
+            handler.removeFilter(keep)
         if silencer:
             root.removeHandler(silencer)
-
-
-class _DropOpenClip(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}open_clip{os.sep}" not in record.pathname

@@ -11,7 +11,7 @@ import difflib
 import operator
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -168,10 +168,6 @@ class TrainConfig:
             raise InputError(f"{path} is not TOML: {error}") from None
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, for config.json; `from_mapping` reads them back."""
-        return asdict(self)
 
     def loss_options(self, loss: str) -> dict[str, float]:
         """Return the options of `loss` by name.

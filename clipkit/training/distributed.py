@@ -85,20 +85,14 @@ def gather(rows: torch.Tensor) -> tuple[torch.Tensor, slice]:
         return rows, slice(0, len(rows))
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
-    start = rank() * len(rows)
-    return torch.cat(parts), slice(start, start + len(rows))
+    return torch.cat(parts), own_slice(len(rows) * world_size())
 
 
 def gather_uneven(rows: torch.Tensor) -> torch.Tensor:
     """Gather any number of `rows` (n, D) of every process, in order of rank."""
     if world_size() == 1:
         return rows
-    counts = [int(n) for n in collect(len(rows))]
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    every, _ = gather(padded)
-    parts = torch.split(every, max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    return torch.cat([part.to(rows.device) for part in collect(rows.cpu())])
 
 
 def collect(value: Any) -> list[Any]:

@@ -135,9 +135,6 @@ class FrozenTowers:
             features = head(F.dropout(features, self._dropout, self._training))
         return F.normalize(features, dim=-1)
 
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for head in (self._image, self._text) if head for p in head.parameters()]
-
     def features(
         self,
         inputs: PictureInputs,
@@ -189,7 +186,8 @@ class FrozenTowers:
         rows = store.get(keys.values())
 
         def encode(pixels: list[torch.Tensor]) -> npt.NDArray[np.float32]:
-            return _numpy(encoder.spread(self._towers.image_features, torch.stack(pixels)))
+            features = encoder.spread(self._towers.image_features, torch.stack(pixels))
+            return features.float().cpu().numpy()
 
         def lookup(_: str) -> object | None:
             return None  # only pictures whose features are missing are read
@@ -225,16 +223,11 @@ class FrozenTowers:
         for start in range(0, len(missing), size):
             batch = missing[start : start + size]
             tokens = self._towers.encoder.tokenize([keys[key] for key in batch])
-            vectors = _numpy(self._towers.text_features(tokens))
+            vectors = self._towers.text_features(tokens).float().cpu().numpy()
             store.put(batch, vectors)
             rows.update(zip(batch, vectors, strict=True))
             on_batch(len(rows))
         return gather_uneven(torch.from_numpy(np.stack([rows[key] for key in keys])))
-
-
-def _numpy(features: torch.Tensor) -> npt.NDArray[np.float32]:
-    array: npt.NDArray[np.float32] = features.float().cpu().numpy()
-    return array
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -117,7 +116,7 @@ def _train(
 
     earlier: the facts in config.json of a run to resume.
     """
-    on_progress = on_progress if on_progress and distributed.rank() == 0 else _ignore
+    on_progress = on_progress if on_progress and distributed.rank() == 0 else lambda _: None
     stop = stop or threading.Event()
     encoder = load(config.start, device=str(device), precision="float32")
     loss = loss_of(encoder, config.loss)
@@ -126,7 +125,10 @@ def _train(
     trainable = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
     if config.activation_checkpointing:
         checkpoint_activations(encoder.model)
-    data, held_out = _read(config)
+    source, held_out = Path(config.data), None
+    data = CaptionedPictures.read(source, "train")
+    if has_split(source, "validation"):
+        held_out = CaptionedPictures.read(source, "validation", most=config.eval_pictures)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)  # raises InputError if the processes cannot share it
@@ -139,8 +141,9 @@ def _train(
         distributed.wait_for_all()  # every process has looked before one creates the folder
         if distributed.rank() == 0:
             folder.create(facts)
-    frozen = FrozenTowers(trainable, dropout=config.feature_dropout)
-    towers: Towers = frozen if config.recipe == "heads" else trainable
+    towers: Towers = trainable
+    if config.recipe == "heads":
+        towers = FrozenTowers(trainable, dropout=config.feature_dropout)
     trained = choose_parameters(towers, config)
     summary = RunSummary(
         folder=folder.path,
@@ -177,10 +180,6 @@ def _train(
     return _finish(job, state, summary, facts)
 
 
-def _ignore(_: Progress) -> None:
-    """No-op progress callback: no listener, or not rank 0."""
-
-
 def _precision(device: torch.device, precision: str) -> str:
     """Return the dtype of the arithmetic; "auto" is a half precision on CUDA, float32 elsewhere."""
     if precision == "auto":
@@ -188,15 +187,6 @@ def _precision(device: torch.device, precision: str) -> str:
     if precision == "float16" and device.type == "cpu":
         raise InputError("precision float16 does not train on a CPU; use bfloat16 or float32")
     return precision
-
-
-def _read(config: TrainConfig) -> tuple[CaptionedPictures, CaptionedPictures | None]:
-    """Read the training split, and the validation split if there is one."""
-    folder = Path(config.data)
-    data = CaptionedPictures.read(folder, "train")
-    if not has_split(folder, "validation"):
-        return data, None
-    return data, CaptionedPictures.read(folder, "validation", most=config.eval_pictures)
 
 
 def _inputs(
@@ -248,7 +238,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Return the content of config.json: all that decides the run."""
     return {
-        "config": replace(config, data=str(Path(config.data).absolute())).to_json(),
+        "config": asdict(replace(config, data=str(Path(config.data).absolute()))),
         "batch": batch,
         "loss": loss,
         "encoder_id": encoder.encoder_id,
@@ -261,7 +251,7 @@ def _facts(
         "processes": distributed.world_size(),
         "versions": {name: _version(name) for name in _PACKAGES},
         "command": command,
-        "created_at": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="seconds"),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -326,14 +316,11 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
             notes=(*summary.notes, note),
         )
     job.on_progress(Progress("saving", history.step, job.steps))
-    folder = job.folder
+    folder, result = job.folder, job.folder.checkpoint
     if distributed.rank() == 0:
-        job.towers.encoder.save(
-            folder.checkpoint, provenance=_provenance(job.config, summary, facts)
-        )
+        job.towers.encoder.save(result, provenance=_provenance(job.config, summary, facts))
     distributed.wait_for_all()  # for the checkpoint
-    encoder_id = checkpoint.identify(str(folder.checkpoint))
-    summary = replace(summary, checkpoint=folder.checkpoint, encoder_id=encoder_id)
+    summary = replace(summary, checkpoint=result, encoder_id=checkpoint.identify(str(result)))
     if distributed.rank() == 0:
         content = json.loads(json.dumps(asdict(summary), default=str))
         content["mixture"] = {str(alpha): s.recall for alpha, s in mixture.scores.items()}

@@ -17,6 +17,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -172,5 +173,5 @@ def _tracker(name: str, folder: RunFolder, config: TrainConfig) -> Any:
         tracker.start()
     except ImportError as error:
         raise InputError(f"trackers names {name!r}, which is not installed: {error}") from error
-    tracker.store_init_configuration(config.to_json())
+    tracker.store_init_configuration(asdict(config))
     return tracker

@@ -173,9 +173,8 @@ def batches(
     """
     groups = [[i for i, e in enumerate(examples) if e.art == art] for art in (False, True)]
     names = sorted({name: c for c, name in enumerate(class_names)}.items())
-    supply = [
-        c for _ in range(-(-count * n_classes // len(names))) for c in rng.sample(names, len(names))
-    ]
+    rounds = -(-count * n_classes // len(names))
+    supply = [c for _ in range(rounds) for c in rng.sample(names, len(names))]
     orders = [rng.sample(group, len(group)) for group in groups]
     for step in range(count):
         rows = [i for order in orders for i in order[step::count]]
@@ -220,9 +219,8 @@ class ClassPictures:
         covariance = 0.7 * covariance + 0.3 * torch.diag(covariance.diag())
         self.weights = classifier.weight - classifier.weight.mean(0)
         self.shifts = self.weights @ covariance  # (1000, 1280)
-        self.gains = (self.shifts * self.weights).sum(
-            1
-        )  # rise of the class's logit along one shift
+        # Rise of the class's logit along one shift.
+        self.gains = (self.shifts * self.weights).sum(1)
 
     def __call__(self, classes: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
         """Imagine features of classes (C,), starting from the rows (C,): float32 (C, 1280)."""
@@ -337,10 +335,8 @@ def pack(args: argparse.Namespace) -> None:
     if args.mix:
         other = adding_norms(load_file(args.mix / WEIGHTS_FILE))
         tensors = {
-            name: torch.lerp(tensor, other[name], args.share)
-            if tensor.is_floating_point()
-            else tensor
-            for name, tensor in tensors.items()
+            name: torch.lerp(t, other[name], args.share) if t.is_floating_point() else t
+            for name, t in tensors.items()
         }
     args.out.mkdir(parents=True, exist_ok=True)
     made_of = [history(each) for each in (folder, args.mix) if each]

@@ -16,7 +16,7 @@ import random
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +154,7 @@ def child_command(trainer: str, bench: Bench, out: Path, steps: int) -> list[str
     rate = config.learning_rate
     image, text = rate * config.image_rate, rate * config.text_rate
     settings = {
-        "clipkit": config.to_json(),
+        "clipkit": asdict(config),
         "start": str(bench.start),
         "pictures": str(bench.scratch / "pictures.json"),
         "out": str(out),
