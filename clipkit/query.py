@@ -227,9 +227,8 @@ class _Parser:
         value = self._quoted()[0] if self._at_quote() else _unescape(self._read(_VALUE)[0])
         if not value.strip():
             raise QueryError(f"'{key}:' at position {start + 1} needs a value; {KEYS[key]}")
-        if key in _ONCE and (
-            self.sort if key == "sort" else any(key == item.key for item in self.filters)
-        ):
+        before = self.sort if key == "sort" else any(key == item.key for item in self.filters)
+        if key in _ONCE and before:
             raise QueryError(f"'{key}:' is given twice, again at position {start + 1}; keep one")
         value = _file_name(value, start) if key in _PATHS else _words(value, start)
         canonical = _canonical(key, value, value_at + 1)
@@ -295,8 +294,8 @@ def _file_name(text: str, start: int, *, surrogates: str = "surrogateescape") ->
     try:
         text.encode(errors=surrogates)
     except UnicodeEncodeError:
-        where = f"text at position {start + 1}"
-        raise QueryError(f"{where} is not valid Unicode; type it again") from None
+        message = f"text at position {start + 1} is not valid Unicode; type it again"
+        raise QueryError(message) from None
     return text
 
 

@@ -59,6 +59,6 @@ def add(catalog: Catalog, number: int, *paths: str, mtime_ns: int = NOON_2020, *
     num = catalog.add_picture(image_id=image_id(number), **{**known, **facts})
     for path in paths:
         catalog.add_place(num, path, size=1000, mtime_ns=mtime_ns)
-    if not catalog.has_vector(num, ENCODER):
+    if catalog.vector(num, ENCODER) is None:
         catalog.add_vectors(ENCODER, np.array([num]), vector_of(number))
     return num

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -77,12 +76,7 @@ class Catalog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self._store.writable:
                 self.commit()
@@ -217,10 +211,6 @@ class Catalog:
         with self._store.transaction() as db:
             sql = "INSERT OR IGNORE INTO encoders VALUES (NULL, ?, ?, ?, ?)"
             db.execute(sql, (encoder_id, spec, config_json, dim))
-
-    def has_vector(self, num: int, encoder_id: str) -> bool:
-        """Return whether the picture has a vector of this encoder."""
-        return self.vector(num, encoder_id) is not None
 
     def add_vectors(self, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]) -> None:
         """Store vectors (N, D) of the pictures `nums` (N,) in half precision, under new seqs.

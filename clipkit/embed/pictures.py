@@ -134,9 +134,7 @@ def encode_pictures(
     `towers` is called only if a picture must be encoded.
     """
 
-    def look(
-        item: Item,
-    ) -> Known[Item, Stored] | Unreadable[Item] | Prepared[Item, Extra]:
+    def look(item: Item) -> Known[Item, Stored] | Unreadable[Item] | Prepared[Item, Extra]:
         try:
             data = read(item)
             image_id = images.image_id(data)

@@ -250,8 +250,9 @@ class _Run:
     def _stored(self, image_id: str) -> int | None:
         """Return the num of a picture that has its vector already."""
         num = self.catalog.has_picture(image_id)
-        has_vector = num is not None and self.catalog.has_vector(num, self.encoder_id)
-        return num if has_vector else None
+        if num is None or self.catalog.vector(num, self.encoder_id) is None:
+            return None
+        return num
 
     def _prepare(self, file: FoundFile, image_id: str, data: bytes) -> tuple[Any, _Facts]:
         """In a decode thread: the tower's pixels, and what the catalog keeps of a picture."""

@@ -119,9 +119,8 @@ def read_bytes(path: Path, *, limits: Limits = _LIMITS) -> bytes:
     try:
         # Checked before opening (opening a device can act) and after (it may have been replaced).
         _check_regular(path.stat())
-        handle = os.open(
-            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-        )
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags)
         with open(handle, "rb", buffering=0) as file:
             status = os.fstat(handle)
             _check_regular(status)

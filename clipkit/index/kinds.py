@@ -180,8 +180,7 @@ def _build_rabitq(store: Store, seed: int) -> Any:
     return _add_all(structure, store)
 
 
-def _search_rabitq(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
-    del settings  # a flat scan has none
+def _search_rabitq(structure: Any, queries: Floats, count: int, _: Mapping[str, Any]) -> Ids:
     rows: Ids = structure.search(queries, count)[1]
     return rows
 
@@ -205,8 +204,7 @@ def _search_ivf(structure: Any, queries: Floats, count: int, settings: Mapping[s
     return rows
 
 
-def _build_hnsw(store: Store, seed: int) -> Any:
-    del seed  # Faiss seeds the levels itself
+def _build_hnsw(store: Store, _: int) -> Any:  # Faiss seeds the levels itself
     codes = faiss.IndexScalarQuantizer(
         store.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     )

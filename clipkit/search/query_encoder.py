@@ -44,8 +44,7 @@ def encoder_mismatch(index: tuple[str, str], query: tuple[str, str]) -> EncoderM
 
 
 class QueryEncoder:
-    """Encodes queries and caches the vectors of the CACHED_TEXTS last used texts. Threads may share
-    it."""
+    """Encode queries; cache the vectors of the last CACHED_TEXTS texts. Threads may share it."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder

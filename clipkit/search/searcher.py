@@ -301,9 +301,8 @@ def _nearest(
         limit *= 4
 
 
-def _sorted(rows: Iterable[PictureRow], sort: str | None) -> list[PictureRow]:
-    """Sort by file name, or by date with the newest first and undated rows last. Ties go by
-    image_id."""
+def _sorted(rows: Iterable[PictureRow], sort: str) -> list[PictureRow]:
+    """Sort by name or date (newest first, undated rows last). Ties go by image_id."""
     rows = sorted(rows, key=lambda row: row.image_id)
     if sort == "name":
         return sorted(rows, key=lambda row: Path(row.path).name.casefold())
@@ -322,9 +321,7 @@ def _check_k(k: int) -> None:
         raise InputError(f"k is {k}; it must be at least 1, the number of pictures to show")
 
 
-def reciprocal_rank_fusion(
-    rankings: Sequence[tuple[float, npt.NDArray[np.int64]]], nums: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
+def reciprocal_rank_fusion(rankings: Rankings, nums: Int64) -> npt.NDArray[np.float64]:
     """Return a key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
 
     `rankings` are (weight, nums best first). Ranks count from 1 among `nums`, skipping all others; a
@@ -339,7 +336,7 @@ def reciprocal_rank_fusion(
     return keys.round(12)  # so that 1/61 + 1/62 and 1/62 + 1/61 tie exactly
 
 
-def strengths(scores: npt.NDArray[np.float32], sample: npt.NDArray[np.float32]) -> list[str]:
+def strengths(scores: Float32, sample: Float32) -> list[str]:
     """Return the band of each cosine, given the cosines (S,), S >= 1, of the sample to the same query.
 
     A z-score of at least STRONG_Z is "strong", of at least FAIR_Z "fair", a lower one "weak". In a

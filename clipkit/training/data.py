@@ -44,9 +44,8 @@ def mine(
     for picture, numbers in enumerate(data.owned):
         candidates: dict[int, float] = {}
         excluded = {picture}
-        for number, (ids, scores) in zip(
-            numbers, index.search(texts[numbers], _SEARCHED * count + 1), strict=True
-        ):
+        hits = index.search(texts[numbers], _SEARCHED * count + 1)
+        for number, (ids, scores) in zip(numbers, hits, strict=True):
             own = float(texts[number] @ pictures[picture])
             limit = own - (1 - margin) * abs(own)
             excluded |= having[int(data.meanings[number])]
@@ -217,9 +216,9 @@ class CaptionedPictures:
 
     def picture(self, number: int) -> Picture:
         """Return the picture of that number, to be read."""
-        return (
-            self.members[number] if self.members else PictureFile(self.folder / self.paths[number])
-        )
+        if self.members:
+            return self.members[number]
+        return PictureFile(self.folder / self.paths[number])
 
 
 def has_split(folder: Path, split: str) -> bool:

@@ -140,9 +140,8 @@ def _sum_in_place(gradients: Sequence[torch.Tensor]) -> None:
         return
     flat = torch.cat([grad.reshape(-1) for grad in gradients])
     dist.all_reduce(flat)
-    for grad, part in zip(
-        gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
-    ):
+    parts = torch.split(flat, [grad.numel() for grad in gradients])
+    for grad, part in zip(gradients, parts, strict=True):
         grad.copy_(part.view_as(grad))
 
 

@@ -124,10 +124,10 @@ class PictureInputs:
     def pictures(self) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
         chunk = self._encoder.preferred_batch
-        views = ahead(
+        jobs = ahead(
             share, lambda p: self._made(p, self.served), workers=self.workers, bound=_AHEAD
         )
-        with closing(views):
+        with closing(jobs) as views:
             for start in range(0, len(share), chunk):
                 yield torch.stack([next(views) for _ in share[start : start + chunk]])
 

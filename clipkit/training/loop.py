@@ -136,7 +136,6 @@ def fit(job: Job, saved: Mapping[str, Any] | None = None) -> State:
     uses, are seeded; see `distributed.own_generators`. The parameters hold the weights of the last
     step. Raises InputError for a loss or gradient that is not finite, with the step and the pictures.
     """
-    job.inputs.data.check_batch(job.batch)
     run = _Run(job)
     run.resume(saved) if saved else run.begin()
     while not run.is_over:
@@ -226,9 +225,9 @@ class _Run:
         factor = rate_factor(self.history.step, job.steps, config.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        job.towers.mode(True)
-        state.optimizer.zero_grad(set_to_none=True)
         towers, trained = job.towers, job.trained
+        towers.mode(True)
+        state.optimizer.zero_grad()
         tower = partial(ChunkedTower, chunk=job.chunk, device=towers.device)
         loss = backward(
             tower(towers.images, batch.images, trained=trained.image),

@@ -92,10 +92,6 @@ class RunFolder:
             )
         return state
 
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(line)) + "\n")
-
     def drop_metrics_after(self, step: int) -> None:
         """Remove the lines of later steps, which will be repeated, and a line cut off by a kill."""
         if not self.metrics.exists():
@@ -131,7 +127,8 @@ class Tracker:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._active:
-            self._folder.append_metrics({"step": step, **metrics})
+            with self._folder.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)

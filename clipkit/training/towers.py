@@ -32,9 +32,7 @@ class Towers(Protocol):
     logit_bias: torch.nn.Parameter | None
 
     def mode(self, training: bool) -> None: ...
-
     def images(self, inputs: torch.Tensor) -> torch.Tensor: ...
-
     def texts(self, inputs: torch.Tensor) -> torch.Tensor: ...
 
 

@@ -291,9 +291,8 @@ def start(args: argparse.Namespace) -> None:
     photos = read_photos(args.data, "train")
     art = read_art(args.data, held_out=False, gallery=args.gallery)
     examples = photos + art
-    print(
-        f"{len(photos)} photos, {len(art)} drawings, {len(classifier.weight)} classes", flush=True
-    )
+    classes = len(classifier.weight)
+    print(f"{len(photos)} photos, {len(art)} drawings, {classes} classes", flush=True)
     plain = pool_pictures(model, examples)
     likely = classifier(plain).softmax(1) > 0.05  # bool (N, 1000)
     imagined = ClassPictures(plain, torch.tensor([e.art for e in examples]), classifier)
@@ -423,9 +422,8 @@ def main() -> None:
     last.add_argument("model", type=Path, help="a run of `clipkit train`, or a checkpoint folder")
     last.add_argument("--mix", type=Path, help="a checkpoint folder to mix it with")
     last.add_argument("--share", type=float, default=0.5, help="share of the other's weights")
-    last.add_argument(
-        "--side", type=int, default=SIZE, help="side of the pictures it is served, in pixels"
-    )
+    served = "side of the pictures it is served, in pixels"
+    last.add_argument("--side", type=int, default=SIZE, help=served)
     last.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     last.set_defaults(run_command=pack)
     args = parser.parse_args()
