@@ -201,8 +201,14 @@ class DualEncoder:
         if isinstance(texts, str):
             raise InputError(f"encode_texts takes a list of texts, got the string {texts!r}")
         starts = range(0, len(texts), batch_size)
+        return self._unit_rows(self._encode_texts(texts[s : s + batch_size]) for s in starts)
+
+    def _encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        tokens = self.tokenize(texts)
         encode = torch.inference_mode()(self.text_features)
-        return self._unit_rows(encode(self.tokenize(texts[s : s + batch_size])) for s in starts)
+        if self.device.type == "cpu" and len(texts) <= PART:
+            return self._cores.run_alone(encode, tokens)
+        return encode(tokens)
 
     def tokenize(self, texts: Sequence[str]) -> torch.Tensor:
         """Tokenize texts: int64 (N, context length). Threads may call it."""
@@ -355,6 +361,17 @@ class Cores:
                 return work(batch)
         parts = self._pool.map(torch.no_grad()(work), torch.split(batch, PART))
         return torch.cat(list(parts))
+
+    def run_alone(
+        self, work: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor
+    ) -> torch.Tensor:
+        """Apply `work` to a few rows with one torch thread, and return or raise what it does.
+
+        Two threads share each small operation and wait for each other after it: with other work on
+        two cores a query took 28 to 35 ms (p95 50) on one thread, 140 to 210 (p95 800 to 1,000) on
+        two. On idle cores it takes 9 ms instead of 7.
+        """
+        return self._pool.submit(work, batch).result()
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
