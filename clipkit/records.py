@@ -26,8 +26,8 @@ SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"
 MAX_LINE = 16 * 2**20  # bytes of a JSON line
 MAX_SIDECAR = 64 * 2**10  # bytes
-_CAPTION_FIELDS = ("captions", "caption", "text")
-_TAG_FIELDS = ("keywords", "tags")
+CAPTION_FIELDS = ("captions", "caption", "text")
+TAG_FIELDS = ("keywords", "tags")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ def _file_name(fields: Mapping[str, Any]) -> str:
 
 def _texts(fields: Mapping[str, Any]) -> Texts:
     tags: list[str] = []
-    for key in _TAG_FIELDS:
+    for key in TAG_FIELDS:
         value = fields.get(key)
         tags += _strings(key, value.split(",") if isinstance(value, str) else value)
     return Texts(_captions(fields), _distinct(tags))
@@ -185,7 +185,7 @@ def _texts(fields: Mapping[str, Any]) -> Texts:
 
 def _captions(fields: Mapping[str, Any]) -> tuple[str, ...]:
     captions: list[str] = []
-    for key in _CAPTION_FIELDS:
+    for key in CAPTION_FIELDS:
         value = fields.get(key)
         captions += _strings(key, [value] if isinstance(value, str) else value)
     return _distinct(captions)

@@ -12,7 +12,7 @@ from pathlib import Path
 from clipkit.errors import DatasetError
 from clipkit.sources.columns import SAMPLE, Columns, choose, looks_like_picture
 from clipkit.sources.json_files import sample_of
-from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source
+from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source, rows_of
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _MOST_LINES = 50  # of one row: more means a quote that was never closed
@@ -32,14 +32,13 @@ def open_table(path: Path, options: Options) -> Source:
     columns = choose(sample, options, where=str(path))
     finder = PictureFinder(path.parent, options)
 
-    def rows() -> Iterator[Row | Broken]:
-        for item in table.records():
-            if isinstance(item, Broken):
-                yield item
-            else:
-                yield columns.row(item[0], filled(item[1], columns), finder.row, options.split)
+    def row(record: tuple[str, dict[str, str]]) -> Row | Broken:
+        return columns.row(record[0], filled(record[1], columns), finder.row, options.split)
 
-    return Source("table", str(path), f"{table}: {columns}", table.lines, rows)
+    description = f"{table}: {columns}"
+    return Source(
+        "table", str(path), description, table.lines, lambda: rows_of(table.records(), row)
+    )
 
 
 def filled(fields: dict[str, str], columns: Columns) -> dict[str, object]:
