@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -41,6 +42,11 @@ PrecisionOption = Annotated[
 def examples(*commands: str) -> str:
     """Return the epilog of a command's help: one example a line."""
     return "\n\n".join(["Examples:", *commands])
+
+
+def command_line() -> str:
+    """Return the running command as it can be typed again."""
+    return shlex.join(["clipkit", *sys.argv[1:]])
 
 
 class ShowProgress(Protocol):
