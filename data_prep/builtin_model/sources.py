@@ -12,7 +12,7 @@ import html
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,22 +139,11 @@ def caption(example: Example, rng: random.Random) -> tuple[str, str]:
     return fill(ART_PROMPTS, phrase, rng), phrase
 
 
-def digest(parts: Iterable[str | bytes]) -> str:
-    """Hash a sequence to 16 hex digits."""
-    state = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        raw = part.encode() if isinstance(part, str) else part
-        state.update(len(raw).to_bytes(8, "big") + raw)
-    return state.hexdigest()
-
-
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Hash every picture's bytes and every text, in order."""
-
-    def parts() -> Iterator[str | bytes]:
-        for example in examples:
-            yield example.path.read_bytes()
-            yield from example.phrases
-            yield from example.keywords
-
-    return digest(parts())
+    """Hash every picture's bytes and every text, in order, to 16 hex digits."""
+    state = hashlib.blake2b(digest_size=8)
+    for example in examples:
+        texts = (text.encode() for text in (*example.phrases, *example.keywords))
+        for part in (example.path.read_bytes(), *texts):
+            state.update(len(part).to_bytes(8, "big") + part)
+    return state.hexdigest()
