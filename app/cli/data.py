@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from app.cli.terminal import command_line, examples, progress_shown
+from app.cli.terminal import command_line, examples, group, progress_shown
 from clipkit.errors import InputError
 from clipkit.wording import count, duration, printable
 
@@ -20,16 +20,10 @@ if TYPE_CHECKING:
     from data_prep.build import Built, Progress
     from data_prep.leaks import Leaks
 
-data = typer.Typer(
-    name="data",
-    help="Build a dataset from captions, check its splits, show its statistics.",
-    epilog=examples(
-        "clipkit data build captions.csv --out dataset",
-    ),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+data = group(
+    "data",
+    "Build a dataset from captions, check its splits, show its statistics.",
+    "clipkit data build captions.csv --out dataset",
 )
 
 

@@ -21,6 +21,7 @@ from app.cli.terminal import (
     PrecisionOption,
     command_line,
     examples,
+    group,
     progress_shown,
     stop_on_signal,
 )
@@ -33,16 +34,11 @@ if TYPE_CHECKING:
     from eval.data import Labelled
     from eval.session import Session
 
-evaluate = typer.Typer(
-    name="eval",
-    help="Measure models and indexes: every figure with its n and a 95 % interval.",
-    epilog=examples(
-        "clipkit eval retrieval --data dataset",
-        "clipkit eval compare builtin runs/mine --data dataset",
-    ),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+evaluate = group(
+    "eval",
+    "Measure models and indexes: every figure with its n and a 95 % interval.",
+    "clipkit eval retrieval --data dataset",
+    "clipkit eval compare builtin runs/mine --data dataset",
 )
 
 

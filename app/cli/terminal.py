@@ -44,6 +44,19 @@ def examples(*commands: str) -> str:
     return "\n\n".join(["Examples:", *commands])
 
 
+def group(name: str, help: str, *commands: str) -> typer.Typer:
+    """Return an empty group of commands, whose help ends with the example `commands`."""
+    return typer.Typer(
+        name=name,
+        help=help,
+        epilog=examples(*commands),
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="rich",
+    )
+
+
 def command_line() -> str:
     """Return the running command as it can be typed again."""
     return shlex.join(["clipkit", *sys.argv[1:]])
