@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
-from types import TracebackType
 from typing import TYPE_CHECKING, Self, overload
 
 from clipkit import images
@@ -200,12 +199,7 @@ class Library:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -362,10 +356,8 @@ def _thumbnail_sources(pictures: Sequence[PictureRow], folder: Path) -> list[str
             found = [_thumbnail(catalog, picture) for picture in pictures]
     except ClipkitError:  # the index is gone: the names can still be shown
         return [""] * len(pictures)
-    return [
-        f"data:image/jpeg;base64,{base64.b64encode(data).decode()}" if data else ""
-        for data in found
-    ]
+    prefix = "data:image/jpeg;base64,"
+    return [prefix + base64.b64encode(data).decode() if data else "" for data in found]
 
 
 def _thumbnail(catalog: Catalog, picture: PictureRow) -> bytes | None:

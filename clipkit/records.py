@@ -14,9 +14,9 @@ import reprlib
 import stat
 import threading
 import unicodedata
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -26,8 +26,8 @@ SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"
 MAX_LINE = 16 * 2**20  # bytes of a JSON line
 MAX_SIDECAR = 64 * 2**10  # bytes
-_CAPTION_FIELDS = ("captions", "caption", "text")
-_TAG_FIELDS = ("keywords", "tags")
+CAPTION_FIELDS = ("captions", "caption", "text")
+TAG_FIELDS = ("keywords", "tags")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +47,15 @@ class FolderCaptions:
     Each metadata.jsonl is parsed once; make a new object to see changes.
     """
 
-    _CACHED = 8  # parsed folders; a walk is in one or two at a time
-
     def __init__(self) -> None:
-        self._folders: OrderedDict[Path, dict[str, Texts]] = OrderedDict()
-        self._mutex = threading.Lock()
+        self._folder = lru_cache(maxsize=8)(_folder_texts)  # a walk is in one or two at a time
+        self._mutex = threading.Lock()  # threads that need the same folder parse it once
 
     def for_picture(self, path: Path) -> Texts:
         """Return the texts of the picture at `path`, which need not exist."""
-        texts = [self._folder(path.parent).get(_same_form(path.name), Texts())]
+        with self._mutex:
+            folder = self._folder(path.parent)
+        texts = [folder.get(_same_form(path.name), Texts())]
         for name in dict.fromkeys((path.stem, path.name)):
             texts.append(_text_sidecar(path.with_name(f"{name}.txt")))
             texts.append(_json_sidecar(path.with_name(f"{name}.json")))
@@ -64,17 +64,9 @@ class FolderCaptions:
             tuple(dict.fromkeys(tag for text in texts for tag in text.tags)),
         )
 
-    def _folder(self, folder: Path) -> dict[str, Texts]:
-        with self._mutex:
-            if folder not in self._folders:
-                self._folders[folder] = _folder_texts(folder / METADATA)
-                if len(self._folders) > self._CACHED:
-                    self._folders.popitem(last=False)
-            self._folders.move_to_end(folder)
-            return self._folders[folder]
 
-
-def _folder_texts(path: Path) -> dict[str, Texts]:
+def _folder_texts(folder: Path) -> dict[str, Texts]:
+    path = folder / METADATA
     texts: dict[str, Texts] = {}
     problems: list[str] = []
     try:
@@ -176,24 +168,17 @@ def _file_name(fields: Mapping[str, Any]) -> str:
 
 
 def _texts(fields: Mapping[str, Any]) -> Texts:
-    tags: list[str] = []
-    for key in _TAG_FIELDS:
-        value = fields.get(key)
-        tags += _strings(key, value.split(",") if isinstance(value, str) else value)
-    return Texts(_captions(fields), _distinct(tags))
+    tags = [tag for key in TAG_FIELDS for tag in _strings(fields, key, separator=",")]
+    captions = [caption for key in CAPTION_FIELDS for caption in _strings(fields, key)]
+    return Texts(_distinct(captions), _distinct(tags))
 
 
-def _captions(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    captions: list[str] = []
-    for key in _CAPTION_FIELDS:
-        value = fields.get(key)
-        captions += _strings(key, [value] if isinstance(value, str) else value)
-    return _distinct(captions)
-
-
-def _strings(key: str, value: object) -> list[str]:
+def _strings(fields: Mapping[str, Any], key: str, separator: str | None = None) -> list[str]:
+    value = fields.get(key)
     if value is None:
         return []
+    if isinstance(value, str):
+        return value.split(separator) if separator else [value]
     if not isinstance(value, list):
         raise ValueError(f"{key} must be a string or a list of strings, got {type(value).__name__}")
     for item in value:

@@ -252,13 +252,16 @@ class _Build:
             result = self._loaded[path]
         else:
             loaded = future.result()
-            result = loaded if isinstance(loaded, Fault) else self._number(loaded)
-            if isinstance(loaded, Loaded) and result == len(self._offsets):
+            if isinstance(loaded, Fault):
+                result = loaded
+            elif (number := self._numbers.get(loaded.image_id)) is None:
+                result = self._numbers[loaded.image_id] = len(self._numbers)
                 self._offsets.append([])
                 self._official.append(None)
                 self._looks += loaded.look
                 entry |= {"file": loaded.file, "width": loaded.width, "height": loaded.height}
-            elif isinstance(loaded, Loaded) and isinstance(result, int):
+            else:
+                result = number
                 detail = f"the same file as {loaded.image_id}, which gets its captions"
                 other = self._official[result]
                 if row.split and other not in (None, row.split):
@@ -274,9 +277,6 @@ class _Build:
         entry |= {"captions": self._clean(source, row), "meta": dict(row.meta)}
         self._offsets[result].append(self._spool.tell())
         self._spool.write(_line(entry))
-
-    def _number(self, loaded: Loaded) -> int:
-        return self._numbers.setdefault(loaded.image_id, len(self._numbers))
 
     def _clean(self, source: Source, row: Row) -> list[str]:
         captions = []

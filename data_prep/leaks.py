@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipkit.embed import in_order
 from clipkit.errors import DatasetError, ImageError
@@ -57,7 +58,9 @@ def find_leaks(
     splits: list[int] = []
     ids: list[str] = []
     looks = bytearray()
-    captions: dict[str, dict[int, str]] = defaultdict(dict)  # caption -> split -> first picture
+    # image_id or caption -> split -> first picture there
+    files: dict[str, dict[int, str]] = defaultdict(dict)
+    captions: dict[str, dict[int, str]] = defaultdict(dict)
     unreadable: list[tuple[str, str]] = []
     for done, (row, future) in enumerate(in_order(source.rows(), _start, workers), 1):
         if isinstance(row, Broken):
@@ -74,6 +77,7 @@ def find_leaks(
                 splits.append(split)
                 ids.append(look[0])
                 looks += look[1]
+                files[look[0]].setdefault(split, row.name)
         if on_progress:
             on_progress(done, source.total)
     if not splits:
@@ -84,8 +88,8 @@ def find_leaks(
     hashes = np.frombuffer(bytes(looks), np.uint8).reshape(len(ids), HASH_BYTES)
     return Leaks(
         {split: splits.count(n) for n, split in enumerate(SPLITS) if n in splits},
-        (*_same_files(ids, splits, names), *_look_alikes(hashes, radius, ids, splits, names)),
-        tuple(_same_captions(captions)),
+        (*_shared("same-file", files), *_look_alikes(hashes, radius, ids, splits, names)),
+        tuple(_shared("same-caption", captions)),
         tuple(unreadable),
     )
 
@@ -103,34 +107,27 @@ def _look(picture: Picture) -> _Look | str:
         return str(error)
 
 
-def _same_files(ids: list[str], splits: list[int], names: list[str]) -> Iterator[Leak]:
-    first: dict[str, dict[int, str]] = defaultdict(dict)
-    for identity, split, name in zip(ids, splits, names, strict=True):
-        first[identity].setdefault(split, name)
-    for identity, places in first.items():
+def _shared(kind: str, first: dict[str, dict[int, str]]) -> Iterator[Leak]:
+    """Yield a leak for each two splits that share a key; `first` is key -> split -> picture."""
+    for key, places in first.items():
         for one, two in combinations(sorted(places), 2):
-            yield _leak("same-file", one, two, places[one], places[two], identity)
+            yield Leak(kind, (SPLITS[one], SPLITS[two]), (places[one], places[two]), key)
 
 
 def _look_alikes(
-    hashes: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
-    radius: int,
-    ids: list[str],
-    splits: list[int],
-    names: list[str],
+    hashes: NDArray[np.uint8], radius: int, ids: list[str], splits: list[int], names: list[str]
 ) -> Iterator[Leak]:
-    for row, other in _crossing(hashes, radius, np.array(splits)):
+    for row, other in _crossing(hashes, radius, splits):
         if ids[row] != ids[other]:
             one, two = sorted((row, other), key=lambda n: splits[n])
             bits = int(np.bitwise_count(hashes[one] ^ hashes[two]).sum())
             detail = f"{bits} of 256 bits of the perceptual hash differ"
-            yield _leak("look-alike", splits[one], splits[two], names[one], names[two], detail)
+            of = (SPLITS[splits[one]], SPLITS[splits[two]])
+            yield Leak("look-alike", of, (names[one], names[two]), detail)
 
 
 def _crossing(
-    hashes: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
-    radius: int,
-    splits: np.ndarray[tuple[int], np.dtype[np.int64]],
+    hashes: NDArray[np.uint8], radius: int, splits: list[int]
 ) -> Iterator[tuple[int, int]]:
     """Yield near pairs across splits.
 
@@ -140,7 +137,7 @@ def _crossing(
     unique, back = np.unique(hashes, axis=0, return_inverse=True)
     back = back.ravel()
     members: dict[int, dict[int, int]] = defaultdict(dict)  # hash -> split -> first row
-    for row, (number, split) in enumerate(zip(back.tolist(), splits.tolist(), strict=True)):
+    for row, (number, split) in enumerate(zip(back.tolist(), splits, strict=True)):
         members[number].setdefault(split, row)
     for places in members.values():
         yield from combinations(places.values(), 2)
@@ -149,18 +146,3 @@ def _crossing(
             for other, rival in members[two].items():
                 if split != other:
                     yield row, rival
-
-
-def _same_captions(captions: dict[str, dict[int, str]]) -> Iterator[Leak]:
-    for caption, places in captions.items():
-        for one, two in combinations(sorted(places), 2):
-            yield _leak("same-caption", one, two, places[one], places[two], caption)
-
-
-def _leak(kind: str, one: int, two: int, first: str, second: str, detail: str) -> Leak:
-    return Leak(kind, (SPLITS[one], SPLITS[two]), (first, second), detail)
-
-
-def count_by_splits(leaks: tuple[Leak, ...]) -> Counter[tuple[str, str, str]]:
-    """Count leaks by (kind, split, split)."""
-    return Counter((leak.kind, *leak.splits) for leak in leaks)

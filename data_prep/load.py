@@ -102,8 +102,9 @@ class Loader:
         try:  # two threads may hold the same picture
             write_whole(goal, data, sync=False)
         except OSError as error:
+            free = shutil.disk_usage(self.pool).free / 1e9
             raise InputError(
-                f"cannot write {goal.name}: {error.strerror}; {_free(self.pool)} free there"
+                f"cannot write {goal.name}: {error.strerror}; {free:.1f} GB free there"
             ) from error
 
 
@@ -120,7 +121,3 @@ def _jpeg(rgb: Image.Image) -> bytes:
     buffer = io.BytesIO()
     rgb.save(buffer, "JPEG", quality=_QUALITY, icc_profile=rgb.info.get("icc_profile"))
     return buffer.getvalue()
-
-
-def _free(folder: Path) -> str:
-    return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB"

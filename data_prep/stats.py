@@ -58,11 +58,7 @@ class Stats:
     tiles: tuple[Image.Image, ...]  # a sample by content hash: the same in each run
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Thumbnail:
-    image_id: str
-    size: tuple[int, int]
-    rgb: Image.Image  # small
+_Thumbnail = tuple[str, tuple[int, int], Image.Image]  # image_id, (width, height), small picture
 
 
 def collect(
@@ -114,9 +110,9 @@ def collect(
             if future and thumbnail is None:
                 unreadable += 1
             elif thumbnail is not None:
-                sizes.append(thumbnail.size)
-                rank = -int(thumbnail.image_id[:12], 16)
-                heapq.heappush(sample, (rank, next(order), thumbnail.rgb))
+                identity, size, rgb = thumbnail
+                sizes.append(size)
+                heapq.heappush(sample, (-int(identity[:12], 16), next(order), rgb))
                 if len(sample) > _SHEET[0] * _SHEET[1]:
                     heapq.heappop(sample)
         if on_progress:
@@ -150,7 +146,7 @@ def _thumbnail(picture: Picture) -> _Thumbnail | None:
         return None
     small = decoded.rgb
     small.thumbnail((_TILE, _TILE), Image.Resampling.BICUBIC)
-    return _Thumbnail(image_id(data), (decoded.width, decoded.height), small)
+    return image_id(data), (decoded.width, decoded.height), small
 
 
 def lines(stats: Stats) -> list[str]:
@@ -232,17 +228,15 @@ def draw(stats: Stats, path: Path, *, title: str) -> None:
         summary += f", {stats.distinct_captions:,} distinct"
         summary += f" · {stats.unreadable:,} unreadable" if stats.unreadable else ""
         figure.text(0.045, 0.934, summary, size=11.5, color=_FAINT, va="center")
-        _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> None:
-    try:
-        with warnings.catch_warnings():
-            # Letters that the font lacks are drawn as boxes.
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write the picture {path}: {error}; name a .png file") from error
+        try:
+            with warnings.catch_warnings():
+                # Letters that the font lacks are drawn as boxes.
+                warnings.filterwarnings("ignore", "Glyph")
+                figure.savefig(path, dpi=110)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot write the picture {path}: {error}; name a .png file"
+            ) from error
 
 
 def _heading(axes: Axes, text: str, note: str = "") -> None:
@@ -326,17 +320,11 @@ def _sizes(axes: Axes, stats: Stats) -> None:
     ticks = [t for t in 2.0 ** np.arange(4, 16) if limits[0] <= t <= limits[1]]
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [f"{t:g}" for t in ticks])
-        axis.set_minor_locator(_no_ticks())
+        axis.set_ticks([], minor=True)
     middle = np.median(stats.sizes, axis=0)
     axes.set_title(
         f"median {middle[0]:.0f} × {middle[1]:.0f}", loc="right", size=9.5, color=_FAINT, pad=9
     )
-
-
-def _no_ticks() -> Any:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
 
 
 def _sheet(axes: Axes, stats: Stats) -> None:

@@ -16,21 +16,17 @@ import typer
 from app.cli import index, train
 from app.cli.data import data
 from app.cli.eval import evaluate
-from app.cli.terminal import examples
+from app.cli.terminal import group
 from clipkit import __version__
 from clipkit.errors import ClipkitError, InputError
 from clipkit.wording import printable
 
-cli = typer.Typer(
-    name="clipkit",
-    help="Search your pictures by text, fine-tune the models, and measure both.",
-    epilog=examples(
-        "clipkit index ~/Pictures", "clipkit search birthday cake", "clipkit app --open"
-    ),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+cli = group(
+    "clipkit",
+    "Search your pictures by text, fine-tune the models, and measure both.",
+    "clipkit index ~/Pictures",
+    "clipkit search birthday cake",
+    "clipkit app --open",
 )
 index.add_commands(cli)
 cli.add_typer(data)

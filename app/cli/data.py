@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from app.cli.terminal import examples, progress_shown
+from app.cli.terminal import command_line, examples, group, progress_shown
 from clipkit.errors import InputError
 from clipkit.wording import count, duration, printable
 
@@ -21,29 +20,11 @@ if TYPE_CHECKING:
     from data_prep.build import Built, Progress
     from data_prep.leaks import Leaks
 
-data = typer.Typer(
-    name="data",
-    help="Build a dataset from captions, check its splits, show its statistics.",
-    epilog=examples(
-        "clipkit data build captions.csv --out dataset",
-    ),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+data = group(
+    "data",
+    "Build a dataset from captions, check its splits, show its statistics.",
+    "clipkit data build captions.csv --out dataset",
 )
-
-
-class Near(StrEnum):
-    group = "group"
-    drop = "drop"
-    ignore = "ignore"
-
-
-class Split(StrEnum):
-    train = "train"
-    validation = "validation"
-    test = "test"
 
 
 KindOption = Annotated[
@@ -69,6 +50,7 @@ PicturesOption = Annotated[
         "--pictures", metavar="DIR", help="The pictures' folder. Default: beside the table."
     ),
 ]
+RadiusOption = Annotated[int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")]
 WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Decode threads. Default: one a core.")
 ]
@@ -91,7 +73,8 @@ def build(
     caption_column: CaptionColumn = None,
     pictures: PicturesOption = None,
     split: Annotated[
-        Split | None, typer.Option(help="The split of rows that name none. Default: by content.")
+        Literal["train", "validation", "test"] | None,
+        typer.Option(help="The split of rows that name none. Default: by content."),
     ] = None,
     validation: Annotated[float, typer.Option(help="Fraction for validation.")] = 0.1,
     test: Annotated[float, typer.Option(help="Fraction for the test.")] = 0.1,
@@ -107,12 +90,10 @@ def build(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset.")] = False,
     near: Annotated[
-        Near,
+        Literal["group", "drop", "ignore"],
         typer.Option(help="Look-alikes: keep in one split, keep one of each, or ignore."),
-    ] = Near.group,
-    radius: Annotated[
-        int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")
-    ] = 15,
+    ] = "group",
+    radius: RadiusOption = 15,
     min_side: Annotated[int, typer.Option(help="Smallest side in pixels; 0: any.")] = 32,
     min_chars: Annotated[int, typer.Option(help="Shortest caption; 0: any.")] = 2,
     max_chars: Annotated[int, typer.Option(help="Longest caption; 0: any.")] = 1000,
@@ -152,14 +133,13 @@ def build(
         max_chars=max_chars,
         max_repeats=max_repeats,
         scripts=tuple(script or ()),
-        near=near.value,
+        near=near,
         radius=radius,
         allow=frozenset(allow or ()),
     )
     fractions = Fractions(validation, test)
     limits = Limits(max_megapixels=max_megapixels)
-    named_split = split.value if split else None
-    options = Options(image_column, tuple(caption_column or ()), pictures, named_split)
+    options = Options(image_column, tuple(caption_column or ()), pictures, split)
     start = time.monotonic()
     opened = open_sources(sources, kind=kind, options=options)
     for source in opened:
@@ -181,7 +161,7 @@ def build(
             overwrite=overwrite,
             workers=workers,
             limits=limits,
-            command=shlex.join(["clipkit", *sys.argv[1:]]),
+            command=command_line(),
             on_progress=on_progress,
         )
     _print_built(built, time.monotonic() - start)
@@ -198,9 +178,7 @@ def check(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", show_default=False)],
     kind: KindOption = None,
     pictures: PicturesOption = None,
-    radius: Annotated[
-        int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")
-    ] = 15,
+    radius: RadiusOption = 15,
     strict: Annotated[
         bool, typer.Option("--strict", help="Count equal captions in two splits as leaks.")
     ] = False,
@@ -312,15 +290,13 @@ def _print_built(built: Built, seconds: float) -> None:
 
 
 def _print_leaks(leaks: Leaks, most: int) -> None:
-    from data_prep.leaks import count_by_splits
-
     print("pictures   " + ", ".join(f"{split} {n:,}" for split, n in leaks.pictures.items()))
     for name, why in leaks.unreadable[:most]:
         print(f"unreadable {printable(name)}: {printable(why)}")
     if len(leaks.unreadable) > most:
         print(f"           and {len(leaks.unreadable) - most:,} more unreadable")
     for title, listed in (("leaks", leaks.pairs), ("captions", leaks.shared_captions)):
-        counts = count_by_splits(listed)
+        counts = Counter((leak.kind, *leak.splits) for leak in listed)
         summary = ", ".join(f"{n:,} {kind} in {a} and {b}" for (kind, a, b), n in counts.items())
         print(f"{title:<10} {summary or 'none across splits'}")
         for leak in listed[:most]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from datetime import datetime
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
@@ -20,7 +19,9 @@ from app.cli.terminal import (
     DeviceOption,
     IndexOption,
     PrecisionOption,
+    command_line,
     examples,
+    group,
     progress_shown,
     stop_on_signal,
 )
@@ -31,20 +32,19 @@ from clipkit.wording import printable
 if TYPE_CHECKING:
     from clipkit.lazy_encoder import LazyEncoder
     from eval.data import Labelled
-    from eval.reports import Comparison, EvalReport
     from eval.session import Session
 
-evaluate = typer.Typer(
-    name="eval",
-    help="Measure models and indexes: every figure with its n and a 95 % interval.",
-    epilog=examples(
-        "clipkit eval retrieval --data dataset",
-        "clipkit eval compare builtin runs/mine --data dataset",
-    ),
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+evaluate = group(
+    "eval",
+    "Measure models and indexes: every figure with its n and a 95 % interval.",
+    "clipkit eval retrieval --data dataset",
+    "clipkit eval compare builtin runs/mine --data dataset",
 )
+
+
+Result = Any  # an EvalReport or a Comparison; neither is imported before a command needs it
+Command = Callable[..., Result]
+N = TypeVar("N", int, float)
 
 
 # ---- options
@@ -134,13 +134,13 @@ class OneModel(Encoding):
     ] = "builtin"
 
 
-def with_options(kind: type[Common]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add the fields of `kind` to a command's options; the command gets them as `shared`.
+def with_options(kind: type[Common]) -> Callable[[Command], Callable[..., None]]:
+    """Add the fields of `kind` to a command's options, and save and print the result it returns.
 
-    Typer reads a function's signature, so the options are written into it.
+    The command gets the options as `shared`. Typer reads them from the function's signature.
     """
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    def decorate(command: Command) -> Callable[..., None]:
         hints = get_type_hints(kind, include_extras=True)
         options = [
             Parameter(f.name, Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
@@ -152,8 +152,9 @@ def with_options(kind: type[Common]) -> Callable[[Callable[..., None]], Callable
 
         @wraps(command)
         def run(**values: Any) -> None:
-            chosen = kind(**{option.name: values.pop(option.name) for option in options})
-            command(**values, shared=chosen)
+            shared = kind(**{option.name: values.pop(option.name) for option in options})
+            result = command(**values, shared=shared)
+            finish(replace(result, command=command_line()), shared, values.get("models", ()))
 
         parameters = [*own, *options]
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -185,7 +186,7 @@ def retrieval(
     ] = "captions",
     *,
     shared: OneModel,
-) -> None:
+) -> Result:
     """Find pictures by their captions, captions by their pictures: recall@K, ranks, MRR, mAP, nDCG."""
     from eval.data import open_captioned
     from eval.retrieval import evaluate_retrieval
@@ -194,14 +195,13 @@ def retrieval(
     cuts = numbers("-k", k)
     captioned = open_captioned(data, split=shared.split, limit=shared.limit)
     with running(shared) as session:
-        report = evaluate_retrieval(
+        return evaluate_retrieval(
             shared.encoder(shared.model),
             captioned,
             ks=cuts,
             queries=queries,  # type: ignore[arg-type]
             session=session,
         )
-    finish(report, shared)
 
 
 @evaluate.command(
@@ -225,7 +225,7 @@ def zeroshot(
     k: CutsOption = "1,5",
     *,
     shared: OneModel,
-) -> None:
+) -> Result:
     """Classify pictures by the names of their classes: accuracy, recall per class, calibration, mAP."""
     from eval.data import open_labelled
     from eval.prompts import load_classes
@@ -236,10 +236,9 @@ def zeroshot(
     names = None if classes is None else load_classes(classes)
     labelled = open_labelled(data, split=shared.split, classes=names, limit=shared.limit)
     with running(shared) as session:
-        report = evaluate_zero_shot(
+        return evaluate_zero_shot(
             shared.encoder(shared.model), labelled, templates=prompts, ks=cuts, session=session
         )
-    finish(report, shared)
 
 
 @evaluate.command(
@@ -274,7 +273,7 @@ def probe(
     ] = "",
     *,
     shared: OneModel,
-) -> None:
+) -> Result:
     """Measure what the frozen image tower knows, by k nearest neighbours and a linear classifier."""
     from eval.data import open_labelled
     from eval.probes import evaluate_probe
@@ -284,7 +283,7 @@ def probe(
     learning = to_learn_from(train, train_split)
     testing = open_labelled(data, split=shared.split, limit=shared.limit)
     with running(shared) as session:
-        report = evaluate_probe(
+        return evaluate_probe(
             shared.encoder(shared.model),
             learning,
             testing,
@@ -293,7 +292,6 @@ def probe(
             shots=few,
             session=session,
         )
-    finish(report, shared)
 
 
 @evaluate.command(
@@ -316,7 +314,7 @@ def robustness(
     ] = False,
     *,
     shared: OneModel,
-) -> None:
+) -> Result:
     """Measure what noise, blur, weather and compression cost in accuracy, or recall with captions."""
     from eval.corruptions import CORRUPTIONS
     from eval.data import open_labelled
@@ -330,7 +328,7 @@ def robustness(
         else shared.open(data)
     )
     with running(shared) as session:
-        report = evaluate_robustness(
+        return evaluate_robustness(
             shared.encoder(shared.model),
             opened,
             corruptions=names or tuple(CORRUPTIONS),
@@ -338,7 +336,6 @@ def robustness(
             templates=prompts_for(templates, data),
             session=session,
         )
-    finish(report, shared)
 
 
 @evaluate.command(
@@ -358,7 +355,7 @@ def space(
     ] = None,
     *,
     shared: OneModel,
-) -> None:
+) -> Result:
     """Measure the embedding space: spread, effective rank, alignment, modality gap, hubs."""
     from eval.space import evaluate_space, space_of_vectors
 
@@ -367,14 +364,12 @@ def space(
     if index is not None:
         spec, encoder_id, _, vectors = library(index)
         with running(shared) as session:
-            report = space_of_vectors(
+            return space_of_vectors(
                 vectors, model=spec, encoder_id=encoder_id, dataset=str(index), session=session
             )
-    else:
-        opened = shared.open(str(data))
-        with running(shared) as session:
-            report = evaluate_space(shared.encoder(shared.model), opened, session=session)
-    finish(report, shared)
+    opened = shared.open(str(data))
+    with running(shared) as session:
+        return evaluate_space(shared.encoder(shared.model), opened, session=session)
 
 
 @evaluate.command(
@@ -395,7 +390,7 @@ def drift(
     ] = None,
     *,
     shared: OneModel,
-) -> None:
+) -> Result:
     """Compare two models on the same pictures, or one model on two batches of pictures."""
     from eval.drift import drift_between_batches, drift_between_encoders
 
@@ -406,11 +401,9 @@ def drift(
     with running(shared) as session:
         encoder = shared.encoder(shared.model)
         if second is not None:
-            report = drift_between_batches(encoder, first, second, session=session)
-        else:
-            other = shared.encoder(str(against))
-            report = drift_between_encoders(encoder, other, first, session=session)
-    finish(report, shared)
+            return drift_between_batches(encoder, first, second, session=session)
+        other = shared.encoder(str(against))
+        return drift_between_encoders(encoder, other, first, session=session)
 
 
 @evaluate.command(
@@ -429,18 +422,19 @@ def index(
     k: CutsOption = "1,10,100",
     *,
     shared: Common,
-) -> None:
+) -> Result:
     """Measure recall, latency, memory, build and load time of every index kind on your vectors."""
     from clipkit.index import KINDS
     from eval.index_quality import evaluate_index
 
     names = some_of("--kinds", kinds, tuple(KINDS))
-    goals = fractions("--recall-goals", recall_goals)
+    needed = "shares of 1, such as 0.9,0.99"
+    goals = values_of("--recall-goals", recall_goals, float, lambda goal: 0 < goal <= 1, needed)
     cuts = numbers("-k", k)
     place = index_folder(index)
     spec, encoder_id, ids, vectors = library(place)
     with running(shared) as session:
-        report = evaluate_index(
+        return evaluate_index(
             ids,
             vectors,
             kinds=names or tuple(KINDS),
@@ -451,7 +445,6 @@ def index(
             dataset=str(place),
             session=session,
         )
-    finish(report, shared)
 
 
 @evaluate.command(
@@ -480,7 +473,7 @@ def compare(
     k: CutsOption = "1,5,10",
     *,
     shared: Encoding,
-) -> None:
+) -> Result:
     """Compare models on the same pictures, with tests of whether the differences are chance.
 
     Data with captions is measured by retrieval, data with classes by zero-shot classification.
@@ -489,31 +482,25 @@ def compare(
     from eval.compare import compare as compare_models
     from eval.compare import compare_reports
     from eval.prompts import load_templates
-    from eval.reports import load, save
+    from eval.reports import load
 
     if not data:
         folders = [Path(model).expanduser() for model in models]
         if not all((folder / "report.json").is_file() for folder in folders):
             raise InputError("name what to measure on with --data DATA, or give saved reports")
-        reports = [[load(folder)] for folder in folders]
-        result = compare_reports(reports, command=command_line(), seed=shared.seed)
-    else:
-        if len(models) < 2:
-            raise InputError(f"{len(models)} model to compare; name at least two")
-        cuts = numbers("-k", k)
-        opened = [shared.open(name) for name in data]
-        with running(shared) as session:
-            result = compare_models(
-                [shared.encoder(model) for model in models],
-                opened,
-                templates=load_templates(templates) if templates else None,
-                ks=cuts,
-                command=command_line(),
-                session=session,
-            )
-    folder = report_folder(shared.out, "compare", *models)
-    save(result, folder)
-    say(result, folder, shared)
+        return compare_reports([[load(folder)] for folder in folders], seed=shared.seed)
+    if len(models) < 2:
+        raise InputError(f"{len(models)} model to compare; name at least two")
+    cuts = numbers("-k", k)
+    opened = [shared.open(name) for name in data]
+    with running(shared) as session:
+        return compare_models(
+            [shared.encoder(model) for model in models],
+            opened,
+            templates=load_templates(templates) if templates else None,
+            ks=cuts,
+            session=session,
+        )
 
 
 # ---- sessions, reports, data
@@ -536,35 +523,22 @@ def running(shared: Common) -> Iterator[Session]:
         raise typer.Exit(130) from None
 
 
-def finish(report: EvalReport, shared: Common) -> None:
-    """Save the report and print it."""
+def finish(result: Result, shared: Common, compared: Sequence[str]) -> None:
+    """Save a result, print it as a table or as JSON, and print the path of its report."""
     from eval.reports import save
 
-    report = replace(report, command=command_line())
-    folder = report_folder(shared.out, report.task, report.dataset, report.model)
-    save(report, folder)
-    say(report, folder, shared)
-
-
-def say(result: EvalReport | Comparison, folder: Path, shared: Common) -> None:
-    """Print a result as a table or as JSON, and the path of its report."""
+    folder = shared.out.expanduser() if shared.out else None
+    if folder is None:
+        names = ("compare", *compared)
+        if not compared:
+            names = (result.task, result.dataset, result.model)
+        parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in names]
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        folder = reports_folder() / "-".join([*filter(None, parts), stamp])[-120:]
+    save(result, folder)
     print(result.to_json() if shared.as_json else "\n".join(result.lines()))
     path = printable(str(folder / "report.html"))
     print(f"report: {path}", file=sys.stderr if shared.as_json else sys.stdout)
-
-
-def command_line() -> str:
-    """Return the running command as it can be typed again."""
-    return shlex.join(["clipkit", *sys.argv[1:]])
-
-
-def report_folder(out: Path | None, *names: str) -> Path:
-    """Return the report's folder: `out`, else a new one named after task, dataset and model."""
-    if out is not None:
-        return out.expanduser()
-    parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in names]
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return reports_folder() / "-".join([*filter(None, parts), stamp])[-120:]
 
 
 def library(folder: Path) -> tuple[str, str, Any, Any]:
@@ -615,21 +589,18 @@ def some_of(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
 
 def numbers(option: str, text: str) -> tuple[int, ...]:
     """Parse "1,5,10" into (1, 5, 10). Raises InputError for anything but whole numbers from 1."""
-    try:
-        values = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or min(values) < 1:
-        raise InputError(f"{option} is {text!r}; it must be whole numbers from 1, such as 1,5,10")
-    return tuple(sorted(set(values)))
+    needed = "whole numbers from 1, such as 1,5,10"
+    return values_of(option, text, int, lambda value: value >= 1, needed)
 
 
-def fractions(option: str, text: str) -> tuple[float, ...]:
-    """Parse "0.9,0.99" into (0.9, 0.99). Raises InputError for anything outside 0 to 1."""
+def values_of(
+    option: str, text: str, parse: Callable[[str], N], valid: Callable[[N], bool], needed: str
+) -> tuple[N, ...]:
+    """Parse values between commas: ascending, each once. Raises InputError if one is not `valid`."""
     try:
-        values = tuple(float(part) for part in text.split(","))
+        values = [parse(part) for part in text.split(",")]
     except ValueError:
-        values = ()
-    if not values or not all(0 < value <= 1 for value in values):
-        raise InputError(f"{option} is {text!r}; it must be shares of 1, such as 0.9,0.99")
+        values = []
+    if not values or not all(map(valid, values)):
+        raise InputError(f"{option} is {text!r}; it must be {needed}")
     return tuple(sorted(set(values)))

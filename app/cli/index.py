@@ -258,16 +258,9 @@ def add_commands(cli: typer.Typer) -> None:
 
 
 def _print_summary(summary: Summary, place: Path) -> None:
-    counts = [
-        (summary.added, "added"),
-        (summary.moved, "moved"),
-        (summary.duplicates, "duplicates"),
-        (summary.removed, "removed"),
-        (summary.unchanged, "unchanged"),
-        (summary.skipped, "skipped"),
-        (summary.skipped_before, "skipped before"),
-    ]
-    changes = ", ".join(f"{count:,} {label}" for count, label in counts if count)
+    names = "added moved duplicates removed unchanged skipped skipped_before".split()
+    counts = {name.replace("_", " "): getattr(summary, name) for name in names}
+    changes = ", ".join(f"{count:,} {label}" for label, count in counts.items() if count)
     rate = f", {summary.pictures_per_second:.1f} pictures/s" if summary.embedded else ""
     print(f"{changes or 'no pictures found'} in {duration(summary.seconds)}{rate}")
     for reason, count in summary.reasons.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import threading
@@ -41,6 +42,24 @@ PrecisionOption = Annotated[
 def examples(*commands: str) -> str:
     """Return the epilog of a command's help: one example a line."""
     return "\n\n".join(["Examples:", *commands])
+
+
+def group(name: str, help: str, *commands: str) -> typer.Typer:
+    """Return an empty group of commands, whose help ends with the example `commands`."""
+    return typer.Typer(
+        name=name,
+        help=help,
+        epilog=examples(*commands),
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode="rich",
+    )
+
+
+def command_line() -> str:
+    """Return the running command as it can be typed again."""
+    return shlex.join(["clipkit", *sys.argv[1:]])
 
 
 class ShowProgress(Protocol):

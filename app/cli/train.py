@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli.terminal import examples, progress_shown, stop_on_signal
+from app.cli.terminal import command_line, examples, progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
 from clipkit.wording import duration, printable
@@ -97,7 +96,7 @@ def train(
     flags |= {key: value for key, value in named.items() if value is not None}
     if resume is not None and (flags or config is not None):
         raise InputError("--resume goes on with the run's own options; give no others")
-    command = shlex.join(["clipkit", *sys.argv[1:]])
+    command = command_line()
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
         if resume is not None:
             with _progress() as show:

@@ -99,18 +99,16 @@ def open_source(
             return open_hub(local, options, name=str(path))
         path = local
     path = Path(path).expanduser()
-    if kind is None and not _exists(path):
-        if (benchmark := open_benchmark(str(path), options)) is not None:
-            return benchmark
-        raise _not_there(path)
-    if kind is None:
-        kind, path = _detect(path)
-    if kind not in SOURCES:
+    if kind is not None and kind not in SOURCES:
         near = difflib.get_close_matches(kind, SOURCES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise DatasetError(f"unknown kind {kind!r}; there are {', '.join(sorted(SOURCES))}{hint}")
     if not _exists(path):
+        if kind is None and (benchmark := open_benchmark(str(path), options)) is not None:
+            return benchmark
         raise _not_there(path)
+    if kind is None:
+        kind, path = _detect(path)
     try:
         return SOURCES[kind](path, options)
     except OSError as error:

@@ -11,11 +11,12 @@ from typing import Any
 
 from clipkit.errors import DatasetError, InputError
 from clipkit.images import SUFFIXES
-from clipkit.records import METADATA, SPLITS, FolderCaptions
+from clipkit.records import METADATA, FolderCaptions
 from clipkit.sources.columns import Columns, choose
 from clipkit.sources.json_files import read_objects, sample_of
 from clipkit.sources.rows import (
     LISTS,
+    ORDER,
     Broken,
     Options,
     PictureFile,
@@ -23,12 +24,12 @@ from clipkit.sources.rows import (
     Row,
     Source,
     count_lines,
+    rows_of,
     split_name,
 )
 from clipkit.sources.tables import Table, filled
 
 _METADATA = (METADATA, "metadata.csv")
-_ORDER: dict[str | None, int] = {split: n for n, split in enumerate(SPLITS)}
 # Names of split folders; evaluation takes the first that there is.
 _SPLIT_FOLDERS = ("test", "validation", "val", "valid", "dev", "train")
 
@@ -42,23 +43,24 @@ def open_folder(path: Path, options: Options) -> Source:
     pictures = options.pictures or path
     if not pictures.is_dir():
         raise DatasetError(f"{pictures} is no folder; give the folder of the pictures")
-    total = sum(isinstance(item, Path) for item in _walk(pictures))
+    files = list(_walk(pictures))
+    total = sum(isinstance(file, Path) for file in files)
     if not total:
         suffixes = " ".join(sorted(SUFFIXES))
         raise DatasetError(f"{pictures} holds no pictures; looked for {suffixes}")
 
     def rows() -> Iterator[Row | Broken]:
         beside = FolderCaptions()
-        for file in _walk(pictures):
-            if isinstance(file, Broken):
-                yield file
-                continue
+
+        def row(file: Path) -> Row:
             texts = beside.for_picture(file)
             name = file.relative_to(pictures).as_posix()
             split = split_name(PurePosixPath(name).parts[0]) if "/" in name else None
             meta = {"keywords": list(texts.tags)} if texts.tags else {}
             split = split or options.split
-            yield Row(PictureFile(file), name, name, texts.captions, split=split, meta=meta)
+            return Row(PictureFile(file), name, name, texts.captions, split=split, meta=meta)
+
+        return rows_of(files, row)
 
     description = f"folder of {total:,} pictures, captions from the files beside them"
     return Source("folder", str(path), description, total, rows)
@@ -70,12 +72,10 @@ def open_class_folders(path: Path, options: Options) -> Source:
     The label is the class folder's name, the domain is in `meta`. Raises InputError if no class folder
     holds a picture.
     """
-    folders = [
-        (domain, folder)
-        for domain in (_subfolders(path) if options.domains else [path])
-        for folder in _subfolders(domain)
-    ]
-    total = sum(isinstance(item, Path) for _, folder in folders for item in _walk(folder))
+    domains = _subfolders(path) if options.domains else [path]
+    folders = [folder for domain in domains for folder in _subfolders(domain)]
+    files = [(folder, file) for folder in folders for file in _walk(folder)]
+    total = sum(isinstance(file, Path) for _, file in files)
     if not total:
         what = "domain folders with class folders" if options.domains else "class folders"
         raise InputError(
@@ -83,16 +83,15 @@ def open_class_folders(path: Path, options: Options) -> Source:
         )
 
     def rows() -> Iterator[Row | Broken]:
-        for domain, folder in folders:
-            meta = {"domain": domain.name} if options.domains else {}
-            for file in _walk(folder):
-                if isinstance(file, Broken):
-                    yield file
-                    continue
-                name, split = file.relative_to(path).as_posix(), options.split
-                yield Row(PictureFile(file), name, name, (), folder.name, split, meta=meta)
+        for folder, file in files:
+            if isinstance(file, Broken):
+                yield file
+                continue
+            meta = {"domain": folder.parent.name} if options.domains else {}
+            name, split = file.relative_to(path).as_posix(), options.split
+            yield Row(PictureFile(file), name, name, (), folder.name, split, meta=meta)
 
-    classes = tuple(sorted({folder.name for _, folder in folders}))
+    classes = tuple(sorted({folder.name for folder in folders}))
     description = f"{len(classes):,} class folders with {total:,} pictures"
     return Source("classes", str(path), description, total, rows, classes)
 
@@ -136,9 +135,7 @@ def open_imagefolder(path: Path, options: Options) -> Source:
 
 def metadata_files(folder: Path) -> list[Path]:
     """Return the metadata files of the folder itself and of the folders one level below."""
-    below = sorted(
-        _subfolders(folder), key=lambda p: (_ORDER.get(split_name(p.name), len(_ORDER)), p.name)
-    )
+    below = sorted(_subfolders(folder), key=lambda p: ORDER.get(split_name(p.name), len(ORDER)))
     return [p / name for p in (folder, *below) for name in _METADATA if (p / name).is_file()]
 
 

@@ -36,7 +36,6 @@ from clipkit.sources.shards import open_shards
 
 log = logging.getLogger(__name__)
 
-_PREFIX = "hf:"
 SAVED = ("dataset_dict.json", "state.json")  # written by save_to_disk
 _LIMITS = Limits()
 _SHARDED = "clip-benchmark/wds_"
@@ -88,7 +87,7 @@ def open_hub(path: Path, options: Options, *, name: str | None = None) -> Source
 
 def open_benchmark(name: str, options: Options) -> Source | None:
     """Open a benchmark by its name, such as "cifar10" or "wds/vtab/cifar10"; None if unknown."""
-    repository = _BENCHMARKS.get(_bare(name))
+    repository = _BENCHMARKS.get(name.removeprefix("wds/").removeprefix("vtab/"))
     return None if repository is None else _download_shards(repository, options, name=name)
 
 
@@ -99,7 +98,7 @@ def similar_benchmark(name: str) -> str | None:
 
 def _repository(name: str) -> tuple[str, str | None]:
     """ "hf:ORG/NAME/CONFIG" -> ("ORG/NAME", "CONFIG"); "hf:ORG/NAME:CONFIG" is understood, too."""
-    parts = name.removeprefix(_PREFIX).replace(":", "/", 1).split("/", 2)
+    parts = name.removeprefix("hf:").replace(":", "/", 1).split("/", 2)
     if not all(parts):
         raise DatasetError(f"{name!r} names no dataset; write hf:ORG/NAME or hf:ORG/NAME/CONFIG")
     return "/".join(parts[:2]), parts[2] if len(parts) > 2 else None
@@ -159,7 +158,8 @@ def _rows_of(splits: dict[str, Any], options: Options, where: str, loaded: str |
             for n, row in enumerate(_indexed(table, columns.image) if options.indexed else table):
                 made = columns.row(f"{place} {n}", _with_names(row, names), _row, split)
                 if isinstance(made, Row) and columns.label in names:
-                    made = replace(made, label=_numbers(row[columns.label]))
+                    number = row[columns.label]
+                    made = replace(made, label=None if number == -1 else number)
                 yield made
 
     listed = ", ".join(key or "one split" for key in splits)
@@ -231,10 +231,6 @@ def _with_names(row: Mapping[str, Any], names: Mapping[str, list[str]]) -> dict[
     }
 
 
-def _numbers(label: object) -> object:
-    return None if label == -1 else label
-
-
 @contextmanager
 def _reaching(where: str, repository: str | None) -> Iterator[None]:
     """Turn whatever the hub's clients raise into one DatasetError with a remedy."""
@@ -261,11 +257,6 @@ def _reaching(where: str, repository: str | None) -> Iterator[None]:
         ) from error
 
 
-def _bare(name: str) -> str:
-    """clip-benchmark's own "wds/vtab/cifar10" is cifar10."""
-    return name.removeprefix("wds/").removeprefix("vtab/")
-
-
 def _download_shards(repository: str, options: Options, *, name: str) -> Source:
     """Open one split's shards and class names from the hub or its local cache."""
     split = options.only or "test"
@@ -284,19 +275,13 @@ def _download_shards(repository: str, options: Options, *, name: str) -> Source:
 def _quiet() -> Iterator[None]:
     """Switch the libraries' progress bars off: the caller shows progress, or nothing."""
     import datasets
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub import utils
 
-    shown, hub_shown = not datasets.are_progress_bars_disabled(), not are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    disable_progress_bars()
+    shown = [bars for bars in (datasets, utils) if not bars.are_progress_bars_disabled()]
+    for bars in shown:
+        bars.disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
-            datasets.enable_progress_bars()
-        if hub_shown:
-            enable_progress_bars()
+        for bars in shown:
+            bars.enable_progress_bars()

@@ -11,7 +11,7 @@ from typing import Any
 from clipkit.errors import DatasetError
 from clipkit.records import MAX_LINE, parse_object
 from clipkit.sources.columns import SAMPLE, choose
-from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source, count_lines
+from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source, count_lines, rows_of
 
 Record = tuple[str, dict[str, Any]]  # where an object stands, and its fields
 
@@ -27,15 +27,11 @@ def open_jsonl(path: Path, options: Options) -> Source:
     columns = choose(sample, options, where=str(path))
     finder = PictureFinder(path.parent, options)
 
-    def rows() -> Iterator[Row | Broken]:
-        for item in read_objects(path):
-            if isinstance(item, Broken):
-                yield item
-            else:
-                yield columns.row(*item, finder.row, options.split)
+    def row(item: Record) -> Row | Broken:
+        return columns.row(*item, finder.row, options.split)
 
     total = None if path.suffix.lower() == ".json" else count_lines(path)
-    return Source("jsonl", str(path), str(columns), total, rows)
+    return Source("jsonl", str(path), str(columns), total, lambda: rows_of(read_objects(path), row))
 
 
 def open_corrections(path: Path, options: Options) -> Source:
@@ -45,23 +41,21 @@ def open_corrections(path: Path, options: Options) -> Source:
     """
     finder = PictureFinder(path.parent, options)
 
-    def rows() -> Iterator[Row | Broken]:
-        for item in read_objects(path):
-            if isinstance(item, Broken):
-                yield item
-                continue
-            place, fields = item
-            query, right = fields.get("query"), fields.get("right")
-            if not isinstance(query, str) or not isinstance(right, bool):
-                detail = f"query must be a string, right true or false: {fields!r:.120}"
-                yield Broken(place, "wrong-type", detail)
-                continue
-            name = fields.get("picture", fields.get("image"))
-            meta = {} if right else {"not_captions": [query]}
-            yield finder.row(name, place, (query,) if right else (), meta=meta)
+    def row(item: Record) -> Row | Broken:
+        place, fields = item
+        query, right = fields.get("query"), fields.get("right")
+        if not isinstance(query, str) or not isinstance(right, bool):
+            detail = f"query must be a string, right true or false: {fields!r:.120}"
+            return Broken(place, "wrong-type", detail)
+        name = fields.get("picture", fields.get("image"))
+        meta = {} if right else {"not_captions": [query]}
+        return finder.row(name, place, (query,) if right else (), meta=meta)
 
     description = "corrections: right queries become captions, wrong ones are kept as not_captions"
-    return Source("corrections", str(path), description, count_lines(path), rows)
+    total = count_lines(path)
+    return Source(
+        "corrections", str(path), description, total, lambda: rows_of(read_objects(path), row)
+    )
 
 
 def json_kind(path: Path) -> str:
@@ -109,9 +103,7 @@ def read_objects(path: Path) -> Iterator[Record | Broken]:
         raise DatasetError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def sample_of(
-    records: Iterator[tuple[str, dict[str, Any]] | Broken],
-) -> list[dict[str, Any]]:
+def sample_of(records: Iterator[Record | Broken]) -> list[dict[str, Any]]:
     """Return the fields of the first SAMPLE records, and of each later one with a new key.
 
     For `choose`: a key that begins to occur behind the sample has a role too.

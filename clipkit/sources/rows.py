@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from clipkit.errors import DatasetError, ImageError
 from clipkit.images import SUFFIXES, Limits, read_bytes
+from clipkit.records import SPLITS
 
 # Folders beside a table in which its pictures are searched.
 USUAL_FOLDERS = (
@@ -21,7 +22,9 @@ USUAL_FOLDERS = (
 # Entries of `meta` that are lists of strings; the lists of several rows of one picture are joined.
 LISTS = ("keywords", "not_captions")
 
+ORDER: dict[str | None, int] = {split: n for n, split in enumerate(SPLITS)}
 _LIMITS = Limits()
+T = TypeVar("T")
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -215,6 +218,14 @@ class PictureFinder:
         if path is None:
             return Broken(place, "missing", f"{name:.200} is not in {self._searched}")
         return Row(PictureFile(path), name, place, captions, label, split, meta=meta or {})
+
+
+def rows_of(
+    items: Iterable[T | Broken], make: Callable[[T], Row | Broken]
+) -> Iterator[Row | Broken]:
+    """Yield make(item) for each item that is not Broken, and those that are as they are."""
+    for item in items:
+        yield item if isinstance(item, Broken) else make(item)
 
 
 def count_lines(path: Path) -> int:

@@ -21,8 +21,9 @@ import numpy as np
 
 from clipkit.errors import DatasetError
 from clipkit.images import SUFFIXES, Limits
-from clipkit.records import SPLITS, parse_object
+from clipkit.records import CAPTION_FIELDS, TAG_FIELDS, parse_object
 from clipkit.sources.rows import (
+    ORDER,
     Broken,
     Options,
     Picture,
@@ -41,10 +42,7 @@ _MAX_TEXT = 16 * 2**20  # bytes
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")  # gzip, bzip2, xz
 # img2dataset's notes on how it fetched a picture say nothing of what the picture shows.
 _NOTES = {"key", "status", "error_message", "exif", "md5", "sha256", "width", "height"}
-_ORDER: dict[str | None, int] = {split: n for n, split in enumerate(SPLITS)}
 _TEXTS = ("txt", "text", "caption")
-_CAPTION_FIELDS = ("captions", "caption", "text")
-_TAG_FIELDS = ("keywords", "tags")
 
 
 def open_shards(path: Path, options: Options) -> Source:
@@ -82,7 +80,7 @@ def shard_files(path: Path) -> list[Path]:
     """Return the tars that `path` means, in the order of their splits and names."""
     if path.is_dir():
         files = sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
-        return sorted(files, key=lambda file: _ORDER.get(split_name(file.parent.name), -1))
+        return sorted(files, key=lambda file: ORDER.get(split_name(file.parent.name), -1))
     if path.is_file():
         return [path]
     return sorted(Path(name) for name in glob.glob(str(path)) if name.endswith(".tar"))
@@ -156,9 +154,9 @@ def _row(
     except ValueError as error:
         return Broken(place, "wrong-type", f"its .cls or .npy: {error}")
     captions = _captions(texts, fields, options.caption_columns)
-    used = {*_CAPTION_FIELDS[:2], *options.caption_columns, *_TAG_FIELDS, "split", *_NOTES}
+    used = {*CAPTION_FIELDS[:2], *options.caption_columns, *TAG_FIELDS, "split", *_NOTES}
     meta = {key: value for key, value in fields.items() if key not in used and value is not None}
-    if tags := [tag for name in _TAG_FIELDS for tag in tag_list(fields.get(name))]:
+    if tags := [tag for name in TAG_FIELDS for tag in tag_list(fields.get(name))]:
         meta["keywords"] = tags
     split = split_name(fields.get("split")) or split
     image_id = fields.get("image_id") if isinstance(fields.get("image_id"), str) else None
@@ -176,7 +174,7 @@ def _captions(
     body = next((texts[name] for name in _TEXTS if name in texts), b"")
     if lines := body.decode("utf-8-sig", "replace").splitlines():
         return tuple(lines)
-    return next((text for name in _CAPTION_FIELDS if (text := strings(fields.get(name)))), ())
+    return next((text for name in CAPTION_FIELDS if (text := strings(fields.get(name)))), ())
 
 
 def _label(texts: dict[str, bytes], fields: dict[str, Any]) -> object:

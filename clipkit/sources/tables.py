@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 from clipkit.errors import DatasetError
 from clipkit.sources.columns import SAMPLE, Columns, choose, looks_like_picture
 from clipkit.sources.json_files import sample_of
-from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source
+from clipkit.sources.rows import Broken, Options, PictureFinder, Row, Source, rows_of
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _MOST_LINES = 50  # of one row: more means a quote that was never closed
@@ -32,14 +32,13 @@ def open_table(path: Path, options: Options) -> Source:
     columns = choose(sample, options, where=str(path))
     finder = PictureFinder(path.parent, options)
 
-    def rows() -> Iterator[Row | Broken]:
-        for item in table.records():
-            if isinstance(item, Broken):
-                yield item
-            else:
-                yield columns.row(item[0], filled(item[1], columns), finder.row, options.split)
+    def row(record: tuple[str, dict[str, str]]) -> Row | Broken:
+        return columns.row(record[0], filled(record[1], columns), finder.row, options.split)
 
-    return Source("table", str(path), f"{table}: {columns}", table.lines, rows)
+    description = f"{table}: {columns}"
+    return Source(
+        "table", str(path), description, table.lines, lambda: rows_of(table.records(), row)
+    )
 
 
 def filled(fields: dict[str, str], columns: Columns) -> dict[str, object]:
@@ -81,10 +80,7 @@ class Table:
                 f"{path} has one column only, {head[0].strip()[:80]!r}: its lines contain none "
                 "of comma, semicolon, tab and bar"
             )
-        first = next(
-            row for row in _cells_of_lines(iter(head), separator) if not isinstance(row, Broken)
-        )
-        cells = [cell.strip() for cell in first[1]]
+        cells = [cell.strip() for cell in _whole_rows(head, separator)[0]]
         headed = not any(looks_like_picture(cell) for cell in cells)
         names = cells if headed else []
         unnamed = (name or f"column {n}" for n, name in enumerate(names or [""] * len(cells), 1))
@@ -123,33 +119,31 @@ def _cells_of_lines(
     result is not a proper row, its first line is broken and reading goes on with the second.
     """
     number = 0  # of the last line taken
-    waiting: list[str] = []  # lines read ahead that turned out not to belong to the row
-    while True:
-        line = waiting.pop(0) if waiting else next(lines, None)
-        if line is None:
-            return
+    waiting: deque[str] = deque()  # lines read ahead that turned out not to belong to the row
+
+    def take() -> str | None:
+        return waiting.popleft() if waiting else next(lines, None)
+
+    while (line := take()) is not None:
         number += 1
         if not line.strip():
             continue
         taken = [line]
         cells = _cells(taken, separator)
-        while cells is None and len(taken) < _MOST_LINES and len(taken[0]) < _MOST_CHARACTERS:
-            further = waiting[len(taken) - 1] if len(waiting) >= len(taken) else next(lines, None)
-            if further is None:
+        while cells is None and len(taken) < _MOST_LINES and len(line) < _MOST_CHARACTERS:
+            if (further := take()) is None:
                 break
-            if len(waiting) < len(taken):
-                waiting.append(further)
             taken.append(further)
             cells = _cells(taken, separator)
             if cells is not None and width is not None and len(cells) != width:
                 cells = None
                 break
         if cells is None:
+            waiting.extendleft(reversed(taken[1:]))
             yield Broken(f"line {number}", "unclosed-quote", line.strip()[:120])
-            continue
-        yield number, cells
-        number += len(taken) - 1
-        del waiting[: len(taken) - 1]
+        else:
+            yield number, cells
+            number += len(taken) - 1
 
 
 def _cells(lines: list[str], separator: str) -> list[str] | None:
@@ -165,15 +159,18 @@ def _cells(lines: list[str], separator: str) -> list[str] | None:
         return None
 
 
+def _whole_rows(head: list[str], separator: str) -> list[list[str]]:
+    rows = _cells_of_lines(iter(head), separator)
+    return [row[1] for row in rows if not isinstance(row, Broken)]
+
+
 def _separator(head: list[str]) -> str | None:
     """Return the separator that splits most rows into as many columns as the first, and into most."""
     best: tuple[float, int, str] = (0.0, 1, "")
     for separator in SEPARATORS:
-        rows = [
-            row for row in _cells_of_lines(iter(head), separator) if not isinstance(row, Broken)
-        ]
-        if rows and (width := len(rows[0][1])) > 1:
-            widths = Counter(len(cells) for _, cells in rows)
+        rows = _whole_rows(head, separator)
+        if rows and (width := len(rows[0])) > 1:
+            widths = Counter(map(len, rows))
             best = max(best, (widths[width] / len(rows), width, separator))
     return best[2] or None
 
