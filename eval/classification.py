@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Bool, Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import percent
@@ -22,11 +22,6 @@ from eval.data import Labelled
 from eval.features import fingerprint
 from eval.reports.html import MOST_CLASSES
 from eval.reports.report import exhibit
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 _SHOWN_PAIRS = 20
 _SHOWN_MISTAKES = 24

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Float64
 from clipkit.errors import InputError
 from clipkit.metrics import corrected_p, paired_test
 from eval.data import Captioned, Labelled
@@ -33,8 +33,6 @@ from eval.reports.wording import change_text, direction, p_text, setting_text, v
 from eval.retrieval import evaluate_retrieval, unit_weights
 from eval.session import Session
 from eval.zero_shot import evaluate_zero_shot
-
-Float64 = npt.NDArray[np.float64]
 
 EXAMPLES = 12  # pictures of each kind
 FEW = 100  # held-out pictures, with which only large changes are significant

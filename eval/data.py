@@ -22,14 +22,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Bool, Int64
 from clipkit.errors import DatasetError, InputError
 from clipkit.records import stripped
 from clipkit.sources import Broken, Options, Picture, Row, Source, detect, open_source
 from clipkit.sources.folders import choose_split, split_folder
-
-Int64 = npt.NDArray[np.int64]
 
 # A class by its number or its name; a tuple where a picture may have several.
 Label = int | str | tuple[int | str, ...]
@@ -121,7 +119,7 @@ class Labelled:
     pictures: Pictures
     classes: tuple[str, ...]
     labels: Int64 | None  # (N,)
-    targets: npt.NDArray[np.bool_] | None  # (N, C), multi-label
+    targets: Bool | None  # (N, C), multi-label
     domains: tuple[str, ...] | None = None  # one per picture
     subset: str | None = None
     warnings: tuple[str, ...] = ()

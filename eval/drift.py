@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, TwoSampleTest, mean_interval
 from clipkit.wording import percent
@@ -24,9 +24,6 @@ from eval.reports.report import EvalReport, exhibit, histogram_series
 from eval.reports.wording import p_text, percent_interval
 from eval.session import Results, Session
 from eval.space import LOOKED_AT, check_unit, nearest_known, neighbours
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 _SHOWN = 12
 _ALIKE, _DIFFERENT = 0.9, 0.5  # share of neighbours in common

@@ -19,16 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.index import KINDS, VectorIndex, typical_queries
 from clipkit.metrics import Interval, mean_interval, statistic_interval
 from eval.features import Stopped, fingerprint
 from eval.reports.report import EvalReport
 from eval.session import Results, Session
-
-Floats = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 # Turning words into a vector takes about 11 ms on two cores: what the search adds up to this is
 # not noticed, and a faster kind would only risk losing hits.
@@ -44,9 +41,9 @@ _NOTE = (
 
 def evaluate_index(
     ids: Int64,
-    vectors: npt.NDArray[np.float16] | Floats,
+    vectors: npt.NDArray[np.float16] | Float32,
     *,
-    queries: Floats | None = None,
+    queries: Float32 | None = None,
     kinds: Sequence[str] | None = None,
     recall_goals: Sequence[float] = (0.9, 0.95, 0.99),
     ks: Sequence[int] = (1, 10, 100),
@@ -168,7 +165,7 @@ def _position(kind: str) -> int:
 # ---- queries
 
 
-def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Floats:
+def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Float32:
     """Make queries like users' from vectors (N, D): float32 (count, D), unit rows.
 
     They are made as the index makes them to measure its own recall: half near a picture each, half as
@@ -181,8 +178,8 @@ def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Floats:
 
 
 def _queries(
-    vectors: npt.NDArray[Any], extra: Floats | None, count: int, seed: int
-) -> tuple[Floats, dict[str, range]]:
+    vectors: npt.NDArray[Any], extra: Float32 | None, count: int, seed: int
+) -> tuple[Float32, dict[str, range]]:
     """Return all queries, float32 (Q, D), and the rows of each group of them."""
     made, half = made_queries(vectors, count, seed), count // 2
     groups = {"near a picture": range(half), "like words": range(half, count)}
@@ -232,9 +229,9 @@ Times = Mapping[str, tuple[float, float]]  # per kind, seconds to save and to lo
 class _Run:
     """The queries of a run, how to time them, and the outcomes so far."""
 
-    queries: Floats  # (Q, D)
+    queries: Float32  # (Q, D)
     groups: Mapping[str, range]
-    truth: Mapping[int, Floats]  # per K, (Q,): the score of the true K-th
+    truth: Mapping[int, Float32]  # per K, (Q,): the score of the true K-th
     judged: int  # the K that decides
     repeats: int
     session: Session

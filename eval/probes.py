@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.index import VectorIndex
 from clipkit.metrics import Interval
@@ -27,11 +27,6 @@ from eval.features import Encoder, fingerprint
 from eval.reports.report import EvalReport, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.floating]
-Int64 = npt.NDArray[np.int64]
 
 KINDS = ("knn", "linear")
 TEMPERATURE = 0.07

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, Ranking
 from clipkit.wording import percent
@@ -26,9 +26,6 @@ from eval.reports.report import EvalReport, exhibit, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 Intervals = Mapping[str, Interval]
 
 TIES = "expected rank under a random order of equal scores"

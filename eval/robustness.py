@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import percent
@@ -27,8 +27,6 @@ from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 from eval.zero_shot import class_vectors, cosines
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 Intervals = Mapping[str, Interval]
 Samples = Mapping[str, Float64]  # metric -> (N,) per picture, their mean the metric
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypedDict
 
-import numpy as np
-import numpy.typing as npt
-
+from clipkit.arrays import Float32, Float64
 from clipkit.metrics import Interval
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import (
@@ -26,9 +24,6 @@ from eval.features import (
     text_features,
 )
 from eval.reports.report import EvalReport
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 
 def _ignore(what: str, done: int, total: int) -> None:

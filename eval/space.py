@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.index import VectorIndex
 from clipkit.metrics import Interval, mean_interval
@@ -26,10 +26,6 @@ from eval.features import Encoder, OnProgress, Stopped, fingerprint
 from eval.reports.report import EvalReport, exhibit, histogram_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 LOOKED_AT = 10_000  # pictures, drawn at random, whose neighbours are searched
 _BLOCK = 1024  # queries searched at a time

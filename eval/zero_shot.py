@@ -16,9 +16,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import percent
@@ -29,10 +29,6 @@ from eval.prompts import Templates, load_templates
 from eval.reports.report import EvalReport
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 _BINS = 15
 
@@ -139,7 +135,7 @@ def classify(vectors: Float32, class_vectors: Float32, *, logit_scale: float = 1
     return _softmax(logit_scale * cosines(vectors, class_vectors)).astype(np.float32)
 
 
-def _softmax(logits: npt.NDArray[np.floating]) -> Float64:
+def _softmax(logits: Floats) -> Float64:
     from scipy.special import softmax
 
     return np.asarray(softmax(logits.astype(np.float64), axis=1))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.errors import InputError
 from eval.prompts import Templates, load_templates
@@ -115,11 +116,11 @@ class Sorting:
     close: tuple[Guess, ...]  # the closest calls first
     close_total: int
     seconds: float
-    nums: npt.NDArray[np.int64]  # (N,) the catalog's
+    nums: Int64  # (N,) the catalog's
     first: npt.NDArray[np.int16]  # (N,) positions in request.words
     second: npt.NDArray[np.int16]
-    probability: npt.NDArray[np.float32]  # (N,) of the first
-    runner_up: npt.NDArray[np.float32]  # (N,) of the second
+    probability: Float32  # (N,) of the first
+    runner_up: Float32  # (N,) of the second
 
     def guess(self, at: int, row: PictureRow) -> Guess:
         words = self.request.words
@@ -206,14 +207,10 @@ class Sorter:
 
 # ---- sorting, step by step
 
-Ranked = tuple[
-    npt.NDArray[np.int16], npt.NDArray[np.int16], npt.NDArray[np.float32], npt.NDArray[np.float32]
-]
+Ranked = tuple[npt.NDArray[np.int16], npt.NDArray[np.int16], Float32, Float32]
 
 
-def _two_best(
-    vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.float32], scale: float
-) -> Ranked:
+def _two_best(vectors: npt.NDArray[np.float16], rows: Float32, scale: float) -> Ranked:
     """Return the two most probable of the classes (C, D) for each of the vectors (N, D), and their
     probabilities, (N,) each."""
     size = len(vectors)
@@ -234,7 +231,7 @@ def _summarise(
     catalog: Catalog,
     key: str,
     request: SortRequest,
-    nums: npt.NDArray[np.int64],
+    nums: Int64,
     ranked: Ranked,
     begun: float,
 ) -> Sorting:
@@ -242,7 +239,7 @@ def _summarise(
     lead = probability - runner_up
     close = np.flatnonzero(lead < CLOSE)
     shown = {"close": close[np.lexsort((nums[close], lead[close]))][:CLOSE_SHOWN]}
-    members: list[npt.NDArray[np.int64]] = []
+    members: list[Int64] = []
     for number in range(len(request.words)):
         ours = np.flatnonzero(first == number)
         members.append(ours)

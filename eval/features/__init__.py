@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 import clipkit
 from clipkit import images
+from clipkit.arrays import Float32, Int64
 from clipkit.catalog import VectorStore
 from clipkit.embed import Encoded, Known, encode_pictures
 from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
@@ -49,8 +49,6 @@ __all__ = [
     "thumbnail_uri",
 ]
 
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 OnProgress = Callable[[str, int, int], None]  # what, done, total
 
 STORE = "vectors-1.sqlite"  # the number changes with its schema

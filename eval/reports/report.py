@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Float64, Floats
 from clipkit.metrics import Interval
 from clipkit.wording import duration, printable
 from eval.data import Pictures
@@ -63,7 +63,7 @@ class EvalReport:
     created_at: str = ""  # UTC, ISO
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    samples: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    samples: Mapping[str, Float64] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -161,9 +161,7 @@ def interval_series(name: str, x: Sequence[float], intervals: Sequence[Interval]
     return series
 
 
-def histogram_series(
-    name: str, values: npt.NDArray[np.floating], bins: npt.NDArray[np.float64]
-) -> dict[str, Any]:
+def histogram_series(name: str, values: Floats, bins: Float64) -> dict[str, Any]:
     """Return a curve's series with the share of the values in each bin."""
     shares = np.histogram(values, bins)[0] / len(values)
     return {"name": name, "x": ((bins[1:] + bins[:-1]) / 2).round(4).tolist(), "y": shares.tolist()}
