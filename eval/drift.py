@@ -100,8 +100,8 @@ def add_model_drift(
     n, seed = len(a), session.seed
     rows = np.sort(np.random.default_rng(seed).permutation(n)[:LOOKED_AT])
     ks = sorted({min(k, n - 1) for k in ks})
-    near_a = neighbours(a, ks[-1], rows=rows, seed=seed, **session.callbacks)[0]
-    near_b = neighbours(b, ks[-1], rows=rows, seed=seed + 1, **session.callbacks)[0]
+    near_a = neighbours(a, ks[-1], rows=rows, seed=seed, session=session)[0]
+    near_b = neighbours(b, ks[-1], rows=rows, seed=seed + 1, session=session)[0]
     samples = {
         f"neighbour_overlap@{k}": metrics.neighbour_overlap(near_a[:, :k], near_b[:, :k])
         for k in ks
@@ -238,8 +238,8 @@ def add_batch_drift(
     check_unit("vector after", after)
     random = np.random.default_rng(session.seed)
     old, new = (np.sort(random.permutation(len(v))[:LOOKED_AT]) for v in (before, after))
-    usual = neighbours(before, 1, rows=old, **session.callbacks)[1][:, 0]
-    near, scores = nearest_known(after[new], before, 1, **session.callbacks)
+    usual = neighbours(before, 1, rows=old, session=session)[1][:, 0]
+    near, scores = nearest_known(after[new], before, 1, session=session)
     nearest, cosines = near[:, 0], scores[:, 0]
     novel = mean_interval(cosines < np.quantile(usual, _FAR), seed=session.seed)
     smaller = min(test.sizes)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any
 
 from clipkit.arrays import Float32, Float64
 from clipkit.metrics import Interval
@@ -30,13 +30,6 @@ def _ignore(what: str, done: int, total: int) -> None:
     """Report progress to nobody."""
 
 
-class Callbacks(TypedDict):
-    """The keyword arguments by which a long computation reports progress and can be stopped."""
-
-    on_progress: OnProgress
-    stop: threading.Event
-
-
 @dataclass(frozen=True, slots=True)
 class Session:
     """Feature cache, random seed, progress callback and stop flag of one run of evaluations."""
@@ -46,22 +39,24 @@ class Session:
     on_progress: OnProgress = _ignore  # what, done, total
     stop: threading.Event = field(default_factory=threading.Event)
 
-    @property
-    def callbacks(self) -> Callbacks:
-        """Return `on_progress` and `stop` as keyword arguments."""
-        return {"on_progress": self.on_progress, "stop": self.stop}
-
     def picture_features(
         self, encoder: Encoder, pictures: Pictures, *, transform: Transform | None = None
     ) -> Features:
         """Call `eval.features.picture_features` with this cache and these callbacks."""
         return picture_features(
-            encoder, pictures, cache=self.cache, transform=transform, **self.callbacks
+            encoder,
+            pictures,
+            cache=self.cache,
+            transform=transform,
+            on_progress=self.on_progress,
+            stop=self.stop,
         )
 
     def text_features(self, encoder: Encoder, texts: Sequence[str]) -> Float32:
         """Call `eval.features.text_features` with this cache and these callbacks."""
-        return text_features(encoder, texts, cache=self.cache, **self.callbacks)
+        return text_features(
+            encoder, texts, cache=self.cache, on_progress=self.on_progress, stop=self.stop
+        )
 
     def logit_scale(self, encoder: Encoder) -> float:
         """Return the factor by which the model multiplies cosines."""
@@ -106,15 +101,8 @@ class Results:
     @property
     def details(self) -> dict[str, Any]:
         """Return what the HTML page shows beside the metrics."""
-        details = {
-            "words": self.sentences,
-            "tables": self.tables,
-            "curves": self.curves,
-            "reliability": self.reliability,
-            "scatter": self.scatter,
-            "confusion": self.confusion,
-            "mistakes": self.mistakes,
-        }
+        names = ("tables", "curves", "reliability", "scatter", "confusion", "mistakes")
+        details = {"words": self.sentences} | {name: getattr(self, name) for name in names}
         return {key: value for key, value in details.items() if value}
 
     def report(

@@ -68,8 +68,8 @@ def alignment(left: Floats, right: Floats) -> float:
     return total / len(left)
 
 
-def uniformity(vectors: Floats, *, t: float = 2.0, seed: int = 0) -> float:
-    """Return log mean exp(-t |x - y|^2) over pairs of rows; lower is more uniform, 0 is collapsed.
+def uniformity(vectors: Floats, *, seed: int = 0) -> float:
+    """Return log mean exp(-2 |x - y|^2) over pairs of rows; lower is more uniform, 0 is collapsed.
 
     Wang & Isola 2020, arXiv 2005.10242. All pairs among at most 4,000 rows drawn by seed.
     """
@@ -77,17 +77,13 @@ def uniformity(vectors: Floats, *, t: float = 2.0, seed: int = 0) -> float:
         raise InputError(f"uniformity of {len(vectors)} vectors; pairs need at least 2")
     _check(vectors)
     rows = _sample(vectors, _UNIFORMITY_SAMPLE, np.random.default_rng(seed))
-    pairs, n = np.exp(-t * _squared_distances(rows)), len(rows)
+    pairs, n = np.exp(-2 * _squared_distances(rows)), len(rows)
     return math.log(float(pairs.sum() - np.trace(pairs)) / (n * (n - 1)))
 
 
-def modality_gap(pictures: Floats, texts: Floats) -> float:
-    """Return the distance between the modalities' means (Liang et al. 2022, arXiv 2203.02053)."""
-    return mean_shift(pictures, texts)
-
-
 def mean_shift(before: Floats, after: Floats) -> float:
-    """Return the distance between the mean vectors of two batches."""
+    """Return the distance between the mean vectors of two batches; of pictures and texts it is the
+    modality gap (Liang et al. 2022, arXiv 2203.02053)."""
     _check_two(before, after)
     return float(np.linalg.norm(_mean(before) - _mean(after)))
 
