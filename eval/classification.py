@@ -17,7 +17,7 @@ from clipkit import metrics
 from clipkit.arrays import Bool, Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
-from clipkit.wording import percent
+from clipkit.wording import list_text, percent
 from eval.data import Labelled
 from eval.features import fingerprint
 from eval.reports.html import MOST_CLASSES
@@ -57,8 +57,8 @@ def emptied_classes(data: Labelled, kept: Int64) -> tuple[str, ...]:
     names = [name for name, a, b in zip(data.classes, before, after, strict=True) if a and not b]
     if not names:
         return ()
-    shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if names[5:] else "")
-    return (f"no picture of {shown} can be read; means per class are over the others",)
+    lost = list_text([repr(name) for name in names], 5)
+    return (f"no picture of {lost} can be read; means per class are over the others",)
 
 
 def data_fingerprint(features: str, data: Labelled, kept: Int64) -> str:

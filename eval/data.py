@@ -28,6 +28,7 @@ from clipkit.errors import DatasetError, InputError
 from clipkit.records import stripped
 from clipkit.sources import Broken, Options, Picture, Row, Source, detect, open_source
 from clipkit.sources.folders import choose_split, split_folder
+from clipkit.wording import list_text
 
 # A class by its number or its name; a tuple where a picture may have several.
 Label = int | str | tuple[int | str, ...]
@@ -384,7 +385,7 @@ def _numbered(
     if own_names and new_names and len(own_names) != len(new_names):
         raise InputError(
             f"{len(new_names)} classes were given, but {data} has {len(own_names)} "
-            f"({_some(own_names)}); give one name for each, in its order"
+            f"({list_text(own_names, 5)}); give one name for each, in its order"
         )
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(names):
         raise InputError(
@@ -407,12 +408,12 @@ def _named(
     if len(new_names) != len(old):
         raise InputError(
             f"{len(new_names)} classes were given, but {data} has {len(old)}, and "
-            f"{len(missing)} are none of them ({_some(missing)}); give a name for each"
+            f"{len(missing)} are none of them ({list_text(missing, 5)}); give a name for each"
         )
     if len(missing) < len(old):
         raise InputError(
             f"{len(missing)} of {data}'s {len(old)} classes are none of those given "
-            f"({_some(missing)}); spell them alike, or give other names for all, in their order"
+            f"({list_text(missing, 5)}); spell them alike, or give other names for all, in their order"
         )
     note = (
         f"classes were named in order: {old[0]} is {new_names[0]!r}, {old[-1]} is {new_names[-1]!r}"
@@ -428,12 +429,7 @@ def _spoken(name: str) -> str:
 def _class_warnings(data: Labelled) -> Iterator[str]:
     counts = Counter(name.casefold() for name in data.classes)
     if twice := [name for name, count in counts.items() if count > 1]:
-        yield f"class names given more than once: {_some(twice)}; no model can distinguish those"
+        yield f"class names given more than once: {list_text(twice, 5)}; no model can distinguish those"
     counted = data.pictures_per_class()
     if empty := [name for name, count in zip(data.classes, counted, strict=True) if not count]:
-        yield f"{len(empty)} of {len(data.classes)} classes have no picture: {_some(empty)}"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        yield f"{len(empty)} of {len(data.classes)} classes have no picture: {list_text(empty, 5)}"

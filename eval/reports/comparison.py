@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -173,12 +173,6 @@ class Comparison:
         for at, name in enumerate(self.names):
             columns += [name, "change"] if at and section.tested else [name]
         return columns, [_cells(row, tested=bool(section.tested)) for row in section.rows]
-
-
-def list_text(items: Sequence[str], most: int = 3) -> str:
-    """Return "a, b, c and 4 more"."""
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
 
 
 def _cells(row: Row, *, tested: bool) -> list[str]:

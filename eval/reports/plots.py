@@ -11,6 +11,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
@@ -130,7 +131,7 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
                 parts.append(
                     f'<rect class="{tone}" x="{x:g}" y="{y:g}" width="{cell - 1}" '
                     f'height="{cell - 1}" fill-opacity="{0.05 + 0.6 * share:.2f}">'
-                    f"<title>{_escaped(tooltip)}</title></rect>"
+                    f"<title>{escape(printable(tooltip), quote=False)}</title></rect>"
                 )
             if number and cell >= 26:
                 parts.append(
@@ -149,16 +150,12 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
 def _text(x: float, y: float, text: str, anchor: str, more: str = "", *, ink: str = "ink") -> str:
     return (
         f'<text class="fill-{ink}" x="{x:g}" y="{y:g}" font-size="11" text-anchor="{anchor}"{more}>'
-        f"{_escaped(text)}</text>"
+        f"{escape(printable(text), quote=False)}</text>"
     )
 
 
 def _short(name: str, most: int = 16) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _escaped(text: str) -> str:
-    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 # ---- drawing
