@@ -29,7 +29,7 @@ from eval.features import Encoder
 from eval.prompts import Templates, default_templates
 from eval.reports import save
 from eval.reports.comparison import Comparison, Pair, Row, Section
-from eval.reports.report import EvalReport, exhibit
+from eval.reports.report import EvalReport, curve, exhibit
 from eval.reports.wording import change_text, direction, p_text, setting_text, value_text
 from eval.retrieval import evaluate_retrieval, unit_weights
 from eval.session import Session
@@ -206,10 +206,10 @@ def _overlaid(
     """Draw curves of one title in one plot, each series under its model's name."""
     curves: dict[str, dict[str, Any]] = {}
     for at, report in there:
-        for curve in report.details.get("curves", ()):
-            shared = curves.setdefault(curve["title"], {**curve, "series": []})
-            alone = len(curve["series"]) == 1
-            for number, series in enumerate(curve["series"]):
+        for plot in report.details.get("curves", ()):
+            shared = curves.setdefault(plot["title"], {**plot, "series": []})
+            alone = len(plot["series"]) == 1
+            for number, series in enumerate(plot["series"]):
                 name = names[at] if alone else f"{names[at]}: {series['name']}"
                 dash = at if alone else number
                 shared["series"].append({**series, "name": name, "hue": at, "dash": dash})
@@ -437,26 +437,13 @@ def _run_curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "y": [sum(line["loss"] for line in group) / len(group) for group in groups],
         }
         title = "Loss" if size == 1 else f"Loss, mean of {size} steps"
-        curves.append({"title": title, "x_label": "step", "y_label": "loss", "series": [loss]})
+        curves.append(curve(title, "step", "loss", [loss]))
     checks = [line for line in lines if "text_to_image/R@1" in line]
     if len(checks) > 1:
-        series = [
-            {
-                "name": name,
-                "x": [line["step"] for line in checks],
-                "y": [line[name] for line in checks],
-            }
-            for name in checks[0]
-            if "/R@" in name
-        ]
-        curves.append(
-            {
-                "title": "Recall on the validation split",
-                "x_label": "step",
-                "y_label": "recall",
-                "series": series,
-            }
-        )
+        x = [line["step"] for line in checks]
+        names = [name for name in checks[0] if "/R@" in name]
+        series = [{"name": name, "x": x, "y": [line[name] for line in checks]} for name in names]
+        curves.append(curve("Recall on the validation split", "step", "recall", series))
     return curves
 
 

@@ -20,7 +20,7 @@ from clipkit.metrics import Interval, TwoSampleTest, mean_interval
 from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, exhibit, histogram_series
+from eval.reports.report import EvalReport, curve, exhibit, histogram_series
 from eval.reports.wording import p_text, percent_interval
 from eval.session import Results, Session
 from eval.space import LOOKED_AT, check_unit, nearest_known, neighbours
@@ -177,9 +177,6 @@ def drift_between_batches(
     before: Captioned | Labelled,
     after: Captioned | Labelled,
     *,
-    level: float = 0.05,
-    permutations: int = 499,
-    sample: int = 2000,
     session: Session | None = None,
 ) -> EvalReport:
     """Test whether the pictures of `after` are distributed like those of `before`, in one model's space.
@@ -192,15 +189,7 @@ def drift_between_batches(
     results.warnings += [*before.warnings, *after.warnings, *old.warnings, *new.warnings]
     known, pictures = before.select(old.kept).pictures, after.select(new.kept).pictures
     add_batch_drift(
-        results,
-        old.vectors,
-        new.vectors,
-        known=known,
-        pictures=pictures,
-        level=level,
-        permutations=permutations,
-        sample=sample,
-        session=session,
+        results, old.vectors, new.vectors, known=known, pictures=pictures, session=session
     )
     results.settings["precision"] = encoder.precision
     return results.report(
@@ -323,12 +312,9 @@ def _dimension_table(before: Float32, after: Float32) -> dict[str, Any]:
 
 def _nearest_curve(usual: Float32, cosines: Float32) -> dict[str, Any]:
     bins = np.linspace(min(usual.min(), cosines.min()) - 1e-3, 1.0, 41)
-    return {
-        "title": "Cosine to the nearest known picture",
-        "x_label": "cosine",
-        "y_label": "share of the pictures",
-        "series": [
-            histogram_series("known pictures, to each other", np.minimum(usual, 1), bins),
-            histogram_series("new pictures", np.minimum(cosines, 1), bins),
-        ],
-    }
+    series = [
+        histogram_series("known pictures, to each other", np.minimum(usual, 1), bins),
+        histogram_series("new pictures", np.minimum(cosines, 1), bins),
+    ]
+    title, y_label = "Cosine to the nearest known picture", "share of the pictures"
+    return curve(title, "cosine", y_label, series)

@@ -44,18 +44,17 @@ def evaluate_index(
     vectors: npt.NDArray[np.float16] | Float32,
     *,
     queries: Float32 | None = None,
-    kinds: Sequence[str] | None = None,
+    kinds: Sequence[str] = tuple(KINDS),
     recall_goals: Sequence[float] = (0.9, 0.95, 0.99),
     ks: Sequence[int] = (1, 10, 100),
     query_count: int = 200,
     repeats: int = 3,
-    unnoticed_ms: float = UNNOTICED_MS,
     dataset: str = "vectors",
     model: str = "",
     encoder_id: str = "",
     session: Session | None = None,
 ) -> EvalReport:
-    """Measure every setting of `kinds` (None: all) on `vectors` (N, D), unit rows, with `ids` (N,).
+    """Measure every setting of `kinds` on `vectors` (N, D), unit rows, with `ids` (N,).
 
     Searches for `query_count` queries made from the vectors, and for `queries` (Q, D), such as encoded
     texts, if given. A stopped session ends it early with what was measured; raises Stopped if that is
@@ -63,8 +62,8 @@ def evaluate_index(
     VectorIndex.build raises.
     """
     session, results = session or Session(), Results("index")
-    kinds = list(KINDS) if kinds is None else sorted(set(kinds), key=_position)
     _check(vectors, kinds, recall_goals, ks, query_count, repeats)
+    kinds = [kind for kind in KINDS if kind in kinds]
     size, seed = len(vectors), session.seed
     ks = sorted({min(k, size) for k in ks})
     judged = 10 if 10 in ks else ks[-1]
@@ -97,7 +96,7 @@ def evaluate_index(
         )
     outcomes = run.outcomes
 
-    best, reason = recommend(outcomes, max(recall_goals), unnoticed_ms=unnoticed_ms)
+    best, reason = recommend(outcomes, max(recall_goals))
     counts = ", ".join(f"{len(rows)} {group}" for group, rows in groups.items())
     same = "the same" if automatic == best.name else f"not the recommended {best.name}"
     results.sentences = [
@@ -120,7 +119,7 @@ def evaluate_index(
         "ks": ks,
         "judged_at": judged,
         "repeats": repeats,
-        "unnoticed_ms": unnoticed_ms,
+        "unnoticed_ms": UNNOTICED_MS,
         "recommended": best.name,
         "auto": automatic,
         "ties": "a hit that scores what the true K-th scores counts",
@@ -143,6 +142,9 @@ def _check(
     query_count: int,
     repeats: int,
 ) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"unknown index kind {kind!r}; known kinds: {', '.join(KINDS)}")
     if vectors.ndim != 2 or 0 in vectors.shape:
         raise InputError(
             f"vectors have shape {vectors.shape}; at least one row of (N, D) is needed"
@@ -154,12 +156,6 @@ def _check(
             f"{len(kinds)} kinds, K {list(ks)}, {query_count} queries, {repeats} repeats; at least "
             "1 kind, 1 hit, 2 queries and 1 repeat are needed"
         )
-
-
-def _position(kind: str) -> int:
-    if kind not in KINDS:
-        raise InputError(f"unknown index kind {kind!r}; known kinds: {', '.join(KINDS)}")
-    return list(KINDS).index(kind)
 
 
 # ---- queries
@@ -336,9 +332,7 @@ def _blocks(*arrays: npt.NDArray[Any]) -> Iterator[bytes]:
 # ---- the recommendation
 
 
-def recommend(
-    outcomes: Sequence[Outcome], goal: float, *, unnoticed_ms: float = UNNOTICED_MS
-) -> tuple[Outcome, str]:
+def recommend(outcomes: Sequence[Outcome], goal: float) -> tuple[Outcome, str]:
     """Return the recommended setting and the reason. Raises InputError if there are no outcomes.
 
     Of the settings that reach the recall and are fast enough not to be noticed: exact, or else the
@@ -353,19 +347,19 @@ def recommend(
             f"no measured setting reaches recall {goal:g}; {best.name} comes nearest with "
             f"{best.worst:.3f} (the exact kind has 1 by definition)"
         )
-    unnoticed = [o for o in meeting if o.p95 <= unnoticed_ms]
+    unnoticed = [o for o in meeting if o.p95 <= UNNOTICED_MS]
     if not unnoticed:
         best = min(meeting, key=lambda o: o.p50)
         return best, (
             f"{best.name} is the fastest setting that reaches recall {goal:g}, {best.p50:.1f} ms, but "
-            f"none of those answers 95 % of the queries within {unnoticed_ms:g} ms"
+            f"none of those answers 95 % of the queries within {UNNOTICED_MS:g} ms"
         )
     best = min(unnoticed, key=lambda o: (o.kind != "exact", o.build_seconds, o.p50))
     if best.kind == "exact":
         why = "and misses nothing: an approximate kind would only risk losing hits"
     else:
         why = f"with recall {best.worst:.3f}, and is the fastest to build of those that do"
-    limit = f"95 % of the queries within {best.p95:.2g} ms (the limit is {unnoticed_ms:g} ms)"
+    limit = f"95 % of the queries within {best.p95:.2g} ms (the limit is {UNNOTICED_MS:g} ms)"
     return best, f"{best.name} answers {limit} {why}"
 
 

@@ -24,7 +24,7 @@ from clipkit.wording import percent
 from eval import classification
 from eval.data import Labelled
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, interval_series
+from eval.reports.report import EvalReport, curve, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
@@ -263,7 +263,7 @@ def _measure(task: _Task, scores: Mapping[str, Floats], results: Results) -> Non
     if ks:
         points = [results.metrics[f"knn@{k}/acc@1"] for k in ks]
         series = interval_series("95 % interval", ks, points)
-        results.curves.append(_curve("k nearest neighbours", "k", series))
+        results.curves.append(curve("k nearest neighbours", "k", "acc@1", [series], log_x=True))
 
 
 # ---- few shots
@@ -321,14 +321,11 @@ def _few_shots(task: _Task, shots: Sequence[int], results: Results) -> None:
         spread.append(float(accuracy.std(ddof=1)))
         shares = (mean[-1], spread[-1], float(accuracy.min()), float(accuracy.max()))
         rows.append([count, *map(percent, shares)])
-    series = {
-        "name": f"mean and standard deviation of {_DRAWS} draws",
-        "x": list(chosen),
-        "y": mean,
-        "low": [m - s for m, s in zip(mean, spread, strict=True)],
-        "high": [m + s for m, s in zip(mean, spread, strict=True)],
-    }
-    results.curves.append(_curve("Few-shot linear probe", "training pictures per class", series))
+    intervals = [Interval(m, m - s, m + s, 1) for m, s in zip(mean, spread, strict=True)]
+    series_name = f"mean and standard deviation of {_DRAWS} draws"
+    series = interval_series(series_name, list(chosen), intervals)
+    x_label = "training pictures per class"
+    results.curves.append(curve("Few-shot linear probe", x_label, "acc@1", [series], log_x=True))
     results.tables.append(
         {
             "title": "Few-shot linear probe",
@@ -338,17 +335,10 @@ def _few_shots(task: _Task, shots: Sequence[int], results: Results) -> None:
             "same name is over the test pictures.",
         }
     )
-    sentence = (
-        f"Trained on {rows[0][0]} per class, the linear probe classifies {rows[0][1]} correctly"
-    )
+    more = f", on {rows[-1][0]} per class {rows[-1][1]}" if len(rows) > 1 else ""
     results.sentences.append(
-        sentence + (f", on {rows[-1][0]} per class {rows[-1][1]}." if len(rows) > 1 else ".")
+        f"Trained on {rows[0][0]} per class, the linear probe classifies {rows[0][1]} correctly{more}."
     )
-
-
-def _curve(title: str, x_label: str, series: Mapping[str, Any]) -> dict[str, Any]:
-    shape = {"title": title, "x_label": x_label, "y_label": "acc@1", "log_x": True}
-    return {**shape, "series": [series]}
 
 
 def _sentence(intervals: Mapping[str, Interval], classes: int) -> str:

@@ -22,7 +22,7 @@ from clipkit.metrics import Interval, Ranking
 from clipkit.wording import percent
 from eval.data import Captioned
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, exhibit, interval_series
+from eval.reports.report import EvalReport, curve, exhibit, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
@@ -312,8 +312,7 @@ def _curve(directions: Sequence[Direction]) -> dict[str, Any]:
                 "y": [float(ranking.chance_hit_at(k).mean()) for k in ks],
             },
         ]
-    labels = {"x_label": "K", "y_label": "recall at K"}
-    return {"title": "Recall by K", **labels, "series": series, "log_x": True}
+    return curve("Recall by K", "K", "recall at K", series, log_x=True)
 
 
 def _mistakes(

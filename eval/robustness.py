@@ -21,7 +21,7 @@ from eval.corruptions import CORRUPTIONS, SIDE, corruption
 from eval.data import Captioned, Labelled
 from eval.features import Encoder, fingerprint
 from eval.prompts import Templates, load_templates
-from eval.reports.report import EvalReport, interval_series
+from eval.reports.report import EvalReport, curve, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 from eval.zero_shot import class_vectors, cosines
@@ -150,16 +150,8 @@ def _describe_corruptions(
     """Add a metric's curve, table and sentence, by corruption and severity."""
     clean = results.metrics[f"clean/{metric}"]
     points = {name: [results.metrics[f"{name}@{s}/{metric}"] for s in severities] for name in names}
-    results.curves.append(
-        {
-            "title": f"{metric} by severity",
-            "x_label": "severity (0 is clean)",
-            "y_label": metric,
-            "series": [
-                interval_series(name, [0, *severities], [clean, *points[name]]) for name in names
-            ],
-        }
-    )
+    series = [interval_series(name, [0, *severities], [clean, *points[name]]) for name in names]
+    results.curves.append(curve(f"{metric} by severity", "severity (0 is clean)", metric, series))
     results.tables.append(
         {
             "title": f"{metric} under corruption",

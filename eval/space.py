@@ -10,7 +10,6 @@ than any honest sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from clipkit.metrics import Interval, mean_interval
 from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, Stopped, fingerprint
-from eval.reports.report import EvalReport, exhibit, histogram_series
+from eval.reports.report import EvalReport, curve, exhibit, histogram_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
@@ -114,11 +113,10 @@ def _measure(
 ) -> None:
     vectors, texts, owner = _checked(vectors, texts, owner)
     seed = session.seed
+    variances = "direction, by variance", "share of the variance"
     results.curves = [
-        _curve(
-            "Covariance spectrum", "direction, by variance", "share of the variance", log_x=True
-        ),
-        _curve("Cosines of pairs", "cosine", "share of the pairs"),
+        curve("Covariance spectrum", *variances, [], log_x=True),
+        curve("Cosines of pairs", "cosine", "share of the pairs", []),
     ]
     columns = ["", "dimensions", "lowest", "median", "highest", "under 1 % of the mean"]
     results.tables = [{"title": "Variance per dimension", "columns": columns, "rows": []}]
@@ -162,11 +160,6 @@ def _cosines(left: Float32, right: Float32) -> Float64:
     """Return the cosines of matching unit rows, float64 (N,)."""
     cosines: Float64 = np.einsum("ij,ij->i", left, right, dtype=np.float64)
     return cosines
-
-
-def _curve(title: str, x_label: str, y_label: str, *, log_x: bool = False) -> dict[str, Any]:
-    labels = {"title": title, "x_label": x_label, "y_label": y_label}
-    return {**labels, "log_x": log_x, "series": []}
 
 
 def _spread(name: str, vectors: Float32, seed: int, results: Results) -> None:

@@ -45,7 +45,6 @@ __all__ = [
     "logit_scale",
     "picture_features",
     "text_features",
-    "thumbnail_if_there",
     "thumbnail_uri",
 ]
 
@@ -294,14 +293,6 @@ def thumbnail_uri(pictures: Pictures, row: int, *, side: int = 160) -> str:
     picture = images.decode(pictures.read(row), target=side)
     small = images.thumbnail(picture.rgb, side=side)
     return "data:image/jpeg;base64," + base64.b64encode(small).decode("ascii")
-
-
-def thumbnail_if_there(pictures: Pictures, row: int) -> str | None:
-    """Return `thumbnail_uri`, or None for a picture that cannot be read any more."""
-    try:
-        return thumbnail_uri(pictures, row)
-    except ImageError:
-        return None
 
 
 def fingerprint(base: str, parts: Iterable[str | bytes]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from clipkit.arrays import Float64, Floats
+from clipkit.errors import ImageError
 from clipkit.metrics import Interval
 from clipkit.wording import duration, printable
 from eval.data import Pictures
-from eval.features import thumbnail_if_there
+from eval.features import thumbnail_uri
 from eval.reports.wording import (
     cell_text,
     interval_text,
@@ -143,13 +145,21 @@ def exhibit(
 
     The thumbnail is empty where there are no pictures or the file cannot be read any more.
     """
-    return {
-        "name": f"picture {row}" if pictures is None else pictures.name(row),
-        "expected": expected,
-        "got": got,
-        "score": score,
-        "thumbnail": (pictures and thumbnail_if_there(pictures, row)) or "",
-    }
+    name, thumbnail = f"picture {row}", ""
+    if pictures is not None:
+        name = pictures.name(row)
+        with contextlib.suppress(ImageError):
+            thumbnail = thumbnail_uri(pictures, row)
+    texts = {"name": name, "expected": expected, "got": got}
+    return {**texts, "score": score, "thumbnail": thumbnail}
+
+
+def curve(
+    title: str, x_label: str, y_label: str, series: Sequence[Mapping[str, Any]], **options: Any
+) -> dict[str, Any]:
+    """Return an item of a report's details["curves"]; html.py lists the options."""
+    labels = {"title": title, "x_label": x_label, "y_label": y_label}
+    return {**labels, "series": series, **options}
 
 
 def interval_series(name: str, x: Sequence[float], intervals: Sequence[Interval]) -> dict[str, Any]:
