@@ -38,9 +38,7 @@ from data_prep.clean import Rules, same_caption
 log = logging.getLogger(__name__)
 
 FILE, LOCK = "corrections.jsonl", "corrections.lock"
-MOST_LETTERS = (
-    Rules().max_chars
-)  # of a marked query: `clipkit data build` accepts no longer caption
+MOST_LETTERS = Rules().max_chars  # of a marked query: no longer caption is built into a dataset
 MOST_BYTES = 64_000_000  # of the file: some 400,000 marks
 MARK_BYTES = 64_000  # of a mark as it is sent
 LOCK_SECONDS = 10.0  # another process holds the lock for a few milliseconds

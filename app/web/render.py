@@ -137,9 +137,7 @@ def sort_page(
     """Return the Sort page with the words, the choice and the ticket that the browser sent."""
     return part(
         "sort",
-        words=fields["words"],
-        choice=fields["choice"],
-        ticket=fields["ticket"],
+        **fields,
         choices=PHRASINGS,
         close_lead=CLOSE,
         sorting=sorting,
