@@ -51,9 +51,9 @@ def check_labels(data: Labelled) -> None:
             )
 
 
-def emptied_classes(data: Labelled, kept: Int64) -> tuple[str, ...]:
-    """Return a warning if a class has lost all its pictures; `kept` (N,) are the rows left."""
-    before, after = data.pictures_per_class(), data.select(kept).pictures_per_class()
+def emptied_classes(data: Labelled, rows: Int64) -> tuple[str, ...]:
+    """Return a warning if a class has lost all its pictures; `rows` (N,) are the rows left."""
+    before, after = data.pictures_per_class(), data.select(rows).pictures_per_class()
     names = [name for name, a, b in zip(data.classes, before, after, strict=True) if a and not b]
     if not names:
         return ()
@@ -61,11 +61,11 @@ def emptied_classes(data: Labelled, kept: Int64) -> tuple[str, ...]:
     return (f"no picture of {lost} can be read; means per class are over the others",)
 
 
-def data_fingerprint(features: str, data: Labelled, kept: Int64) -> str:
+def data_fingerprint(features: str, data: Labelled, rows: Int64) -> str:
     """Return a hash of the pictures (the fingerprint of their features), class names and labels."""
     labels = data.labels if data.labels is not None else data.targets
     assert labels is not None
-    return fingerprint(features, [*data.classes, labels[kept].tobytes()])
+    return fingerprint(features, [*data.classes, labels[rows].tobytes()])
 
 
 def stratified_halves(labels: Int64, *, share: float = 0.5, seed: int = 0) -> tuple[Int64, Int64]:
@@ -156,10 +156,10 @@ def confusion_matrix(classes: Sequence[str], counts: Int64) -> dict[str, Any] | 
 
 
 def mistakes(
-    data: Labelled, kept: Int64, probabilities: Float32, labels: Int64
+    data: Labelled, rows: Int64, probabilities: Float32, labels: Int64
 ) -> list[Mapping[str, Any]]:
     """Return the wrong predictions of highest confidence; probabilities (N, C) and labels (N,) are of
-    the pictures `kept` (N,)."""
+    the pictures `rows` (N,)."""
     predicted = metrics.predictions(probabilities)
     confidence = probabilities[np.arange(len(labels)), predicted]
     wrong = np.flatnonzero(predicted != labels)
@@ -167,7 +167,7 @@ def mistakes(
     items = [
         exhibit(
             data.pictures,
-            int(kept[row]),
+            int(rows[row]),
             expected=data.classes[labels[row]],
             got=data.classes[predicted[row]],
             score=float(confidence[row]),

@@ -49,9 +49,9 @@ def drift_between_encoders(
     a = session.picture_features(encoder_a, data.pictures)
     b = session.picture_features(encoder_b, data.pictures)
     results.lap("encoding")
-    kept, in_a, in_b = np.intersect1d(a.kept, b.kept, return_indices=True)
+    both, in_a, in_b = np.intersect1d(a.rows, b.rows, return_indices=True)
     results.warnings += [*data.warnings, *a.warnings]
-    pictures = data.select(kept).pictures
+    pictures = data.select(both).pictures
     add_model_drift(
         results, a.vectors[in_a], b.vectors[in_b], pictures=pictures, ks=ks, session=session
     )
@@ -66,7 +66,7 @@ def drift_between_encoders(
     }
     return results.report(
         session,
-        n={"pictures": len(kept)},
+        n={"pictures": len(both)},
         fingerprint=fingerprint("", [a.fingerprint, b.fingerprint]),
         dataset=data.name,
         split=data.split,
@@ -187,9 +187,9 @@ def drift_between_batches(
     old, new = (session.picture_features(encoder, data.pictures) for data in (before, after))
     results.lap("encoding")
     results.warnings += [*before.warnings, *after.warnings, *old.warnings, *new.warnings]
-    known, pictures = before.select(old.kept).pictures, after.select(new.kept).pictures
+    reference, pictures = before.select(old.rows).pictures, after.select(new.rows).pictures
     add_batch_drift(
-        results, old.vectors, new.vectors, known=known, pictures=pictures, session=session
+        results, old.vectors, new.vectors, reference=reference, pictures=pictures, session=session
     )
     results.settings["precision"] = encoder.precision
     return results.report(
@@ -208,7 +208,7 @@ def add_batch_drift(
     before: Float32,
     after: Float32,
     *,
-    known: Pictures | None = None,
+    reference: Pictures | None = None,
     pictures: Pictures | None = None,
     level: float = 0.05,
     permutations: int = 499,
@@ -216,7 +216,7 @@ def add_batch_drift(
     session: Session,
 ) -> None:
     """Add the two-sample test of unit rows before (N, D) and after (M, D), the share of novel pictures,
-    the dimensions that moved and the most novel pictures; `known` and `pictures` are the rows'.
+    the dimensions that moved and the most novel pictures; `reference` and `pictures` are the rows'.
 
     Raises InputError for rows of another length, and what `compare_batches` raises.
     """
@@ -252,7 +252,9 @@ def add_batch_drift(
                 pictures,
                 int(new[at]),
                 expected="",
-                got=f"picture {nearest[at]}" if known is None else known.name(int(nearest[at])),
+                got=f"picture {nearest[at]}"
+                if reference is None
+                else reference.name(int(nearest[at])),
                 score=float(cosines[at]),
             )
             for at in np.argsort(cosines, kind="stable")[:_SHOWN]

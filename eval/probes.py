@@ -62,9 +62,9 @@ def evaluate_probe(
     assert train.labels is not None and test.labels is not None
     task = _Task(
         train_features.vectors,
-        train.labels[train_features.kept],
+        train.labels[train_features.rows],
         test_features.vectors,
-        test.labels[test_features.kept],
+        test.labels[test_features.rows],
         train.classes,
         session,
     )
@@ -93,7 +93,7 @@ def evaluate_probe(
         _few_shots(task, shots, results)
     results.settings["ties"] = "expected hits"
     prints = [
-        classification.data_fingerprint(features.fingerprint, data, features.kept)
+        classification.data_fingerprint(features.fingerprint, data, features.rows)
         for features, data in ((test_features, test), (train_features, train))
     ]
     return results.report_on(

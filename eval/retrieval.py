@@ -57,7 +57,7 @@ def evaluate_retrieval(
     pictures = session.picture_features(encoder, data.pictures)
     results.lap("pictures")
     if pictures.skipped:
-        data = data.select(pictures.kept)
+        data = data.select(pictures.rows)
     texts = caption_queries(data, results) if queries == "captions" else tag_queries(data)
     vectors = session.text_features(encoder, texts.texts)
     results.lap("texts")
@@ -329,7 +329,7 @@ def _mistakes(
         query_rows, answers = (pictures, texts) if from_picture else (texts, pictures)
         best = direction.ranking.best_rank()
         items: list[dict[str, Any]] = []
-        shown: set[int] = set()
+        listed: set[int] = set()
         for query in np.argsort(-best, kind="stable").tolist():
             if best[query] <= 1 or len(items) == SHOWN_MISTAKES:
                 break
@@ -340,9 +340,9 @@ def _mistakes(
             scores[relevant] = -np.inf
             first = int(scores.argmax())
             picture = query if from_picture else own
-            if picture in shown:  # five captions of one picture are one mistake
+            if picture in listed:  # five captions of one picture are one mistake
                 continue
-            shown.add(picture)
+            listed.add(picture)
             text = queries.texts[own if from_picture else query]
             if from_picture:
                 got = queries.texts[first]

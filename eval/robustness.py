@@ -49,7 +49,7 @@ def evaluate_robustness(
     results = Results("robustness")
     data = _usable(data)
     clean = session.picture_features(encoder, data.pictures)
-    data = data.select(clean.kept)
+    data = data.select(clean.rows)
     measure, contents = _measure(encoder, data, templates, k, session)
     samples = {f"clean/{name}": values for name, values in measure(clean.vectors).items()}
     names = [name.removeprefix("clean/") for name in samples]

@@ -154,7 +154,7 @@ class Results:
         skipped = {"skipped": len(features.skipped)} if features.skipped else {}
         return self.report(
             session,
-            n={"pictures": len(features.kept), **(n or {}), **skipped},
+            n={"pictures": len(features.rows), **(n or {}), **skipped},
             fingerprint=fingerprint,
             dataset=data.name,
             split=data.split,

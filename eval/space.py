@@ -54,7 +54,7 @@ def evaluate_space(
     """
     session, results = session or Session(), Results("space")
     features = session.picture_features(encoder, data.pictures)
-    read = data.select(features.kept)
+    read = data.select(features.rows)
     captions: Sequence[str] = read.captions if isinstance(read, Captioned) else ()
     texts = session.text_features(encoder, captions) if captions else None
     owner = read.owner if isinstance(read, Captioned) else None

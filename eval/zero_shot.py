@@ -54,22 +54,21 @@ def evaluate_zero_shot(
     results.lap("pictures")
     rows = class_vectors(encoder, data.classes, templates, session)
     results.lap("prompts")
-    kept = features.kept
-    results.warnings += classification.emptied_classes(data, kept)
+    results.warnings += classification.emptied_classes(data, features.rows)
     scores, scale = cosines(features.vectors, rows), session.logit_scale(encoder)
     if data.targets is not None:
         results.metrics, table = classification.multi_label_metrics(
-            scores, data.targets[kept], data.classes, seed=session.seed
+            scores, data.targets[features.rows], data.classes, seed=session.seed
         )
         results.tables = [table]
         results.sentences = _multi_label_sentences(results.metrics["mAP"], table["rows"])
     else:
         assert data.labels is not None
-        labels = data.labels[kept]
+        labels = data.labels[features.rows]
         results.metrics, results.samples = classification.label_metrics(
             scores, labels, ks=ks, seed=session.seed
         )
-        _describe_classes(data, kept, scores, labels, scale, results)
+        _describe_classes(data, features.rows, scores, labels, scale, results)
         if calibrate and len(labels) >= 2:
             add_calibration(results, scale * scores, labels, seed=session.seed)
     results.settings |= {
@@ -85,7 +84,7 @@ def evaluate_zero_shot(
         data,
         features,
         n={"classes": len(data.classes)},
-        fingerprint=classification.data_fingerprint(features.fingerprint, data, kept),
+        fingerprint=classification.data_fingerprint(features.fingerprint, data, features.rows),
     )
 
 
@@ -209,7 +208,7 @@ def _calibration_sentence(
 
 
 def _describe_classes(
-    data: Labelled, kept: Int64, scores: Float32, labels: Int64, scale: float, results: Results
+    data: Labelled, rows: Int64, scores: Float32, labels: Int64, scale: float, results: Results
 ) -> None:
     """Add confusion, tables of classes and pairs, mistakes, and sentences about them."""
     counts = metrics.confusion(labels, metrics.predictions(scores), len(data.classes))
@@ -219,7 +218,7 @@ def _describe_classes(
     results.tables += [pairs, classes]
     results.confusion = classification.confusion_matrix(data.classes, counts)
     probabilities = _softmax(scale * scores).astype(np.float32)
-    results.mistakes += classification.mistakes(data, kept, probabilities, labels)
+    results.mistakes += classification.mistakes(data, rows, probabilities, labels)
     results.sentences.append(_accuracy_sentence(results.metrics.get("acc@1"), len(data.classes)))
     if len(classes["rows"]) > 1:
         worst, best = classes["rows"][0], classes["rows"][-1]

@@ -247,7 +247,7 @@ class _Guard:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self._known(host):
+        if not self._accepts(host):
             return 400, f"unknown host {host!r}; open the page at 127.0.0.1 or localhost"
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
@@ -259,7 +259,7 @@ class _Guard:
             return 404, "not found"
         return None
 
-    def _known(self, host: str) -> bool:
+    def _accepts(self, host: str) -> bool:
         """Return whether a Host header is accepted: DNS rebinding needs a name, not a number."""
         try:
             name = urlsplit(f"//{host}").hostname or ""

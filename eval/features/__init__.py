@@ -89,7 +89,7 @@ class Features:
     """The vectors of the pictures that could be read."""
 
     vectors: Float32  # (N, D), unit rows
-    kept: Int64  # (N,) which rows of the pictures these are, ascending
+    rows: Int64  # (N,) which rows of the pictures these are, ascending
     skipped: tuple[tuple[int, str, str, str], ...]  # row, name, reason, message
     fingerprint: str  # of the contents, in order
     repeated: int  # pictures whose bytes came before
@@ -101,7 +101,7 @@ class Features:
         sentences = []
         if self.skipped:
             _, name, _, message = self.skipped[0]
-            total = len(self.kept) + len(self.skipped)
+            total = len(self.rows) + len(self.skipped)
             sentences.append(
                 f"{len(self.skipped):,} of {total:,} pictures were left out, "
                 f"the first {name}: {message}"

@@ -188,7 +188,7 @@ def _word_columns(table: Mapping[str, Any]) -> list[bool]:
 
 
 def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    shown: list[dict[str, Any]] = []
+    drawn: list[dict[str, Any]] = []
     for group in groups:
         items = [
             {
@@ -203,8 +203,8 @@ def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ]
         labels = group.get("labels", ("Expected", "Got"))
         if items:
-            shown.append({"title": group["title"], "items": items, "labels": labels})
-    return shown
+            drawn.append({"title": group["title"], "items": items, "labels": labels})
+    return drawn
 
 
 def _data_uri(value: Any) -> str:
