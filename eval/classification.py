@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from clipkit import metrics
-from clipkit.arrays import Bool, Float32, Float64, Int64
+from clipkit.arrays import Bool, Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import list_text, percent
@@ -22,6 +22,7 @@ from eval.data import Labelled
 from eval.features import fingerprint
 from eval.reports.html import MOST_CLASSES
 from eval.reports.report import exhibit
+from eval.session import Results
 
 _SHOWN_PAIRS = 20
 _SHOWN_MISTAKES = 24
@@ -148,11 +149,20 @@ def confused_table(classes: Sequence[str], counts: Int64) -> dict[str, Any]:
     }
 
 
-def confusion_matrix(classes: Sequence[str], counts: Int64) -> dict[str, Any] | None:
-    """Return a report's `confusion`, None where there are too many classes to read it."""
-    if len(classes) > MOST_CLASSES:
-        return None
-    return {"classes": list(classes), "counts": counts.tolist()}
+def add_classes(
+    results: Results, classes: Sequence[str], labels: Int64, scores: Floats, title_end: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add the confusion of scores (N, C) and labels (N,), unless there are too many classes to read it,
+    and return the added tables of confused pairs and of classes."""
+    counts = metrics.confusion(labels, metrics.predictions(scores), len(classes))
+    hits = metrics.topk_hits(scores, labels, 1)
+    pairs, table = confused_table(classes, counts), class_table(classes, labels, hits, counts)
+    for added in (pairs, table):
+        added["title"] += title_end
+    results.tables += [pairs, table]
+    if len(classes) <= MOST_CLASSES:
+        results.confusion = {"classes": list(classes), "counts": counts.tolist()}
+    return pairs, table
 
 
 def mistakes(

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -144,6 +144,9 @@ class Labelled:
         )
 
 
+Data = TypeVar("Data", Captioned, Labelled)
+
+
 def open_captioned(data: str, *, split: str | None = None, limit: int | None = None) -> Captioned:
     """Collect pictures with captions or tags. Raises InputError if there are none."""
     source, groups, warnings = _collect(data, split)
@@ -155,19 +158,16 @@ def open_captioned(data: str, *, split: str | None = None, limit: int | None = N
             f"no picture of {data} has a caption; captions are read from a caption column, from "
             "metadata.jsonl, or from .txt or .json files beside the pictures"
         )
-    pictures = _pictures(groups)
-    rows, subset = _limited(pictures, limit)
     whole = Captioned(
         data,
         source.split,
-        pictures,
+        _pictures(groups),
         tuple(itertools.chain(*captions)),
         np.repeat(np.arange(len(groups)), [len(texts) for texts in captions]),
         tuple(tuple(dict.fromkeys(own)) for own in tags),
-        subset,
-        warnings,
+        warnings=warnings,
     )
-    return whole if rows is None else whole.select(rows)
+    return _limited(whole, limit)
 
 
 def open_labelled(
@@ -195,8 +195,6 @@ def open_labelled(
             raise DatasetError(f"{group[0].name} of {data} has no label; give it one")
         labels.append(next(iter(own)))
     names, numbers, notes = _classes(data, labels, source.classes, classes)
-    pictures = _pictures(groups)
-    rows, subset = _limited(pictures, limit)
     single = targets = None
     if any(isinstance(label, tuple) for label in labels):
         targets = np.zeros((len(labels), len(names)), np.bool_)
@@ -205,10 +203,9 @@ def open_labelled(
     else:
         single = np.array([several[0] for several in numbers], np.int64)
     domains = tuple(group[0].meta["domain"] for group in groups) if by_domain else None
-    whole = Labelled(data, source.split, pictures, names, single, targets, domains, subset)
-    if rows is not None:
-        whole = whole.select(rows)
-    return replace(whole, warnings=(*warnings, *notes, *_class_warnings(whole)))
+    whole = Labelled(data, source.split, _pictures(groups), names, single, targets, domains)
+    chosen = _limited(whole, limit)
+    return replace(chosen, warnings=(*warnings, *notes, *_class_warnings(chosen)))
 
 
 # ---- rows
@@ -332,20 +329,18 @@ def _label(source: Source, row: Row) -> Label | None:
 # ---- limit
 
 
-def _limited(pictures: Pictures, limit: int | None) -> tuple[Int64 | None, str | None]:
-    """Return the `limit` rows with the smallest hashes of their names, in order; None for all."""
-    total = len(pictures)
+def _limited(data: Data, limit: int | None) -> Data:
+    """Return the `limit` pictures with the smallest hashes of their names, in order; None for all."""
+    total = len(data.pictures)
     if limit is not None and limit < 1:
         raise InputError(f"the limit is {limit} pictures; it must be at least 1")
     if limit is None or limit >= total:
-        return None, None
-    keys = [hashlib.blake2b(_bytes(pictures.name(row)), digest_size=8) for row in range(total)]
-    order = np.argsort([int.from_bytes(key.digest(), "big") for key in keys], kind="stable")
-    return np.sort(order[:limit]), f"{limit:,} of {total:,} pictures, by the hash of their names"
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+        return data
+    names = (data.pictures.name(row).encode("utf-8", "surrogateescape") for row in range(total))
+    keys = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    rows = sorted(sorted(range(total), key=keys.__getitem__)[:limit])
+    subset = f"{limit:,} of {total:,} pictures, by the hash of their names"
+    return replace(data.select(rows), subset=subset)
 
 
 # ---- classes

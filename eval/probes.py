@@ -251,14 +251,7 @@ def _measure(task: _Task, scores: Mapping[str, Floats], results: Results) -> Non
         results.samples |= {f"{name}/{metric}": value for metric, value in samples.items()}
     results.sentences.append(_sentence(results.metrics, len(task.classes)))
     last, rows = list(scores.items())[-1]
-    counts = metrics.confusion(task.truth, metrics.predictions(rows), len(task.classes))
-    hits = results.samples[f"{last}/acc@1"]
-    for table in (
-        classification.confused_table(task.classes, counts),
-        classification.class_table(task.classes, task.truth, hits, counts),
-    ):
-        results.tables.append({**table, "title": f"{table['title']}, {last}"})
-    results.confusion = classification.confusion_matrix(task.classes, counts)
+    classification.add_classes(results, task.classes, task.truth, rows, f", {last}")
     ks = sorted(int(name.removeprefix("knn@")) for name in scores if name.startswith("knn@"))
     if ks:
         points = [results.metrics[f"knn@{k}/acc@1"] for k in ks]

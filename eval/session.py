@@ -20,14 +20,11 @@ from eval.features import (
     Stopped,
     Transform,
     logit_scale,
+    no_progress,
     picture_features,
     text_features,
 )
 from eval.reports.report import EvalReport
-
-
-def _ignore(what: str, done: int, total: int) -> None:
-    """Report progress to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,7 @@ class Session:
 
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
     seed: int = 0
-    on_progress: OnProgress = _ignore  # what, done, total
+    on_progress: OnProgress = no_progress  # what, done, total
     stop: threading.Event = field(default_factory=threading.Event)
 
     def picture_features(

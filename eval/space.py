@@ -45,7 +45,6 @@ def evaluate_space(
     data: Captioned | Labelled,
     *,
     k: int = 10,
-    sample: int = LOOKED_AT,
     session: Session | None = None,
 ) -> EvalReport:
     """Measure the space that a model makes of pictures, and of their captions where they have some.
@@ -59,7 +58,7 @@ def evaluate_space(
     texts = session.text_features(encoder, captions) if captions else None
     owner = read.owner if isinstance(read, Captioned) else None
     results.lap("encoding")
-    _measure(features.vectors, texts, owner, read.pictures, k, sample, session, results)
+    _measure(features.vectors, texts, owner, read.pictures, k, LOOKED_AT, session, results)
     return results.report_on(
         session,
         encoder,

@@ -211,12 +211,7 @@ def _describe_classes(
     data: Labelled, rows: Int64, scores: Float32, labels: Int64, scale: float, results: Results
 ) -> None:
     """Add confusion, tables of classes and pairs, mistakes, and sentences about them."""
-    counts = metrics.confusion(labels, metrics.predictions(scores), len(data.classes))
-    hits = metrics.topk_hits(scores, labels, 1)
-    pairs = classification.confused_table(data.classes, counts)
-    classes = classification.class_table(data.classes, labels, hits, counts)
-    results.tables += [pairs, classes]
-    results.confusion = classification.confusion_matrix(data.classes, counts)
+    pairs, classes = classification.add_classes(results, data.classes, labels, scores)
     probabilities = _softmax(scale * scores).astype(np.float32)
     results.mistakes += classification.mistakes(data, rows, probabilities, labels)
     results.sentences.append(_accuracy_sentence(results.metrics.get("acc@1"), len(data.classes)))

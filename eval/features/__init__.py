@@ -43,6 +43,7 @@ __all__ = [
     "Transform",
     "fingerprint",
     "logit_scale",
+    "no_progress",
     "picture_features",
     "text_features",
     "thumbnail_uri",
@@ -54,6 +55,10 @@ STORE = "vectors-1.sqlite"  # the number changes with its schema
 # How bytes become vectors, beside the encoder. Raise the number when decoding or resizing changes.
 PREPROCESSING = f"{clipkit.__version__}-1"
 TEXT_BATCH = 128
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Do nothing."""
 
 
 class Stopped(ClipkitError):
@@ -119,7 +124,7 @@ def picture_features(
     transform: Transform | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = no_progress,
     stop: threading.Event | None = None,
 ) -> Features:
     """Encode pictures, each file read once; those that cannot be read are skipped and named.
@@ -172,8 +177,7 @@ def picture_features(
                 keys |= new
             else:
                 skipped[result.item] = result.error
-            if on_progress is not None:
-                on_progress("encoding pictures", len(keys) + len(skipped), len(pictures))
+            on_progress("encoding pictures", len(keys) + len(skipped), len(pictures))
     if not keys:
         raise InputError(_no_picture_read(pictures, skipped))
     rows = sorted(keys)
@@ -193,7 +197,7 @@ def text_features(
     texts: Sequence[str],
     *,
     cache: FeatureCache,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = no_progress,
     stop: threading.Event | None = None,
 ) -> Float32:
     """Encode texts to float32 (M, D), unit rows. Equal texts are encoded once, and texts of similar
@@ -218,8 +222,7 @@ def text_features(
                 raise model.no_vector(f"{content[batch[at]]!r:.80}")
             model.store.put(batch, rows)
             vectors.update(zip(batch, rows, strict=True))
-            if on_progress is not None:
-                on_progress("encoding texts", start + len(batch), len(missing))
+            on_progress("encoding texts", start + len(batch), len(missing))
     return np.stack([vectors[key] for key in keys])
 
 

@@ -18,10 +18,10 @@ from clipkit.wording import duration, printable
 from eval.data import Pictures
 from eval.features import thumbnail_uri
 from eval.reports.wording import (
-    cell_text,
     interval_text,
-    markdown,
+    markdown_head,
     markdown_table,
+    markdown_tables,
     setting_text,
     text_table,
     to_json,
@@ -101,21 +101,13 @@ class EvalReport:
 
     def to_markdown(self) -> str:
         """Return figures, warnings and provenance as Markdown, without pictures and curves."""
-        parts = [f"# {markdown(self.title)}"]
-        parts += [f"> **Warning:** {markdown(warning)}" for warning in self.warnings]
-        parts += [markdown(sentence) for sentence in self.details.get("words", ())]
-        parts.append(markdown_table(COLUMNS, self._rows()))
-        for table in self.details.get("tables", ()):
-            parts.append(f"## {markdown(table['title'])}")
-            cells = [
-                [cell_text(*pair) for pair in zip(row, table["columns"], strict=True)]
-                for row in table["rows"]
-            ]
-            parts.append(markdown_table(table["columns"], cells))
-            if table.get("note"):
-                parts.append(markdown(table["note"]))
-        parts.append("## Settings and data")
-        parts.append(markdown_table(("name", "value"), [*self.provenance(), *self.chosen()]))
+        parts = [
+            *markdown_head(self.title, self.warnings, self.details.get("words", ())),
+            markdown_table(COLUMNS, self._rows()),
+            *markdown_tables(self.details.get("tables", ())),
+            "## Settings and data",
+            markdown_table(("name", "value"), [*self.provenance(), *self.chosen()]),
+        ]
         return "\n\n".join(parts) + "\n"
 
     def lines(self) -> list[str]:
