@@ -20,7 +20,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -259,13 +259,7 @@ def export(marks: Sequence[Correction], catalog: Catalog) -> Iterator[dict[str, 
             num = nums[mark.image_id]
             path = _path(rows[num]) if num in rows else None
             if path is not None:
-                yield {
-                    "picture": path,
-                    "query": mark.query,
-                    "right": mark.right,
-                    "image_id": mark.image_id,
-                    "at": mark.at,
-                }
+                yield {"picture": path, **asdict(mark)}
 
 
 def _path(row: PictureRow) -> str | None:

@@ -73,10 +73,11 @@ class Page:
     def load(self) -> tuple[str, str, str, str]:
         """Return status, filters, run and start page."""
         try:
-            start = self._start(self.workspace.contents())
+            contents = self.workspace.contents()
+            start = self._start(contents)
+            return self.status(contents), self._filters_of(contents), self.run(), start
         except ClipkitError as error:
             return "", "", self.run(), render.failure(str(error))
-        return *self.tick(), start
 
     def tick(self) -> tuple[str, str, str]:
         """Return what changes by itself: status, filters and run.

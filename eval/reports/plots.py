@@ -99,9 +99,10 @@ def scatter(plot: Mapping[str, Any]) -> str:
                   markeredgecolor=_HUES[0] if chosen else INK, markeredgewidth=1)  # fmt: skip
         axes.annotate(str(number), (x, y), ha="center", va="center_baseline", fontsize=8.5,
                       color=PAPER if chosen else INK)  # fmt: skip
-    if _is_wide([float(p["x"]) for p in points]):
+    xs = [float(p["x"]) for p in points]
+    if xs and 0 < 8 * min(xs) < max(xs):  # too wide for an even scale
         axes.set_xscale("log")
-        _plain_log_ticks(axes, [float(p["x"]) for p in points])
+        _plain_log_ticks(axes, xs)
     axes.margins(0.08, 0.12)
     _percents(axes, plot["y_label"])
     return _page_svg(figure, plot["title"])
@@ -213,11 +214,6 @@ def _percents(axes: Axes, y_label: str) -> None:
     low, high = axes.get_ylim()
     if is_share(y_label) and low >= -0.2 and high <= 1.2:
         axes.yaxis.set_major_formatter(PercentFormatter(1, 1 if high - low < 0.05 else 0, " %"))
-
-
-def _is_wide(values: Sequence[float]) -> bool:
-    """Return whether values span more than a factor of 8, so that a log axis is needed."""
-    return bool(values) and min(values) > 0 and max(values) > 8 * min(values)
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:
