@@ -20,7 +20,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -38,9 +38,7 @@ from data_prep.clean import Rules, same_caption
 log = logging.getLogger(__name__)
 
 FILE, LOCK = "corrections.jsonl", "corrections.lock"
-MOST_LETTERS = (
-    Rules().max_chars
-)  # of a marked query: `clipkit data build` accepts no longer caption
+MOST_LETTERS = Rules().max_chars  # of a marked query: no longer caption is built into a dataset
 MOST_BYTES = 64_000_000  # of the file: some 400,000 marks
 MARK_BYTES = 64_000  # of a mark as it is sent
 LOCK_SECONDS = 10.0  # another process holds the lock for a few milliseconds
@@ -261,13 +259,7 @@ def export(marks: Sequence[Correction], catalog: Catalog) -> Iterator[dict[str, 
             num = nums[mark.image_id]
             path = _path(rows[num]) if num in rows else None
             if path is not None:
-                yield {
-                    "picture": path,
-                    "query": mark.query,
-                    "right": mark.right,
-                    "image_id": mark.image_id,
-                    "at": mark.at,
-                }
+                yield {"picture": path, **asdict(mark)}
 
 
 def _path(row: PictureRow) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 # Unicode's bidirectional controls: in a file name they would reorder the text around it (UAX 9).
 _BIDIRECTIONAL = frozenset(
@@ -57,3 +58,9 @@ def percent(share: float) -> str:
     if 0 < share < 0.001:
         return f"{100 * share:.2g} %"
     return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.1f} %"
+
+
+def list_text(items: Sequence[str], most: int = 3) -> str:
+    """Return "a, b, c and 4 more"."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest

@@ -12,21 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Bool, Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
-from clipkit.wording import percent
+from clipkit.wording import list_text, percent
 from eval.data import Labelled
 from eval.features import fingerprint
 from eval.reports.html import MOST_CLASSES
 from eval.reports.report import exhibit
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
+from eval.session import Results
 
 _SHOWN_PAIRS = 20
 _SHOWN_MISTAKES = 24
@@ -56,21 +52,21 @@ def check_labels(data: Labelled) -> None:
             )
 
 
-def emptied_classes(data: Labelled, kept: Int64) -> tuple[str, ...]:
-    """Return a warning if a class has lost all its pictures; `kept` (N,) are the rows left."""
-    before, after = data.pictures_per_class(), data.select(kept).pictures_per_class()
+def emptied_classes(data: Labelled, rows: Int64) -> tuple[str, ...]:
+    """Return a warning if a class has lost all its pictures; `rows` (N,) are the rows left."""
+    before, after = data.pictures_per_class(), data.select(rows).pictures_per_class()
     names = [name for name, a, b in zip(data.classes, before, after, strict=True) if a and not b]
     if not names:
         return ()
-    shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if names[5:] else "")
-    return (f"no picture of {shown} can be read; means per class are over the others",)
+    lost = list_text([repr(name) for name in names], 5)
+    return (f"no picture of {lost} can be read; means per class are over the others",)
 
 
-def data_fingerprint(features: str, data: Labelled, kept: Int64) -> str:
+def data_fingerprint(features: str, data: Labelled, rows: Int64) -> str:
     """Return a hash of the pictures (the fingerprint of their features), class names and labels."""
     labels = data.labels if data.labels is not None else data.targets
     assert labels is not None
-    return fingerprint(features, [*data.classes, labels[kept].tobytes()])
+    return fingerprint(features, [*data.classes, labels[rows].tobytes()])
 
 
 def stratified_halves(labels: Int64, *, share: float = 0.5, seed: int = 0) -> tuple[Int64, Int64]:
@@ -153,18 +149,27 @@ def confused_table(classes: Sequence[str], counts: Int64) -> dict[str, Any]:
     }
 
 
-def confusion_matrix(classes: Sequence[str], counts: Int64) -> dict[str, Any] | None:
-    """Return a report's `confusion`, None where there are too many classes to read it."""
-    if len(classes) > MOST_CLASSES:
-        return None
-    return {"classes": list(classes), "counts": counts.tolist()}
+def add_classes(
+    results: Results, classes: Sequence[str], labels: Int64, scores: Floats, title_end: str = ""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Add the confusion of scores (N, C) and labels (N,), unless there are too many classes to read it,
+    and return the added tables of confused pairs and of classes."""
+    counts = metrics.confusion(labels, metrics.predictions(scores), len(classes))
+    hits = metrics.topk_hits(scores, labels, 1)
+    pairs, table = confused_table(classes, counts), class_table(classes, labels, hits, counts)
+    for added in (pairs, table):
+        added["title"] += title_end
+    results.tables += [pairs, table]
+    if len(classes) <= MOST_CLASSES:
+        results.confusion = {"classes": list(classes), "counts": counts.tolist()}
+    return pairs, table
 
 
 def mistakes(
-    data: Labelled, kept: Int64, probabilities: Float32, labels: Int64
+    data: Labelled, rows: Int64, probabilities: Float32, labels: Int64
 ) -> list[Mapping[str, Any]]:
     """Return the wrong predictions of highest confidence; probabilities (N, C) and labels (N,) are of
-    the pictures `kept` (N,)."""
+    the pictures `rows` (N,)."""
     predicted = metrics.predictions(probabilities)
     confidence = probabilities[np.arange(len(labels)), predicted]
     wrong = np.flatnonzero(predicted != labels)
@@ -172,7 +177,7 @@ def mistakes(
     items = [
         exhibit(
             data.pictures,
-            int(kept[row]),
+            int(rows[row]),
             expected=data.classes[labels[row]],
             got=data.classes[predicted[row]],
             score=float(confidence[row]),

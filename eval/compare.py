@@ -12,63 +12,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Float64
 from clipkit.errors import InputError
 from clipkit.metrics import corrected_p, paired_test
+from clipkit.wording import list_text
 from eval.data import Captioned, Labelled
 from eval.features import Encoder
 from eval.prompts import Templates, default_templates
 from eval.reports import save
-from eval.reports.comparison import Comparison, Pair, Row, Section, list_text
-from eval.reports.report import EvalReport, exhibit
+from eval.reports.comparison import Comparison, Pair, Row, Section
+from eval.reports.report import EvalReport, curve, exhibit
 from eval.reports.wording import change_text, direction, p_text, setting_text, value_text
 from eval.retrieval import evaluate_retrieval, unit_weights
 from eval.session import Session
 from eval.zero_shot import evaluate_zero_shot
-
-Float64 = npt.NDArray[np.float64]
 
 EXAMPLES = 12  # pictures of each kind
 FEW = 100  # held-out pictures, with which only large changes are significant
 _POINTS = 200  # of a curve
 # settings that must be equal for two models' figures to mean the same
 COMPARED = frozenset(("templates", "queries", "ks", "ties", "tie_rule", "seed", "relevance"))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Examples:
-    """The pictures of a dataset, whose rows are those of its reports' samples."""
-
-    data: Captioned | Labelled
-
-    def own_means(self, metric: str, samples: Float64) -> Float64:
-        """Return each picture's own mean of a metric from its samples (N,).
-
-        A sample of text-to-image retrieval is weighted by the number of the picture's captions.
-        """
-        if isinstance(self.data, Captioned) and metric.startswith("text_to_image/"):
-            return samples / unit_weights(self.data.owner)
-        return samples
-
-    def card(self, row: int, got: str) -> Mapping[str, Any]:
-        """Return a picture with its first caption or its class."""
-        data = self.data
-        if isinstance(data, Captioned):
-            expected = "".join(data.captions[i] for i in np.flatnonzero(data.owner == row)[:1])
-        elif data.labels is not None:
-            expected = data.classes[int(data.labels[row])]
-        else:
-            present = np.flatnonzero(() if data.targets is None else data.targets[row])
-            expected = ", ".join(data.classes[int(i)] for i in present)
-        return exhibit(data.pictures, row, expected=expected, got=got)
 
 
 def compare(
@@ -90,7 +61,7 @@ def compare(
     session = session or Session()
     cuts: dict[str, Any] = {} if ks is None else {"ks": tuple(ks)}
     models: list[list[EvalReport]] = []
-    examples: dict[str, Examples] = {}
+    examples: dict[str, Captioned | Labelled] = {}
     for encoder in encoders:
         models.append([])
         for data in datasets:
@@ -104,7 +75,7 @@ def compare(
                 )
             models[-1].append(report)
             if report.n["pictures"] == len(data.pictures) and "tags" not in report.n:
-                examples[report.fingerprint] = Examples(data)
+                examples[report.fingerprint] = data
     return compare_reports(
         models, names=names, title=title, examples=examples, command=command, seed=session.seed
     )
@@ -115,15 +86,16 @@ def compare_reports(
     *,
     names: Sequence[str] | None = None,
     title: str = "",
-    examples: Mapping[str, Examples] | None = None,
+    examples: Mapping[str, Captioned | Labelled] | None = None,
     command: str = "",
     seed: int = 0,
 ) -> Comparison:
     """Compare models by their reports, one list per model, with the first model as the baseline.
 
     Reports belong together by task, dataset and split. `names` are the models' (default: their
-    specs); `examples` show single pictures, by the data's fingerprint. Raises InputError for fewer
-    than two models, a model without reports, or names that do not match.
+    specs); `examples`, by the data's fingerprint, are datasets whose rows are those of the samples:
+    their pictures are shown. Raises InputError for fewer than two models, a model without reports, or
+    names that do not match.
     """
     if len(models) < 2 or not all(models):
         raise InputError(f"{len(models)} models to compare, with {[len(m) for m in models]} reports; "
@@ -156,7 +128,7 @@ def compare_reports(
 def _section(
     reports: tuple[EvalReport | None, ...],
     names: Sequence[str],
-    examples: Mapping[str, Examples],
+    examples: Mapping[str, Captioned | Labelled],
     seed: int,
 ) -> Section:
     there = [(at, report) for at, report in enumerate(reports) if report is not None]
@@ -234,10 +206,10 @@ def _overlaid(
     """Draw curves of one title in one plot, each series under its model's name."""
     curves: dict[str, dict[str, Any]] = {}
     for at, report in there:
-        for curve in report.details.get("curves", ()):
-            shared = curves.setdefault(curve["title"], {**curve, "series": []})
-            alone = len(curve["series"]) == 1
-            for number, series in enumerate(curve["series"]):
+        for plot in report.details.get("curves", ()):
+            shared = curves.setdefault(plot["title"], {**plot, "series": []})
+            alone = len(plot["series"]) == 1
+            for number, series in enumerate(plot["series"]):
                 name = names[at] if alone else f"{names[at]}: {series['name']}"
                 dash = at if alone else number
                 shared["series"].append({**series, "name": name, "hue": at, "dash": dash})
@@ -247,7 +219,7 @@ def _overlaid(
 def _changed(
     there: Sequence[tuple[int, EvalReport]],
     names: Sequence[str],
-    examples: Mapping[str, Examples],
+    examples: Mapping[str, Captioned | Labelled],
 ) -> list[Mapping[str, Any]]:
     """Return the pictures that changed most from the first model to the last, better and worse."""
     (a, first), (b, second) = there[0], there[-1]
@@ -259,12 +231,12 @@ def _changed(
         and _comparable(first, second, m)
         and not m.endswith("mean_per_class_recall")
     ]
-    shown = examples.get(first.fingerprint)
-    if a == b or not shared or shown is None:
+    data = examples.get(first.fingerprint)
+    if a == b or not shared or data is None:
         return []
     # a graded figure tells pictures apart that all count as one hit
     metric = next((m for m in shared if m.endswith("MRR")), shared[0])
-    before, after = (shown.own_means(metric, report.samples[metric]) for report in (first, second))
+    before, after = (_own_means(data, metric, report.samples[metric]) for report in (first, second))
     gain = (after - before) * (direction(metric) or 1)
     groups: list[Mapping[str, Any]] = []
     for word, sign in (("better", 1), ("worse", -1)):
@@ -273,11 +245,33 @@ def _changed(
         groups.append(
             {
                 "title": f"{names[b]} does {word} than {names[a]} ({metric} of the picture)",
-                "items": [shown.card(r, " → ".join(change[r])) for r in rows if sign * gain[r] > 0],
+                "items": [
+                    _card(data, r, " → ".join(change[r])) for r in rows if sign * gain[r] > 0
+                ],
                 "labels": ("Expected", "Change"),
             }
         )
     return groups
+
+
+def _own_means(data: Captioned | Labelled, metric: str, samples: Float64) -> Float64:
+    """Return each picture's own mean of a metric from its samples (N,): one of text-to-image retrieval
+    is weighted by the number of the picture's captions."""
+    if isinstance(data, Captioned) and metric.startswith("text_to_image/"):
+        return samples / unit_weights(data.owner)
+    return samples
+
+
+def _card(data: Captioned | Labelled, row: int, got: str) -> Mapping[str, Any]:
+    """Return a picture with its first caption or its class."""
+    if isinstance(data, Captioned):
+        expected = "".join(data.captions[i] for i in np.flatnonzero(data.owner == row)[:1])
+    elif data.labels is not None:
+        expected = data.classes[int(data.labels[row])]
+    else:
+        present = np.flatnonzero(() if data.targets is None else data.targets[row])
+        expected = ", ".join(data.classes[int(i)] for i in present)
+    return exhibit(data.pictures, row, expected=expected, got=got)
 
 
 def _settings(reports: Sequence[EvalReport | None], names: Sequence[str]) -> Mapping[str, Any]:
@@ -443,26 +437,13 @@ def _run_curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "y": [sum(line["loss"] for line in group) / len(group) for group in groups],
         }
         title = "Loss" if size == 1 else f"Loss, mean of {size} steps"
-        curves.append({"title": title, "x_label": "step", "y_label": "loss", "series": [loss]})
+        curves.append(curve(title, "step", "loss", [loss]))
     checks = [line for line in lines if "text_to_image/R@1" in line]
     if len(checks) > 1:
-        series = [
-            {
-                "name": name,
-                "x": [line["step"] for line in checks],
-                "y": [line[name] for line in checks],
-            }
-            for name in checks[0]
-            if "/R@" in name
-        ]
-        curves.append(
-            {
-                "title": "Recall on the validation split",
-                "x_label": "step",
-                "y_label": "recall",
-                "series": series,
-            }
-        )
+        x = [line["step"] for line in checks]
+        names = [name for name in checks[0] if "/R@" in name]
+        series = [{"name": name, "x": x, "y": [line[name] for line in checks]} for name in names]
+        curves.append(curve("Recall on the validation split", "step", "recall", series))
     return curves
 
 

@@ -20,13 +20,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from clipkit.arrays import Float64
 from clipkit.errors import InputError
 from eval.features import Transform
 
-Unit = npt.NDArray[np.float64]  # (H, W, 3) in 0..1
+Unit = Float64  # (H, W, 3) in 0..1
 SIDE = 224  # pixels
 _VERSION = 1  # raise it when a corruption's result changes: features are cached by it
 
@@ -117,7 +117,7 @@ def _defocus_blur(
     return _picture(_convolved(_unit(picture), kernel / kernel.sum(), reach))
 
 
-def _convolved(x: Unit, kernel: npt.NDArray[np.float64], reach: int) -> Unit:
+def _convolved(x: Unit, kernel: Float64, reach: int) -> Unit:
     """Convolve x (H, W, 3) with a kernel (2 reach + 1, 2 reach + 1), mirrored at the border."""
     padded = np.pad(x, ((reach, reach), (reach, reach), (0, 0)), mode="symmetric")
     size = padded.shape[:2]

@@ -19,17 +19,16 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Bool, Int64
 from clipkit.errors import DatasetError, InputError
 from clipkit.records import stripped
 from clipkit.sources import Broken, Options, Picture, Row, Source, detect, open_source
 from clipkit.sources.folders import choose_split, split_folder
-
-Int64 = npt.NDArray[np.int64]
+from clipkit.wording import list_text
 
 # A class by its number or its name; a tuple where a picture may have several.
 Label = int | str | tuple[int | str, ...]
@@ -121,7 +120,7 @@ class Labelled:
     pictures: Pictures
     classes: tuple[str, ...]
     labels: Int64 | None  # (N,)
-    targets: npt.NDArray[np.bool_] | None  # (N, C), multi-label
+    targets: Bool | None  # (N, C), multi-label
     domains: tuple[str, ...] | None = None  # one per picture
     subset: str | None = None
     warnings: tuple[str, ...] = ()
@@ -145,6 +144,9 @@ class Labelled:
         )
 
 
+Data = TypeVar("Data", Captioned, Labelled)
+
+
 def open_captioned(data: str, *, split: str | None = None, limit: int | None = None) -> Captioned:
     """Collect pictures with captions or tags. Raises InputError if there are none."""
     source, groups, warnings = _collect(data, split)
@@ -156,19 +158,16 @@ def open_captioned(data: str, *, split: str | None = None, limit: int | None = N
             f"no picture of {data} has a caption; captions are read from a caption column, from "
             "metadata.jsonl, or from .txt or .json files beside the pictures"
         )
-    pictures = _pictures(groups)
-    rows, subset = _limited(pictures, limit)
     whole = Captioned(
         data,
         source.split,
-        pictures,
+        _pictures(groups),
         tuple(itertools.chain(*captions)),
         np.repeat(np.arange(len(groups)), [len(texts) for texts in captions]),
         tuple(tuple(dict.fromkeys(own)) for own in tags),
-        subset,
-        warnings,
+        warnings=warnings,
     )
-    return whole if rows is None else whole.select(rows)
+    return _limited(whole, limit)
 
 
 def open_labelled(
@@ -196,8 +195,6 @@ def open_labelled(
             raise DatasetError(f"{group[0].name} of {data} has no label; give it one")
         labels.append(next(iter(own)))
     names, numbers, notes = _classes(data, labels, source.classes, classes)
-    pictures = _pictures(groups)
-    rows, subset = _limited(pictures, limit)
     single = targets = None
     if any(isinstance(label, tuple) for label in labels):
         targets = np.zeros((len(labels), len(names)), np.bool_)
@@ -206,10 +203,9 @@ def open_labelled(
     else:
         single = np.array([several[0] for several in numbers], np.int64)
     domains = tuple(group[0].meta["domain"] for group in groups) if by_domain else None
-    whole = Labelled(data, source.split, pictures, names, single, targets, domains, subset)
-    if rows is not None:
-        whole = whole.select(rows)
-    return replace(whole, warnings=(*warnings, *notes, *_class_warnings(whole)))
+    whole = Labelled(data, source.split, _pictures(groups), names, single, targets, domains)
+    chosen = _limited(whole, limit)
+    return replace(chosen, warnings=(*warnings, *notes, *_class_warnings(chosen)))
 
 
 # ---- rows
@@ -333,20 +329,18 @@ def _label(source: Source, row: Row) -> Label | None:
 # ---- limit
 
 
-def _limited(pictures: Pictures, limit: int | None) -> tuple[Int64 | None, str | None]:
-    """Return the `limit` rows with the smallest hashes of their names, in order; None for all."""
-    total = len(pictures)
+def _limited(data: Data, limit: int | None) -> Data:
+    """Return the `limit` pictures with the smallest hashes of their names, in order; None for all."""
+    total = len(data.pictures)
     if limit is not None and limit < 1:
         raise InputError(f"the limit is {limit} pictures; it must be at least 1")
     if limit is None or limit >= total:
-        return None, None
-    keys = [hashlib.blake2b(_bytes(pictures.name(row)), digest_size=8) for row in range(total)]
-    order = np.argsort([int.from_bytes(key.digest(), "big") for key in keys], kind="stable")
-    return np.sort(order[:limit]), f"{limit:,} of {total:,} pictures, by the hash of their names"
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
+        return data
+    names = (data.pictures.name(row).encode("utf-8", "surrogateescape") for row in range(total))
+    keys = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    rows = sorted(sorted(range(total), key=keys.__getitem__)[:limit])
+    subset = f"{limit:,} of {total:,} pictures, by the hash of their names"
+    return replace(data.select(rows), subset=subset)
 
 
 # ---- classes
@@ -386,7 +380,7 @@ def _numbered(
     if own_names and new_names and len(own_names) != len(new_names):
         raise InputError(
             f"{len(new_names)} classes were given, but {data} has {len(own_names)} "
-            f"({_some(own_names)}); give one name for each, in its order"
+            f"({list_text(own_names, 5)}); give one name for each, in its order"
         )
     if numbers and not 0 <= min(numbers) <= max(numbers) < len(names):
         raise InputError(
@@ -409,12 +403,12 @@ def _named(
     if len(new_names) != len(old):
         raise InputError(
             f"{len(new_names)} classes were given, but {data} has {len(old)}, and "
-            f"{len(missing)} are none of them ({_some(missing)}); give a name for each"
+            f"{len(missing)} are none of them ({list_text(missing, 5)}); give a name for each"
         )
     if len(missing) < len(old):
         raise InputError(
             f"{len(missing)} of {data}'s {len(old)} classes are none of those given "
-            f"({_some(missing)}); spell them alike, or give other names for all, in their order"
+            f"({list_text(missing, 5)}); spell them alike, or give other names for all, in their order"
         )
     note = (
         f"classes were named in order: {old[0]} is {new_names[0]!r}, {old[-1]} is {new_names[-1]!r}"
@@ -430,12 +424,7 @@ def _spoken(name: str) -> str:
 def _class_warnings(data: Labelled) -> Iterator[str]:
     counts = Counter(name.casefold() for name in data.classes)
     if twice := [name for name, count in counts.items() if count > 1]:
-        yield f"class names given more than once: {_some(twice)}; no model can distinguish those"
+        yield f"class names given more than once: {list_text(twice, 5)}; no model can distinguish those"
     counted = data.pictures_per_class()
     if empty := [name for name, count in zip(data.classes, counted, strict=True) if not count]:
-        yield f"{len(empty)} of {len(data.classes)} classes have no picture: {_some(empty)}"
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        yield f"{len(empty)} of {len(data.classes)} classes have no picture: {list_text(empty, 5)}"

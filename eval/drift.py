@@ -12,21 +12,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, TwoSampleTest, mean_interval
 from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, exhibit, histogram_series
+from eval.reports.report import EvalReport, curve, exhibit, histogram_series
 from eval.reports.wording import p_text, percent_interval
 from eval.session import Results, Session
 from eval.space import LOOKED_AT, check_unit, nearest_known, neighbours
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 _SHOWN = 12
 _ALIKE, _DIFFERENT = 0.9, 0.5  # share of neighbours in common
@@ -52,9 +49,9 @@ def drift_between_encoders(
     a = session.picture_features(encoder_a, data.pictures)
     b = session.picture_features(encoder_b, data.pictures)
     results.lap("encoding")
-    kept, in_a, in_b = np.intersect1d(a.kept, b.kept, return_indices=True)
+    both, in_a, in_b = np.intersect1d(a.rows, b.rows, return_indices=True)
     results.warnings += [*data.warnings, *a.warnings]
-    pictures = data.select(kept).pictures
+    pictures = data.select(both).pictures
     add_model_drift(
         results, a.vectors[in_a], b.vectors[in_b], pictures=pictures, ks=ks, session=session
     )
@@ -69,7 +66,7 @@ def drift_between_encoders(
     }
     return results.report(
         session,
-        n={"pictures": len(kept)},
+        n={"pictures": len(both)},
         fingerprint=fingerprint("", [a.fingerprint, b.fingerprint]),
         dataset=data.name,
         split=data.split,
@@ -103,8 +100,8 @@ def add_model_drift(
     n, seed = len(a), session.seed
     rows = np.sort(np.random.default_rng(seed).permutation(n)[:LOOKED_AT])
     ks = sorted({min(k, n - 1) for k in ks})
-    near_a = neighbours(a, ks[-1], rows=rows, seed=seed, **session.callbacks)[0]
-    near_b = neighbours(b, ks[-1], rows=rows, seed=seed + 1, **session.callbacks)[0]
+    near_a = neighbours(a, ks[-1], rows=rows, seed=seed, session=session)[0]
+    near_b = neighbours(b, ks[-1], rows=rows, seed=seed + 1, session=session)[0]
     samples = {
         f"neighbour_overlap@{k}": metrics.neighbour_overlap(near_a[:, :k], near_b[:, :k])
         for k in ks
@@ -180,9 +177,6 @@ def drift_between_batches(
     before: Captioned | Labelled,
     after: Captioned | Labelled,
     *,
-    level: float = 0.05,
-    permutations: int = 499,
-    sample: int = 2000,
     session: Session | None = None,
 ) -> EvalReport:
     """Test whether the pictures of `after` are distributed like those of `before`, in one model's space.
@@ -193,17 +187,9 @@ def drift_between_batches(
     old, new = (session.picture_features(encoder, data.pictures) for data in (before, after))
     results.lap("encoding")
     results.warnings += [*before.warnings, *after.warnings, *old.warnings, *new.warnings]
-    known, pictures = before.select(old.kept).pictures, after.select(new.kept).pictures
+    reference, pictures = before.select(old.rows).pictures, after.select(new.rows).pictures
     add_batch_drift(
-        results,
-        old.vectors,
-        new.vectors,
-        known=known,
-        pictures=pictures,
-        level=level,
-        permutations=permutations,
-        sample=sample,
-        session=session,
+        results, old.vectors, new.vectors, reference=reference, pictures=pictures, session=session
     )
     results.settings["precision"] = encoder.precision
     return results.report(
@@ -222,7 +208,7 @@ def add_batch_drift(
     before: Float32,
     after: Float32,
     *,
-    known: Pictures | None = None,
+    reference: Pictures | None = None,
     pictures: Pictures | None = None,
     level: float = 0.05,
     permutations: int = 499,
@@ -230,7 +216,7 @@ def add_batch_drift(
     session: Session,
 ) -> None:
     """Add the two-sample test of unit rows before (N, D) and after (M, D), the share of novel pictures,
-    the dimensions that moved and the most novel pictures; `known` and `pictures` are the rows'.
+    the dimensions that moved and the most novel pictures; `reference` and `pictures` are the rows'.
 
     Raises InputError for rows of another length, and what `compare_batches` raises.
     """
@@ -241,8 +227,8 @@ def add_batch_drift(
     check_unit("vector after", after)
     random = np.random.default_rng(session.seed)
     old, new = (np.sort(random.permutation(len(v))[:LOOKED_AT]) for v in (before, after))
-    usual = neighbours(before, 1, rows=old, **session.callbacks)[1][:, 0]
-    near, scores = nearest_known(after[new], before, 1, **session.callbacks)
+    usual = neighbours(before, 1, rows=old, session=session)[1][:, 0]
+    near, scores = nearest_known(after[new], before, 1, session=session)
     nearest, cosines = near[:, 0], scores[:, 0]
     novel = mean_interval(cosines < np.quantile(usual, _FAR), seed=session.seed)
     smaller = min(test.sizes)
@@ -266,7 +252,9 @@ def add_batch_drift(
                 pictures,
                 int(new[at]),
                 expected="",
-                got=f"picture {nearest[at]}" if known is None else known.name(int(nearest[at])),
+                got=f"picture {nearest[at]}"
+                if reference is None
+                else reference.name(int(nearest[at])),
                 score=float(cosines[at]),
             )
             for at in np.argsort(cosines, kind="stable")[:_SHOWN]
@@ -326,12 +314,9 @@ def _dimension_table(before: Float32, after: Float32) -> dict[str, Any]:
 
 def _nearest_curve(usual: Float32, cosines: Float32) -> dict[str, Any]:
     bins = np.linspace(min(usual.min(), cosines.min()) - 1e-3, 1.0, 41)
-    return {
-        "title": "Cosine to the nearest known picture",
-        "x_label": "cosine",
-        "y_label": "share of the pictures",
-        "series": [
-            histogram_series("known pictures, to each other", np.minimum(usual, 1), bins),
-            histogram_series("new pictures", np.minimum(cosines, 1), bins),
-        ],
-    }
+    series = [
+        histogram_series("known pictures, to each other", np.minimum(usual, 1), bins),
+        histogram_series("new pictures", np.minimum(cosines, 1), bins),
+    ]
+    title, y_label = "Cosine to the nearest known picture", "share of the pictures"
+    return curve(title, "cosine", y_label, series)

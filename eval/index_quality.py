@@ -19,16 +19,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.index import KINDS, VectorIndex, typical_queries
 from clipkit.metrics import Interval, mean_interval, statistic_interval
 from eval.features import Stopped, fingerprint
 from eval.reports.report import EvalReport
 from eval.session import Results, Session
-
-Floats = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 # Turning words into a vector takes about 11 ms on two cores: what the search adds up to this is
 # not noticed, and a faster kind would only risk losing hits.
@@ -44,21 +41,20 @@ _NOTE = (
 
 def evaluate_index(
     ids: Int64,
-    vectors: npt.NDArray[np.float16] | Floats,
+    vectors: npt.NDArray[np.float16] | Float32,
     *,
-    queries: Floats | None = None,
-    kinds: Sequence[str] | None = None,
+    queries: Float32 | None = None,
+    kinds: Sequence[str] = tuple(KINDS),
     recall_goals: Sequence[float] = (0.9, 0.95, 0.99),
     ks: Sequence[int] = (1, 10, 100),
     query_count: int = 200,
     repeats: int = 3,
-    unnoticed_ms: float = UNNOTICED_MS,
     dataset: str = "vectors",
     model: str = "",
     encoder_id: str = "",
     session: Session | None = None,
 ) -> EvalReport:
-    """Measure every setting of `kinds` (None: all) on `vectors` (N, D), unit rows, with `ids` (N,).
+    """Measure every setting of `kinds` on `vectors` (N, D), unit rows, with `ids` (N,).
 
     Searches for `query_count` queries made from the vectors, and for `queries` (Q, D), such as encoded
     texts, if given. A stopped session ends it early with what was measured; raises Stopped if that is
@@ -66,8 +62,8 @@ def evaluate_index(
     VectorIndex.build raises.
     """
     session, results = session or Session(), Results("index")
-    kinds = list(KINDS) if kinds is None else sorted(set(kinds), key=_position)
     _check(vectors, kinds, recall_goals, ks, query_count, repeats)
+    kinds = [kind for kind in KINDS if kind in kinds]
     size, seed = len(vectors), session.seed
     ks = sorted({min(k, size) for k in ks})
     judged = 10 if 10 in ks else ks[-1]
@@ -100,7 +96,7 @@ def evaluate_index(
         )
     outcomes = run.outcomes
 
-    best, reason = recommend(outcomes, max(recall_goals), unnoticed_ms=unnoticed_ms)
+    best, reason = recommend(outcomes, max(recall_goals))
     counts = ", ".join(f"{len(rows)} {group}" for group, rows in groups.items())
     same = "the same" if automatic == best.name else f"not the recommended {best.name}"
     results.sentences = [
@@ -123,7 +119,7 @@ def evaluate_index(
         "ks": ks,
         "judged_at": judged,
         "repeats": repeats,
-        "unnoticed_ms": unnoticed_ms,
+        "unnoticed_ms": UNNOTICED_MS,
         "recommended": best.name,
         "auto": automatic,
         "ties": "a hit that scores what the true K-th scores counts",
@@ -146,6 +142,9 @@ def _check(
     query_count: int,
     repeats: int,
 ) -> None:
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"unknown index kind {kind!r}; known kinds: {', '.join(KINDS)}")
     if vectors.ndim != 2 or 0 in vectors.shape:
         raise InputError(
             f"vectors have shape {vectors.shape}; at least one row of (N, D) is needed"
@@ -159,16 +158,10 @@ def _check(
         )
 
 
-def _position(kind: str) -> int:
-    if kind not in KINDS:
-        raise InputError(f"unknown index kind {kind!r}; known kinds: {', '.join(KINDS)}")
-    return list(KINDS).index(kind)
-
-
 # ---- queries
 
 
-def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Floats:
+def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Float32:
     """Make queries like users' from vectors (N, D): float32 (count, D), unit rows.
 
     They are made as the index makes them to measure its own recall: half near a picture each, half as
@@ -181,8 +174,8 @@ def made_queries(vectors: npt.NDArray[Any], count: int, seed: int) -> Floats:
 
 
 def _queries(
-    vectors: npt.NDArray[Any], extra: Floats | None, count: int, seed: int
-) -> tuple[Floats, dict[str, range]]:
+    vectors: npt.NDArray[Any], extra: Float32 | None, count: int, seed: int
+) -> tuple[Float32, dict[str, range]]:
     """Return all queries, float32 (Q, D), and the rows of each group of them."""
     made, half = made_queries(vectors, count, seed), count // 2
     groups = {"near a picture": range(half), "like words": range(half, count)}
@@ -232,9 +225,9 @@ Times = Mapping[str, tuple[float, float]]  # per kind, seconds to save and to lo
 class _Run:
     """The queries of a run, how to time them, and the outcomes so far."""
 
-    queries: Floats  # (Q, D)
+    queries: Float32  # (Q, D)
     groups: Mapping[str, range]
-    truth: Mapping[int, Floats]  # per K, (Q,): the score of the true K-th
+    truth: Mapping[int, Float32]  # per K, (Q,): the score of the true K-th
     judged: int  # the K that decides
     repeats: int
     session: Session
@@ -339,9 +332,7 @@ def _blocks(*arrays: npt.NDArray[Any]) -> Iterator[bytes]:
 # ---- the recommendation
 
 
-def recommend(
-    outcomes: Sequence[Outcome], goal: float, *, unnoticed_ms: float = UNNOTICED_MS
-) -> tuple[Outcome, str]:
+def recommend(outcomes: Sequence[Outcome], goal: float) -> tuple[Outcome, str]:
     """Return the recommended setting and the reason. Raises InputError if there are no outcomes.
 
     Of the settings that reach the recall and are fast enough not to be noticed: exact, or else the
@@ -356,19 +347,19 @@ def recommend(
             f"no measured setting reaches recall {goal:g}; {best.name} comes nearest with "
             f"{best.worst:.3f} (the exact kind has 1 by definition)"
         )
-    unnoticed = [o for o in meeting if o.p95 <= unnoticed_ms]
+    unnoticed = [o for o in meeting if o.p95 <= UNNOTICED_MS]
     if not unnoticed:
         best = min(meeting, key=lambda o: o.p50)
         return best, (
             f"{best.name} is the fastest setting that reaches recall {goal:g}, {best.p50:.1f} ms, but "
-            f"none of those answers 95 % of the queries within {unnoticed_ms:g} ms"
+            f"none of those answers 95 % of the queries within {UNNOTICED_MS:g} ms"
         )
     best = min(unnoticed, key=lambda o: (o.kind != "exact", o.build_seconds, o.p50))
     if best.kind == "exact":
         why = "and misses nothing: an approximate kind would only risk losing hits"
     else:
         why = f"with recall {best.worst:.3f}, and is the fastest to build of those that do"
-    limit = f"95 % of the queries within {best.p95:.2g} ms (the limit is {unnoticed_ms:g} ms)"
+    limit = f"95 % of the queries within {best.p95:.2g} ms (the limit is {UNNOTICED_MS:g} ms)"
     return best, f"{best.name} answers {limit} {why}"
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.index import VectorIndex
 from clipkit.metrics import Interval
@@ -24,14 +24,9 @@ from clipkit.wording import percent
 from eval import classification
 from eval.data import Labelled
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, interval_series
+from eval.reports.report import EvalReport, curve, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Floats = npt.NDArray[np.floating]
-Int64 = npt.NDArray[np.int64]
 
 KINDS = ("knn", "linear")
 TEMPERATURE = 0.07
@@ -67,9 +62,9 @@ def evaluate_probe(
     assert train.labels is not None and test.labels is not None
     task = _Task(
         train_features.vectors,
-        train.labels[train_features.kept],
+        train.labels[train_features.rows],
         test_features.vectors,
-        test.labels[test_features.kept],
+        test.labels[test_features.rows],
         train.classes,
         session,
     )
@@ -98,7 +93,7 @@ def evaluate_probe(
         _few_shots(task, shots, results)
     results.settings["ties"] = "expected hits"
     prints = [
-        classification.data_fingerprint(features.fingerprint, data, features.kept)
+        classification.data_fingerprint(features.fingerprint, data, features.rows)
         for features, data in ((test_features, test), (train_features, train))
     ]
     return results.report_on(
@@ -256,19 +251,12 @@ def _measure(task: _Task, scores: Mapping[str, Floats], results: Results) -> Non
         results.samples |= {f"{name}/{metric}": value for metric, value in samples.items()}
     results.sentences.append(_sentence(results.metrics, len(task.classes)))
     last, rows = list(scores.items())[-1]
-    counts = metrics.confusion(task.truth, metrics.predictions(rows), len(task.classes))
-    hits = results.samples[f"{last}/acc@1"]
-    for table in (
-        classification.confused_table(task.classes, counts),
-        classification.class_table(task.classes, task.truth, hits, counts),
-    ):
-        results.tables.append({**table, "title": f"{table['title']}, {last}"})
-    results.confusion = classification.confusion_matrix(task.classes, counts)
+    classification.add_classes(results, task.classes, task.truth, rows, f", {last}")
     ks = sorted(int(name.removeprefix("knn@")) for name in scores if name.startswith("knn@"))
     if ks:
         points = [results.metrics[f"knn@{k}/acc@1"] for k in ks]
         series = interval_series("95 % interval", ks, points)
-        results.curves.append(_curve("k nearest neighbours", "k", series))
+        results.curves.append(curve("k nearest neighbours", "k", "acc@1", [series], log_x=True))
 
 
 # ---- few shots
@@ -326,14 +314,11 @@ def _few_shots(task: _Task, shots: Sequence[int], results: Results) -> None:
         spread.append(float(accuracy.std(ddof=1)))
         shares = (mean[-1], spread[-1], float(accuracy.min()), float(accuracy.max()))
         rows.append([count, *map(percent, shares)])
-    series = {
-        "name": f"mean and standard deviation of {_DRAWS} draws",
-        "x": list(chosen),
-        "y": mean,
-        "low": [m - s for m, s in zip(mean, spread, strict=True)],
-        "high": [m + s for m, s in zip(mean, spread, strict=True)],
-    }
-    results.curves.append(_curve("Few-shot linear probe", "training pictures per class", series))
+    intervals = [Interval(m, m - s, m + s, 1) for m, s in zip(mean, spread, strict=True)]
+    series_name = f"mean and standard deviation of {_DRAWS} draws"
+    series = interval_series(series_name, list(chosen), intervals)
+    x_label = "training pictures per class"
+    results.curves.append(curve("Few-shot linear probe", x_label, "acc@1", [series], log_x=True))
     results.tables.append(
         {
             "title": "Few-shot linear probe",
@@ -343,17 +328,10 @@ def _few_shots(task: _Task, shots: Sequence[int], results: Results) -> None:
             "same name is over the test pictures.",
         }
     )
-    sentence = (
-        f"Trained on {rows[0][0]} per class, the linear probe classifies {rows[0][1]} correctly"
-    )
+    more = f", on {rows[-1][0]} per class {rows[-1][1]}" if len(rows) > 1 else ""
     results.sentences.append(
-        sentence + (f", on {rows[-1][0]} per class {rows[-1][1]}." if len(rows) > 1 else ".")
+        f"Trained on {rows[0][0]} per class, the linear probe classifies {rows[0][1]} correctly{more}."
     )
-
-
-def _curve(title: str, x_label: str, series: Mapping[str, Any]) -> dict[str, Any]:
-    shape = {"title": title, "x_label": x_label, "y_label": "acc@1", "log_x": True}
-    return {**shape, "series": [series]}
 
 
 def _sentence(intervals: Mapping[str, Interval], classes: int) -> str:

@@ -14,21 +14,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, Ranking
 from clipkit.wording import percent
 from eval.data import Captioned
 from eval.features import Encoder, fingerprint
-from eval.reports.report import EvalReport, exhibit, interval_series
+from eval.reports.report import EvalReport, curve, exhibit, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 Intervals = Mapping[str, Interval]
 
 TIES = "expected rank under a random order of equal scores"
@@ -60,7 +57,7 @@ def evaluate_retrieval(
     pictures = session.picture_features(encoder, data.pictures)
     results.lap("pictures")
     if pictures.skipped:
-        data = data.select(pictures.kept)
+        data = data.select(pictures.rows)
     texts = caption_queries(data, results) if queries == "captions" else tag_queries(data)
     vectors = session.text_features(encoder, texts.texts)
     results.lap("texts")
@@ -315,8 +312,7 @@ def _curve(directions: Sequence[Direction]) -> dict[str, Any]:
                 "y": [float(ranking.chance_hit_at(k).mean()) for k in ks],
             },
         ]
-    labels = {"x_label": "K", "y_label": "recall at K"}
-    return {"title": "Recall by K", **labels, "series": series, "log_x": True}
+    return curve("Recall by K", "K", "recall at K", series, log_x=True)
 
 
 def _mistakes(
@@ -333,7 +329,7 @@ def _mistakes(
         query_rows, answers = (pictures, texts) if from_picture else (texts, pictures)
         best = direction.ranking.best_rank()
         items: list[dict[str, Any]] = []
-        shown: set[int] = set()
+        listed: set[int] = set()
         for query in np.argsort(-best, kind="stable").tolist():
             if best[query] <= 1 or len(items) == SHOWN_MISTAKES:
                 break
@@ -344,9 +340,9 @@ def _mistakes(
             scores[relevant] = -np.inf
             first = int(scores.argmax())
             picture = query if from_picture else own
-            if picture in shown:  # five captions of one picture are one mistake
+            if picture in listed:  # five captions of one picture are one mistake
                 continue
-            shown.add(picture)
+            listed.add(picture)
             text = queries.texts[own if from_picture else query]
             if from_picture:
                 got = queries.texts[first]

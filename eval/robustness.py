@@ -8,28 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import percent
 from eval import classification
 from eval.corruptions import CORRUPTIONS, SIDE, corruption
 from eval.data import Captioned, Labelled
-from eval.features import Encoder, Features, fingerprint
+from eval.features import Encoder, fingerprint
 from eval.prompts import Templates, load_templates
-from eval.reports.report import EvalReport, interval_series
+from eval.reports.report import EvalReport, curve, interval_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
 from eval.zero_shot import class_vectors, cosines
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Intervals = Mapping[str, Interval]
 Samples = Mapping[str, Float64]  # metric -> (N,) per picture, their mean the metric
 
 
@@ -53,31 +49,28 @@ def evaluate_robustness(
     results = Results("robustness")
     data = _usable(data)
     clean = session.picture_features(encoder, data.pictures)
-    data = data.select(clean.kept)
+    data = data.select(clean.rows)
     measure, contents = _measure(encoder, data, templates, k, session)
     samples = {f"clean/{name}": values for name, values in measure(clean.vectors).items()}
     names = [name.removeprefix("clean/") for name in samples]
     for name, severity, transform in conditions:
         features = session.picture_features(encoder, data.pictures, transform=transform)
-        _check_same_pictures(clean, features)
+        if features.fingerprint != clean.fingerprint:
+            raise InputError("the pictures changed during the evaluation; start again")
         for metric, values in measure(features.vectors).items():
             samples[f"{name}@{severity}/{metric}"] = values
     results.lap("encoding")
     results.samples = samples
-    results.metrics = {name: _interval(values, session.seed) for name, values in samples.items()}
+    results.metrics = {
+        name: metrics.mean_interval(values, seed=session.seed) for name, values in samples.items()
+    }
     for metric in names:
         if conditions:
             corrupted = [samples[f"{name}@{s}/{metric}"] for name, s, _ in conditions]
             results.metrics |= _summary(samples[f"clean/{metric}"], corrupted, metric, session.seed)
-            arguments = (results.metrics, metric, corruptions, severities)
-            results.curves.append(_curve(*arguments))
-            results.tables.append(_table(*arguments))
-            results.sentences.append(_sentence(*arguments))
+            _describe_corruptions(results, metric, corruptions, severities)
         if isinstance(data, Labelled) and data.domains is not None:
-            domains = _domains(samples[f"clean/{metric}"], data.domains, session.seed)
-            results.metrics |= {f"domain {d}/{metric}": i for d, i in domains.items()}
-            results.tables.append(_domain_table(domains, metric))
-            results.sentences.append(_domain_sentence(domains, metric))
+            _describe_domains(results, metric, data.domains, session.seed)
     results.settings |= {
         "corruptions": list(corruptions),
         "severities": list(severities),
@@ -136,15 +129,6 @@ def _measure(
     return recall, [*data.captions, owner.tobytes()]
 
 
-def _check_same_pictures(clean: Features, features: Features) -> None:
-    if len(features.kept) != len(clean.kept) or features.fingerprint != clean.fingerprint:
-        raise InputError("the pictures changed during the evaluation; start again")
-
-
-def _interval(values: Float64, seed: int) -> Interval:
-    return metrics.mean_interval(values, seed=seed)
-
-
 def _summary(
     clean: Float64, corrupted: Sequence[Float64], metric: str, seed: int
 ) -> dict[str, Interval]:
@@ -156,70 +140,60 @@ def _summary(
         len(clean),
         seed=seed,
     )
-    return {f"corrupted/{metric}": _interval(mean, seed), f"relative/{metric}": ratio}
+    corrupted_mean = metrics.mean_interval(mean, seed=seed)
+    return {f"corrupted/{metric}": corrupted_mean, f"relative/{metric}": ratio}
 
 
-def _curve(
-    intervals: Intervals, metric: str, names: Sequence[str], severities: Sequence[int]
-) -> dict[str, Any]:
-    clean = intervals[f"clean/{metric}"]
-    points = {name: [intervals[f"{name}@{s}/{metric}"] for s in severities] for name in names}
+def _describe_corruptions(
+    results: Results, metric: str, names: Sequence[str], severities: Sequence[int]
+) -> None:
+    """Add a metric's curve, table and sentence, by corruption and severity."""
+    clean = results.metrics[f"clean/{metric}"]
+    points = {name: [results.metrics[f"{name}@{s}/{metric}"] for s in severities] for name in names}
     series = [interval_series(name, [0, *severities], [clean, *points[name]]) for name in names]
-    return {
-        "title": f"{metric} by severity",
-        "x_label": "severity (0 is clean)",
-        "y_label": metric,
-        "series": series,
-    }
-
-
-def _table(
-    intervals: Intervals, metric: str, names: Sequence[str], severities: Sequence[int]
-) -> dict[str, Any]:
-    clean = percent(intervals[f"clean/{metric}"].value)
-    return {
-        "title": f"{metric} under corruption",
-        "columns": ["corruption", "clean", *(f"severity {s}" for s in severities)],
-        "rows": [
-            [name, clean, *(percent(intervals[f"{name}@{s}/{metric}"].value) for s in severities)]
-            for name in names
-        ],
-        "note": f"Severities as in ImageNet-C, at {SIDE} pixels.",
-    }
-
-
-def _sentence(
-    intervals: Intervals, metric: str, names: Sequence[str], severities: Sequence[int]
-) -> str:
-    def mean(name: str) -> float:
-        return float(np.mean([intervals[f"{name}@{s}/{metric}"].value for s in severities]))
-
-    clean, relative = intervals[f"clean/{metric}"], intervals[f"relative/{metric}"]
+    results.curves.append(curve(f"{metric} by severity", "severity (0 is clean)", metric, series))
+    results.tables.append(
+        {
+            "title": f"{metric} under corruption",
+            "columns": ["corruption", "clean", *(f"severity {s}" for s in severities)],
+            "rows": [[name, *(percent(i.value) for i in (clean, *points[name]))] for name in names],
+            "note": f"Severities as in ImageNet-C, at {SIDE} pixels.",
+        }
+    )
     if clean.value == 0:
-        return f"{metric} is 0 on clean pictures, so corruptions cannot lower it."
-    worst, best = min(names, key=mean), max(names, key=mean)
+        results.sentences.append(
+            f"{metric} is 0 on clean pictures, so corruptions cannot lower it."
+        )
+        return
+    mean = {name: float(np.mean([i.value for i in points[name]])) for name in names}
+    worst, best = min(names, key=mean.__getitem__), max(names, key=mean.__getitem__)
     kinds = f"{len(names)} kinds of corruption" if len(names) > 1 else names[0]
-    return (
+    relative = results.metrics[f"relative/{metric}"]
+    sentence = (
         f"{metric} is {percent(clean.value)} on clean pictures. Under {kinds} it keeps "
         f"{percent(relative.value)} of that on average ({percent_interval(relative)})."
-    ) + (
-        f" {worst} lowers it most (to {percent(mean(worst))}), {best} least ({percent(mean(best))})."
-        if len(names) > 1
-        else ""
     )
+    if len(names) > 1:
+        sentence += f" {worst} lowers it most (to {percent(mean[worst])}), "
+        sentence += f"{best} least ({percent(mean[best])})."
+    results.sentences.append(sentence)
 
 
-def _domains(hits: Float64, domains: Sequence[str], seed: int) -> dict[str, Interval]:
-    of = np.array(domains)
-    return {domain: _interval(hits[of == domain], seed) for domain in sorted(set(domains))}
-
-
-def _domain_table(domains: Intervals, metric: str) -> dict[str, Any]:
-    rows = [[domain, i.n, percent(i.value)] for domain, i in domains.items()]
-    return {"title": f"{metric} by domain", "columns": ["domain", "pictures", metric], "rows": rows}
-
-
-def _domain_sentence(domains: Intervals, metric: str) -> str:
-    names = sorted(domains, key=lambda name: domains[name].value)
-    worst, best = (f"“{name}” ({percent(domains[name].value)})" for name in (names[0], names[-1]))
-    return f"By domain, {metric} is lowest on {worst} and highest on {best}."
+def _describe_domains(results: Results, metric: str, domains: Sequence[str], seed: int) -> None:
+    """Add a metric's interval in each domain, their table and a sentence."""
+    hits, of = results.samples[f"clean/{metric}"], np.array(domains)
+    intervals = {
+        domain: metrics.mean_interval(hits[of == domain], seed=seed)
+        for domain in sorted(set(domains))
+    }
+    results.metrics |= {f"domain {d}/{metric}": i for d, i in intervals.items()}
+    results.tables.append(
+        {
+            "title": f"{metric} by domain",
+            "columns": ["domain", "pictures", metric],
+            "rows": [[domain, i.n, percent(i.value)] for domain, i in intervals.items()],
+        }
+    )
+    names = sorted(intervals, key=lambda name: intervals[name].value)
+    worst, best = (f"“{name}” ({percent(intervals[name].value)})" for name in (names[0], names[-1]))
+    results.sentences.append(f"By domain, {metric} is lowest on {worst} and highest on {best}.")

@@ -7,11 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from clipkit.arrays import Float32, Float64
 from clipkit.metrics import Interval
 from eval.data import Captioned, Labelled, Pictures
 from eval.features import (
@@ -22,24 +20,11 @@ from eval.features import (
     Stopped,
     Transform,
     logit_scale,
+    no_progress,
     picture_features,
     text_features,
 )
 from eval.reports.report import EvalReport
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-
-
-def _ignore(what: str, done: int, total: int) -> None:
-    """Report progress to nobody."""
-
-
-class Callbacks(TypedDict):
-    """The keyword arguments by which a long computation reports progress and can be stopped."""
-
-    on_progress: OnProgress
-    stop: threading.Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +33,27 @@ class Session:
 
     cache: FeatureCache = field(default_factory=lambda: FeatureCache(None))
     seed: int = 0
-    on_progress: OnProgress = _ignore  # what, done, total
+    on_progress: OnProgress = no_progress  # what, done, total
     stop: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def callbacks(self) -> Callbacks:
-        """Return `on_progress` and `stop` as keyword arguments."""
-        return {"on_progress": self.on_progress, "stop": self.stop}
 
     def picture_features(
         self, encoder: Encoder, pictures: Pictures, *, transform: Transform | None = None
     ) -> Features:
         """Call `eval.features.picture_features` with this cache and these callbacks."""
         return picture_features(
-            encoder, pictures, cache=self.cache, transform=transform, **self.callbacks
+            encoder,
+            pictures,
+            cache=self.cache,
+            transform=transform,
+            on_progress=self.on_progress,
+            stop=self.stop,
         )
 
     def text_features(self, encoder: Encoder, texts: Sequence[str]) -> Float32:
         """Call `eval.features.text_features` with this cache and these callbacks."""
-        return text_features(encoder, texts, cache=self.cache, **self.callbacks)
+        return text_features(
+            encoder, texts, cache=self.cache, on_progress=self.on_progress, stop=self.stop
+        )
 
     def logit_scale(self, encoder: Encoder) -> float:
         """Return the factor by which the model multiplies cosines."""
@@ -111,15 +98,8 @@ class Results:
     @property
     def details(self) -> dict[str, Any]:
         """Return what the HTML page shows beside the metrics."""
-        details = {
-            "words": self.sentences,
-            "tables": self.tables,
-            "curves": self.curves,
-            "reliability": self.reliability,
-            "scatter": self.scatter,
-            "confusion": self.confusion,
-            "mistakes": self.mistakes,
-        }
+        names = ("tables", "curves", "reliability", "scatter", "confusion", "mistakes")
+        details = {"words": self.sentences} | {name: getattr(self, name) for name in names}
         return {key: value for key, value in details.items() if value}
 
     def report(
@@ -171,7 +151,7 @@ class Results:
         skipped = {"skipped": len(features.skipped)} if features.skipped else {}
         return self.report(
             session,
-            n={"pictures": len(features.kept), **(n or {}), **skipped},
+            n={"pictures": len(features.rows), **(n or {}), **skipped},
             fingerprint=fingerprint,
             dataset=data.name,
             split=data.split,

@@ -9,27 +9,21 @@ than any honest sample.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.index import VectorIndex
 from clipkit.metrics import Interval, mean_interval
 from clipkit.wording import percent
 from eval.data import Captioned, Labelled, Pictures
-from eval.features import Encoder, OnProgress, Stopped, fingerprint
-from eval.reports.report import EvalReport, exhibit, histogram_series
+from eval.features import Encoder, Stopped, fingerprint
+from eval.reports.report import EvalReport, curve, exhibit, histogram_series
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 LOOKED_AT = 10_000  # pictures, drawn at random, whose neighbours are searched
 _BLOCK = 1024  # queries searched at a time
@@ -51,7 +45,6 @@ def evaluate_space(
     data: Captioned | Labelled,
     *,
     k: int = 10,
-    sample: int = LOOKED_AT,
     session: Session | None = None,
 ) -> EvalReport:
     """Measure the space that a model makes of pictures, and of their captions where they have some.
@@ -60,12 +53,12 @@ def evaluate_space(
     """
     session, results = session or Session(), Results("space")
     features = session.picture_features(encoder, data.pictures)
-    read = data.select(features.kept)
+    read = data.select(features.rows)
     captions: Sequence[str] = read.captions if isinstance(read, Captioned) else ()
     texts = session.text_features(encoder, captions) if captions else None
     owner = read.owner if isinstance(read, Captioned) else None
     results.lap("encoding")
-    _measure(features.vectors, texts, owner, read.pictures, k, sample, session, results)
+    _measure(features.vectors, texts, owner, read.pictures, k, LOOKED_AT, session, results)
     return results.report_on(
         session,
         encoder,
@@ -119,11 +112,10 @@ def _measure(
 ) -> None:
     vectors, texts, owner = _checked(vectors, texts, owner)
     seed = session.seed
+    variances = "direction, by variance", "share of the variance"
     results.curves = [
-        _curve(
-            "Covariance spectrum", "direction, by variance", "share of the variance", log_x=True
-        ),
-        _curve("Cosines of pairs", "cosine", "share of the pairs"),
+        curve("Covariance spectrum", *variances, [], log_x=True),
+        curve("Cosines of pairs", "cosine", "share of the pairs", []),
     ]
     columns = ["", "dimensions", "lowest", "median", "highest", "under 1 % of the mean"]
     results.tables = [{"title": "Variance per dimension", "columns": columns, "rows": []}]
@@ -136,11 +128,11 @@ def _measure(
     k = min(k, len(rows) - 1)
     results.settings |= {"k": k, "neighbours_among": len(rows)}
     if results.metrics["pictures/variance"].value > _SAME:  # else neighbours are chance
-        near = neighbours(vectors[rows], k, **session.callbacks)[0]
+        near = neighbours(vectors[rows], k, session=session)[0]
         _hubs("pictures", "pictures", near, rows, pictures, results)
         if texts is not None:
             queries = texts[np.sort(random.permutation(len(texts))[:sample])]
-            near = nearest_known(queries, vectors[rows], k, **session.callbacks)[0]
+            near = nearest_known(queries, vectors[rows], k, session=session)[0]
             _hubs("searches", "captions", near, rows, pictures, results)
 
 
@@ -167,11 +159,6 @@ def _cosines(left: Float32, right: Float32) -> Float64:
     """Return the cosines of matching unit rows, float64 (N,)."""
     cosines: Float64 = np.einsum("ij,ij->i", left, right, dtype=np.float64)
     return cosines
-
-
-def _curve(title: str, x_label: str, y_label: str, *, log_x: bool = False) -> dict[str, Any]:
-    labels = {"title": title, "x_label": x_label, "y_label": y_label}
-    return {**labels, "log_x": log_x, "series": []}
 
 
 def _spread(name: str, vectors: Float32, seed: int, results: Results) -> None:
@@ -247,7 +234,7 @@ def _pairs(vectors: Float32, texts: Float32, owner: Int64, seed: int, results: R
     }
     order, starts = np.argsort(owner, kind="stable"), np.cumsum([0, *counts[:-1]])
     means = np.add.reduceat(texts[order].astype(np.float64), starts) / counts[:, None]
-    gap = metrics.modality_gap(vectors[captioned], means)
+    gap = metrics.mean_shift(vectors[captioned], means)
     # along the gap's direction the gap is a mean over pictures, which can be resampled
     apart = vectors[captioned] - means
     along = apart @ (apart.mean(axis=0) / (gap or 1.0))
@@ -323,19 +310,16 @@ def neighbours(
     *,
     rows: Int64 | None = None,
     seed: int | None = None,
-    on_progress: OnProgress | None = None,
-    stop: threading.Event | None = None,
+    session: Session | None = None,
 ) -> tuple[Int64, Float32]:
     """Return rows and cosines, both (Q, k), of the k nearest other vectors of `rows` (Q,), default all.
 
     vectors: (N, D), unit rows, k < N. Equal cosines are in the order of rows, or in a random order by
     `seed`: if two models collapse, the first rows would be the neighbours of all pictures in both, as
-    if the models agreed. Raises InputError if the rows are not unit vectors, Stopped once `stop` is set.
+    if the models agreed. Raises InputError if the rows are not unit vectors, Stopped as `nearest_known`.
     """
     queries = np.arange(len(vectors)) if rows is None else rows
-    nearest, scores = nearest_known(
-        vectors[queries], vectors, k + 1, seed=seed, on_progress=on_progress, stop=stop
-    )
+    nearest, scores = nearest_known(vectors[queries], vectors, k + 1, seed=seed, session=session)
     # the row itself is no neighbour; with many copies it may not be among the k + 1
     own = nearest == queries[:, None]
     own[~own.any(axis=1), -1] = True
@@ -348,32 +332,22 @@ def nearest_known(
     k: int,
     *,
     seed: int | None = None,
-    on_progress: OnProgress | None = None,
-    stop: threading.Event | None = None,
+    session: Session | None = None,
 ) -> tuple[Int64, Float32]:
     """Return the rows of `vectors` (N, D), k <= N, nearest to each query (Q, D), and their cosines:
-    both (Q, k)."""
-    ids = np.arange(len(vectors))
+    both (Q, k). Raises Stopped if the session is stopped."""
+    session, ids = session or Session(), np.arange(len(vectors))
     if seed is not None:
         ids = np.random.default_rng(seed).permutation(ids)
     index = VectorIndex.build(ids, vectors, kind="exact")
-    blocks = list(_search(index, queries, k, on_progress, stop))
-    nearest = np.concatenate([block[0] for block in blocks])
-    return np.argsort(ids)[nearest], np.concatenate([block[1] for block in blocks])
-
-
-def _search(
-    index: VectorIndex,
-    queries: Float32,
-    k: int,
-    on_progress: OnProgress | None,
-    stop: threading.Event | None,
-) -> Iterator[tuple[Int64, Float32]]:
+    nearest = np.empty((len(queries), k), np.int64)
+    cosines = np.empty((len(queries), k), np.float32)
     for start in range(0, len(queries), _BLOCK):
-        if stop is not None and stop.is_set():
+        if session.stop.is_set():
             raise Stopped("stopped while looking for neighbours; encoded pictures are kept")
-        hits = index.search(queries[start : start + _BLOCK], k)
-        yield np.stack([ids for ids, _ in hits]), np.stack([scores for _, scores in hits])
-        if on_progress is not None:
-            done = min(start + _BLOCK, len(queries))
-            on_progress("looking for neighbours", done, len(queries))
+        block = slice(start, start + _BLOCK)
+        hits = index.search(queries[block], k)
+        nearest[block] = [rows for rows, _ in hits]
+        cosines[block] = [scores for _, scores in hits]
+        session.on_progress("looking for neighbours", start + len(hits), len(queries))
+    return np.argsort(ids)[nearest], cosines

@@ -16,9 +16,9 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from clipkit import metrics
+from clipkit.arrays import Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import percent
@@ -29,10 +29,6 @@ from eval.prompts import Templates, load_templates
 from eval.reports.report import EvalReport
 from eval.reports.wording import percent_interval
 from eval.session import Results, Session
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 _BINS = 15
 
@@ -58,22 +54,21 @@ def evaluate_zero_shot(
     results.lap("pictures")
     rows = class_vectors(encoder, data.classes, templates, session)
     results.lap("prompts")
-    kept = features.kept
-    results.warnings += classification.emptied_classes(data, kept)
+    results.warnings += classification.emptied_classes(data, features.rows)
     scores, scale = cosines(features.vectors, rows), session.logit_scale(encoder)
     if data.targets is not None:
         results.metrics, table = classification.multi_label_metrics(
-            scores, data.targets[kept], data.classes, seed=session.seed
+            scores, data.targets[features.rows], data.classes, seed=session.seed
         )
         results.tables = [table]
         results.sentences = _multi_label_sentences(results.metrics["mAP"], table["rows"])
     else:
         assert data.labels is not None
-        labels = data.labels[kept]
+        labels = data.labels[features.rows]
         results.metrics, results.samples = classification.label_metrics(
             scores, labels, ks=ks, seed=session.seed
         )
-        _describe_classes(data, kept, scores, labels, scale, results)
+        _describe_classes(data, features.rows, scores, labels, scale, results)
         if calibrate and len(labels) >= 2:
             add_calibration(results, scale * scores, labels, seed=session.seed)
     results.settings |= {
@@ -89,7 +84,7 @@ def evaluate_zero_shot(
         data,
         features,
         n={"classes": len(data.classes)},
-        fingerprint=classification.data_fingerprint(features.fingerprint, data, kept),
+        fingerprint=classification.data_fingerprint(features.fingerprint, data, features.rows),
     )
 
 
@@ -139,7 +134,7 @@ def classify(vectors: Float32, class_vectors: Float32, *, logit_scale: float = 1
     return _softmax(logit_scale * cosines(vectors, class_vectors)).astype(np.float32)
 
 
-def _softmax(logits: npt.NDArray[np.floating]) -> Float64:
+def _softmax(logits: Floats) -> Float64:
     from scipy.special import softmax
 
     return np.asarray(softmax(logits.astype(np.float64), axis=1))
@@ -213,17 +208,12 @@ def _calibration_sentence(
 
 
 def _describe_classes(
-    data: Labelled, kept: Int64, scores: Float32, labels: Int64, scale: float, results: Results
+    data: Labelled, rows: Int64, scores: Float32, labels: Int64, scale: float, results: Results
 ) -> None:
     """Add confusion, tables of classes and pairs, mistakes, and sentences about them."""
-    counts = metrics.confusion(labels, metrics.predictions(scores), len(data.classes))
-    hits = metrics.topk_hits(scores, labels, 1)
-    pairs = classification.confused_table(data.classes, counts)
-    classes = classification.class_table(data.classes, labels, hits, counts)
-    results.tables += [pairs, classes]
-    results.confusion = classification.confusion_matrix(data.classes, counts)
+    pairs, classes = classification.add_classes(results, data.classes, labels, scores)
     probabilities = _softmax(scale * scores).astype(np.float32)
-    results.mistakes += classification.mistakes(data, kept, probabilities, labels)
+    results.mistakes += classification.mistakes(data, rows, probabilities, labels)
     results.sentences.append(_accuracy_sentence(results.metrics.get("acc@1"), len(data.classes)))
     if len(classes["rows"]) > 1:
         worst, best = classes["rows"][0], classes["rows"][-1]

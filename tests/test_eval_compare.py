@@ -16,7 +16,7 @@ from numbered import Numbered, Told, labelled, one_hot, oracle
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, mean_interval
 from clipkit.sources import PictureFile
-from eval.compare import Examples, compare, compare_reports
+from eval.compare import compare, compare_reports
 from eval.data import Captioned, Labelled, SourcePictures
 from eval.features import FeatureCache
 from eval.prompts import Templates
@@ -210,7 +210,7 @@ def test_pictures_that_changed_most_are_shown() -> None:
     after[[7, 9]], after[3] = (1.0, 0.8), 0.1
     made = compare_reports(
         [[report({"R@1": before, "MRR": before})], [report({"R@1": before, "MRR": after}, "b")]],
-        examples={"f" * 16: Examples(labelled([0] * N, 1))},
+        examples={"f" * 16: labelled([0] * N, 1)},
     )
     better, worse = made.sections[0].changed
     assert [item["name"] for item in better["items"]] == ["7.png", "9.png"]

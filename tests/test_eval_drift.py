@@ -193,7 +193,7 @@ def test_drift_is_found_and_what_drives_it_is_named() -> None:
     after[:, 5] += 0.4
     after[[7, 70]] = -np.eye(8)[7]
     report = drift_of_vectors(
-        unit(before), unit(after), known=Named("old", 150), pictures=Named("new", 120)
+        unit(before), unit(after), reference=Named("old", 150), pictures=Named("new", 120)
     )
     assert report.metrics["p_value"].value == pytest.approx(1 / 500)
     assert report.details["words"][0].startswith("Drift: the batches differ")

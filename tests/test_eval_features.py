@@ -189,7 +189,7 @@ def test_a_transform_is_part_of_the_key_and_seeded_by_content(cache: FeatureCach
 def test_unreadable_pictures_are_left_out_and_named(cache: FeatureCache) -> None:
     mixed = Numbered([(1, 1), None, (1, 3), None])
     found = picture_features(told(), mixed, cache=cache)
-    assert found.kept.tolist() == [0, 2]
+    assert found.rows.tolist() == [0, 2]
     assert found.skipped[0] == (1, "1.png", "empty", "file is empty (0 bytes)")
     assert found.warnings == (
         "2 of 4 pictures were left out, the first 1.png: file is empty (0 bytes)",
@@ -222,7 +222,7 @@ def test_a_broken_picture_alone_does_not_load_the_towers(cache: FeatureCache) ->
     first = picture_features(told(), files, cache=cache)
     again = picture_features(Unloadable(), files, cache=cache)
     for found in (first, again):
-        assert found.kept.tolist() == [0]
+        assert found.rows.tolist() == [0]
         assert [(row, reason) for row, _, reason, _ in found.skipped] == [
             (1, "not-a-picture"),
             (2, "not-a-picture"),
@@ -247,7 +247,7 @@ def test_a_cold_evaluation_reads_each_file_once(cache: FeatureCache) -> None:
     changing = Changing()
     first = picture_features(told(), changing, cache=cache)
     assert sorted(changing.reads) == [0, 1, 2, 3]
-    assert first.kept.tolist() == [0, 1, 3]
+    assert first.rows.tolist() == [0, 1, 3]
     assert np.allclose(first.vectors, [angle(0.1), angle(0.11), angle(0.13)])
     model = Counting()
     second = picture_features(model, pictures(10, 0, 11, 1), cache=cache)

@@ -18,7 +18,6 @@ from clipkit.metrics import (
     effective_rank,
     hubness,
     mean_shift,
-    modality_gap,
     neighbour_overlap,
     uniformity,
     variance,
@@ -71,7 +70,7 @@ def test_alignment_and_gap_by_hand() -> None:
     left, right = np.array([[1.0, 0], [0, 1]]), np.array([[1.0, 0], [0, -1]])
     assert alignment(left, left) == 0
     assert alignment(left, right) == 2  # squared distances 0 and 4
-    assert modality_gap(left, right) == 1  # means (1/2, 1/2) and (1/2, -1/2)
+    assert mean_shift(left, right) == 1  # means (1/2, 1/2) and (1/2, -1/2)
     assert mean_shift(np.zeros((3, 2)), np.full((9, 2), [3.0, 4.0])) == 5
 
 

@@ -112,9 +112,9 @@ def every_part(evil: str) -> str:
             results(one, hit(2, name=evil.replace("/", "|")), words=evil),
             results(ticket=evil, words=evil, similar=evil),
             results(words=evil, picture=evil),
-            render.home(status, examples=[evil], newest=[one.picture]),
+            render.part("home", status=status, examples=[evil], newest=[one.picture]),
             render.failure(evil, ticket=evil),
-            render.status(status),
+            render.part("status", status=status),
             render.filters([FolderRow(evil, evil, 1), FolderRow("/a/b", "k", 2)]),
             render.run(run),
             render.sort_page(fields, reports=[report], sorting=sorting, error=evil),
@@ -148,7 +148,7 @@ def test_any_text_can_be_sent_and_read_back(value: str) -> None:
 
 def test_a_template_cannot_leave_out_what_it_needs() -> None:
     with pytest.raises(UndefinedError, match="'sentence' is undefined"):
-        render._render("failure", ticket="")
+        render.part("failure", ticket="")
 
 
 def test_layout_of_a_template_is_no_white_space_of_the_page() -> None:
@@ -257,9 +257,9 @@ def test_a_long_list_of_skipped_files_says_what_is_left_out() -> None:
 
 
 def test_a_page_open_to_the_network_says_how_to_index_instead() -> None:
-    assert "<form" not in render.empty("empty", may_index=False)
-    assert "<form" in render.empty("empty", may_index=True)
-    assert "<form" not in render.empty("indexing", may_index=True)
+    assert "<form" not in render.part("empty", stage="empty", may_index=False)
+    assert "<form" in render.part("empty", stage="empty", may_index=True)
+    assert "<form" not in render.part("empty", stage="indexing", may_index=True)
 
 
 # ---- what a page may ask

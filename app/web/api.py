@@ -69,6 +69,7 @@ _OWN = re.compile(
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 
+_FRESH = {"Cache-Control": "no-store"}
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -141,7 +142,7 @@ def create_app(
 
     @app.get("/details/{image_id}")
     def details(image_id: ImageId) -> JSONResponse:
-        return JSONResponse(workspace.details(image_id), headers={"Cache-Control": "no-store"})
+        return JSONResponse(workspace.details(image_id), headers=_FRESH)
 
     @app.post("/queries")
     async def ask_with(request: Request) -> dict[str, str]:
@@ -162,35 +163,24 @@ def create_app(
 
     @app.get("/reports/{name}")
     def report(name: str) -> Response:
-        return Response(
-            reports.page(name), media_type="text/html", headers={"Cache-Control": "no-store"}
-        )
+        return Response(reports.page(name), media_type="text/html", headers=_FRESH)
 
     @app.get("/sortings/{key}.csv")
     def sorting(key: str) -> Response:
-        headers = {
-            "Content-Disposition": 'attachment; filename="clipkit-sorted.csv"',
-            "Cache-Control": "no-store",
-        }
-        return StreamingResponse(sorter.table(key), media_type="text/csv", headers=headers)
+        return _download(sorter.table(key), "text/csv", "clipkit-sorted.csv")
 
     @app.post("/corrections")
     async def add_mark(request: Request) -> dict[str, object]:
-        too_large = (
-            f"the mark is larger than the limit of {MARK_BYTES // 1000} kB; shorten the query"
-        )
+        limit = MARK_BYTES // 1000
+        too_large = f"the mark is larger than the limit of {limit} kB; shorten the query"
         mark = Mark.from_json(await _body(request, MARK_BYTES, too_large))
         total = await run_in_threadpool(workspace.mark, mark)
         return {**asdict(mark), "corrections": total}
 
     @app.get("/corrections.jsonl")
     def corrections() -> Response:
-        headers = {
-            "Content-Disposition": 'attachment; filename="clipkit-corrections.jsonl"',
-            "Cache-Control": "no-store",
-        }
         lines = (json.dumps(row) + "\n" for row in workspace.exported())
-        return StreamingResponse(lines, media_type="application/x-ndjson", headers=headers)
+        return _download(lines, "application/x-ndjson", "clipkit-corrections.jsonl")
 
     @app.get("/favicon.ico")
     def icon() -> Response:
@@ -211,6 +201,11 @@ async def _body(request: Request, limit: int, too_large: str) -> bytes:
 
 def _picture(data: bytes, mime: str = "image/jpeg") -> Response:
     return Response(data, media_type=mime, headers={"Cache-Control": FOREVER})
+
+
+def _download(pieces: Iterable[str | bytes], mime: str, name: str) -> Response:
+    headers = {**_FRESH, "Content-Disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(pieces, media_type=mime, headers=headers)
 
 
 def _status(error: ClipkitError) -> int:
@@ -252,37 +247,25 @@ class _Guard:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self._known(host):
-            return (
-                400,
-                f"unknown host {host!r}; open the page at 127.0.0.1 or localhost",
-            )
+        if not self._accepts(host):
+            return 400, f"unknown host {host!r}; open the page at 127.0.0.1 or localhost"
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
             elsewhere = headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
             if elsewhere or (origin is not None and urlsplit(origin).netloc != host):
-                return (
-                    403,
-                    "request from another site's page; only clipkit's own page may send it",
-                )
+                return 403, "request from another site's page; only clipkit's own page may send it"
         path = scope["path"]
         if ".." in path or not (_OWN.fullmatch(path) or _GRADIO.fullmatch(path)):
             return 404, "not found"
         return None
 
-    def _known(self, host: str) -> bool:
+    def _accepts(self, host: str) -> bool:
         """Return whether a Host header is accepted: DNS rebinding needs a name, not a number."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
+            return name in self.names or bool(ipaddress.ip_address(name))
         except ValueError:
             return False
-        if name in self.names:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
 
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send Gradio's page with a policy that allows exactly the inline scripts in it, by hash."""

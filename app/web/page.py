@@ -92,7 +92,7 @@ class Page:
 
     def status(self, contents: Contents | None = None) -> str:
         try:
-            return render.status(self.workspace.status(contents))
+            return render.part("status", status=self.workspace.status(contents))
         except ClipkitError:
             return ""
 
@@ -153,8 +153,8 @@ class Page:
         """Return what is shown before the first search."""
         status = self.workspace.status(contents)
         if not status.pictures:
-            return render.empty(status.stage, may_index=self.workspace.may_index)
-        return render.home(status, examples=self.examples, newest=contents.newest)
+            return render.part("empty", stage=status.stage, may_index=self.workspace.may_index)
+        return render.part("home", status=status, examples=self.examples, newest=contents.newest)
 
     def _filters_of(self, contents: Contents) -> str:
         if self._filters is None or self._filters[0] is not contents:
@@ -169,13 +169,13 @@ def build(page: Page) -> gr.Blocks:
     workspace = page.workspace
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = f'<script src="ui/clipkit.js?v={_version("clipkit.js")}"></script>'
-    form = render.ask(may_index=workspace.may_index)
+    form = render.part("ask", may_index=workspace.may_index)
 
     with gr.Blocks(title="clipkit", analytics_enabled=False, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):
-            gr.HTML(render.brand(), elem_id="brand", **plain)
+            gr.HTML(render.part("brand"), elem_id="brand", **plain)
             status = gr.HTML("", elem_id="status", **plain)
-            gr.HTML(render.tools(), elem_id="tools", **plain)
+            gr.HTML(render.part("tools"), elem_id="tools", **plain)
         ask = gr.HTML(form, elem_id="ask", head=script, **{**plain, "js_on_load": ON_LOAD})
         filters = gr.HTML("", elem_id="filters", **plain)
         refusal = gr.HTML("", elem_id="refusal", **plain)
@@ -302,8 +302,8 @@ def serve(
             server_header=False,
             ws="none",
         )
-        shown = f"[{host}]" if ":" in host else host
-        address = f"http://{shown}:{listener.getsockname()[1]}/"
+        name = f"[{host}]" if ":" in host else host
+        address = f"http://{name}:{listener.getsockname()[1]}/"
         print(f"clipkit is at {address}  (Ctrl-C ends it)", flush=True)
         if open_browser:
             threading.Timer(1.0, webbrowser.open, [address]).start()

@@ -26,7 +26,7 @@ from clipkit.wording import count, duration, percent, printable
 if TYPE_CHECKING:
     from app.web.indexing import Run
     from app.web.saved_reports import ReportRow
-    from app.web.workspace import FolderRow, SearchAnswer, Status
+    from app.web.workspace import FolderRow, SearchAnswer
     from clipkit.catalog import PictureRow
     from clipkit.embed import Summary
 
@@ -79,26 +79,10 @@ _templates.filters |= {
 }
 
 
-def _render(template: str, **values: Any) -> str:
-    return _templates.get_template(f"{template}.html").render(values)
-
-
-def brand() -> str:
-    return _render("brand")
-
-
-def tools() -> str:
-    return _render("tools")
-
-
-def ask(*, may_index: bool) -> str:
-    """Return the search form with the picture viewer and the dialog that adds pictures."""
-    return _render("ask", may_index=may_index)
-
-
-def status(status: Status) -> str:
-    """Return the line that says which model and which index answer."""
-    return _render("status", status=status)
+def part(name: str, /, **values: Any) -> str:
+    """Return a part of the page from the template of that name. Raises UndefinedError if it lacks a
+    value."""
+    return _templates.get_template(f"{name}.html").render(values)
 
 
 def filters(folders: Sequence[FolderRow]) -> str:
@@ -108,17 +92,7 @@ def filters(folders: Sequence[FolderRow]) -> str:
     while parts and len({p[shared] for p in parts}) == 1 and min(map(len, parts)) > shared + 1:
         shared += 1
     labels = ["/".join(names[shared:]) for names in parts]
-    return _render("filters", folders=list(zip(folders, labels, strict=True)))
-
-
-def home(status: Status, *, examples: Sequence[str], newest: Sequence[PictureRow]) -> str:
-    """Return the start page of a library that has pictures."""
-    return _render("home", status=status, examples=examples, newest=newest)
-
-
-def empty(stage: str, *, may_index: bool) -> str:
-    """Return the start page of a library without pictures; `stage` as in Status.stage."""
-    return _render("empty", stage=stage, may_index=may_index)
+    return part("filters", folders=list(zip(folders, labels, strict=True)))
 
 
 def results(
@@ -128,7 +102,7 @@ def results(
     first_weak = len(answer.hits)
     while first_weak and answer.hits[first_weak - 1].strength == "weak":
         first_weak -= 1
-    return _render(
+    return part(
         "results",
         request=request,
         answer=answer,
@@ -142,7 +116,7 @@ def results(
 
 def failure(sentence: str, *, ticket: str = "") -> str:
     """Return an error in place of results."""
-    return _render("failure", sentence=sentence, ticket=ticket)
+    return part("failure", sentence=sentence, ticket=ticket)
 
 
 def run(run: Run | None) -> str:
@@ -150,7 +124,7 @@ def run(run: Run | None) -> str:
     if run is None:
         return ""
     reasons = Counter(file.reason for file in run.skipped).most_common()
-    return _render("run", run=run, reasons=", ".join(f"{n:,} {reason}" for reason, n in reasons))
+    return part("run", run=run, reasons=", ".join(f"{n:,} {reason}" for reason, n in reasons))
 
 
 def sort_page(
@@ -161,11 +135,9 @@ def sort_page(
     error: str = "",
 ) -> str:
     """Return the Sort page with the words, the choice and the ticket that the browser sent."""
-    return _render(
+    return part(
         "sort",
-        words=fields["words"],
-        choice=fields["choice"],
-        ticket=fields["ticket"],
+        **fields,
         choices=PHRASINGS,
         close_lead=CLOSE,
         sorting=sorting,

@@ -38,22 +38,15 @@ class SearchRequest:
     @classmethod
     def from_page(cls, data: Mapping[str, Any]) -> SearchRequest:
         """Read what a browser sent; unknown keys are ignored. Raises InputError for a wrong value."""
-        texts = {name: _text(data, name) for name in ("words", "picture", "similar", "folder")}
+        words = _text(data, "words").strip()
+        names = {name: _text(data, name) or None for name in ("picture", "similar", "folder")}
         k = data.get("k", PAGE_SIZE)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number from 1")
         after, until = _date(data, "after"), _date(data, "until")
         if after and until and after > until:
             raise InputError(f"the dates run from {after} to {until}; the first must not be later")
-        return cls(
-            words=texts["words"].strip(),
-            picture=texts["picture"] or None,
-            similar=texts["similar"] or None,
-            folder=texts["folder"] or None,
-            after=after,
-            until=until,
-            k=k,
-        )
+        return cls(words=words, after=after, until=until, k=k, **names)
 
     @property
     def is_empty(self) -> bool:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog, PictureRow
 from clipkit.errors import InputError
 from eval.prompts import Templates, load_templates
@@ -115,11 +116,11 @@ class Sorting:
     close: tuple[Guess, ...]  # the closest calls first
     close_total: int
     seconds: float
-    nums: npt.NDArray[np.int64]  # (N,) the catalog's
+    nums: Int64  # (N,) the catalog's
     first: npt.NDArray[np.int16]  # (N,) positions in request.words
     second: npt.NDArray[np.int16]
-    probability: npt.NDArray[np.float32]  # (N,) of the first
-    runner_up: npt.NDArray[np.float32]  # (N,) of the second
+    probability: Float32  # (N,) of the first
+    runner_up: Float32  # (N,) of the second
 
     def guess(self, at: int, row: PictureRow) -> Guess:
         words = self.request.words
@@ -145,7 +146,8 @@ class Sorter:
         begun = time.perf_counter()
         model = self._workspace.model
         with self._catalog() as catalog:
-            key = _key(request, model.encoder_id, catalog.change_counter())
+            parts = (request.words, request.phrasing, model.encoder_id, catalog.change_counter())
+            key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
             with self._lock:
                 if (cached := self._sortings.get(key)) is not None:
                     self._sortings.move_to_end(key)
@@ -158,8 +160,10 @@ class Sorter:
                 )
             session = Session()
             rows = class_vectors(model, request.words, request.templates, session)
-            ranked = _two_best(stored.vectors, rows, session.logit_scale(model))
-            sorting = _summarise(catalog, key, request, stored.nums, ranked, begun)
+            classes, values = _two_best(stored.vectors, rows, session.logit_scale(model))
+            sorting = Sorting(key, request, (), (), 0, 0.0, stored.nums, *classes, *values)
+            sorting = _with_groups(sorting, catalog)
+            sorting = replace(sorting, seconds=time.perf_counter() - begun)
         with self._lock:
             self._sortings[key] = sorting
             while len(self._sortings) > REMEMBERED:
@@ -206,19 +210,14 @@ class Sorter:
 
 # ---- sorting, step by step
 
-Ranked = tuple[
-    npt.NDArray[np.int16], npt.NDArray[np.int16], npt.NDArray[np.float32], npt.NDArray[np.float32]
-]
-
 
 def _two_best(
-    vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.float32], scale: float
-) -> Ranked:
+    vectors: npt.NDArray[np.float16], rows: Float32, scale: float
+) -> tuple[npt.NDArray[np.int16], Float32]:
     """Return the two most probable of the classes (C, D) for each of the vectors (N, D), and their
-    probabilities, (N,) each."""
+    probabilities, (2, N) each."""
     size = len(vectors)
-    classes = np.empty((2, size), np.int16)
-    values = np.empty((2, size), np.float32)
+    classes, values = np.empty((2, size), np.int16), np.empty((2, size), np.float32)
     for start in range(0, size, BLOCK):
         block = slice(start, start + BLOCK)
         probabilities = classify(vectors[block].astype(np.float32), rows, logit_scale=scale)
@@ -227,51 +226,34 @@ def _two_best(
             classes[rank, block] = best = probabilities.argmax(axis=1)
             values[rank, block] = probabilities[each, best]
             probabilities[each, best] = -1.0
-    return classes[0], classes[1], values[0], values[1]
+    return classes, values
 
 
-def _summarise(
-    catalog: Catalog,
-    key: str,
-    request: SortRequest,
-    nums: npt.NDArray[np.int64],
-    ranked: Ranked,
-    begun: float,
-) -> Sorting:
-    first, _, probability, runner_up = ranked
-    lead = probability - runner_up
-    close = np.flatnonzero(lead < CLOSE)
-    shown = {"close": close[np.lexsort((nums[close], lead[close]))][:CLOSE_SHOWN]}
-    members: list[npt.NDArray[np.int64]] = []
-    for number in range(len(request.words)):
-        ours = np.flatnonzero(first == number)
-        members.append(ours)
-        shown[str(number)] = ours[np.lexsort((nums[ours], -probability[ours]))][:BEST_SHOWN]
-    rows = catalog.rows([int(num) for places in shown.values() for num in nums[places]])
-    sorting = Sorting(key, request, (), (), len(close), time.perf_counter() - begun, nums, *ranked)
+def _with_groups(sorting: Sorting, catalog: Catalog) -> Sorting:
+    """Return the sorting with its groups and close calls, equal ones in the order of `nums`."""
 
-    def guesses(name: str) -> tuple[Guess, ...]:
-        pairs = ((int(at), rows.get(int(nums[at]))) for at in shown[name])
-        return tuple(sorting.guess(at, row) for at, row in pairs if row is not None)
+    def guesses(at: Int64, order: Float32, most: int) -> tuple[Guess, ...]:
+        first = at[np.lexsort((sorting.nums[at], order[at]))][:most]
+        nums = sorting.nums[first].tolist()
+        rows = catalog.rows(nums)
+        pairs = zip(first.tolist(), nums, strict=True)
+        return tuple(sorting.guess(at, rows[num]) for at, num in pairs if num in rows)
 
-    groups = [
-        Group(
-            word,
-            len(ours),
-            len(ours) / len(nums),
-            float(probability[ours].mean(dtype=np.float64)) if len(ours) else None,
-            guesses(str(number)),
-        )
-        for number, (word, ours) in enumerate(zip(request.words, members, strict=True))
-    ]
+    probability, groups = sorting.probability, []
+    for number, word in enumerate(sorting.request.words):
+        ours = np.flatnonzero(sorting.first == number)
+        confidence = float(probability[ours].mean(dtype=np.float64)) if len(ours) else None
+        best = guesses(ours, -probability, BEST_SHOWN)
+        groups.append(Group(word, len(ours), len(ours) / len(sorting.nums), confidence, best))
     groups.sort(key=lambda group: -group.count)
-    seconds = time.perf_counter() - begun
-    return replace(sorting, groups=tuple(groups), close=guesses("close"), seconds=seconds)
-
-
-def _key(request: SortRequest, encoder_id: str, changes: int) -> str:
-    parts = repr((request.words, request.phrasing, encoder_id, changes))
-    return hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
+    lead = probability - sorting.runner_up
+    close = np.flatnonzero(lead < CLOSE)
+    return replace(
+        sorting,
+        groups=tuple(groups),
+        close=guesses(close, lead, CLOSE_SHOWN),
+        close_total=len(close),
+    )
 
 
 def _csv(rows: Any) -> bytes:

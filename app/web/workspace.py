@@ -86,7 +86,10 @@ class Contents:
     def folders(self) -> tuple[FolderRow, ...]:
         """The FOLDERS_SHOWN folders with the most pictures, for the filter."""
         folders = self.catalog.folders(FOLDERS_SHOWN) if self.catalog else []
-        return tuple(FolderRow(path, folder_key(path), pictures) for path, pictures in folders)
+        keys = [
+            hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest() for path, _ in folders
+        ]
+        return tuple(FolderRow(path, key, n) for (path, n), key in zip(folders, keys, strict=True))
 
     @cached_property
     def newest(self) -> tuple[PictureRow, ...]:
@@ -320,8 +323,3 @@ class Workspace:
 
     def stop(self) -> None:
         self._indexer.stop()
-
-
-def folder_key(folder: str) -> str:
-    """Return the FolderRow.key of a path."""
-    return hashlib.blake2b(os.fsencode(folder), digest_size=8).hexdigest()

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Bool, Float64, Floats, Int64
 from clipkit.errors import InputError
 
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 _LIMIT = math.log(1e4)  # of |log temperature|
 
 
@@ -182,7 +180,7 @@ def _ap(scores: Float64, targets: Bool) -> float:
     return float((gained * hits / (ends + 1)).sum())
 
 
-def _finite(scores: npt.ArrayLike) -> npt.NDArray[np.floating]:
+def _finite(scores: npt.ArrayLike) -> Floats:
     values = np.asarray(scores)
     if values.dtype.kind != "f":
         values = values.astype(np.float64)
@@ -197,9 +195,7 @@ def _finite(scores: npt.ArrayLike) -> npt.NDArray[np.floating]:
     return values
 
 
-def _labelled(
-    scores: npt.ArrayLike, labels: npt.ArrayLike
-) -> tuple[npt.NDArray[np.floating], Int64]:
+def _labelled(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[Floats, Int64]:
     """Return scores (N, C) and labels (N,) as arrays. Raises InputError if they are unfit."""
     values, truth = _finite(scores), np.asarray(labels, np.int64)
     if truth.shape != (len(values),):

@@ -17,10 +17,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float64, Int64
 from clipkit.errors import InputError
 
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 _UNITS = 5000
 _EXACT = 16  # up to so many differences all 2^16 sign patterns are counted
 _NORMAL = NormalDist()

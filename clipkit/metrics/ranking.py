@@ -18,12 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Rows = npt.NDArray[np.floating]
 _BLOCK_BYTES = 32 << 20  # of float64 scores
 _STRIP = 128  # rows compared at once, in the processor's cache; at most 255, to count in a byte
 _CROWDED = 16  # relevant candidates of a query from which sorting beats comparing
@@ -117,7 +114,7 @@ class Ranking:
 
 
 def rank_pairs(
-    queries: Rows, candidates: Rows, pairs: npt.ArrayLike, *, block_bytes: int = _BLOCK_BYTES
+    queries: Floats, candidates: Floats, pairs: npt.ArrayLike, *, block_bytes: int = _BLOCK_BYTES
 ) -> Ranking:
     """Rank candidates (N, D) for queries (Q, D); pairs (P, 2) are the relevant (query, candidate).
 
@@ -139,7 +136,7 @@ def rank_pairs(
 
 
 def rank_captions(
-    pictures: Rows, texts: Rows, owner: npt.ArrayLike, *, block_bytes: int = _BLOCK_BYTES
+    pictures: Floats, texts: Floats, owner: npt.ArrayLike, *, block_bytes: int = _BLOCK_BYTES
 ) -> tuple[Ranking, Ranking]:
     """Rank both ways in one pass over the scores; return (text-to-image, image-to-text).
 
@@ -168,7 +165,7 @@ def rank_captions(
 class _Grid:
     """Rows (N, D), finite, read in blocks of whole numbers in float64, of length below 2^26.5."""
 
-    def __init__(self, rows: Rows, name: str) -> None:
+    def __init__(self, rows: Floats, name: str) -> None:
         self.rows = np.asarray(rows)
         if self.rows.ndim != 2 or 0 in self.rows.shape or self.rows.dtype.kind != "f":
             raise InputError(

@@ -18,20 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float64, Floats
 from clipkit.errors import InputError
 
-Float64 = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.floating]
 _CHUNK = 8192
 _UNIFORMITY_SAMPLE = 4000
 
 
-def variance(vectors: Rows) -> float:
+def variance(vectors: Floats) -> float:
     """Return the mean squared distance to the mean vector: the covariance's trace, 0 if collapsed."""
     return float(covariance_spectrum(vectors).sum())
 
 
-def covariance_spectrum(vectors: Rows) -> Float64:
+def covariance_spectrum(vectors: Floats) -> Float64:
     """Return the eigenvalues of the covariance (divided by N), largest first, float64 (D,)."""
     _check(vectors)
     centre, scatter = _mean(vectors), np.zeros((vectors.shape[1],) * 2)
@@ -54,7 +53,7 @@ def effective_rank(spectrum: npt.ArrayLike) -> float:
     return math.exp(-float((shares * np.log(shares)).sum()))
 
 
-def alignment(left: Rows, right: Rows) -> float:
+def alignment(left: Floats, right: Floats) -> float:
     """Return the mean squared distance of matching rows (Wang & Isola 2020, alpha = 2); 0 is perfect."""
     _check(left)
     _check(right)
@@ -69,8 +68,8 @@ def alignment(left: Rows, right: Rows) -> float:
     return total / len(left)
 
 
-def uniformity(vectors: Rows, *, t: float = 2.0, seed: int = 0) -> float:
-    """Return log mean exp(-t |x - y|^2) over pairs of rows; lower is more uniform, 0 is collapsed.
+def uniformity(vectors: Floats, *, seed: int = 0) -> float:
+    """Return log mean exp(-2 |x - y|^2) over pairs of rows; lower is more uniform, 0 is collapsed.
 
     Wang & Isola 2020, arXiv 2005.10242. All pairs among at most 4,000 rows drawn by seed.
     """
@@ -78,17 +77,13 @@ def uniformity(vectors: Rows, *, t: float = 2.0, seed: int = 0) -> float:
         raise InputError(f"uniformity of {len(vectors)} vectors; pairs need at least 2")
     _check(vectors)
     rows = _sample(vectors, _UNIFORMITY_SAMPLE, np.random.default_rng(seed))
-    pairs, n = np.exp(-t * _squared_distances(rows)), len(rows)
+    pairs, n = np.exp(-2 * _squared_distances(rows)), len(rows)
     return math.log(float(pairs.sum() - np.trace(pairs)) / (n * (n - 1)))
 
 
-def modality_gap(pictures: Rows, texts: Rows) -> float:
-    """Return the distance between the modalities' means (Liang et al. 2022, arXiv 2203.02053)."""
-    return mean_shift(pictures, texts)
-
-
-def mean_shift(before: Rows, after: Rows) -> float:
-    """Return the distance between the mean vectors of two batches."""
+def mean_shift(before: Floats, after: Floats) -> float:
+    """Return the distance between the mean vectors of two batches; of pictures and texts it is the
+    modality gap (Liang et al. 2022, arXiv 2203.02053)."""
     _check_two(before, after)
     return float(np.linalg.norm(_mean(before) - _mean(after)))
 
@@ -149,8 +144,8 @@ class TwoSampleTest:
 
 
 def compare_batches(
-    before: Rows,
-    after: Rows,
+    before: Floats,
+    after: Floats,
     *,
     level: float = 0.05,
     permutations: int = 499,
@@ -250,7 +245,7 @@ def _detectable(pooled: Float64, noise: Float64, alone: float) -> float:
 # ---- checks and samples
 
 
-def _check(vectors: Rows) -> None:
+def _check(vectors: Floats) -> None:
     if vectors.ndim != 2 or 0 in vectors.shape:
         raise InputError(f"vectors have shape {vectors.shape}; (n, dimensions) is needed, none 0")
     for start in range(0, len(vectors), _CHUNK):
@@ -260,18 +255,18 @@ def _check(vectors: Rows) -> None:
             raise InputError(f"vector {row} is not finite (NaN or infinity); leave it out")
 
 
-def _check_two(x: Rows, y: Rows) -> None:
+def _check_two(x: Floats, y: Floats) -> None:
     _check(x)
     _check(y)
     if x.shape[1] != y.shape[1]:
         raise InputError(f"vectors of {x.shape[1]} and {y.shape[1]} dimensions cannot be compared")
 
 
-def _mean(vectors: Rows) -> Float64:
+def _mean(vectors: Floats) -> Float64:
     return np.asarray(vectors.mean(axis=0, dtype=np.float64), np.float64)
 
 
-def _sample(vectors: Rows, most: int, random: np.random.Generator) -> Float64:
+def _sample(vectors: Floats, most: int, random: np.random.Generator) -> Float64:
     if len(vectors) > most:
         vectors = vectors[np.sort(random.choice(len(vectors), most, replace=False))]
     return vectors.astype(np.float64)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 import clipkit
 from clipkit import images
+from clipkit.arrays import Float32, Int64
 from clipkit.catalog import VectorStore
 from clipkit.embed import Encoded, Known, encode_pictures
 from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
@@ -43,20 +43,22 @@ __all__ = [
     "Transform",
     "fingerprint",
     "logit_scale",
+    "no_progress",
     "picture_features",
     "text_features",
-    "thumbnail_if_there",
     "thumbnail_uri",
 ]
 
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 OnProgress = Callable[[str, int, int], None]  # what, done, total
 
 STORE = "vectors-1.sqlite"  # the number changes with its schema
 # How bytes become vectors, beside the encoder. Raise the number when decoding or resizing changes.
 PREPROCESSING = f"{clipkit.__version__}-1"
 TEXT_BATCH = 128
+
+
+def no_progress(what: str, done: int, total: int) -> None:
+    """Do nothing."""
 
 
 class Stopped(ClipkitError):
@@ -92,7 +94,7 @@ class Features:
     """The vectors of the pictures that could be read."""
 
     vectors: Float32  # (N, D), unit rows
-    kept: Int64  # (N,) which rows of the pictures these are, ascending
+    rows: Int64  # (N,) which rows of the pictures these are, ascending
     skipped: tuple[tuple[int, str, str, str], ...]  # row, name, reason, message
     fingerprint: str  # of the contents, in order
     repeated: int  # pictures whose bytes came before
@@ -104,7 +106,7 @@ class Features:
         sentences = []
         if self.skipped:
             _, name, _, message = self.skipped[0]
-            total = len(self.kept) + len(self.skipped)
+            total = len(self.rows) + len(self.skipped)
             sentences.append(
                 f"{len(self.skipped):,} of {total:,} pictures were left out, "
                 f"the first {name}: {message}"
@@ -122,7 +124,7 @@ def picture_features(
     transform: Transform | None = None,
     workers: int | None = None,
     batch_size: int | None = None,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = no_progress,
     stop: threading.Event | None = None,
 ) -> Features:
     """Encode pictures, each file read once; those that cannot be read are skipped and named.
@@ -175,8 +177,7 @@ def picture_features(
                 keys |= new
             else:
                 skipped[result.item] = result.error
-            if on_progress is not None:
-                on_progress("encoding pictures", len(keys) + len(skipped), len(pictures))
+            on_progress("encoding pictures", len(keys) + len(skipped), len(pictures))
     if not keys:
         raise InputError(_no_picture_read(pictures, skipped))
     rows = sorted(keys)
@@ -196,7 +197,7 @@ def text_features(
     texts: Sequence[str],
     *,
     cache: FeatureCache,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = no_progress,
     stop: threading.Event | None = None,
 ) -> Float32:
     """Encode texts to float32 (M, D), unit rows. Equal texts are encoded once, and texts of similar
@@ -221,8 +222,7 @@ def text_features(
                 raise model.no_vector(f"{content[batch[at]]!r:.80}")
             model.store.put(batch, rows)
             vectors.update(zip(batch, rows, strict=True))
-            if on_progress is not None:
-                on_progress("encoding texts", start + len(batch), len(missing))
+            on_progress("encoding texts", start + len(batch), len(missing))
     return np.stack([vectors[key] for key in keys])
 
 
@@ -296,14 +296,6 @@ def thumbnail_uri(pictures: Pictures, row: int, *, side: int = 160) -> str:
     picture = images.decode(pictures.read(row), target=side)
     small = images.thumbnail(picture.rgb, side=side)
     return "data:image/jpeg;base64," + base64.b64encode(small).decode("ascii")
-
-
-def thumbnail_if_there(pictures: Pictures, row: int) -> str | None:
-    """Return `thumbnail_uri`, or None for a picture that cannot be read any more."""
-    try:
-        return thumbnail_uri(pictures, row)
-    except ImageError:
-        return None
 
 
 def fingerprint(base: str, parts: Iterable[str | bytes]) -> str:

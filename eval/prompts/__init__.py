@@ -66,10 +66,10 @@ class Templates:
 def load_templates(name_or_file: str | Path) -> Templates:
     """Load a known set by name, or a file: a template a line, or (`.json`) a list of templates or an
     object of class name -> list of prompts. Raises InputError if it is none of these."""
-    known = _shipped("templates.json")
-    if (key := _set_name(name_or_file, known)) is not None:
-        return Templates(key, texts=known[key])
-    content = _read(name_or_file, "templates", known)
+    sets = _shipped("templates.json")
+    if (key := _set_name(name_or_file, sets)) is not None:
+        return Templates(key, texts=sets[key])
+    content = _read(name_or_file, "templates", sets)
     name = Path(name_or_file).name
     if isinstance(content, Mapping) and content:
         per_class = {c: _texts(t, f"{name}, class {c!r}") for c, t in content.items()}
@@ -86,17 +86,17 @@ def load_templates(name_or_file: str | Path) -> Templates:
 
 def default_templates(dataset: str) -> Templates:
     """Return the set that belongs to a dataset's name (of a path, its last part), or "simple"."""
-    known = _shipped("templates.json")
-    key = _canonical(dataset, known) or "simple"
-    return Templates(key, texts=known[key])
+    sets = _shipped("templates.json")
+    key = _canonical(dataset, sets) or "simple"
+    return Templates(key, texts=sets[key])
 
 
 def load_classes(name_or_file: str | Path) -> tuple[str, ...]:
     """Load class names: a known set by name, or a file with a name a line, or (`.json`) a list."""
-    known = _shipped("classes.json")
-    if (key := _set_name(name_or_file, known)) is not None:
-        return known[key]
-    return _texts(_read(name_or_file, "class names", known), Path(name_or_file).name)
+    sets = _shipped("classes.json")
+    if (key := _set_name(name_or_file, sets)) is not None:
+        return sets[key]
+    return _texts(_read(name_or_file, "class names", sets), Path(name_or_file).name)
 
 
 def _fill(template: str, class_name: str) -> str:
@@ -110,29 +110,29 @@ def _shipped(file: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(texts) for name, texts in json.loads(text).items()}
 
 
-def _canonical(name: str, known: Mapping[str, object]) -> str | None:
+def _canonical(name: str, sets: Mapping[str, object]) -> str | None:
     """Return the known set for a dataset's name: "CIFAR-10", "hf:clip-benchmark/wds_cifar10" ..."""
     last = re.split(r"[/\\:]", name.rstrip("/\\"))[-1].lower()
     plain = re.sub(r"[^a-z0-9]", "", re.sub(r"^(?:wds[_-])?(?:vtab[_-])?", "", last))
     plain = re.sub(r"[^a-z0-9]", "", _ALIASES.get(plain, plain))
-    return next((key for key in known if key.replace("_", "") == plain), None)
+    return next((key for key in sets if key.replace("_", "") == plain), None)
 
 
-def _set_name(name_or_file: str | Path, known: Mapping[str, object]) -> str | None:
+def _set_name(name_or_file: str | Path, sets: Mapping[str, object]) -> str | None:
     """Return the known set of that name; None for the path of a file in a folder."""
     path = Path(name_or_file)
     if len(path.parts) > 1 and path.is_file():
         return None
-    return _canonical(str(name_or_file), known)
+    return _canonical(str(name_or_file), sets)
 
 
-def _read(path: str | Path, what: str, known: Mapping[str, object]) -> object:
+def _read(path: str | Path, what: str, sets: Mapping[str, object]) -> object:
     """Return a file's JSON, or its lines. Raises InputError if it cannot be read."""
     path = Path(path)
     if not path.is_file():
         raise InputError(
-            f"{what} {str(path)!r} are neither a file nor a known set{_nearest(str(path), known)}; "
-            f"known sets: {', '.join(sorted(known))}"
+            f"{what} {str(path)!r} are neither a file nor a known set{_nearest(str(path), sets)}; "
+            f"known sets: {', '.join(sorted(sets))}"
         )
     try:
         if path.stat().st_size > MAX_FILE:
@@ -161,6 +161,6 @@ def _texts(content: object, where: str) -> tuple[str, ...]:
     return tuple(text.strip() for text in content)
 
 
-def _nearest(name: str, known: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def _nearest(name: str, sets: Mapping[str, object]) -> str:
+    near = difflib.get_close_matches(name, sets, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,12 +10,13 @@ from clipkit.metrics import Interval, Paired
 from clipkit.wording import printable
 from eval.reports.report import EvalReport
 from eval.reports.wording import (
-    cell_text,
     change_text,
     direction,
     interval_text,
     markdown,
+    markdown_head,
     markdown_table,
+    markdown_tables,
     p_text,
     text_table,
     to_json,
@@ -143,18 +144,14 @@ class Comparison:
 
     def to_markdown(self) -> str:
         """Return sentences, figures, tests and settings as Markdown."""
-        parts = [f"# {markdown(self.title)}"]
-        parts += [f"> **Warning:** {markdown(warning)}" for warning in self.warnings]
-        parts += [markdown(sentence) for sentence in self.sentences]
+        parts = markdown_head(self.title, self.warnings, self.sentences)
         for section in self.sections:
             parts.append(f"## {markdown(section.title)}")
             parts += [f"> **Warning:** {markdown(warning)}" for warning in section.warnings]
             parts += [markdown_table(*self._table(section)), markdown(section.note)]
             cells = [[str(cell) for cell in row] for row in section.settings["rows"]]
             parts.append(markdown_table(section.settings["columns"], cells))
-        for table in self.details.get("tables", ()):
-            cells = [[cell_text(cell) for cell in row] for row in table["rows"]]
-            parts += [f"## {markdown(table['title'])}", markdown_table(table["columns"], cells)]
+        parts += markdown_tables(self.details.get("tables", ()))
         if self.command:
             parts.append(f"Command: {markdown(self.command)}")
         return "\n\n".join(parts) + "\n"
@@ -173,12 +170,6 @@ class Comparison:
         for at, name in enumerate(self.names):
             columns += [name, "change"] if at and section.tested else [name]
         return columns, [_cells(row, tested=bool(section.tested)) for row in section.rows]
-
-
-def list_text(items: Sequence[str], most: int = 3) -> str:
-    """Return "a, b, c and 4 more"."""
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
 
 
 def _cells(row: Row, *, tested: bool) -> list[str]:

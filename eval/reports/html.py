@@ -21,7 +21,6 @@ import base64
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,33 +52,10 @@ _HEADLINE = re.compile(r"(?:.*/)?(?:R|acc|recall)@\w+|mean_per_class_recall|mAP"
 _WORDS = {"mean_per_class_recall": "Mean per-class recall"}
 
 
-@dataclass(frozen=True, slots=True)
-class Legend:
-    """One entry of a figure's legend: a series by colour and dashes, a point (`dashes` None) by its
-    number."""
-
-    name: str
-    colour: int = 1
-    dashes: str | None = None
-    best: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """An SVG from plots.py, safe without escaping, with its title, legend and note."""
-
-    kind: str
-    title: str
-    svg: str
-    legend: tuple[Legend, ...] = ()
-    note: str = ""
-
-
 def render_report(report: EvalReport) -> str:
     """Render one evaluation."""
     metrics = list(report.metrics.items())
     details = report.details
-    classes, counts = _confusion(details)
     return _render(
         "report.html",
         title=report.title,
@@ -88,7 +64,7 @@ def render_report(report: EvalReport) -> str:
         groups=_groups(metrics),
         strips=any(is_share(name) for name, _ in metrics),
         plots=figures(details),
-        confusion=_heat_map(classes, counts),
+        confusion=_heat_map(details),
         tables=_tables(details),
         mistakes=_pictures(details.get("mistakes", ())),
     )
@@ -115,34 +91,52 @@ def render_comparison(comparison: Comparison) -> str:
     )
 
 
-def figures(details: Mapping[str, Any]) -> list[Figure]:
-    """Draw the curves, reliability diagrams and scatter plots of `details`."""
-    from markupsafe import Markup
+def figures(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Draw the curves, reliability diagrams and scatter plots of `details`.
 
-    drawn: list[Figure] = []
+    A figure has an `svg`, safe without escaping, `kind`, `title`, `note` and a `legend`: series by
+    colour and dashes, or points (`dashes` None) by their number.
+    """
+    drawn = []
     for curve in details.get("curves", ()):
-        legend = [
-            Legend(
-                series["name"],
-                series.get("hue", number) % plots.SERIES + 1,
-                plots.DASHES[series.get("dash", number) % plots.SERIES],
-            )
+        legend: list[dict[str, Any]] = [
+            {
+                "name": series["name"],
+                "colour": series.get("hue", number) % plots.SERIES + 1,
+                "dashes": plots.DASHES[series.get("dash", number) % plots.SERIES],
+                "best": False,
+            }
             for number, series in enumerate(curve["series"])
         ]
-        only = len(legend) == 1
-        svg = Markup(plots.curves(curve))
-        keys = () if only and legend[0].name == curve["title"] else tuple(legend)
-        drawn.append(Figure("curve", curve["title"], svg, keys, curve.get("note", "")))
+        if len(legend) == 1 and legend[0]["name"] == curve["title"]:
+            legend = []
+        drawn.append(_figure("curve", curve, plots.curves(curve), legend))
     for diagram in details.get("reliability", ()):
-        note = diagram.get("note", "Bars on the dashed line: accuracy equals confidence.")
-        drawn.append(
-            Figure("reliability", diagram["title"], Markup(plots.reliability(diagram)), (), note)
-        )
+        note = "Bars on the dashed line: accuracy equals confidence."
+        svg = plots.reliability(diagram)
+        drawn.append(_figure("reliability", {"note": note, **diagram}, svg))
     for plot in details.get("scatter", ()):
-        points = tuple(Legend(p["name"], best=bool(p.get("best"))) for p in plot["points"])
-        note = plot.get("note", "")
-        drawn.append(Figure("scatter", plot["title"], Markup(plots.scatter(plot)), points, note))
+        points = [
+            {"name": p["name"], "dashes": None, "best": p.get("best", False)}
+            for p in plot["points"]
+        ]
+        drawn.append(_figure("scatter", plot, plots.scatter(plot), points))
     return drawn
+
+
+def _figure(
+    kind: str, plot: Mapping[str, Any], svg: str, legend: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    note = plot.get("note", "")
+    return {
+        "kind": kind,
+        "title": plot["title"],
+        "svg": Markup(svg),
+        "legend": legend,
+        "note": note,
+    }
 
 
 # ---- parts
@@ -162,19 +156,16 @@ def _groups(metrics: Sequence[tuple[str, Any]]) -> list[tuple[str, list[tuple[st
     return [(label(group) if group else "", members) for group, members in groups.items()]
 
 
-def _confusion(details: Mapping[str, Any]) -> tuple[list[str], list[list[int]]]:
-    confusion = details.get("confusion")
-    return (list(confusion["classes"]), confusion["counts"]) if confusion else ([], [])
-
-
-def _heat_map(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> list[Figure]:
-    if not 0 < len(classes) <= MOST_CLASSES:
+def _heat_map(details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    confusion = details.get("confusion") or {"classes": ()}
+    if not 0 < len(confusion["classes"]) <= MOST_CLASSES:
         return []
-    from markupsafe import Markup
-
-    title = "True class by row, predicted class by column"
-    note = "The darker a cell, the larger its share of the row; cells off the diagonal are errors."
-    return [Figure("confusion", title, Markup(plots.confusion(classes, counts)), (), note)]
+    plot = {
+        "title": "True class by row, predicted class by column",
+        "note": "The darker a cell, the larger its share of the row; cells off the diagonal are errors.",
+    }
+    svg = plots.confusion(confusion["classes"], confusion["counts"])
+    return [_figure("confusion", plot, svg)]
 
 
 def _tables(details: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -197,7 +188,7 @@ def _word_columns(table: Mapping[str, Any]) -> list[bool]:
 
 
 def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    shown: list[dict[str, Any]] = []
+    drawn: list[dict[str, Any]] = []
     for group in groups:
         items = [
             {
@@ -212,8 +203,8 @@ def _pictures(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ]
         labels = group.get("labels", ("Expected", "Got"))
         if items:
-            shown.append({"title": group["title"], "items": items, "labels": labels})
-    return shown
+            drawn.append({"title": group["title"], "items": items, "labels": labels})
+    return drawn
 
 
 def _data_uri(value: Any) -> str:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
 
@@ -98,9 +99,10 @@ def scatter(plot: Mapping[str, Any]) -> str:
                   markeredgecolor=_HUES[0] if chosen else INK, markeredgewidth=1)  # fmt: skip
         axes.annotate(str(number), (x, y), ha="center", va="center_baseline", fontsize=8.5,
                       color=PAPER if chosen else INK)  # fmt: skip
-    if _is_wide([float(p["x"]) for p in points]):
+    xs = [float(p["x"]) for p in points]
+    if xs and 0 < 8 * min(xs) < max(xs):  # too wide for an even scale
         axes.set_xscale("log")
-        _plain_log_ticks(axes, [float(p["x"]) for p in points])
+        _plain_log_ticks(axes, xs)
     axes.margins(0.08, 0.12)
     _percents(axes, plot["y_label"])
     return _page_svg(figure, plot["title"])
@@ -130,7 +132,7 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
                 parts.append(
                     f'<rect class="{tone}" x="{x:g}" y="{y:g}" width="{cell - 1}" '
                     f'height="{cell - 1}" fill-opacity="{0.05 + 0.6 * share:.2f}">'
-                    f"<title>{_escaped(tooltip)}</title></rect>"
+                    f"<title>{escape(printable(tooltip), quote=False)}</title></rect>"
                 )
             if number and cell >= 26:
                 parts.append(
@@ -149,16 +151,12 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
 def _text(x: float, y: float, text: str, anchor: str, more: str = "", *, ink: str = "ink") -> str:
     return (
         f'<text class="fill-{ink}" x="{x:g}" y="{y:g}" font-size="11" text-anchor="{anchor}"{more}>'
-        f"{_escaped(text)}</text>"
+        f"{escape(printable(text), quote=False)}</text>"
     )
 
 
 def _short(name: str, most: int = 16) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _escaped(text: str) -> str:
-    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 # ---- drawing
@@ -216,11 +214,6 @@ def _percents(axes: Axes, y_label: str) -> None:
     low, high = axes.get_ylim()
     if is_share(y_label) and low >= -0.2 and high <= 1.2:
         axes.yaxis.set_major_formatter(PercentFormatter(1, 1 if high - low < 0.05 else 0, " %"))
-
-
-def _is_wide(values: Sequence[float]) -> bool:
-    """Return whether values span more than a factor of 8, so that a log axis is needed."""
-    return bool(values) and min(values) > 0 and max(values) > 8 * min(values)
 
 
 def _floats(values: Sequence[float | None]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,17 +10,18 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Float64, Floats
+from clipkit.errors import ImageError
 from clipkit.metrics import Interval
 from clipkit.wording import duration, printable
 from eval.data import Pictures
-from eval.features import thumbnail_if_there
+from eval.features import thumbnail_uri
 from eval.reports.wording import (
-    cell_text,
     interval_text,
-    markdown,
+    markdown_head,
     markdown_table,
+    markdown_tables,
     setting_text,
     text_table,
     to_json,
@@ -63,7 +65,7 @@ class EvalReport:
     created_at: str = ""  # UTC, ISO
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    samples: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    samples: Mapping[str, Float64] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -99,21 +101,13 @@ class EvalReport:
 
     def to_markdown(self) -> str:
         """Return figures, warnings and provenance as Markdown, without pictures and curves."""
-        parts = [f"# {markdown(self.title)}"]
-        parts += [f"> **Warning:** {markdown(warning)}" for warning in self.warnings]
-        parts += [markdown(sentence) for sentence in self.details.get("words", ())]
-        parts.append(markdown_table(COLUMNS, self._rows()))
-        for table in self.details.get("tables", ()):
-            parts.append(f"## {markdown(table['title'])}")
-            cells = [
-                [cell_text(*pair) for pair in zip(row, table["columns"], strict=True)]
-                for row in table["rows"]
-            ]
-            parts.append(markdown_table(table["columns"], cells))
-            if table.get("note"):
-                parts.append(markdown(table["note"]))
-        parts.append("## Settings and data")
-        parts.append(markdown_table(("name", "value"), [*self.provenance(), *self.chosen()]))
+        parts = [
+            *markdown_head(self.title, self.warnings, self.details.get("words", ())),
+            markdown_table(COLUMNS, self._rows()),
+            *markdown_tables(self.details.get("tables", ())),
+            "## Settings and data",
+            markdown_table(("name", "value"), [*self.provenance(), *self.chosen()]),
+        ]
         return "\n\n".join(parts) + "\n"
 
     def lines(self) -> list[str]:
@@ -143,13 +137,21 @@ def exhibit(
 
     The thumbnail is empty where there are no pictures or the file cannot be read any more.
     """
-    return {
-        "name": f"picture {row}" if pictures is None else pictures.name(row),
-        "expected": expected,
-        "got": got,
-        "score": score,
-        "thumbnail": (pictures and thumbnail_if_there(pictures, row)) or "",
-    }
+    name, thumbnail = f"picture {row}", ""
+    if pictures is not None:
+        name = pictures.name(row)
+        with contextlib.suppress(ImageError):
+            thumbnail = thumbnail_uri(pictures, row)
+    texts = {"name": name, "expected": expected, "got": got}
+    return {**texts, "score": score, "thumbnail": thumbnail}
+
+
+def curve(
+    title: str, x_label: str, y_label: str, series: Sequence[Mapping[str, Any]], **options: Any
+) -> dict[str, Any]:
+    """Return an item of a report's details["curves"]; html.py lists the options."""
+    labels = {"title": title, "x_label": x_label, "y_label": y_label}
+    return {**labels, "series": series, **options}
 
 
 def interval_series(name: str, x: Sequence[float], intervals: Sequence[Interval]) -> dict[str, Any]:
@@ -161,9 +163,7 @@ def interval_series(name: str, x: Sequence[float], intervals: Sequence[Interval]
     return series
 
 
-def histogram_series(
-    name: str, values: npt.NDArray[np.floating], bins: npt.NDArray[np.float64]
-) -> dict[str, Any]:
+def histogram_series(name: str, values: Floats, bins: Float64) -> dict[str, Any]:
     """Return a curve's series with the share of the values in each bin."""
     shares = np.histogram(values, bins)[0] / len(values)
     return {"name": name, "x": ((bins[1:] + bins[:-1]) / 2).round(4).tolist(), "y": shares.tolist()}

@@ -136,6 +136,25 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], ruler, *lines[1:]))
 
 
+def markdown_head(title: str, warnings: Sequence[str], sentences: Sequence[str]) -> list[str]:
+    """Return the beginning of a report as Markdown paragraphs."""
+    quotes = [f"> **Warning:** {markdown(warning)}" for warning in warnings]
+    return [f"# {markdown(title)}", *quotes, *map(markdown, sentences)]
+
+
+def markdown_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the tables of a report's details as Markdown paragraphs."""
+    parts = []
+    for table in tables:
+        columns = table["columns"]
+        cells = [
+            [cell_text(*pair) for pair in zip(row, columns, strict=True)] for row in table["rows"]
+        ]
+        parts += [f"## {markdown(table['title'])}", markdown_table(columns, cells)]
+        parts += [markdown(table["note"])] if table.get("note") else []
+    return parts
+
+
 def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return a table as lines of equal width, the first column left-aligned, the rest right-aligned."""
     cells = [[printable(cell) for cell in row] for row in (columns, *rows)]
