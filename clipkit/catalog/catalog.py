@@ -13,13 +13,13 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Int64
 from clipkit.catalog import queries
 from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     AnyPath,
     CatalogStats,
     EncoderRow,
-    Int64,
     KnownFile,
     PictureRow,
     SkippedRow,

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Int64
 from clipkit.catalog.rows import (
     ISO_DATE,
     CatalogStats,
-    Int64,
     KnownFile,
     PictureRow,
     StoredVectors,

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from clipkit.arrays import Float32
 from clipkit.catalog.store import UNUSABLE
 from clipkit.errors import ClipkitError
 
 log = logging.getLogger(__name__)
 
-Float32 = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 FLUSH_SECONDS = 30.0  # a killed process loses no more than this

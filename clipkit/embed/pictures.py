@@ -16,16 +16,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
 from clipkit import images
+from clipkit.arrays import Float32
 from clipkit.errors import ImageError
 
 if TYPE_CHECKING:
     from clipkit.towers import DualEncoder
 
-Float32 = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 Stored = TypeVar("Stored")
 Extra = TypeVar("Extra")

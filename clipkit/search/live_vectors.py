@@ -17,14 +17,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog
 from clipkit.index import VectorIndex, load_snapshot
 
 SAMPLE = 2_000  # pictures from which a query's scores by chance are estimated
 FEW_DEAD = 1_000  # dead rows that are cheaper to skip among the hits than to mask in the search
-
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from clipkit import images
+from clipkit.arrays import Float32
 from clipkit.errors import EncoderMismatch, ImageError, ModelError, QueryError
 from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query
@@ -24,8 +24,6 @@ from clipkit.search.live_vectors import LiveVectors
 
 EXCLUDED = 0.5  # how hard `-word` pushes, against 1 for a word
 CACHED_TEXTS = 512
-
-Float32 = npt.NDArray[np.float32]
 
 
 def encoder_mismatch(index: tuple[str, str], query: tuple[str, str]) -> EncoderMismatch:

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
 from clipkit.lazy_encoder import Encoder
@@ -38,8 +39,6 @@ STRONG_Z = 4.0
 FAIR_Z = 2.5
 FEWEST_FOR_Z = 30  # in a smaller library the sample says too little about the spread
 
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)
 
 

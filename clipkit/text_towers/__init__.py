@@ -24,9 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import checkpoint
+from clipkit.arrays import Float32
 from clipkit.errors import ModelError
-
-Float32 = npt.NDArray[np.float32]
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 _erf = np.frompyfunc(math.erf, 1, 1)

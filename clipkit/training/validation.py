@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from clipkit.arrays import Float32
 from clipkit.metrics import (
     alignment,
     covariance_spectrum,
@@ -21,8 +22,6 @@ from clipkit.metrics import (
 from clipkit.training.distributed import gather_uneven
 from clipkit.training.inputs import Inputs
 from clipkit.training.towers import Towers
-
-Float32 = npt.NDArray[np.float32]
 
 _KS = (1, 5, 10)
 _BLOCK_ROWS = 256  # rows of similarities at a time

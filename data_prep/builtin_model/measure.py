@@ -19,10 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import checkpoint, images, metrics, towers
+from clipkit.arrays import Float32, Float64
 from data_prep.builtin_model import sources
 
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 CUTS = (1, 5, 10)
 CIFAR_PROMPTS = ("a photo of a {}.", "a blurry photo of a {}.", "a picture of a {}", "{}")
 
