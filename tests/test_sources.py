@@ -92,6 +92,17 @@ def test_a_key_that_begins_behind_the_sample_has_a_role_too(tmp_path: Path) -> N
     assert isinstance(last, Row) and last.captions == ("A cat", "A pet")
 
 
+def test_tags_alone_are_enough(tmp_path: Path) -> None:
+    """Retrieval can search by tags; what needs captions says so itself."""
+    save_all(tmp_path, "a.jpg")
+    path = tmp_path / "tags.jsonl"
+    path.write_text('{"image": "a.jpg", "keywords": ["pet", "wet"]}\n')
+    source = open_source(path)
+    assert source.description == "pictures from 'image', no captions, tags from 'keywords'"
+    (row,) = source.rows()
+    assert isinstance(row, Row) and (row.captions, row.meta) == ((), {"keywords": ["pet", "wet"]})
+
+
 def test_a_json_list_is_read_like_lines(tmp_path: Path) -> None:
     save(tmp_path / "a.jpg", 0)
     (tmp_path / "pairs.json").write_text('[{"image": "a.jpg", "caption": "A dog"}, 7]')

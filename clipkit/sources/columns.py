@@ -47,11 +47,11 @@ class Columns:
     other_images: tuple[str, ...] = ()  # name the picture in rows that lack `image`
 
     def __str__(self) -> str:
-        captions = ", ".join(map(repr, self.captions)) or "nowhere"
+        captions = f"captions from {', '.join(map(repr, self.captions))}"
         more = f", tags from {', '.join(map(repr, self.tags))}" if self.tags else ""
         more += f", labels from {self.label!r}" if self.label else ""
         more += f", splits from {self.split!r}" if self.split else ""
-        return f"pictures from {self.image!r}, captions from {captions}{more}"
+        return f"pictures from {self.image!r}, {captions if self.captions else 'no captions'}{more}"
 
     def row(
         self,
@@ -86,7 +86,7 @@ def choose(rows: Sequence[Mapping[str, object]], options: Options, *, where: str
     """Return the columns' roles, from their names and a sample of rows.
 
     Raises DatasetError, which lists the columns, if no column is the picture's, or none is the
-    captions' and there are no labels either.
+    captions' and there are neither labels nor tags.
     """
     sample = [{key: _first_value(value) for key, value in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in sample for name in row))
@@ -101,7 +101,7 @@ def choose(rows: Sequence[Mapping[str, object]], options: Options, *, where: str
         captions = tuple(_named(name, names, where) for name in options.caption_columns)
     else:
         free = [name for name in rest if name not in (*tags, split)]
-        captions = _captions(free, sample, names, label, where)
+        captions = _captions(free, sample, names, label, where, tagged=bool(tags))
     others = tuple(
         name
         for name in rest
@@ -142,6 +142,8 @@ def _captions(
     names: list[str],
     label: str | None,
     where: str,
+    *,
+    tagged: bool,
 ) -> tuple[str, ...]:
     labels = [value for row in sample if (value := row.get(label or "")) is not None]
     # Class names may serve as captions, class numbers may not.
@@ -153,7 +155,7 @@ def _captions(
     wordy = [name for name in free if _wordy(name, sample)]
     if len(wordy) == 1:
         return (wordy[0],)
-    if label is not None:
+    if label is not None or tagged:
         return ()
     raise DatasetError(
         f"{where}: no column is plainly the captions; it has {_list(names)}; rename the column "
