@@ -47,7 +47,7 @@ EXPORTED_AT_ONCE = 500
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Whether one picture is right for one query."""
+    """A mark that says whether a picture is right for a query."""
 
     image_id: str
     query: str

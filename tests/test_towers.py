@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -257,6 +258,29 @@ def test_threads_share_an_encoder(tiny_checkpoint: Checkpoint) -> None:
     with ThreadPoolExecutor(8) as pool:
         rows = list(pool.map(lambda text: encoder.encode_texts([text])[0], texts))
     np.testing.assert_allclose(np.stack(rows), expected, atol=1e-6)
+
+
+def test_a_query_does_not_wait_for_pictures(
+    tiny_checkpoint: Checkpoint, noise_picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails for texts and pictures that share a pool: the parts of a batch would come first."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu")
+    pixels = torch.stack([encoder.preprocess(noise_picture()) for _ in range(64)])
+    held = threading.Event()
+
+    def wait(part: torch.Tensor) -> torch.Tensor:
+        assert held.wait(timeout=120)
+        return part
+
+    with ThreadPoolExecutor(1) as pool:
+        pictures = pool.submit(encoder.spread, wait, pixels)  # 8 parts for 2 threads
+        try:
+            assert encoder.encode_texts(["a car"]).shape == (1, encoder.dim)
+            assert not pictures.done()
+        finally:
+            held.set()
+        assert len(pictures.result()) == 64
 
 
 def test_loading_is_silent(tiny_checkpoint: Checkpoint, capfd: pytest.CaptureFixture[str]) -> None:

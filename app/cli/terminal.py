@@ -1,4 +1,4 @@
-"""What the commands share: common options, examples in the help, the progress bar, Ctrl-C, sizes."""
+"""Shared by the commands: common options, examples in the help, progress bar, Ctrl-C, sizes."""
 
 from __future__ import annotations
 

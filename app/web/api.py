@@ -2,7 +2,7 @@
 
     GET  /health             model, index and version
     GET  /thumbnails/{id}    a small picture; id is the picture's content hash, 32 hex digits
-    GET  /pictures/{id}      the picture, encoded anew for any browser and without metadata
+    GET  /pictures/{id}      the picture, re-encoded for any browser and without metadata
     GET  /details/{id}       what the catalog knows of it, as JSON
     POST /queries            a picture to search with, as the request's body -> {"id": ...}
     GET  /queries/{id}       that picture, small

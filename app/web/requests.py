@@ -1,4 +1,4 @@
-"""What a browser sends: one search, and the pictures that were dropped on the page."""
+"""Requests of the page: one search, and the pictures that were dropped on it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class SearchRequest:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is neither a query nor a filter."""
+        """True if there is neither a query nor a filter."""
         return self == SearchRequest(k=self.k)
 
     @property

@@ -30,7 +30,7 @@ class ReportRow:
 
 
 class SavedReports:
-    """The reports in `folder`, by default `paths.reports_folder()`; read anew by each call."""
+    """List and read the reports in `folder`, by default `paths.reports_folder()`, without caching."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or reports_folder()

@@ -1,4 +1,4 @@
-"""What the page works on: one index folder, one model, at most one indexing run.
+"""The state behind the page: one index folder, one model, at most one indexing run.
 
 page.py and api.py call it; it knows neither Gradio nor FastAPI. Threads may share it. Pictures are
 named by content hash only. The one path that a request may carry is that of a folder to index.
@@ -63,8 +63,8 @@ class SearchAnswer:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What the page shows of the library beside results, for one value of the catalog's change
-    counter. Each part is read when it is first used, and then kept."""
+    """Status, folders and newest pictures of the library, for one value of the catalog's change
+    counter. Each part is read when it is first used, then cached."""
 
     catalog: Catalog | None  # None: there is no index yet
     changes: int
