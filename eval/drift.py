@@ -62,7 +62,8 @@ def drift_between_encoders(
     results.settings |= {
         "encoder_before": encoder_a.encoder_id,
         "encoder_after": encoder_b.encoder_id,
-        "precision": f"{encoder_a.precision} → {encoder_b.precision}",
+        "precision": _both(encoder_a.precision, encoder_b.precision),
+        "device": _both(a.device, b.device),
     }
     return results.report(
         session,
@@ -73,6 +74,10 @@ def drift_between_encoders(
         model=f"{encoder_a.spec} → {encoder_b.spec}",
         encoder_id=encoder_b.encoder_id,
     )
+
+
+def _both(first: str, second: str) -> str:
+    return first if first == second else f"{first} → {second}"
 
 
 def add_model_drift(
@@ -191,7 +196,7 @@ def drift_between_batches(
     add_batch_drift(
         results, old.vectors, new.vectors, reference=reference, pictures=pictures, session=session
     )
-    results.settings["precision"] = encoder.precision
+    results.settings |= {"precision": encoder.precision, "device": _both(old.device, new.device)}
     return results.report(
         session,
         n={"pictures_before": len(old.vectors), "pictures_after": len(new.vectors)},

@@ -142,9 +142,9 @@ class Results:
         fingerprint: str,
         n: Mapping[str, int] | None = None,
     ) -> EvalReport:
-        """Return the report of one model on one dataset, whose counts, precision, subset and
-        warnings are filled in; `n` adds further counts."""
-        self.settings["precision"] = encoder.precision
+        """Return the report of one model on one dataset, whose counts, precision, device,
+        subset and warnings are filled in; `n` adds further counts."""
+        self.settings |= {"precision": encoder.precision, "device": features.device}
         if data.subset:
             self.settings["subset"] = data.subset
         self.warnings = [*data.warnings, *features.warnings, *self.warnings]

@@ -28,6 +28,7 @@ class ColourEncoder:
     spec = "colours"
     dim = 3
     preferred_side = 16
+    device = "cpu"
     preferred_batch = 4
 
     def describe(self) -> str:

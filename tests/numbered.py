@@ -49,6 +49,7 @@ class Told:
     """
 
     precision = "float32"
+    device = "cpu"
     preferred_batch = 16
     preferred_side = 8
 

@@ -177,3 +177,52 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     assert sentence in err
     assert err.count("\n") == 1 and "Traceback" not in err
     assert not out and not (tmp_path / "reports").exists()
+
+
+def test_figures_are_computed_in_float32_unless_told_otherwise(
+    clipkit: Run,
+    tmp_path: Path,
+    captioned: Path,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the CPU can do; CLIPKIT_PRECISION and, above it, --precision choose another. The
+    feature cache keeps them apart."""
+    common = ("space", "--data", captioned, "--model", tiny_checkpoint(), "--device", "cpu")
+    for number, (variable, option, expected) in enumerate(
+        [
+            (None, (), "float32"),
+            ("", (), "float32"),
+            ("bfloat16", (), "bfloat16"),
+            ("bfloat16", ("--precision", "float32"), "float32"),
+        ]
+    ):
+        monkeypatch.delenv("CLIPKIT_PRECISION", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("CLIPKIT_PRECISION", variable)
+        folder = tmp_path / str(number)
+        code, out, err = clipkit("eval", *common, *option, "--out", folder)
+        assert code == 0, err
+        assert f", {expected} on cpu, 6 pictures" in out.splitlines()[0]
+        assert f"<span>{expected} on cpu</span>" in (folder / "report.html").read_text()
+        assert load(folder).settings["precision"] == expected
+    plain, rough, again = (load(tmp_path / name).samples for name in "023")
+    assert any((plain[name] != rough[name]).any() for name in plain)
+    assert all((plain[name] == again[name]).all() for name in plain)
+
+
+def test_a_report_is_not_replaced_unasked(
+    clipkit: Run, tmp_path: Path, captioned: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    out = tmp_path / "mine"
+    command = ("eval", "space", "--data", captioned, "--model", tiny_checkpoint(), "--out", out)
+    assert clipkit(*command)[0] == 0
+    before = (out / "report.json").read_bytes()
+    code, _, err = clipkit(*command, "--seed", "1")
+    assert code == 2 and err.count("\n") == 1
+    assert f"{out} holds a report already; give --overwrite to replace it, or another --out" in err
+    assert (out / "report.json").read_bytes() == before
+    assert clipkit(*command, "--seed", "1", "--overwrite")[0] == 0
+    assert load(out).settings["seed"] == 1
+    code, _, err = clipkit(*command[:-1], captioned)
+    assert code == 2 and "is a file; give --out the folder" in err

@@ -18,7 +18,6 @@ import typer
 from app.cli.terminal import (
     DeviceOption,
     IndexOption,
-    PrecisionOption,
     command_line,
     examples,
     group,
@@ -78,6 +77,9 @@ class Common:
         Path | None,
         typer.Option("--out", metavar="DIR", help="The report's folder. Default: a new one."),
     ] = None
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the report in the folder of --out.")
+    ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
 
 
@@ -92,7 +94,15 @@ class Encoding(Common):
         None
     )
     device: DeviceOption = "auto"
-    precision: PrecisionOption = "auto"
+    precision: Annotated[
+        str,
+        typer.Option(
+            metavar="TYPE",
+            envvar="CLIPKIT_PRECISION",
+            help="float32, bfloat16, float16, or auto: bfloat16 where the hardware computes in it, "
+            "so that figures depend on the machine.",
+        ),
+    ] = "float32"
     cache: Annotated[
         Path | None,
         typer.Option("--cache", metavar="DIR", envvar="CLIPKIT_CACHE", help="The feature cache."),
@@ -153,6 +163,7 @@ def with_options(kind: type[Common]) -> Callable[[Command], Callable[..., None]]
         @wraps(command)
         def run(**values: Any) -> None:
             shared = kind(**{option.name: values.pop(option.name) for option in options})
+            check_out(shared)
             result = command(**values, shared=shared)
             finish(replace(result, command=command_line()), shared, values.get("models", ()))
 
@@ -521,6 +532,19 @@ def running(shared: Common) -> Iterator[Session]:
     except Stopped:
         print("stopped; encoded features are kept, and the same command continues from there")
         raise typer.Exit(130) from None
+
+
+def check_out(shared: Common) -> None:
+    """Raise InputError if --out is a file, or a folder with a report that may not be replaced."""
+    out = shared.out and shared.out.expanduser()
+    if out is None or not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is a file; give --out the folder to write the report into")
+    if (out / "report.html").exists() and not shared.overwrite:
+        raise InputError(
+            f"{out} holds a report already; give --overwrite to replace it, or another --out"
+        )
 
 
 def finish(result: Result, shared: Common, compared: Sequence[str]) -> None:

@@ -98,6 +98,7 @@ class Features:
     skipped: tuple[tuple[int, str, str, str], ...]  # row, name, reason, message
     fingerprint: str  # of the contents, in order
     repeated: int  # pictures whose bytes came before
+    device: str  # that the model's vectors were last computed on, such as "cpu"
     seconds: float
 
     @property
@@ -178,6 +179,7 @@ def picture_features(
             else:
                 skipped[result.item] = result.error
             on_progress("encoding pictures", len(keys) + len(skipped), len(pictures))
+        device = str(model.fact("device")) if keys else ""
     if not keys:
         raise InputError(_no_picture_read(pictures, skipped))
     rows = sorted(keys)
@@ -188,6 +190,7 @@ def picture_features(
         tuple((r, pictures.name(r), e.reason, str(e)) for r, e in sorted(skipped.items())),
         fingerprint("", used),
         len(used) - len(set(used)),
+        device,
         time.monotonic() - started,
     )
 
@@ -263,6 +266,7 @@ class _Model:
                 "dim": towers.dim,
                 "logit_scale": towers.logit_scale,
                 "side": towers.preferred_side,
+                "device": str(towers.device),
             }
             if self._facts != facts:
                 self.store.put_facts(self._name, facts)
@@ -270,12 +274,11 @@ class _Model:
             self._checked = True
         return towers
 
-    def fact(self, name: str) -> float:
-        """Return "dim", "logit_scale" or "side", from the cache or else from the towers."""
+    def fact(self, name: str) -> Any:
+        """Return "dim", "logit_scale", "side" or "device", from the cache or else from the towers."""
         if name not in self._facts:
             self.towers()
-        value: float = self._facts[name]
-        return value
+        return self._facts[name]
 
     def no_vector(self, name: str) -> InputError:
         """Return the error for a picture or text whose vector is not finite."""

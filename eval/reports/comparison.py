@@ -116,6 +116,12 @@ class Comparison:
     # Curves and tables of the whole, such as a training run's; html.py lists the keys.
     details: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def computed(self) -> str:
+        """Return "float32 on cpu", or both where models differ; see `EvalReport.computed`."""
+        reports = [r for section in self.sections for r in section.reports if r is not None]
+        return ", ".join(dict.fromkeys(r.computed for r in reports if r.computed))
+
     def to_json(self) -> str:
         """Return names, figures and tests as strict JSON."""
         sections = [
@@ -158,7 +164,7 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """Return the lines of tables for a terminal, with sentences and warnings."""
-        lines = [printable(self.title)]
+        lines = [printable(f"{self.title}, {self.computed}" if self.computed else self.title)]
         for section in self.sections:
             lines += ["", printable(section.title), *text_table(*self._table(section))]
             lines += [f"warning: {printable(warning)}" for warning in section.warnings]

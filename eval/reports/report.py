@@ -74,6 +74,13 @@ class EvalReport:
         name = "/".join(re.split(r"[/\\]", self.dataset)[-2:])
         return f"{TASKS.get(self.task, self.task)} on {name}{split}"
 
+    @property
+    def computed(self) -> str:
+        """Return "float32 on cpu", what the model's vectors were computed in; "" if that is unknown."""
+        return " on ".join(
+            str(self.settings[key]) for key in ("precision", "device") if key in self.settings
+        )
+
     def provenance(self) -> list[tuple[str, str]]:
         """Return model, data, counts, times, versions and command as (name, value)."""
         counts = [(_label(name), f"{count:,}") for name, count in self.n.items()]
@@ -113,7 +120,8 @@ class EvalReport:
     def lines(self) -> list[str]:
         """Return the lines of a table for a terminal, with sentences and warnings below it."""
         counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.n.items())
-        head = f"{self.title}: {self.model} ({self.encoder_id[:8]}), {counts}"
+        computed = f", {self.computed}" if self.computed else ""
+        head = f"{self.title}: {self.model} ({self.encoder_id[:8]}){computed}, {counts}"
         table = text_table(("", *COLUMNS[1:]), self._rows())
         warnings = [f"warning: {printable(warning)}" for warning in self.warnings]
         return [printable(head), *table, *map(printable, self.details.get("words", ())), *warnings]
