@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 
@@ -54,10 +55,17 @@ def duration(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """0.4534 -> "45.3 %"; 0.00042 -> "0.042 %"; 0.9999 -> "99.9 %": only all of it is 100.0 %."""
-    if 0 < share < 0.001:
-        return f"{100 * share:.2g} %"
-    return f"{min(100 * share, 99.9) if share < 1 else 100 * share:.1f} %"
+    """0.4534 -> "45.3 %"; 0.00042 -> "0.042 %"; 0.9999 -> "99.9 %": only all of it is 100.0 %, and
+    only nothing, or less than a ten-millionth, is 0.0 %."""
+    if 1e-7 <= share < 0.001:
+        return f"{signed(100 * share, 1 - math.floor(math.log10(100 * share)))} %"
+    return f"{signed(min(100 * share, 99.9) if share < 1 else 100 * share, 1)} %"
+
+
+def signed(value: float, decimals: int) -> str:
+    """Return the rounded number with a minus sign, U+2212, if it is not zero after rounding."""
+    text = f"{abs(value):,.{decimals}f}"
+    return f"−{text}" if value < 0 and text.strip("0.,") else text
 
 
 def list_text(items: Sequence[str], most: int = 3) -> str:

@@ -19,7 +19,7 @@ from clipkit import metrics
 from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval, Ranking
-from clipkit.wording import percent
+from clipkit.wording import count, percent
 from eval.data import Captioned
 from eval.features import Encoder, fingerprint
 from eval.reports.report import EvalReport, curve, exhibit, interval_series
@@ -106,8 +106,8 @@ def caption_queries(data: Captioned, results: Results) -> Queries:
         owners.setdefault(text, set()).add(owner)
     if shared := sum(len(owners[text]) > 1 for text in data.captions):
         results.warnings.append(
-            f"{shared:,} of {len(data.captions):,} captions belong to several pictures, only one of "
-            "which counts as correct"
+            f"of {count(len(data.captions), 'caption')}, {shared:,} belong to several pictures, only "
+            "one of which counts as correct"
         )
     pairs = np.stack([np.arange(len(data.owner)), data.owner], axis=1)
     return Queries(data.captions, pairs, both_ways=True)
@@ -138,7 +138,7 @@ def _with_queries(data: Captioned, queries: str, results: Results) -> Captioned:
     without = len(data.pictures) - len(captioned)
     if not without:
         return data
-    results.warnings.append(f"{without:,} pictures without a caption were left out")
+    results.warnings.append(f"left out {count(without)} without a caption")
     return data.select(captioned)
 
 
@@ -260,7 +260,7 @@ def _measure(
         if left_out := [str(k) for k in ks if k not in cuts]:
             results.warnings.append(
                 f"{direction.title}: K = {', '.join(left_out)} left out, "
-                f"there are only {candidates} candidates"
+                f"there are only {candidates:,} candidates"
             )
         for name, values in direction.values(cuts).items():
             key, fraction = f"{direction.name}/{name}", not name.endswith("rank")

@@ -1,7 +1,8 @@
 """Robustness: accuracy or recall on corrupted pictures, and on each domain.
 
 Every picture is measured clean and under each corruption and severity (`eval.corruptions`), with the
-same texts. "relative" is the mean under all corruptions divided by the clean figure.
+same texts. "relative" is the mean under all corruptions divided by the clean figure: a ratio, which is
+above 1 where corruptions help, and is not clipped.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from eval.data import Captioned, Labelled
 from eval.features import Encoder, fingerprint
 from eval.prompts import Templates, load_templates
 from eval.reports.report import EvalReport, curve, interval_series
-from eval.reports.wording import percent_interval
+from eval.reports.wording import interval_text, percent_interval, value_text
 from eval.session import Results, Session
 from eval.zero_shot import class_vectors, cosines
 
@@ -68,6 +69,7 @@ def evaluate_robustness(
         if conditions:
             corrupted = [samples[f"{name}@{s}/{metric}"] for name, s, _ in conditions]
             results.metrics |= _summary(samples[f"clean/{metric}"], corrupted, metric, session.seed)
+            results.headline += [f"{way}/{metric}" for way in ("clean", "corrupted", "relative")]
             _describe_corruptions(results, metric, corruptions, severities)
         if isinstance(data, Labelled) and data.domains is not None:
             _describe_domains(results, metric, data.domains, session.seed)
@@ -147,36 +149,55 @@ def _summary(
 def _describe_corruptions(
     results: Results, metric: str, names: Sequence[str], severities: Sequence[int]
 ) -> None:
-    """Add a metric's curve, table and sentence, by corruption and severity."""
-    clean = results.metrics[f"clean/{metric}"]
-    points = {name: [results.metrics[f"{name}@{s}/{metric}"] for s in severities] for name in names}
-    series = [interval_series(name, [0, *severities], [clean, *points[name]]) for name in names]
-    results.curves.append(curve(f"{metric} by severity", "severity (0 is clean)", metric, series))
+    """Add a metric's table by corruption and severity, their means as a curve, and a sentence."""
+    clean, corrupted, relative = (
+        results.metrics[f"{way}/{metric}"] for way in ("clean", "corrupted", "relative")
+    )
+    samples = [[results.samples[f"{name}@{s}/{metric}"] for s in severities] for name in names]
+    values = np.array([[each.mean() for each in row] for row in samples])  # (names, severities)
+    mean = dict(zip(names, values.mean(axis=1), strict=True))
+    matrix = np.vstack([values, values.mean(axis=0)]) if len(names) > 1 else values
+    matrix = np.column_stack([matrix, matrix.mean(axis=1)]) if len(severities) > 1 else matrix
+    rows = zip([*names, "mean"], matrix.tolist(), strict=False)
+    columns = ["corruption", *(f"severity {s}" for s in severities), "mean"]
     results.tables.append(
         {
             "title": f"{metric} under corruption",
-            "columns": ["corruption", "clean", *(f"severity {s}" for s in severities)],
-            "rows": [[name, *(percent(i.value) for i in (clean, *points[name]))] for name in names],
-            "note": f"Severities as in ImageNet-C, at {SIDE} pixels.",
+            "columns": columns[: matrix.shape[1] + 1],
+            "rows": [[_spoken(name), *map(percent, row)] for name, row in rows],
+            "heat": np.minimum(matrix / (clean.value or 1), 1).tolist(),
+            "note": f"On clean pictures: {percent(clean.value)}. The redder a cell, the more of that is "
+            f"lost. Severities as in ImageNet-C, at {SIDE} pixels.",
+            "first": True,
         }
     )
+    per_severity = [
+        metrics.mean_interval(np.mean(each, axis=0)) for each in zip(*samples, strict=True)
+    ]
+    series = interval_series("mean of all corruptions", [0, *severities], [clean, *per_severity])
+    results.curves.append(curve(f"{metric} by severity", "severity (0 is clean)", metric, [series]))
     if clean.value == 0:
         results.sentences.append(
             f"{metric} is 0 on clean pictures, so corruptions cannot lower it."
         )
         return
-    mean = {name: float(np.mean([i.value for i in points[name]])) for name in names}
-    worst, best = min(names, key=mean.__getitem__), max(names, key=mean.__getitem__)
-    kinds = f"{len(names)} kinds of corruption" if len(names) > 1 else names[0]
-    relative = results.metrics[f"relative/{metric}"]
+    kinds = f"{len(names)} kinds of corruption" if len(names) > 1 else _spoken(names[0])
     sentence = (
-        f"{metric} is {percent(clean.value)} on clean pictures. Under {kinds} it keeps "
-        f"{percent(relative.value)} of that on average ({percent_interval(relative)})."
+        f"{metric} is {percent(clean.value)} on clean pictures and {percent(corrupted.value)} under "
+        f"{kinds} on average ({percent_interval(corrupted)}). The ratio is the relative robustness, "
+        f"{value_text('relative', relative.value)} ({interval_text('relative', relative)}); at 1 "
+        "nothing is lost."
     )
     if len(names) > 1:
-        sentence += f" {worst} lowers it most (to {percent(mean[worst])}), "
-        sentence += f"{best} least ({percent(mean[best])})."
+        worst, best = min(names, key=mean.__getitem__), max(names, key=mean.__getitem__)
+        sentence += f" Worst is {_spoken(worst)} ({percent(mean[worst])}), best {_spoken(best)} "
+        sentence += f"({percent(mean[best])})."
     results.sentences.append(sentence)
+
+
+def _spoken(name: str) -> str:
+    """Return "gaussian noise" for "gaussian_noise"."""
+    return name.replace("_", " ")
 
 
 def _describe_domains(results: Results, metric: str, domains: Sequence[str], seed: int) -> None:

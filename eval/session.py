@@ -78,6 +78,7 @@ class Results:
     metrics: dict[str, Interval] = field(default_factory=dict)
     samples: dict[str, Float64] = field(default_factory=dict)  # per unit, their mean the metric
     settings: dict[str, Any] = field(default_factory=dict)
+    headline: list[str] = field(default_factory=list)  # metrics; see `EvalReport.headline`
     warnings: list[str] = field(default_factory=list)
     sentences: list[str] = field(default_factory=list)
     tables: list[Mapping[str, Any]] = field(default_factory=list)
@@ -98,7 +99,7 @@ class Results:
     @property
     def details(self) -> dict[str, Any]:
         """Return what the HTML page shows beside the metrics."""
-        names = ("tables", "curves", "reliability", "scatter", "confusion", "mistakes")
+        names = ("headline", "tables", "curves", "reliability", "scatter", "confusion", "mistakes")
         details = {"words": self.sentences} | {name: getattr(self, name) for name in names}
         return {key: value for key, value in details.items() if value}
 

@@ -191,9 +191,7 @@ def test_unreadable_pictures_are_left_out_and_named(cache: FeatureCache) -> None
     found = picture_features(told(), mixed, cache=cache)
     assert found.rows.tolist() == [0, 2]
     assert found.skipped[0] == (1, "1.png", "empty", "file is empty (0 bytes)")
-    assert found.warnings == (
-        "2 of 4 pictures were left out, the first 1.png: file is empty (0 bytes)",
-    )
+    assert found.warnings == ("left out 2 of 4 pictures, the first 1.png: file is empty (0 bytes)",)
     with pytest.raises(InputError, match=r"none of the 2 pictures can be read; the first, 0\.png"):
         picture_features(told(), Numbered([None, None]), cache=cache)
     with pytest.raises(InputError, match="no picture to encode"):

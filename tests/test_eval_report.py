@@ -219,8 +219,8 @@ def test_fractions_are_percent_and_ranks_are_not() -> None:
     shown = {name: (value_text(name, i.value), interval_text(name, i)) for name, i in made.items()}
     assert shown == {
         "acc@1": ("45.3 %", "43.1 to 47.5"),
-        "text_to_image/median_rank": ("12.2", "11 to 13.5"),
-        "temperature": ("0.83", "–"),
+        "text_to_image/median_rank": ("12.2", "11.0 to 13.5"),
+        "temperature": ("0.830", "–"),
     }
 
 
@@ -245,7 +245,7 @@ def test_numbers_have_one_minus_sign_and_no_exponent() -> None:
     """U+2212 as in all tables; what rounds to 0 has no sign; 2.14e-17 is a rounding error."""
     numbers = (-3.28, -0.219, -1234.0, -9.49e-05, -2.14e-17, 1e-6, 0.0, -0.0)
     assert [number_text(v) for v in numbers] == [
-        "−3.28", "−0.219", "−1,234", "−0.0000949", "0", "0.000001", "0", "0"
+        "−3.28", "−0.219", "−1,234", "−0.0000949", "0", "0.0000010", "0", "0"
     ]  # fmt: skip
     assert value_text("R@1", -0.0004) == "0.0 %" and value_text("R@1", -0.02) == "−2.0 %"
     assert change_text("R@1", 0.0123) == "+1.2" and change_text("R@1", -0.0123) == "−1.2"

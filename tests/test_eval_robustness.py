@@ -13,10 +13,14 @@ from numbered import Numbered, Told, captioned, collapsed, labelled, number_in, 
 from PIL import Image
 
 from clipkit.errors import InputError
+from clipkit.metrics import Interval
+from clipkit.wording import percent
 from eval.corruptions import CORRUPTIONS, SIDE, corruption
 from eval.data import Labelled
 from eval.features import FeatureCache
 from eval.prompts import Templates
+from eval.reports.html import render_report
+from eval.reports.wording import direction, interval_text, value_text
 from eval.robustness import evaluate_robustness
 from eval.session import Session
 
@@ -182,10 +186,63 @@ def test_what_brightness_takes_away() -> None:
     assert value["relative/acc@1"] == pytest.approx(corrupted_mean)
     assert report.samples["brightness@5/acc@1"].shape == (40,)
     (curve,) = report.details["curves"]
-    assert [s["name"] for s in curve["series"]] == ["brightness", "jpeg_compression"]
+    assert [s["name"] for s in curve["series"]] == ["mean of all corruptions"]
     assert curve["series"][0]["x"] == [0, 1, 5]
-    assert curve["series"][0]["y"][0] == 1 and curve["series"][0]["y"][-1] == 0
-    assert "brightness lowers it most" in report.details["words"][0]
+    at_5 = value["jpeg_compression@5/acc@1"] / 2  # none is right under brightness
+    assert curve["series"][0]["y"][0] == 1 and curve["series"][0]["y"][-1] == pytest.approx(at_5)
+    assert "Worst is brightness" in report.details["words"][0]
+
+
+def test_what_answers_comes_first() -> None:
+    """The terminal shows the three headline figures of 18; the page their cards, then the matrix with
+    its means, then the rest folded."""
+    report = evaluate_robustness(
+        oracle(25),
+        reds(list(range(10)) * 2),
+        corruptions=("brightness", "contrast", "jpeg_compression"),
+        severities=(1, 2, 3, 4, 5),
+        templates=PLAIN,
+    )
+    assert list(report.headline) == ["clean/acc@1", "corrupted/acc@1", "relative/acc@1"]
+    lines = report.lines()
+    assert (
+        len(report.metrics) == 18 and len(lines) == 8
+    )  # title, head, 3 figures, sentence, warning, this:
+    assert lines[-1] == "15 more figures in the report"
+    page = render_report(report)
+    places = [
+        page.index(text)
+        for text in (
+            'class="cards',
+            "acc@1 under corruption",
+            'class="heat-',
+            "<details>",
+            "brightness@1",
+        )
+    ]
+    assert places == sorted(places)
+    (table,) = report.details["tables"]
+    assert table["columns"] == ["corruption", *(f"severity {s}" for s in range(1, 6)), "mean"]
+    assert [row[0] for row in table["rows"]] == [
+        "brightness",
+        "contrast",
+        "jpeg compression",
+        "mean",
+    ]
+    values = {name: interval.value for name, interval in report.metrics.items()}
+    assert table["rows"][-1][-1] == percent(values["corrupted/acc@1"])
+    assert table["rows"][1][-1] == percent(
+        np.mean([values[f"contrast@{s}/acc@1"] for s in range(1, 6)])
+    )
+    assert table["heat"][0][4] == values["brightness@5/acc@1"] / values["clean/acc@1"]
+
+
+def test_a_ratio_is_no_share() -> None:
+    """Corruptions may help: 101.7 % of pictures do not exist, 1.02 times the clean figure does."""
+    ratio = Interval(0.95, 0.888, 1.017, 60)
+    assert value_text("relative/acc@1", ratio.value) == "0.950"
+    assert interval_text("relative/acc@1", ratio) == "0.888 to 1.017"
+    assert direction("relative/acc@1") == 1
 
 
 def test_relative_is_to_the_clean_figure() -> None:

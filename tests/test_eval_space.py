@@ -293,7 +293,7 @@ def test_captions_stay_with_their_pictures_when_one_is_skipped(
     assert report.metrics["pairs/matched_cosine"].value == pytest.approx(
         (1 + wall.mean()) / 2, abs=0.01
     )
-    assert any("1 of 5 pictures were left out" in warning for warning in report.warnings)
+    assert any("left out 1 of 5 pictures" in warning for warning in report.warnings)
     assert report.split is None and report.encoder_id == Colours.encoder_id
     hub = report.details["mistakes"][0]["items"][0]
     assert hub["thumbnail"].startswith("data:image/jpeg;base64,") and hub["name"].endswith(".png")

@@ -232,7 +232,7 @@ def test_pictures_that_cannot_be_read() -> None:
     report = evaluate_zero_shot(oracle(3), data, templates=PLAIN, calibrate=False)
     assert report.n == {"pictures": 3, "classes": 3, "skipped": 1}
     assert report.metrics["acc@1"].value == report.metrics["mean_per_class_recall"].value == 1
-    assert any("1 of 4 pictures were left out" in text for text in report.warnings)
+    assert any("left out 1 of 4 pictures" in text for text in report.warnings)
     assert any("no picture of 'kind2' can be read" in text for text in report.warnings)
 
 

@@ -72,3 +72,12 @@ def test_a_duration_has_two_digits_and_the_unit_that_fits(seconds: float, expect
 )
 def test_a_share_is_never_rounded_to_nothing_or_to_all(share: float, expected: str) -> None:
     assert percent(share) == expected
+
+
+def test_a_small_share_has_two_digits_and_no_exponent() -> None:
+    assert [percent(share) for share in (1e-5, 4.2e-6, 1e-9, -0.02)] == [
+        "0.0010 %",
+        "0.00042 %",
+        "0.0 %",
+        "−2.0 %",
+    ]

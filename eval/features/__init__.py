@@ -27,6 +27,7 @@ from clipkit.catalog import VectorStore
 from clipkit.embed import Encoded, Known, encode_pictures
 from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
 from clipkit.lazy_encoder import Encoder
+from clipkit.wording import count
 from eval.data import Pictures
 
 if TYPE_CHECKING:
@@ -109,11 +110,11 @@ class Features:
             _, name, _, message = self.skipped[0]
             total = len(self.rows) + len(self.skipped)
             sentences.append(
-                f"{len(self.skipped):,} of {total:,} pictures were left out, "
-                f"the first {name}: {message}"
+                f"left out {len(self.skipped):,} of {count(total)}, the first {name}: {message}"
             )
         if self.repeated:
-            sentences.append(f"{self.repeated:,} pictures are copies of others, byte by byte")
+            verb = "is a copy" if self.repeated == 1 else "are copies"
+            sentences.append(f"{count(self.repeated)} {verb} of others, byte by byte")
         return tuple(sentences)
 
 
@@ -314,4 +315,6 @@ def _no_picture_read(pictures: Pictures, skipped: dict[int, ImageError]) -> str:
     if not skipped:
         return "there is no picture to encode; name data that has some"
     row, error = next(iter(sorted(skipped.items())))
-    return f"none of the {len(skipped):,} pictures can be read; the first, {pictures.name(row)}: {error}"
+    return (
+        f"none of the {count(len(skipped))} can be read; the first, {pictures.name(row)}: {error}"
+    )

@@ -6,12 +6,15 @@ characters that reorder or hide text, and the page's content security policy all
 The keys of `EvalReport.details`, each optional:
 
     words       [sentence]
+    headline    [metric]            which figures come first
     curves      [{title, x_label, y_label, series: [{name, x, y, low?, high?}], log_x?, note?}]
                             (a series may choose its `hue` and `dash`, from 0)
     reliability [{title, bins: [{low, high, confidence, accuracy, n}], note?}]
     scatter     [{title, x_label, y_label, points: [{name, x, y, best?}], note?}]
     confusion   {classes, counts}        counts[truth][predicted]; up to MOST_CLASSES as a heat map
-    tables      [{title, columns, rows, note?}]
+    tables      [{title, columns, rows, note?, first?, terminal?, heat?}]
+                            first: directly after the headline; terminal: printed there too;
+                            heat: shares from 0 to 1, one for each cell but the first of a row
     mistakes    [{title, items: [exhibit], labels?}]    labels: headings of `expected` and `got`
 """
 
@@ -25,11 +28,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipkit.metrics import Interval
 from clipkit.wording import printable
 from eval.reports import plots
 from eval.reports.comparison import Comparison
-from eval.reports.report import EvalReport
+from eval.reports.report import MOST_FIGURES, EvalReport
 from eval.reports.wording import (
     cell_text,
     change_text,
@@ -48,7 +50,6 @@ MOST_CLASSES = 50  # in a heat map
 MOST_PICTURES = 48  # of each group of mistakes
 MOST_ROWS = 2_000  # of a table
 _TEMPLATES = Path(__file__).parent / "templates"
-_HEADLINE = re.compile(r"(?:.*/)?(?:R|acc|recall)@\w+|mean_per_class_recall|mAP")
 _WORDS = {"mean_per_class_recall": "Mean per-class recall"}
 
 
@@ -60,7 +61,8 @@ def render_report(report: EvalReport) -> str:
         "report.html",
         title=report.title,
         report=report,
-        headlines=_headlines(metrics),
+        headlines=list(report.headline.items()),
+        many=len(metrics) > MOST_FIGURES,
         groups=_groups(metrics),
         strips=any(is_share(name) for name, _ in metrics),
         plots=figures(details),
@@ -140,12 +142,6 @@ def _figure(
 
 
 # ---- parts
-
-
-def _headlines(metrics: Sequence[tuple[str, Interval]]) -> list[tuple[str, Interval]]:
-    """Return the metrics for the cards at the top, at most six."""
-    first = [(name, i) for name, i in metrics if _HEADLINE.fullmatch(name)][:6]
-    return first if len(first) > 1 else list(metrics[:4])
 
 
 def _groups(metrics: Sequence[tuple[str, Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:

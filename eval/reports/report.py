@@ -14,7 +14,7 @@ import numpy as np
 from clipkit.arrays import Float64, Floats
 from clipkit.errors import ImageError
 from clipkit.metrics import Interval
-from clipkit.wording import duration, printable
+from clipkit.wording import count, duration, printable
 from eval.data import Pictures
 from eval.features import thumbnail_uri
 from eval.reports.wording import (
@@ -23,6 +23,7 @@ from eval.reports.wording import (
     markdown_table,
     markdown_tables,
     setting_text,
+    table_text,
     text_table,
     to_json,
     value_text,
@@ -39,6 +40,8 @@ TASKS = {
     "robustness": "Robustness",
 }
 COLUMNS = ("metric", "value", "95 % interval", "n")
+MOST_FIGURES = 16  # that a terminal prints, and that the page shows before anything else
+_HEADLINE = re.compile(r"(?:.*/)?(?:R|acc|recall)@\w+|mean_per_class_recall|mAP")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,6 +78,23 @@ class EvalReport:
         return f"{TASKS.get(self.task, self.task)} on {name}{split}"
 
     @property
+    def headline(self) -> dict[str, Interval]:
+        """Return the metrics that answer first: those that the evaluator names, else at most six."""
+        if "headline" in self.details:
+            return {name: self.metrics[name] for name in self.details["headline"]}
+        names = [name for name in self.metrics if _HEADLINE.fullmatch(name)][:6]
+        return {n: self.metrics[n] for n in (names if len(names) > 1 else [*self.metrics][:4])}
+
+    @property
+    def counts(self) -> list[str]:
+        """Return ["1,000 pictures", "1 caption"]."""
+        names = {k: k.replace("_", " ") for k in self.n}
+        return [
+            f"{number:,} {names[k].removesuffix('s') if number == 1 else names[k]}"
+            for k, number in self.n.items()
+        ]
+
+    @property
     def computed(self) -> str:
         """Return "float32 on cpu", what the model's vectors were computed in; "" if that is unknown."""
         return " on ".join(
@@ -83,7 +103,7 @@ class EvalReport:
 
     def provenance(self) -> list[tuple[str, str]]:
         """Return model, data, counts, times, versions and command as (name, value)."""
-        counts = [(_label(name), f"{count:,}") for name, count in self.n.items()]
+        counts = [(_label(name), f"{number:,}") for name, number in self.n.items()]
         pairs = [
             ("Model", self.model),
             ("Encoder", self.encoder_id),
@@ -110,7 +130,7 @@ class EvalReport:
         """Return figures, warnings and provenance as Markdown, without pictures and curves."""
         parts = [
             *markdown_head(self.title, self.warnings, self.details.get("words", ())),
-            markdown_table(COLUMNS, self._rows()),
+            markdown_table(COLUMNS, self._rows(self.metrics)),
             *markdown_tables(self.details.get("tables", ())),
             "## Settings and data",
             markdown_table(("name", "value"), [*self.provenance(), *self.chosen()]),
@@ -118,18 +138,24 @@ class EvalReport:
         return "\n\n".join(parts) + "\n"
 
     def lines(self) -> list[str]:
-        """Return the lines of a table for a terminal, with sentences and warnings below it."""
-        counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.n.items())
+        """Return what a terminal shows: the metrics, or of many the headline; the tables that are
+        marked for it; sentences and warnings."""
         computed = f", {self.computed}" if self.computed else ""
-        head = f"{self.title}: {self.model} ({self.encoder_id[:8]}){computed}, {counts}"
-        table = text_table(("", *COLUMNS[1:]), self._rows())
-        warnings = [f"warning: {printable(warning)}" for warning in self.warnings]
-        return [printable(head), *table, *map(printable, self.details.get("words", ())), *warnings]
+        head = f"{self.title}: {self.model} ({self.encoder_id[:8]}){computed}, {', '.join(self.counts)}"
+        shown = self.metrics if len(self.metrics) <= MOST_FIGURES else self.headline
+        lines = [printable(head), *text_table(("", *COLUMNS[1:]), self._rows(shown))]
+        for table in self.details.get("tables", ()):
+            if table.get("terminal"):
+                lines += [printable(table["title"]), *text_table(*table_text(table))]
+        lines += map(printable, self.details.get("words", ()))
+        lines += [f"warning: {printable(warning)}" for warning in self.warnings]
+        more = len(self.metrics) - len(shown)
+        return [*lines, f"{count(more, 'more figure')} in the report"] if more else lines
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
+    def _rows(self, metrics: Mapping[str, Interval]) -> list[tuple[str, str, str, str]]:
         return [
             (name, value_text(name, i.value), interval_text(name, i), f"{i.n:,}")
-            for name, i in self.metrics.items()
+            for name, i in metrics.items()
         ]
 
 

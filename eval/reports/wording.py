@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from clipkit.metrics import Interval
-from clipkit.wording import percent, printable
+from clipkit.wording import percent, printable, signed
 
 # Parts of a metric's name which say that its values are shares, or that smaller is better.
 _SHARE = re.compile(
@@ -30,12 +30,16 @@ _BETTER_SMALL = re.compile(r"ECE|NLL|(median|mean|best)_rank|.*(_|^)(ms|seconds|
 
 
 def is_share(name: str) -> bool:
-    """Return whether a metric is a fraction, printed in percent: "text_to_image/R@1", not a rank."""
-    return any(_SHARE.fullmatch(part.strip()) for part in re.split("[/,]", name))
+    """Return whether a metric is a fraction, printed in percent: "text_to_image/R@1", not a rank, and
+    not "relative/R@1", a ratio, which may be above 1."""
+    return not name.startswith("relative/") and any(
+        _SHARE.fullmatch(part.strip()) for part in re.split("[/,]", name)
+    )
 
 
 def direction(name: str) -> int:
     """Return 1 if greater is better, -1 if smaller is, 0 if neither, such as a temperature."""
+    name = name.removeprefix("relative/")
     if any(_BETTER_SMALL.fullmatch(part) for part in name.split("/")):
         return -1
     return 1 if is_share(name) else 0
@@ -45,20 +49,25 @@ def value_text(name: str, value: float) -> str:
     """Return a metric's value as text: 0.4534 -> "45.3 %", a rank of 12.25 -> "12.2"; NaN -> "–"."""
     if math.isnan(value):
         return "–"
-    return f"{_signed(100 * value, 1)} %" if is_share(name) else number_text(value)
+    return percent(value) if is_share(name) else number_text(value)
 
 
 def interval_text(name: str, interval: Interval) -> str:
-    """Return "43.1 to 47.5", in the unit of `value_text`; "–" if the interval has no bounds."""
-    if math.isnan(interval.low) or math.isnan(interval.high):
+    """Return "43.1 to 47.5", in the unit of `value_text` and both with as many decimals; "–" if the
+    interval has no bounds."""
+    ends = (interval.low, interval.high)
+    if any(map(math.isnan, ends)):
         return "–"
-    ends = (value_text(name, end).removesuffix(" %") for end in (interval.low, interval.high))
-    return " to ".join(ends)
+    if is_share(name):
+        return " to ".join(signed(100 * end, 1) for end in ends)
+    texts = [number_text(end) for end in ends]
+    decimals = max(len(text.partition(".")[2]) for text in texts)
+    return " to ".join(signed(end, decimals) for end in ends)
 
 
 def change_text(name: str, difference: float) -> str:
     """Return a difference with its sign, of a share in percentage points: "+2.3"."""
-    text = _signed(100 * difference, 1) if is_share(name) else number_text(difference)
+    text = signed(100 * difference, 1) if is_share(name) else number_text(difference)
     return text if text.startswith("−") else f"+{text}"
 
 
@@ -71,32 +80,20 @@ def p_text(p_value: float) -> str:
 
 
 def percent_interval(interval: Interval) -> str:
-    """Return "95 % interval 43.1 % to 47.5 %"."""
-    return f"95 % interval {percent(interval.low)} to {percent(interval.high)}"
+    """Return "95 % interval 43.1 to 47.5 %"."""
+    return f"95 % interval {interval_text('acc', interval)} %"
 
 
 def number_text(value: float) -> str:
-    """Return a number with three digits, or all before the point: "0.0123", "6.90", "12,346"."""
+    """Return a number with three digits, at most 7 decimals, or all before the point: "0.0123",
+    "6.90", "12,346"."""
     if not math.isfinite(value):
         return "–"
     if abs(value) >= 1000 or value == round(value):
-        return _signed(value, 0)
-    if abs(value) >= 1:
-        return _signed(value, 1 if abs(value) >= 10 else 2)
-    return _plain_decimal(value, 3)
-
-
-def _signed(value: float, decimals: int) -> str:
-    """Return the rounded number with a minus sign if it is not zero after rounding."""
-    text = f"{abs(value):,.{decimals}f}"
-    return f"−{text}" if value < 0 and text.strip("0.,") else text
-
-
-def _plain_decimal(value: float, digits: int) -> str:
-    """Return a number below 1 with so many digits, at most 7 decimals, without trailing zeros."""
-    decimals = min(7, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
-    text = _signed(value, decimals)
-    return text.rstrip("0").rstrip(".") if "." in text else text
+        return signed(value, 0)
+    if abs(value) < 5e-8:  # a rounding error
+        return "0"
+    return signed(value, min(7, 2 - math.floor(math.log10(abs(value)))))
 
 
 # ---- cells and settings
@@ -142,15 +139,18 @@ def markdown_head(title: str, warnings: Sequence[str], sentences: Sequence[str])
     return [f"# {markdown(title)}", *quotes, *map(markdown, sentences)]
 
 
+def table_text(table: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return the columns and the cells of a table of a report's details as text."""
+    columns = list(table["columns"])
+    cells = [[cell_text(*pair) for pair in zip(row, columns, strict=True)] for row in table["rows"]]
+    return columns, cells
+
+
 def markdown_tables(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the tables of a report's details as Markdown paragraphs."""
     parts = []
     for table in tables:
-        columns = table["columns"]
-        cells = [
-            [cell_text(*pair) for pair in zip(row, columns, strict=True)] for row in table["rows"]
-        ]
-        parts += [f"## {markdown(table['title'])}", markdown_table(columns, cells)]
+        parts += [f"## {markdown(table['title'])}", markdown_table(*table_text(table))]
         parts += [markdown(table["note"])] if table.get("note") else []
     return parts
 
