@@ -2,13 +2,21 @@
 # make demo PHOTOS=/folder    the same with your own pictures
 # make test                   set up, lint, types, import contracts, tests
 # make quick                  the same with the tests that take a second or less: under a minute
+#
+# On Linux, PyPI's torch brings several gigabytes of CUDA. Each target takes:
+#   TORCH=cpu                 torch from download.pytorch.org/whl/cpu; or cu126, ..., or the address of an index
+#   SYSTEM=1                  the torch, and whatever else, that $(PYTHON) has; it is used if it is new enough
+#   VENV=/folder              install into this virtual or conda environment, which may have its torch already
+#
 # make builtin DATA=DIR       make the built-in model anew in BUILD (see clipkit/builtin/MODEL_CARD.md)
 
 # The newest Python >= 3.11 that is here; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PORT ?= 7860
-BIN := .venv/bin
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 INDEX := $(if $(PHOTOS),.demo/photos,.demo/gallery)
 
 BUILD ?= build/builtin
@@ -20,7 +28,7 @@ TUNE = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m app.cli train $(B
 .PHONY: demo test quick check builtin clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.app
+demo: $(VENV)/.clipkit-app
 	$(BIN)/clipkit index "$(or $(PHOTOS),data_prep/gallery/pictures)" --index $(INDEX)
 	$(BIN)/clipkit app --index $(INDEX) --port $(PORT) --open
 
@@ -30,14 +38,14 @@ test: check
 quick: check
 	$(BIN)/pytest -n auto --dist loadfile -m 'not (slow or browser or parity or end_to_end)'
 
-check: .venv/.dev
+check: $(VENV)/.clipkit-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-builtin: .venv/.app
-	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[builtin-recipe]'
+builtin: $(VENV)/.clipkit-app
+	$(PIP) -e '.[builtin-recipe]'
 	$(BIN)/python -m data_prep.builtin_model.recipe start --data $(DATA) --gallery data_prep/gallery/pictures --out $(BUILD)/start
 	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/start/art.jsonl --out $(BUILD)/dataset \
 		--validation 0 --test 0 --max-repeats 0 --overwrite
@@ -52,15 +60,24 @@ clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.venv/bin/pip:
+$(BIN)/pip:
 	@test -n "$(PYTHON)" || { echo "clipkit needs Python 3.11 or newer; install it, or name it: make PYTHON=/path/to/python"; exit 2; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(if $(SYSTEM),--system-site-packages) $(VENV)
 
 # Stamps: installed again only when pyproject.toml changes.
-.venv/.app: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --disable-pip-version-check --quiet -e .
+$(VENV)/.clipkit-app: pyproject.toml | $(BIN)/pip
+	$(TORCH_FIRST)
+	$(PIP) -e .
 	@touch $@
 
-.venv/.dev: pyproject.toml | .venv/bin/pip
-	$(BIN)/pip install --disable-pip-version-check --quiet -e '.[dev]'
-	@touch $@ .venv/.app
+$(VENV)/.clipkit-dev: pyproject.toml | $(BIN)/pip
+	$(TORCH_FIRST)
+	$(PIP) -e '.[dev]'
+	@touch $@ $(VENV)/.clipkit-app
+
+# torch and torchvision, as pyproject.toml wants them, from the index that TORCH names: what follows
+# finds them there and takes no others.
+define TORCH_FIRST
+$(if $(TORCH),$(PIP) --index-url $(if $(findstring /,$(TORCH)),$(TORCH),https://download.pytorch.org/whl/$(TORCH)) \
+	$$(sed -n 's/^ *"\(torch[a-z]*[>=0-9.]*\)".*/\1/p' pyproject.toml),@:)
+endef

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,6 +33,7 @@ WEIGHTS_FILE = "open_clip_model.safetensors"
 PROVENANCE_FILE = "clipkit.json"
 TEXT_CONFIG_FILE = "config.json"
 RUN_RESULT = "checkpoint"  # in the folder of a training run
+WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # These files decide how a text becomes tokens; the first that exists is hashed.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
@@ -103,17 +108,67 @@ def _triple(values: float | Iterable[float]) -> tuple[float, float, float]:
 
 
 def find_folder(spec: str) -> Path | None:
-    """Return the folder that a spec names, or None if it names a model of a hub.
+    """Return the folder that a spec names, or None if it names a model of a hub, or nothing.
 
-    The folder of a training run stands for its final checkpoint.
+    The folder of a training run stands for its final checkpoint, a file of weights for the folder that
+    it was converted to (None before that).
     """
     if spec == "builtin":
         return Path(__file__).parent / "builtin"
-    folder = Path(spec.removeprefix("local-dir:")).expanduser()
+    folder = _path(spec)
     result = folder / RUN_RESULT
     if (result / CONFIG_FILE).is_file() and not (folder / CONFIG_FILE).exists():
         return result
-    return folder if folder.is_dir() else None
+    if folder.is_dir():
+        return folder
+    if named := weights_file(spec):
+        converted = converted_folder(*named)
+        return converted if (converted / CONFIG_FILE).is_file() else None
+    return None
+
+
+def absolute(spec: str) -> str:
+    """Return a spec that names the same model from any working folder: paths are made absolute."""
+    if spec == "builtin":
+        return spec
+    if _path(spec).is_dir():
+        return os.path.abspath(_path(spec))
+    if named := weights_file(spec):
+        architecture, file = named
+        return f"{architecture}:{os.path.abspath(file)}"
+    return spec
+
+
+def weights_file(spec: str) -> tuple[str, Path] | None:
+    """Return the architecture and the file that ARCHITECTURE:FILE (or ARCHITECTURE/FILE) names.
+
+    None if the spec has another form or there is no such file.
+    """
+    named = re.fullmatch(r"([^/:]+)[:/](.+)", spec)
+    if named is None or not spec.endswith(WEIGHTS_SUFFIXES):
+        return None
+    # OpenCLIP's users write ARCHITECTURE//FILE for any file.
+    files = (Path(named[2]).expanduser(), Path(named[2].lstrip("/")))
+    return next(((named[1], file) for file in files if file.is_file()), None)
+
+
+def converted_folder(architecture: str, file: Path) -> Path:
+    """Return the folder in the user's cache that this content of a file of weights is converted to."""
+    from platformdirs import user_cache_path
+
+    facts = file.stat()
+    digest = _file_digest(os.path.abspath(file), facts.st_size, facts.st_mtime_ns)
+    return user_cache_path("clipkit") / "models" / f"{architecture}-{digest[:16]}"
+
+
+@lru_cache
+def _file_digest(path: str, _size: int, _mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _path(spec: str) -> Path:
+    return Path(spec.removeprefix("local-dir:")).expanduser()
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -214,6 +269,20 @@ _SAFETENSORS_DTYPES = {
 }
 
 
+def count_values(path: Path) -> int:
+    """Return how many numbers a safetensors file holds: about its model's number of parameters.
+
+    Only the header is read. Raises ModelError if it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        return sum(math.prod(entry["shape"]) for entry in header.values())
+    except (OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        raise _damaged(path, error) from error
+
+
 def read_weights(
     path: Path, prefixes: str | tuple[str, ...] = ""
 ) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -241,7 +310,10 @@ def read_weights(
                     array = np.frombuffer(raw, _SAFETENSORS_DTYPES[entry["dtype"]])
                 yield name, array.reshape(entry["shape"])
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file ({type(error).__name__}: {error}); "
-            "copy it again"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{path} is not a whole safetensors file ({type(error).__name__}: {error}); copy it again"
+    )

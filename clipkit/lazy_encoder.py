@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from clipkit import checkpoint
-from clipkit.errors import ClipkitError
+from clipkit import checkpoint, models
+from clipkit.errors import ClipkitError, ModelError
 from clipkit.text_towers import TextTower, open_text_tower
 
 if TYPE_CHECKING:
@@ -48,15 +48,27 @@ class LazyEncoder:
 
     Until the towers are loaded, which takes seconds, texts are encoded by the numpy text tower if the
     checkpoint has one. Threads may share it.
+
+    `gone` is for an index whose model has left its place: its encoder_id, and the message of the
+    ModelError that loading raises while the model is not back.
     """
 
-    def __init__(self, spec: str, *, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self,
+        spec: str,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        gone: tuple[str, str] | None = None,
+    ) -> None:
         self.spec = spec
+        self._gone = gone
         self._options: dict[str, Any] = {"device": device, "precision": precision}
         self._towers: DualEncoder | None = None
         self._texts: TextTower | None = None
         self._loading = threading.Lock()
-        self.known_id = checkpoint.identify(spec)  # None: only loading the model tells
+        # None: only loading the model tells
+        self.known_id = checkpoint.identify(spec) or (gone[0] if gone else None)
 
     @property
     def state(self) -> Literal["unloaded", "loading", "ready"]:
@@ -85,6 +97,9 @@ class LazyEncoder:
         """
         with self._loading:
             if self._towers is None:
+                if self._gone and models.is_gone(self.spec):
+                    raise ModelError(self._gone[1])
+                models.check(self.spec)  # before the seconds that importing torch takes
                 from clipkit import towers
 
                 loaded = towers.load(self.spec, **self._options)

@@ -14,12 +14,13 @@ import base64
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Self, overload
 
-from clipkit import images
-from clipkit.catalog import Catalog, PictureRow
+from clipkit import checkpoint, images, models
+from clipkit.catalog import Catalog, EncoderRow, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import Example, Query, format, parse
@@ -70,6 +71,54 @@ def default_index() -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("clipkit") / "index"
+
+
+def open_encoder(
+    folder: Path, model: str | None = None, *, device: str = "auto", precision: str = "auto"
+) -> LazyEncoder:
+    """Return the model for the index in `folder`: `model`, else the index's own, else "builtin".
+
+    If the index's own has left its place, what must encode raises a ModelError that says so. If
+    `model` is that one at a new place, the index notes the place. Raises ModelError if there is no
+    `model` of this name, and IndexDamaged.
+    """
+    rows: list[tuple[EncoderRow, int]] = []  # each model of the index, and how many vectors it has
+    active = None
+    if _is_index(folder):
+        with Catalog.open(folder) as catalog:
+            active = catalog.active_encoder()
+            rows = [(r, catalog.stats(r.encoder_id).vectors) for r in catalog.encoders()]
+    if model is None:
+        spec, gone = active.spec if active else "builtin", None
+        if active and models.is_gone(spec):
+            gone = active.encoder_id, _gone(folder, active, rows)
+        return LazyEncoder(spec, device=device, precision=precision, gone=gone)
+    models.check(model)
+    encoder = LazyEncoder(model, device=device, precision=precision)
+    if any(row.encoder_id == encoder.known_id and models.is_gone(row.spec) for row, _ in rows):
+        # An index that cannot be written now is searched all the same.
+        with suppress(ClipkitError), Catalog.open(folder, write=True) as catalog:
+            catalog.move_encoder(encoder.encoder_id, checkpoint.absolute(model))
+    return encoder
+
+
+def _gone(folder: Path, active: EncoderRow, rows: Sequence[tuple[EncoderRow, int]]) -> str:
+    """Say that the index's own model is not in its place, and what helps."""
+    place = f"{active.spec}, which is not there any more"
+    if not os.path.isabs(active.spec.partition(":")[2] or active.spec):
+        place = f"{active.spec}, a path from the folder in which that was done; run clipkit there"
+    others = [f"{r.spec} ({n:,} pictures)" for r, n in rows if n and not models.is_gone(r.spec)]
+    remedy = "index the pictures with another one: clipkit index FOLDER --model builtin"
+    if others:
+        remedy = f"search with another model that has encoded pictures here: --model {others[-1]}"
+    return (
+        f"the pictures in the index at {folder} were encoded with {place}; if the model has moved, "
+        f"name its new place with --model PATH; or {remedy}"
+    )
+
+
+def _is_index(folder: Path) -> bool:
+    return (folder / "catalog.sqlite").is_file()
 
 
 class Hits(Sequence[SearchHit]):
@@ -183,8 +232,9 @@ class Library:
         """The model that pictures are added and searched with."""
         with self._lock:
             if self._encoder is None:
-                spec = self._model or self._own_model() or "builtin"
-                self._encoder = LazyEncoder(spec, device=self._device, precision=self._precision)
+                self._encoder = open_encoder(
+                    self.folder, self._model, device=self._device, precision=self._precision
+                )
             return self._encoder
 
     def __len__(self) -> int:
@@ -314,7 +364,7 @@ class Library:
     # ---- the catalog
 
     def _exists(self) -> bool:
-        return (self.folder / "catalog.sqlite").is_file()
+        return _is_index(self.folder)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -334,11 +384,6 @@ class Library:
             if self._searcher is None:
                 self._searcher = Searcher(catalog, self.encoder)
             return self._searcher
-
-    def _own_model(self) -> str | None:
-        """Return the spec of the model that was registered last, None in an empty index."""
-        newest = self._open().newest_encoder() if self._exists() else None
-        return newest.spec if newest else None
 
 
 def _details(hit: SearchHit) -> str:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -261,6 +263,42 @@ def test_vectors_are_joined_by_num_whatever_the_order(writer: Catalog, reader: C
     assert reader.live_nums("enc-2").tolist() == sorted(more.tolist())
     assert [(row.encoder_id, row.dim) for row in reader.encoders()] == [(ENCODER, 4), ("enc-2", 2)]
     assert reader.stats("enc-2").vectors == 2
+
+
+def test_one_encoder_is_active(writer: Catalog, reader: Catalog) -> None:
+    """The first one, until another is made it; registering one, as an interrupted run does, is not
+    enough."""
+
+    def active() -> str:
+        writer.commit()
+        row = reader.active_encoder()
+        return row.encoder_id if row else ""
+
+    writer.register_encoder("enc-2", spec="other", config_json="{}", dim=2)
+    assert active() == ENCODER
+    writer.activate_encoder("enc-2")
+    assert active() == "enc-2"
+    writer.activate_encoder("never registered")
+    writer.register_encoder("enc-3", spec="third", config_json="{}", dim=2)
+    assert active() == "enc-2"
+    writer.move_encoder("enc-2", "/new/place")
+    assert {row.encoder_id: row.spec for row in reader.encoders()}["enc-2"] == "other"
+    assert active() == "enc-2"
+    assert {row.encoder_id: row.spec for row in reader.encoders()}["enc-2"] == "/new/place"
+
+
+def test_an_older_index_keeps_its_newest_encoder(writer: Catalog, reader: Catalog) -> None:
+    """Indexes of before were searched with the encoder registered last."""
+    writer.register_encoder("enc-2", spec="other", config_json="{}", dim=2)
+    writer.commit()
+    with closing(sqlite3.connect(writer.folder / "catalog.sqlite")) as db, db:
+        db.execute("DELETE FROM meta WHERE key = 'active'")
+    row = reader.active_encoder()
+    assert row is not None and row.encoder_id == "enc-2"
+    writer.register_encoder("enc-3", spec="third", config_json="{}", dim=2)
+    writer.commit()
+    row = reader.active_encoder()
+    assert row is not None and row.encoder_id == "enc-2"
 
 
 def test_vectors_after_a_seq_are_the_newer_ones(writer: Catalog, reader: Catalog) -> None:

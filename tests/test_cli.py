@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,35 @@ def test_words_give_hits_as_json_and_as_a_table(index: Path) -> None:
     table = run("search", "red", "car", "--index", index, "-k", "5").stdout
     assert all(str(hit["path"]) in table for hit in found)
     assert "5 of 12 pictures" in table
+
+
+def test_a_change_of_the_model_is_said(
+    index: Path, photos: Path, model: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What was encoded again is counted, and so is which model answers: also when all is unchanged."""
+    place = tmp_path / "index"
+    shutil.copytree(index, place)
+    other = tmp_path / "runs" / "other"
+    shutil.copytree(tiny_checkpoint("timm-hf", seed=1), other)
+    done = run("index", photos, "--index", place, "--model", other)
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith(f"12 known pictures encoded with {other}, 2 skipped before in ")
+    assert second == f"searches now use {other} instead of {model}, whose vectors are kept"
+    status = run("status", "--index", place).stdout
+    assert re.search(rf"^model +{model} \(\w+\), 12 vectors$", status, re.MULTILINE)
+    assert re.search(rf"^model +{other} .* 12 vectors, answers searches$", status, re.MULTILINE)
+    done = run("index", photos, "--index", place, "--model", model)
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("12 unchanged, 2 skipped before in ")
+    assert second == f"searches now use {model} instead of {other}, whose vectors are kept"
+    other.rename(tmp_path / "elsewhere")
+    assert f"{other} " in (status := run("status", "--index", place).stdout)
+    assert "12 vectors, is not there any more\n" in status
+    one = next(folder for folder in photos.iterdir() if folder.is_dir())
+    third = tiny_checkpoint("vit")
+    done = run("index", one, "--index", place, "--model", third)
+    left = 12 - len(list(one.glob("*.png")))
+    assert f"{left} pictures of other folders have no vector of {third} yet" in done.stdout
 
 
 def test_k_has_no_cap(index: Path) -> None:

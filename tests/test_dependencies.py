@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -66,3 +67,26 @@ def test_a_new_major_version_is_named_with_what_to_do() -> None:
 def test_open_clip_is_pinned_below_its_next_major_version() -> None:
     (pin,) = [d for d in PROJECT["dependencies"] if d.startswith("open-clip-torch")]
     assert pin == "open-clip-torch>=3.2,<4"
+
+
+def made(*variables: str) -> str:
+    """The commands with which `make demo` would install, in a folder without an environment."""
+    root = Path(__file__).parent.parent
+    command = ["make", "-n", "-f", root / "Makefile", "demo", "VENV=/nowhere/env", *variables]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_installs_the_torch_that_is_named_before_the_rest() -> None:
+    """The other packages then find it installed, and do not bring PyPI's, with its CUDA."""
+    plain, cpu, own = made(), made("TORCH=cpu"), made("TORCH=https://mirror.example/torch/cpu")
+    assert "--index-url" not in plain and "--system-site-packages" not in plain
+    assert "--system-site-packages /nowhere/env" in made("SYSTEM=1")
+    assert "--index-url https://mirror.example/torch/cpu " in own
+    first, second = (line for line in cpu.splitlines() if "pip install" in line)
+    assert "--index-url https://download.pytorch.org/whl/cpu " in first
+    assert second.endswith("-e .") and "index-url" not in second
+    named = re.search(r"\$\((sed .*)\)$", first)
+    assert named is not None
+    root = Path(__file__).parent.parent
+    wanted = subprocess.run(named[1], shell=True, cwd=root, capture_output=True, text=True).stdout
+    assert wanted.split() == [r for r in PROJECT["dependencies"] if r.startswith("torch")]

@@ -283,6 +283,54 @@ def test_another_encoder_embeds_everything_again(
     assert len(catalog.vectors("other").nums) == len(catalog.vectors("colour").nums) == 10
 
 
+def test_a_summary_says_what_was_encoded_again_and_which_model_answers(
+    run: Callable[..., Summary], photos: Path
+) -> None:
+    """Ten pictures, known but without a vector of the other model, are neither new nor unchanged."""
+    first = run(photos)
+    assert (first.model, first.model_before, first.reencoded) == ("mean-colour", None, 0)
+    other = MeanColour(encoder_id="other", spec="other-spec")
+    partly = run(photos / "a", using=other)
+    assert (partly.reencoded, partly.unchanged, partly.without_vector) == (5, 0, 5)
+    assert (partly.model, partly.model_before) == ("other-spec", "mean-colour")
+    again = run(photos, using=other)
+    assert (again.reencoded, again.unchanged, again.without_vector) == (5, 5, 0)
+    assert again.model_before is None
+    back = run(photos)
+    assert (back.reencoded, back.unchanged, back.model_before) == (0, 10, "other-spec")
+
+
+def test_files_with_a_new_time_and_the_same_content_are_unchanged(
+    run: Callable[..., Summary], photos: Path
+) -> None:
+    run(photos)
+    for path in photos.rglob("*.png"):
+        os.utime(path, ns=(1, 1))
+    summary = run(photos)
+    assert (summary.unchanged, summary.embedded, summary.reencoded) == (10, 0, 0)
+
+
+def test_an_interrupted_run_leaves_the_answering_model_as_it_was(
+    run: Callable[..., Summary], photos: Path, catalog: Catalog
+) -> None:
+    run(photos)
+    other = MeanColour(encoder_id="other", spec="other-spec")
+    stop = threading.Event()
+
+    def stop_soon(progress: Progress) -> None:
+        if progress.done:
+            stop.set()
+
+    summary = run(photos, using=other, stop=stop, on_progress=stop_soon)
+    assert summary.stopped and summary.model_before is None
+    assert 0 < len(catalog.live_nums("other")) < 10
+    active = catalog.active_encoder()
+    assert active is not None and active.encoder_id == "colour"
+    run(photos, using=other)
+    active = catalog.active_encoder()
+    assert active is not None and active.encoder_id == "other"
+
+
 def test_a_picture_without_a_finite_vector_is_named(
     run: Callable[..., Summary], photos: Path
 ) -> None:

@@ -20,7 +20,14 @@ from PIL import Image
 import clipkit
 from clipkit.catalog import Catalog
 from clipkit.embed import Progress
-from clipkit.errors import CatalogBusy, ImageError, InputError, ModelError, QueryError
+from clipkit.errors import (
+    CatalogBusy,
+    EncoderMismatch,
+    ImageError,
+    InputError,
+    ModelError,
+    QueryError,
+)
 from clipkit.library import SHOWN_HITS, default_index
 from clipkit.query import Query, Term
 
@@ -193,6 +200,98 @@ def test_the_model_is_the_indexs_own(
         assert library.encoder.spec == spec
     with clipkit.Library.open(tmp_path / "other") as library:
         assert library.encoder.spec == "builtin"
+
+
+@pytest.fixture
+def made_with_a_run(
+    tiny_checkpoint: Callable[..., Path],
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """An index that was made in the folder tmp_path / "work", with the relative path of a run."""
+    work = tmp_path / "work"
+    shutil.copytree(tiny_checkpoint("timm-hf"), work / "runs" / "mine" / "checkpoint")
+    monkeypatch.chdir(work)
+    with clipkit.Library.open(tmp_path / "index", model="runs/mine", device="cpu") as library:
+        assert library.add(photos).model == "runs/mine"
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "index"
+
+
+def test_an_index_made_with_a_run_works_from_any_folder(made_with_a_run: Path) -> None:
+    run = made_with_a_run.parent / "work" / "runs" / "mine"
+    with clipkit.Library.open(made_with_a_run) as library:
+        assert library.encoder.spec == str(run)
+        assert len(library.search("a red car", k=2)) == 2
+
+
+def test_a_model_that_is_gone_is_named_with_what_helps(
+    made_with_a_run: Path, photos: Path, tmp_path: Path
+) -> None:
+    """What needs no model works on; so does the index once the run is back, or named where it is."""
+    run = tmp_path / "work" / "runs" / "mine"
+    run.rename(tmp_path / "renamed")
+    with clipkit.Library.open(made_with_a_run) as library:
+        message = (
+            f"the pictures in the index at {made_with_a_run} were encoded with {run}, which is not "
+            "there any more; if the model has moved, name its new place with --model PATH; or index "
+            "the pictures with another one: clipkit index FOLDER --model builtin"
+        )
+        with pytest.raises(ModelError, match=re.escape(message)):
+            library.search("a red car")
+        assert names(library.search("path:red")) == ["red.png"]
+        hit = library.search("path:red")[0]
+        assert len(library.similar(hit)) == 3
+        assert library.add(photos).unchanged == 4
+        paint(photos / "white.png", "white")
+        with pytest.raises(ModelError, match=re.escape(message)):
+            library.add(photos)
+        (tmp_path / "renamed").rename(run)
+        assert len(library.search("a red car")) == 4
+    run.rename(tmp_path / "renamed")
+    with clipkit.Library.open(made_with_a_run, model="renamed", device="cpu") as library:
+        assert len(library.search("a red car")) == 4
+    with clipkit.Library.open(made_with_a_run) as library:
+        assert library.encoder.spec == str(tmp_path / "renamed")
+        assert len(library.search("a red car")) == 4
+
+
+def test_a_model_that_is_gone_leaves_the_index_to_another(
+    made_with_a_run: Path, tmp_path: Path
+) -> None:
+    """One with vectors of these pictures is named; if it has none, its error does not recommend
+    the model that is gone."""
+    shutil.rmtree(tmp_path / "work")
+    with (
+        clipkit.Library.open(made_with_a_run, model="builtin") as library,
+        pytest.raises(EncoderMismatch, match=r"encoder \w+\); index the pictures with the other"),
+    ):
+        library.search("a red car")
+    with Catalog.open(made_with_a_run, write=True) as catalog:
+        catalog.register_encoder("more", spec="builtin", config_json="{}", dim=2)
+        nums = catalog.live_nums(catalog.encoders()[0].encoder_id)[:3]
+        catalog.add_vectors("more", nums, np.ones((3, 2), np.float32))
+    with (
+        clipkit.Library.open(made_with_a_run) as library,
+        pytest.raises(ModelError, match=r"pictures here: --model builtin \(3 pictures\)$"),
+    ):
+        library.search("a red car")
+
+
+def test_an_older_index_with_a_relative_path_says_that_it_is_one(
+    made_with_a_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Catalog.open(made_with_a_run, write=True) as catalog:
+        catalog.move_encoder(catalog.encoders()[0].encoder_id, "runs/mine")
+    with (
+        clipkit.Library.open(made_with_a_run) as library,
+        pytest.raises(ModelError, match="with runs/mine, a path from the folder in which that was"),
+    ):
+        library.search("a red car")
+    monkeypatch.chdir(tmp_path / "work")
+    with clipkit.Library.open(made_with_a_run) as library:
+        assert len(library.search("a red car")) == 4
 
 
 def test_a_closed_library_says_so(library: clipkit.Library, photos: Path) -> None:

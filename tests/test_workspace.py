@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,14 +20,16 @@ import httpx
 import numpy as np
 import pytest
 from colours import ColourModel, paint
+from PIL import Image
 
 from app.web.page import _listen
 from app.web.requests import SearchRequest, UnknownPictureError
 from app.web.workspace import Workspace
-from clipkit import lazy_encoder
+from clipkit import Library, lazy_encoder
 from clipkit.catalog import Catalog
 from clipkit.errors import CatalogBusy, InputError, ModelError
 from clipkit.lazy_encoder import LazyEncoder
+from clipkit.library import open_encoder
 
 
 @pytest.fixture
@@ -227,7 +230,36 @@ def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"port {port}: .+; choose another with --port"):
-            serve(tmp_path / "index", model="no/such/folder", port=port)
+            serve(tmp_path / "index", port=port)
+
+
+def test_an_unknown_model_ends_the_server_before_it_starts(tmp_path: Path) -> None:
+    from app.web.page import serve
+
+    with pytest.raises(ModelError, match="model 'no/such/folder' is unknown"):
+        serve(tmp_path / "index", model="no/such/folder", port=0)
+
+
+def test_a_page_whose_model_is_gone_searches_by_what_needs_none(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """Words are answered by the sentence that says which model is missing, and where it was."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_checkpoint("vit"), run)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (9, 9), "red").save(photos / "red.png")
+    with Library.open(tmp_path / "index", model=str(run)) as library:
+        library.add(photos)
+    shutil.rmtree(run)
+    workspace = Workspace(tmp_path / "index", open_encoder(tmp_path / "index"))
+    try:
+        (hit,) = workspace.search(SearchRequest(words="path:red")).hits
+        assert workspace.search(SearchRequest(similar=hit.picture.image_id)).hits == ()
+        with pytest.raises(ModelError, match=f"encoded with {run}, which is not there any more"):
+            workspace.search(SearchRequest(words="a red car"))
+    finally:
+        workspace.close()
 
 
 def test_a_browser_that_is_early_waits_and_is_not_refused() -> None:

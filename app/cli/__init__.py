@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import index, train
+from app.cli import index, models, train
 from app.cli.data import data
 from app.cli.eval import evaluate
 from app.cli.terminal import group
@@ -32,6 +32,7 @@ index.add_commands(cli)
 cli.add_typer(data)
 cli.command(epilog=train.EPILOG, context_settings=train.ANY_OPTION)(train.train)
 cli.add_typer(evaluate)
+cli.command(epilog=models.EPILOG)(models.models)
 
 
 def main() -> None:

@@ -570,11 +570,11 @@ def library(folder: Path) -> tuple[str, str, Any, Any]:
     from clipkit.catalog import Catalog
 
     with Catalog.open(folder.expanduser()) as catalog:
-        last = catalog.newest_encoder()
-        if last is None:
+        active = catalog.active_encoder()
+        if active is None:
             raise InputError(f"index {folder} holds no vectors yet; fill it: clipkit index FOLDER")
-        stored = catalog.vectors(last.encoder_id)
-        return last.spec, last.encoder_id, stored.nums, stored.vectors
+        stored = catalog.vectors(active.encoder_id)
+        return active.spec, active.encoder_id, stored.nums, stored.vectors
 
 
 def to_learn_from(data: str, split: str | None) -> Labelled:

@@ -35,7 +35,8 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="SPEC",
-        help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder. "
+        help="builtin, ARCHITECTURE/TAG or :FILE (see clipkit models), hf-hub:ORG/NAME, or a "
+        "checkpoint folder such as a run's. "
         "Default: the index's own model, builtin for a new index.",
     ),
 ]
@@ -171,6 +172,7 @@ def status(
 ) -> None:
     """Show what an index holds, and which files were skipped and why."""
     from clipkit.catalog import Catalog
+    from clipkit.models import is_gone
 
     place = index_folder(index)
     with Catalog.open(place) as catalog:
@@ -179,9 +181,13 @@ def status(
         print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {size(stats.bytes)}")
         for root in stats.roots:
             print(f"folder     {printable(root)}")
-        for encoder in catalog.encoders():
+        active = catalog.active_encoder()
+        for encoder in (encoders := catalog.encoders()):
             vectors = catalog.stats(encoder.encoder_id).vectors
-            print(f"model      {encoder.spec} ({encoder.encoder_id}), {vectors:,} vectors")
+            notes = ", answers searches" if encoder == active and len(encoders) > 1 else ""
+            notes += ", is not there any more" if is_gone(encoder.spec) else ""
+            spec = printable(encoder.spec)
+            print(f"model      {spec} ({encoder.encoder_id}), {vectors:,} vectors{notes}")
         hint = "" if skipped or not stats.skipped else " (list them with --skipped)"
         print(f"skipped    {stats.skipped:,}{hint}")
         for row in catalog.skipped() if skipped else ():
@@ -258,8 +264,9 @@ def add_commands(cli: typer.Typer) -> None:
 
 
 def _print_summary(summary: Summary, place: Path) -> None:
-    names = "added moved duplicates removed unchanged skipped skipped_before".split()
-    counts = {name.replace("_", " "): getattr(summary, name) for name in names}
+    names = "added moved duplicates removed reencoded unchanged skipped skipped_before".split()
+    labels = {"reencoded": f"known pictures encoded with {printable(summary.model)}"}
+    counts = {labels.get(n, n.replace("_", " ")): getattr(summary, n) for n in names}
     changes = ", ".join(f"{count:,} {label}" for label, count in counts.items() if count)
     rate = f", {summary.pictures_per_second:.1f} pictures/s" if summary.embedded else ""
     print(f"{changes or 'no pictures found'} in {duration(summary.seconds)}{rate}")
@@ -271,6 +278,16 @@ def _print_summary(summary: Summary, place: Path) -> None:
         print(
             f"{printable(root)} is empty or not mounted: nothing was removed from the index "
             "(if its pictures are gone for good: clipkit index --forget FOLDER)"
+        )
+    if summary.model_before:
+        print(
+            f"searches now use {printable(summary.model)} instead of "
+            f"{printable(summary.model_before)}, whose vectors are kept"
+        )
+    if summary.without_vector and not summary.stopped:
+        print(
+            f"{summary.without_vector:,} pictures of other folders have no vector of "
+            f"{printable(summary.model)} yet and are not found by words: index these folders too"
         )
     if summary.stopped:
         print("stopped; run the same command again to resume")

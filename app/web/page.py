@@ -29,9 +29,8 @@ from app.web.requests import SearchRequest
 from app.web.saved_reports import SavedReports
 from app.web.sorting import Sorter, SortRequest
 from app.web.workspace import Contents, Workspace
-from clipkit.catalog import Catalog
 from clipkit.errors import ClipkitError, InputError
-from clipkit.lazy_encoder import LazyEncoder
+from clipkit.library import open_encoder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -286,10 +285,9 @@ def serve(
     """
     import uvicorn
 
-    spec = model or _model_of(index_folder) or "builtin"
     workspace = Workspace(
         index_folder,
-        LazyEncoder(spec, device=device, precision=precision),
+        open_encoder(index_folder, model, device=device, precision=precision),
         may_index=_is_this_machine(host),
     )
     with _listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="clipkit-") as scratch:
@@ -314,15 +312,6 @@ def serve(
             uvicorn.Server(config).run(sockets=[listener])
         finally:
             workspace.close()
-
-
-def _model_of(index_folder: Path) -> str | None:
-    """Return the spec of the model that the index was last made with."""
-    if not (index_folder / "catalog.sqlite").exists():
-        return None
-    with Catalog.open(index_folder) as catalog:
-        newest = catalog.newest_encoder()
-    return newest.spec if newest else None
 
 
 def _is_this_machine(host: str) -> bool:

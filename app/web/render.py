@@ -54,6 +54,7 @@ def _outcome(summary: Summary) -> str:
         (summary.moved, "moved"),
         (summary.duplicates, "duplicates"),
         (summary.removed, "removed"),
+        (summary.reencoded, f"encoded with {summary.model}"),
         (summary.unchanged, "unchanged"),
         (summary.skipped + summary.skipped_before, "skipped"),
     )

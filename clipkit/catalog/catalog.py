@@ -207,10 +207,31 @@ class Catalog:
     # ---- writing: encoders, vectors, snapshots
 
     def register_encoder(self, encoder_id: str, *, spec: str, config_json: str, dim: int) -> None:
-        """Add an encoder, whose vectors can then be stored; a known one is left as it is."""
+        """Add an encoder, whose vectors can then be stored; a known one is left as it is.
+
+        The active encoder stays what it is; the first of an index becomes it.
+        """
+        newest = (
+            "INSERT OR IGNORE INTO meta SELECT 'active', id FROM encoders ORDER BY id DESC LIMIT 1"
+        )
         with self._store.transaction() as db:
+            db.execute(newest)  # of an index made before there was an active one
             sql = "INSERT OR IGNORE INTO encoders VALUES (NULL, ?, ?, ?, ?)"
             db.execute(sql, (encoder_id, spec, config_json, dim))
+            db.execute(newest)
+
+    def activate_encoder(self, encoder_id: str) -> None:
+        """Make an encoder the active one; one that is not registered changes nothing."""
+        with self._store.transaction() as db:
+            sql = (
+                "INSERT OR REPLACE INTO meta SELECT 'active', id FROM encoders WHERE encoder_id = ?"
+            )
+            db.execute(sql, (encoder_id,))
+
+    def move_encoder(self, encoder_id: str, spec: str) -> None:
+        """Record the spec by which an encoder is found now; one not registered changes nothing."""
+        with self._store.transaction() as db:
+            db.execute("UPDATE encoders SET spec = ? WHERE encoder_id = ?", (spec, encoder_id))
 
     def add_vectors(self, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]) -> None:
         """Store vectors (N, D) of the pictures `nums` (N,) in half precision, under new seqs.
@@ -259,10 +280,15 @@ class Catalog:
         with self._store.connection() as db:
             return [EncoderRow(*row) for row in db.execute(sql)]
 
-    def newest_encoder(self) -> EncoderRow | None:
-        """Return the encoder registered last, the index's own model; None in an empty index."""
-        encoders = self.encoders()
-        return encoders[-1] if encoders else None
+    def active_encoder(self) -> EncoderRow | None:
+        """Return the encoder that answers where no other is named; None in an empty index."""
+        sql = (
+            "SELECT encoder_id, spec, config, dim FROM encoders"
+            " ORDER BY id = (SELECT value FROM meta WHERE key = 'active') DESC, id DESC LIMIT 1"
+        )
+        with self._store.connection() as db:
+            row = db.execute(sql).fetchone()
+            return EncoderRow(*row) if row else None
 
     def vectors(self, encoder_id: str, *, after_seq: int = 0) -> StoredVectors:
         """Return the encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.

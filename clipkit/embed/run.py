@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from clipkit import images
+from clipkit import checkpoint, images
 from clipkit.catalog import Catalog, KnownFile
 from clipkit.embed.pictures import Encoded, Known, Unreadable, encode_pictures
 from clipkit.embed.walk import FoundFile, Problem, distinct_roots, walk
@@ -50,7 +50,12 @@ class Progress:
 class Summary:
     """What a run did, in files. `reasons` counts the newly skipped files by their reason;
     `skipped_before` those that were skipped in an earlier run and have not changed. A moved file is
-    neither added nor removed."""
+    neither added nor removed.
+
+    `model` is the spec of the run's model. `reencoded` counts the files of pictures that were in the
+    index with another model's vectors and got this one's; `without_vector` the pictures of the index
+    that still have none of it. `model_before` is the spec of the model that answered before, if a
+    completed run has put this one in its place."""
 
     added: int
     duplicates: int
@@ -64,6 +69,10 @@ class Summary:
     stopped: bool
     embedded: int
     seconds: float
+    model: str = ""
+    model_before: str | None = None
+    reencoded: int = 0
+    without_vector: int = 0
 
     @property
     def pictures_per_second(self) -> float:
@@ -159,9 +168,14 @@ class _Run:
         self._embed(changed)
         stopped = self.stop.is_set()
         self._report("finishing", done=self.counts["done"], total=len(changed))
+        before = self.catalog.active_encoder()
         if not stopped:
             self._remove(missing)
+            self.catalog.activate_encoder(self.encoder_id)
+            self.catalog.move_encoder(self.encoder_id, checkpoint.absolute(self.encoder.spec))
         self.catalog.commit()
+        replaced = before is not None and before.encoder_id != self.encoder_id and not stopped
+        stats = self.catalog.stats(self.encoder_id)
         if not stopped:
             from clipkit.index import refresh_snapshot  # imports Faiss, which `walk` does not need
 
@@ -179,6 +193,10 @@ class _Run:
             stopped=stopped,
             embedded=self.counts["embedded"],
             seconds=time.monotonic() - self.started,
+            model=self.encoder.spec,
+            model_before=before.spec if before and replaced else None,
+            reencoded=self.counts["reencoded"],
+            without_vector=stats.pictures - stats.vectors,
         )
 
     # ---- what is on the disk, and what of it needs work
@@ -236,7 +254,7 @@ class _Run:
         with closing(results):
             while not self.stop.is_set() and (result := next(results, None)) is not None:
                 if isinstance(result, Known):
-                    self._place(result.stored, result.item)
+                    self._place(result.stored, result.item, known="unchanged")
                 elif isinstance(result, Unreadable):
                     self._skip(_problem(result.item, result.error.reason, str(result.error)))
                     self.counts["done"] += 1
@@ -294,17 +312,21 @@ class _Run:
             num = self.catalog.has_picture(picture.image_id)
             if num is None:
                 num = self.catalog.add_picture(**picture.extra)
-            self._place(num, picture.item)
+            self._place(num, picture.item, known="reencoded")
             nums.append(num)
         self.catalog.register_encoder(
-            self.encoder_id, spec=towers.spec, config_json=towers.describe(), dim=towers.dim
+            self.encoder_id,
+            spec=checkpoint.absolute(towers.spec),
+            config_json=towers.describe(),
+            dim=towers.dim,
         )
         self.catalog.add_vectors(self.encoder_id, np.array(nums, np.int64), batch.vectors[finite])
         self.counts["embedded"] += len(batch.pictures)
         self._rate.add(len(batch.pictures))
 
-    def _place(self, num: int, file: FoundFile) -> None:
-        """Note a file of a picture: a new one, a copy, a moved file, or a restored one."""
+    def _place(self, num: int, file: FoundFile, *, known: str) -> None:
+        """Note a file of a picture: a new one, a copy, a moved file, a restored one, or one that is in
+        the index already, which counts as `known`."""
         was_live = self.catalog.is_live(num)
         is_new = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
         self.counts["done"] += 1
@@ -312,6 +334,8 @@ class _Run:
             self.counts["added"] += 1
         elif is_new:
             self.new_places[num] += 1
+        else:
+            self.counts[known] += 1
 
     def _skip(self, problem: Problem) -> None:
         self.catalog.add_skipped(**asdict(problem))

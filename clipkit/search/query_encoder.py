@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipkit import images
+from clipkit import checkpoint, images, models
 from clipkit.arrays import Float32
 from clipkit.errors import EncoderMismatch, ImageError, ModelError, QueryError
 from clipkit.lazy_encoder import Encoder
@@ -29,14 +29,16 @@ CACHED_TEXTS = 512
 def encoder_mismatch(index: tuple[str, str], query: tuple[str, str]) -> EncoderMismatch:
     """Return the error for a query of another encoder than the index's, each as (spec, encoder_id)."""
     (index_spec, index_id), (query_spec, query_id) = index, query
-    if query_spec == index_spec:  # such as a checkpoint that was trained further in its place
+    if checkpoint.absolute(query_spec) == checkpoint.absolute(index_spec):
+        # Such as a checkpoint that was trained further in its place.
         return EncoderMismatch(
             f"{query_spec} has changed since the index was made (encoder {index_id} then, "
             f"{query_id} now); index the pictures again: clipkit index FOLDER --model {query_spec}"
         )
+    here = "" if models.is_gone(index_spec) else f"search with --model {index_spec}, or "
     return EncoderMismatch(
         f"this index holds vectors of {index_spec} (encoder {index_id}), but the search is with "
-        f"{query_spec} (encoder {query_id}); search with --model {index_spec}, or index the "
+        f"{query_spec} (encoder {query_id}); {here}index the "
         f"pictures with the other model: clipkit index FOLDER --model {query_spec}"
     )
 

@@ -1,20 +1,21 @@
-"""Load towers by spec: builtin, OpenCLIP architecture and tag, hub repository, folder."""
+"""Load towers by spec: builtin, OpenCLIP architecture and tag or file, hub repository, folder."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
+import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clipkit import checkpoint
+from clipkit import checkpoint, models
+from clipkit.durable import whole_folder
 from clipkit.errors import InputError, ModelError
 from clipkit.hub import asking_the_hub
 from clipkit.towers.encoder import DTYPES, DualEncoder, Precision, write_settings
@@ -32,7 +33,10 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
 
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(chosen_device, precision)
+    models.check(spec)
     folder = checkpoint.find_folder(spec)
+    if folder is None and (named := checkpoint.weights_file(spec)):
+        folder = _converted(*named)
     with _quiet_open_clip(), contextlib.nullcontext() if folder else asking_the_hub():
         if folder is None and spec.startswith("hf-hub:"):
             folder = _snapshot(spec)
@@ -122,18 +126,56 @@ def _pretrained(spec: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     from open_clip.pretrained import get_pretrained_cfg
 
     architecture, _, tag = spec.rpartition("/")
-    model_cfg = open_clip.get_model_config(architecture) if architecture else None
-    if model_cfg is None:
-        raise ModelError(_unknown_spec(spec, open_clip.list_models()))
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag not in tags:
-        raise ModelError(
-            f"{architecture} has no pretrained tag {tag!r}; it has {', '.join(tags) or 'none'}"
-        )
+    model_cfg = open_clip.get_model_config(architecture)
     # The activation is part of the weights' identity: OpenCLIP only warns when the two disagree.
     quick_gelu = bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
     model_cfg["quick_gelu"] = quick_gelu
     return architecture, model_cfg, {"pretrained": tag, "quick_gelu": quick_gelu}
+
+
+def _converted(architecture: str, file: Path) -> Path:
+    """Write a file of weights as a checkpoint folder in the user's cache; return the folder.
+
+    A file that pickles anything but tensors and plain values is refused: unpickling would run code.
+    """
+    import open_clip
+
+    with _quiet_open_clip(), asking_the_hub():  # the hub has the tokenizers of some architectures
+        try:
+            model = open_clip.create_model(
+                architecture, pretrained=str(file), require_pretrained=True, weights_only=True
+            )
+            tokenizer = open_clip.get_tokenizer(architecture)
+        except pickle.UnpicklingError as error:
+            raise ModelError(
+                f"{file} holds more than tensors, and reading that could run whatever code its "
+                "author put in; where you trust it, load it with PyTorch and save its state_dict "
+                "alone: safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+            ) from error
+        except Exception as error:  # a truncated file, another architecture, no network
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ModelError(
+                f"{file} could not be loaded as {architecture} ({reason}); name the architecture "
+                "that it was trained as"
+            ) from error
+    loaded = DualEncoder(
+        model,
+        tokenizer,
+        spec=f"{architecture}:{file}",
+        encoder_id="",
+        model_cfg=open_clip.get_model_config(architecture),
+        preprocess_cfg=model.visual.preprocess_cfg,
+        device=torch.device("cpu"),
+        precision="float32",
+    )
+    folder = checkpoint.converted_folder(architecture, file)
+    try:
+        with whole_folder(folder) as temporary:
+            loaded.save(temporary, provenance={"converted_from": os.path.abspath(file)})
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster, with the same content
+            raise InputError(f"cannot convert {file} to a folder: {error}") from error
+    return folder
 
 
 def _snapshot(spec: str) -> Path:
@@ -162,15 +204,6 @@ def _unreachable(spec: str, error: Exception) -> str:
     return (
         f"model {spec!r} could not be loaded ({reason[:200]}); "
         "use --model builtin, which needs no network, or give the folder of a downloaded checkpoint"
-    )
-
-
-def _unknown_spec(spec: str, architectures: Sequence[str]) -> str:
-    near = difflib.get_close_matches(spec.partition("/")[0], architectures, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]}/TAG?" if near else ""
-    return (
-        f"model {spec!r} is unknown{hint}: use builtin, ARCHITECTURE/TAG such as "
-        "ViT-B-32/laion2b_s34b_b79k, hf-hub:ORG/NAME, or the folder of an OpenCLIP checkpoint"
     )
 
 
