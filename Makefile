@@ -54,6 +54,7 @@ builtin: $(VENV)/.clipkit-app
 	$(BIN)/python -m data_prep.builtin_model.recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/first --out $(BUILD)/mixed
 	$(TUNE) --model $(BUILD)/mixed --name again --epochs 5 --learning-rate 1e-4 --crop 0.4 --ema 0.94 --warmup 0.1 --seed 1
 	$(BIN)/python -m data_prep.builtin_model.recipe pack $(BUILD)/runs/again --mix $(BUILD)/mixed --side 256 --out $(BUILD)/model
+	$(BIN)/python -m data_prep.builtin_model.strength --data $(DATA) --model $(BUILD)/model
 	$(BIN)/python -m data_prep.builtin_model.measure --data $(DATA) --model $(BUILD)/model --write
 
 clean:

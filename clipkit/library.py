@@ -42,6 +42,9 @@ SHOWN_HITS = 60  # hits that `repr` and a notebook show; their thumbnails are so
 _GALLERY = """\
 <div style="font: 13px system-ui, sans-serif">
 <p style="margin: 0 0 8px">{{ heading }}</p>
+{%- for note in notes %}
+<p style="margin: 0 0 8px">{{ note }}</p>
+{%- endfor %}
 <div style="display: flex; flex-wrap: wrap; gap: 10px">
 {%- for card in cards %}
 <figure style="width: 160px; margin: 0" title="{{ card.path }}">
@@ -125,17 +128,20 @@ class Hits(Sequence[SearchHit]):
     """The pictures that a search returned, best first: a sequence of `SearchHit`.
 
     `hit.picture` is the catalog's row: `path`, `width`, `height`, `captions`, `tags`, `dated`, ...
-    `hit.score` is the cosine and `hit.strength` its band ("strong", "fair" or "weak"); both are None
-    where pictures were only filtered. A notebook shows the first SHOWN_HITS as a gallery.
+    `hit.score` is the cosine, `hit.probability` that of being right and `hit.strength` its band
+    ("strong", "fair" or "weak"). All are None where pictures were only filtered, the last two also
+    with an example picture and with a model that is not calibrated. A notebook shows the first
+    SHOWN_HITS as a gallery.
 
-    `total` counts all pictures that passed the filters, `seconds` times the search by stage, and
-    `query` is what was searched for.
+    `total` counts all pictures that passed the filters, `seconds` times the search by stage,
+    `query` is what was searched for, and `notes` are sentences such as that nothing stands out.
     """
 
     def __init__(self, result: SearchResult, *, query: str, folder: Path) -> None:
         self.query = query
         self.total = result.total
         self.seconds = result.seconds
+        self.notes = result.notes
         self._result = result
         self._folder = folder
 
@@ -154,7 +160,7 @@ class Hits(Sequence[SearchHit]):
 
     def __repr__(self) -> str:
         width = len(str(len(self)))
-        lines = [self._heading()]
+        lines = [self._heading(), *(printable(note) for note in self.notes)]
         lines += [
             f"{hit.rank:>{width}}  {_details(hit):<12}  {printable(hit.picture.path)}"
             for hit in self._result.hits[:SHOWN_HITS]
@@ -180,7 +186,8 @@ class Hits(Sequence[SearchHit]):
         ]
         template = Environment(autoescape=True).from_string(_GALLERY)
         hidden = f"{len(self) - len(shown):,}" if len(self) > len(shown) else ""
-        return template.render(heading=self._heading(), cards=cards, hidden=hidden)
+        notes = [printable(note) for note in self.notes]
+        return template.render(heading=self._heading(), notes=notes, cards=cards, hidden=hidden)
 
     def _heading(self) -> str:
         subject = f" for {printable(self.query)!r}" if self.query else ""
@@ -387,8 +394,8 @@ class Library:
 
 
 def _details(hit: SearchHit) -> str:
-    """Return score and strength, such as "0.305 strong"; empty where nothing was compared."""
-    return "" if hit.score is None else f"{hit.score:.3f} {hit.strength}"
+    """Return score and strength, such as "0.605 strong"; empty where nothing was compared."""
+    return "" if hit.score is None else f"{hit.score:.3f} {hit.strength or ''}".rstrip()
 
 
 def _thumbnail_sources(pictures: Sequence[PictureRow], folder: Path) -> list[str]:

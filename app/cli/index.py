@@ -135,6 +135,8 @@ def search(
         hits = library.search(" ".join(text or ()), k=k, image=image)
     if as_json:
         print(json.dumps([_as_json(hit) for hit in hits], indent=2))
+        for note in hits.notes:
+            print(printable(note), file=sys.stderr)
     else:
         _print_hits(hits)
     if open_first and hits:
@@ -300,6 +302,7 @@ def _as_json(hit: SearchHit) -> dict[str, object]:
         "image_id": hit.picture.image_id,
         "score": hit.score,
         "strength": hit.strength,
+        "probability": hit.probability,
         "path": hit.picture.path,
     }
 
@@ -310,6 +313,8 @@ def _print_hits(hits: Hits) -> None:
     from rich.text import Text
 
     console = Console()
+    for note in hits.notes:
+        console.print(Text(printable(note)))
     colours = {"strong": "green", "fair": "yellow", "weak": "dim"}
     width = len(str(len(hits)))
     for hit in hits:

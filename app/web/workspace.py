@@ -59,6 +59,7 @@ class SearchAnswer:
     seconds: float
     words: str | None = None  # what a mark of a hit says is shown; None: hits cannot be marked
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
+    notes: tuple[str, ...] = ()  # SearchResult.notes
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,6 +213,7 @@ class Workspace:
             seconds=time.perf_counter() - started,
             words=words if corrections else None,
             marks=corrections.of(words) if corrections and words else {},
+            notes=result.notes,
         )
 
     def _readable(self) -> Corrections | None:

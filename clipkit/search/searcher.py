@@ -17,13 +17,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from clipkit import strength
 from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
@@ -31,26 +32,29 @@ from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query, parse
 from clipkit.search.live_vectors import LiveVectors, follow
 from clipkit.search.query_encoder import QueryEncoder, encoder_mismatch
+from clipkit.text_towers import unreadable_words
 
+NOTHING_STANDS_OUT = "Nothing clearly shows this. These pictures are the nearest."
+BUILTIN_IS_SMALL = "The built-in model is small: the README names larger ones under Use other models."
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
-# Strength is a z-score: by how many standard deviations a cosine is above the mean of the same
-# query's cosines to a random sample of the library.
-STRONG_Z = 4.0
-FAIR_Z = 2.5
-FEWEST_FOR_Z = 30  # in a smaller library the sample says too little about the spread
 
 Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)
 
 
 @dataclass(frozen=True, slots=True)
 class SearchHit:
-    """One picture of a result. `score` and `strength` are None where nothing was compared, as in
-    pictures that filters or phrases alone list."""
+    """One picture of a result.
+
+    `score` is None where nothing was compared, as in pictures that filters or phrases alone list.
+    `probability` and `strength` are None there too, where the model is not calibrated (see
+    clipkit.strength), and where the query holds an example picture.
+    """
 
     rank: int  # from 1
     score: float | None  # cosine
-    strength: str | None  # its band: "strong", "fair" or "weak"
+    strength: str | None  # the band of `probability`: "strong", "fair" or "weak"
     picture: PictureRow
+    probability: float | None = None  # of being right for the query's words
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class SearchResult:
     hits: tuple[SearchHit, ...]
     total: int  # exact: all pictures that pass filters and phrases
     seconds: Mapping[str, float]  # by stage: "load" (new vectors), "encode", "search", "rows"
+    notes: tuple[str, ...] = ()  # sentences for the user about the whole result
 
 
 class _Clock:
@@ -94,6 +99,7 @@ class Searcher:
         self._queries = QueryEncoder(encoder)
         self._encoder_id = encoder_id
         self._files = files
+        self._calibrations: dict[str, strength.Calibration | None] = {}
         self._live: LiveVectors | None = None
         self._following = threading.Lock()
 
@@ -129,7 +135,11 @@ class Searcher:
             return SearchResult((), 0, clock.seconds)
         vector = self._queries.vector(query, image, live=live, files=self._files)
         clock.lap("encode")
-        return self._ranked(live, vector, allowed, rankings, k, query.sort, clock)
+        result = self._ranked(
+            live, vector, allowed, rankings, k, query.sort, clock,
+            calibrated=bool(query.terms) and not query.examples and image is None,
+        )  # fmt: skip
+        return replace(result, notes=self._notes(query, result))
 
     def similar(
         self, image_id: str, *, k: int = 24, filters: Filters | None = None
@@ -213,6 +223,29 @@ class Searcher:
             orientation=one.get("orientation"),
         )
 
+    # ---- strength
+
+    def _calibration(self, encoder_id: str) -> strength.Calibration | None:
+        """Return the model's calibration, read once for each encoder."""
+        if encoder_id not in self._calibrations:
+            self._calibrations[encoder_id] = strength.read(self._encoder.spec, encoder_id)
+        return self._calibrations[encoder_id]
+
+    def _notes(self, query: Query, result: SearchResult) -> tuple[str, ...]:
+        """Return what a user should know about the result: words that the model cannot read, and
+        that nothing stands out."""
+        spec, notes = self._encoder.spec, []
+        texts = [term.text for term in (*query.terms, *query.exclude)]
+        if unread := unreadable_words(spec, texts):
+            listed = ", ".join(f"“{word}”" for word in unread)
+            knows = " knows English; it" if spec == "builtin" else ""
+            notes.append(f"The model {spec}{knows} does not know {listed}.")
+        if result.hits and all(hit.strength == "weak" for hit in result.hits):
+            notes.append(NOTHING_STANDS_OUT)
+            if spec == "builtin":
+                notes.append(BUILTIN_IS_SMALL)
+        return tuple(notes)
+
     # ---- ranking
 
     def _ranked(
@@ -226,6 +259,7 @@ class Searcher:
         clock: _Clock,
         *,
         without: int | None = None,
+        calibrated: bool = False,
     ) -> SearchResult:
         if allowed is not None:
             allowed = _common(allowed, live.nums)
@@ -241,17 +275,22 @@ class Searcher:
             nums, scores = _nearest(live, vector, k + (without is not None), allowed)
             nums, scores = nums[nums != without], scores[nums != without]
             keys = scores.astype(np.float64)
-        sample = live.sample @ vector
         clock.lap("search")
         rows = self._best_rows(nums, keys, k)
         if sort in ("date", "name"):
             rows = _sorted(rows, sort)
         by_num = dict(zip(nums.tolist(), scores.tolist(), strict=True))
         cosines = [by_num[row.num] for row in rows]
-        bands = strengths(np.array(cosines, dtype=np.float32), sample)
+        probabilities: Sequence[float | None] = [None] * len(rows)
+        calibration = self._calibration(live.encoder_id) if calibrated else None
+        if calibration is not None:
+            array = np.array(cosines, dtype=np.float32)
+            probabilities = calibration.probabilities(array, live.sample @ vector).tolist()
         hits = tuple(
-            SearchHit(rank, score, band, row)
-            for rank, (row, score, band) in enumerate(zip(rows, cosines, bands, strict=True), 1)
+            SearchHit(rank, score, None if p is None else strength.band(p), row, p)
+            for rank, (row, score, p) in enumerate(
+                zip(rows, cosines, probabilities, strict=True), 1
+            )
         )
         clock.lap("rows")
         return SearchResult(hits, total, clock.seconds)
@@ -333,20 +372,3 @@ def reciprocal_rank_fusion(rankings: Rankings, nums: Int64) -> npt.NDArray[np.fl
         positions = order[np.searchsorted(nums, ranked, sorter=order)]
         keys[positions] += weight / (RRF_K + 1 + np.arange(len(ranked)))
     return keys.round(12)  # so that 1/61 + 1/62 and 1/62 + 1/61 tie exactly
-
-
-def strengths(scores: Float32, sample: Float32) -> list[str]:
-    """Return the band of each cosine, given the cosines (S,), S >= 1, of the sample to the same query.
-
-    A z-score of at least STRONG_Z is "strong", of at least FAIR_Z "fair", a lower one "weak". In a
-    sample of fewer than FEWEST_FOR_Z, or without spread, nothing can stand out: a cosine at or above
-    the mean is "fair", a lower one "weak".
-    """
-    mean, spread = float(sample.mean(dtype=np.float64)), float(sample.std(dtype=np.float64))
-    if len(sample) < FEWEST_FOR_Z or spread < 1e-6:
-        return ["fair" if score >= mean - 1e-6 else "weak" for score in scores.tolist()]
-    bands = []
-    for score in scores.tolist():
-        z = (score - mean) / spread
-        bands.append("strong" if z >= STRONG_Z else "fair" if z >= FAIR_Z else "weak")
-    return bands

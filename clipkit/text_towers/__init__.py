@@ -15,8 +15,11 @@ import html
 import json
 import math
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +156,50 @@ def _tokenizer(file: Path, context_length: int) -> Callable[[str], Sequence[int]
         return list(tokenizer.encode(re.sub(r"\s+", " ", clean).strip()).ids)
 
     return tokenize
+
+
+FEWEST_PIECES = 1_000  # of a script in a vocabulary that was made for a language in it
+
+
+def unreadable_words(spec: str, texts: Sequence[str]) -> list[str]:
+    """Return the words of texts that the model's tokenizer does not know: those with a character that
+    is not in its vocabulary, such as an emoji, and those in a script of which it has few pieces.
+
+    An English vocabulary has the letters of most scripts (86 pieces of Cyrillic, 30,000 of Latin), so
+    that "пицца" is spelt, not read. Only a WordPiece vocabulary in a checkpoint folder tells this;
+    others list bytes. Words of another language in Latin letters cannot be told.
+    """
+    words = list(dict.fromkeys(word for text in texts for word in text.split()))
+    words = [word for word in words if not word.isascii()]
+    folder = checkpoint.find_folder(spec) if words else None
+    vocabulary = _word_pieces(folder / "tokenizer.json") if folder else None
+    if vocabulary is None:
+        return []
+    tokenizer, scripts = vocabulary
+    unknown = tokenizer.token_to_id(tokenizer.model.unk_token)
+    return [
+        word
+        for word in words
+        if unknown in tokenizer.encode(word, add_special_tokens=False).ids
+        or any(char.isalpha() and _script(char) not in scripts for char in word)
+    ]
+
+
+@cache
+def _word_pieces(file: Path) -> tuple[Any, frozenset[str]] | None:
+    """Return a WordPiece tokenizer and the scripts that it was made for; None for other kinds."""
+    from tokenizers import Tokenizer, models
+
+    if not file.is_file():
+        return None
+    tokenizer = Tokenizer.from_file(str(file))
+    if not isinstance(tokenizer.model, models.WordPiece):
+        return None
+    pieces = (piece.removeprefix("##") for piece in tokenizer.get_vocab())
+    counts = Counter(_script(piece[0]) for piece in pieces if piece and piece[0].isalpha())
+    return tokenizer, frozenset(script for script, n in counts.items() if n >= FEWEST_PIECES)
+
+
+def _script(char: str) -> str:
+    """Return the first word of a letter's Unicode name, such as "LATIN", "CYRILLIC" or "CJK"."""
+    return unicodedata.name(char, "?").split()[0]

@@ -227,7 +227,7 @@
     picture.style.setProperty("--width", `${3 * payload.width + 40}px`);
     picture.style.setProperty("--height", `${3 * payload.height + 40}px`);
     $("h2", box).textContent = payload.captions[0] || payload.name;
-    if (card.dataset.score) fact("Match", `${card.dataset.band}, cosine ${card.dataset.score}`);
+    if (card.dataset.score) fact("Match", `${card.dataset.band || "not calibrated"}, cosine ${card.dataset.score}`);
     fact(payload.places.length > 1 ? "Places" : "Place", ...payload.places.map(place_row));
     fact("Captions", ...payload.captions.slice(1));
     fact("Tags", payload.tags.join(", "));

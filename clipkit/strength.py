@@ -1,0 +1,173 @@
+"""The probability that a hit is right, from its cosine.
+
+What a cosine means differs by model: 0.3 is a perfect match for one and chance for another. A
+`Calibration` is a logistic regression that is fitted on labelled captions and kept in the model's
+folder (FILE):
+
+    log odds = constant + cosine * c + above_mean * (c - m)
+
+where c is the hit's cosine and m the mean cosine of the same query to a sample of the library. The
+built-in model's is fitted by data_prep/builtin_model/strength.py, a training run's on its validation
+split. It is for texts: cosines between two pictures are another distribution. The library's size and
+the cosines' spread were tried as features; at a given cosine they told next to nothing.
+
+A probability is conservative: a picture that fits counts as wrong where its captions do not say so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from clipkit import checkpoint
+from clipkit.arrays import Float32, Float64
+from clipkit.durable import write_whole
+from clipkit.errors import ModelError
+
+FILE = "strength.json"
+STRONG = 0.5  # of being right: more likely than not
+FAIR = 0.3
+FEWEST_CAPTIONS = 100  # of which a calibration is fitted
+RIGHT_SHARE = 0.01  # of a library that is right for one of its captions, where no data say it
+_PRIOR_PICTURES = 30  # that the usual mean counts as, beside those of a library's sample
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """See the module. `encoder_id` names the only encoder for whose cosines it holds."""
+
+    encoder_id: str
+    constant: float
+    cosine: float
+    above_mean: float
+    usual_mean: float  # of m, among the captions that it was fitted on
+    fitted_on: Mapping[str, Any] = field(default_factory=dict)  # for the reader: data and counts
+
+    def probabilities(self, cosines: Float32, sample: Float32) -> Float64:
+        """Return the probability of being right for cosines (N,), in [0, 1], given the same text's
+        cosines (S,), S >= 0, to a sample of the library. A small sample's mean is drawn to the usual
+        one, so that a library of a few pictures is judged by the cosine."""
+        total = float(sample.sum(dtype=np.float64)) + _PRIOR_PICTURES * self.usual_mean
+        mean = total / (len(sample) + _PRIOR_PICTURES)
+        cosines = np.asarray(cosines, np.float64)
+        logits = self.constant + self.cosine * cosines + self.above_mean * (cosines - mean)
+        return np.asarray(1 / (1 + np.exp(-logits)))
+
+    def write(self, folder: Path) -> None:
+        """Write FILE into a model's folder, all or nothing."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        write_whole(folder / FILE, text.encode("utf-8"))
+
+
+def band(probability: float) -> str:
+    """Return "strong", "fair" or "weak"."""
+    return "strong" if probability >= STRONG else "fair" if probability >= FAIR else "weak"
+
+
+def read(spec: str, encoder_id: str) -> Calibration | None:
+    """Read the calibration of the model that a spec names; None if it has none for this encoder.
+
+    Raises ModelError for a file that is not a calibration.
+    """
+    folder = checkpoint.find_folder(spec)
+    if folder is None:
+        return None
+    try:
+        content = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        calibration = Calibration(**content)
+        numbers = [calibration.constant, calibration.cosine, calibration.above_mean]
+        if not np.isfinite([*numbers, calibration.usual_mean]).all():
+            raise ValueError("a number is not finite")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"{folder / FILE} is not a calibration of strengths ({error}); copy the model again, or "
+            "delete this file to search without strengths"
+        ) from error
+    return calibration if calibration.encoder_id == encoder_id else None
+
+
+def fit(
+    cosines: Float64,
+    means: Float64,
+    right: npt.NDArray[np.bool_],
+    weights: Float64,
+    *,
+    encoder_id: str,
+    fitted_on: Mapping[str, Any] | None = None,
+) -> Calibration:
+    """Fit a calibration to N pairs of a text and a picture.
+
+    cosines, means and weights are (N,), `means` those of each pair's text to its library; right is
+    (N,) of both values. A feature that would speak against a pair is left out: of two pictures, the
+    one with the higher cosine is never less probable.
+    """
+    features = np.stack([cosines, cosines - means], axis=1)
+    used = [0, 1]
+    while True:
+        slopes, constant = _logistic(features[:, used], right, weights / weights.sum())
+        if len(used) == 1 or slopes.min() >= 0:
+            break
+        used.pop(int(slopes.argmin()))
+    by_feature = dict(zip(used, slopes.tolist(), strict=True))
+    return Calibration(
+        encoder_id=encoder_id,
+        constant=round(constant, 3),
+        cosine=round(by_feature.get(0, 0.0), 3),
+        above_mean=round(by_feature.get(1, 0.0), 3),
+        usual_mean=round(float(np.average(means, weights=weights)), 3),
+        fitted_on=dict(fitted_on or {}),
+    )
+
+
+def fit_captions(
+    pictures: Float32, captions: Float32, owner: npt.NDArray[np.int64], *, encoder_id: str
+) -> Calibration | None:
+    """Fit a calibration to captioned pictures; None for fewer than FEWEST_CAPTIONS captions.
+
+    pictures (N, D) and captions (M, D) are unit rows; owner (M,) is each caption's picture. The owner
+    is right for a caption, all others count as wrong, weighted as if RIGHT_SHARE of a library were
+    right.
+    """
+    if len(captions) < FEWEST_CAPTIONS or len(pictures) < 2:
+        return None
+    cosines = (captions @ pictures.T).astype(np.float64)  # (M, N)
+    right = np.zeros(cosines.shape, bool)
+    right[np.arange(len(captions)), owner] = True
+    weights = np.where(right, RIGHT_SHARE, (1 - RIGHT_SHARE) / (len(pictures) - 1))
+    means = np.repeat(cosines.mean(axis=1), len(pictures))
+    fitted_on = {"captions": len(captions), "pictures": len(pictures)}
+    return fit(
+        cosines.ravel(), means, right.ravel(), weights.ravel(),
+        encoder_id=encoder_id, fitted_on=fitted_on,
+    )  # fmt: skip
+
+
+def _logistic(
+    features: Float64, right: npt.NDArray[np.bool_], weights: Float64
+) -> tuple[Float64, float]:
+    """Fit a logistic regression by Newton's method: slopes (F,) and constant.
+
+    A small ridge on the slopes of the standardised features keeps separable data finite.
+    """
+    centre, scale = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
+    x = np.column_stack([(features - centre) / scale, np.ones(len(features))])
+    ridge = np.diag([1e-4] * features.shape[1] + [1e-9])
+    beta = np.zeros(x.shape[1])
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip(x @ beta, -50, 50)))
+        gradient = x.T @ (weights * (p - right)) + ridge @ beta
+        curvature = (x * (weights * p * (1 - p))[:, None]).T @ x + ridge
+        step = np.linalg.solve(curvature, gradient)
+        beta -= step * min(1.0, 5.0 / max(float(np.abs(step).max()), 1e-12))  # no wild first steps
+        if np.abs(step).max() < 1e-8:
+            break
+    slopes = beta[:-1] / scale
+    return slopes, float(beta[-1] - slopes @ centre)
