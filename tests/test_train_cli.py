@@ -43,16 +43,14 @@ def test_from_captions_to_a_search_with_the_trained_towers(
     first, *lines = out.split("\n\n")[1].splitlines()
     assert first.startswith(("Better", "Worse", "No difference"))  # before any table
     assert "text to image R@1" in out and "Validation split," in out and "Test split," in out
-    assert f"Use it:  clipkit index ~/Pictures --model {runs}/mine" in out.replace(
-        " all the same", ""
-    )
+    assert "Use it" in out and f"clipkit index ~/Pictures --model {runs}/mine" in out
     assert "Go back" in out and "Curves" not in out  # no events were written
     assert "held-out pictures can show large changes only" in out and "--test 0.3" in out
     assert len(lines) + out.count("\n") < 40 and "step 3 of" in err
     made = {path.name for path in (runs / "mine").iterdir()}
     assert made >= {"config.json", "metrics.jsonl", "checkpoint", "report.html", "summary.json"}
     page = (runs / "mine" / "report.html").read_text(encoding="utf-8")
-    assert "before" in page and "Loss" in page and "--learning-rate 0.001" in page
+    assert "before" in page and "Validation loss" in page and "--learning-rate 0.001" in page
     code, out, err = clipkit(
         "index", tmp_path, "--index", tmp_path / "index", "--model", runs / "mine"
     )
