@@ -4,7 +4,8 @@ A picture's split follows from its content alone: its hash (with the seed), read
 falls into one of three ranges. Adding data moves nothing. Pictures that look alike form groups, and a
 group goes to the split, in the order train, validation, test, that comes first among its members. So a
 training picture never becomes a test picture when data is added; the reverse can happen, with a new
-look-alike.
+look-alike. One exception: where fewer than LEAST_TRAINING pictures would train, which happens to sets of
+a few pictures, those with the lowest numbers train too, and may leave again when data is added.
 
 Look-alikes are found by a perceptual hash of 256 bits (pHash, Zauner 2010, by imagehash): of 6,091
 photos saved again smaller or as worse JPEGs all but 1 % stay within 8 bits, brightened by 15 % within
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 HASH_BYTES = 32
+LEAST_TRAINING = 2  # pictures: a contrastive loss compares them
 MAX_RADIUS = 15  # bits; what near_pairs finds exactly
 _BLOCK = 1 << 22  # pairs compared at once
 
@@ -116,7 +118,9 @@ def assign(
     """Return a split for each picture: its official one, else that of its group.
 
     A group with official members follows them; if they disagree, the first of train, validation, test.
-    Official splits are never changed: `leaks` reports look-alikes between them.
+    Official splits are never changed: `leaks` reports look-alikes between them. If fewer than
+    LEAST_TRAINING pictures train, so do the groups without official members whose numbers are lowest,
+    one after the other.
     """
     places = np.array([_place(image_id, seed) for image_id in image_ids])  # 0..1
     edges = (1 - fractions.test - fractions.validation, 1 - fractions.test)
@@ -127,8 +131,14 @@ def assign(
     by_source = np.full(count, len(SPLITS))
     np.minimum.at(by_hash, groups, own)
     np.minimum.at(by_source, groups, fixed)
-    of_group = np.where(by_source < len(SPLITS), by_source, by_hash)[groups]
-    return [SPLITS[n] for n in np.where(fixed < len(SPLITS), fixed, of_group)]
+    of_group = np.where(by_source < len(SPLITS), by_source, by_hash)
+    splits = np.where(fixed < len(SPLITS), fixed, of_group[groups])
+    free = np.flatnonzero((splits > 0) & (by_source == len(SPLITS))[groups])
+    for row in free[np.argsort(places[free])]:
+        if (splits == 0).sum() >= LEAST_TRAINING:
+            break
+        splits[groups == groups[row]] = 0
+    return [SPLITS[n] for n in splits]
 
 
 def _place(image_id: str, seed: int) -> float:

@@ -2,7 +2,6 @@
 
     compare(encoders, datasets)                 evaluates each model on each dataset, then compares
     compare_reports([[report, ...] per model])  compares reports that are there, saved ones too
-    training_report(run, encoders, own, ...)    compares a training run's result with its start
 
 Two models are tested against each other only where their reports have the same data fingerprint;
 p-values are corrected together for all tests of one dataset and task.
@@ -10,12 +9,9 @@ p-values are corrected together for all tests of one dataset and task.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import combinations
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,17 +23,14 @@ from clipkit.wording import list_text
 from eval.data import Captioned, Labelled
 from eval.features import Encoder
 from eval.prompts import Templates, default_templates
-from eval.reports import save
 from eval.reports.comparison import Comparison, Pair, Row, Section
-from eval.reports.report import EvalReport, curve, exhibit
+from eval.reports.report import EvalReport, exhibit
 from eval.reports.wording import change_text, direction, p_text, setting_text, value_text
 from eval.retrieval import evaluate_retrieval, unit_weights
 from eval.session import Session
 from eval.zero_shot import evaluate_zero_shot
 
 EXAMPLES = 12  # pictures of each kind
-FEW = 100  # held-out pictures, with which only large changes are significant
-_POINTS = 200  # of a curve
 # settings that must be equal for two models' figures to mean the same
 COMPARED = frozenset(("templates", "queries", "ks", "ties", "tie_rule", "seed", "relevance"))
 
@@ -301,8 +294,10 @@ def _warnings(there: Sequence[tuple[int, EvalReport]], names: Sequence[str]) -> 
                     f"{key} differs: {usual} for {names[at_first]}, {value} for {names[at]}"
                 )
     for at, report in there:
-        messages += [f"{names[at]}: {warning}" for warning in report.warnings]
-    return messages
+        for warning in report.warnings:
+            shared = all(warning in other.warnings for _, other in there)
+            messages.append(warning if shared else f"{names[at]}: {warning}")
+    return list(dict.fromkeys(messages))
 
 
 # ---- names and sentences
@@ -344,125 +339,3 @@ def _summary(section: Section, names: Sequence[str]) -> str:
                 verdict += f", {way} in {list_text(others)}"
         verdicts.append(f"{names[at]} is {verdict}")
     return f"{section.title}, {row.metric}: {'; '.join(verdicts) or 'not tested'}."
-
-
-# ---- the report of a training run
-
-
-def training_report(
-    run: Path,
-    encoders: Sequence[Encoder],
-    own: Captioned,
-    generic: Captioned | Labelled,
-    session: Session,
-) -> Comparison:
-    """Compare a run's start and result, (before, after), on held-out pictures of its own data and on a
-    generic dataset that it should not forget, and save the report in the run's folder.
-
-    Raises InputError if the folder holds no finished run, and what `compare` raises.
-    """
-    facts, summary = _run_file(run / "config.json"), _run_file(run / "summary.json")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    result = compare(
-        encoders,
-        [own, generic],
-        names=("before", "after"),
-        title=f"Training run {run.name}",
-        command=facts.get("command") or "",
-        session=session,
-    )
-    sentences = [_run_sentence(result.sections[0], "On held-out pictures of the training data")]
-    if len(result.sections) > 1:
-        sentences.append(_run_sentence(result.sections[1], "On the generic dataset"))
-    warnings = list(result.warnings)
-    if own.split == "validation":
-        warnings.append(
-            "there is no test split: the figures are of the validation split, which also chose the "
-            "best step and the mixture, so they are slightly too high"
-        )
-    if len(own.pictures) < FEW:
-        warnings.append(
-            f"{len(own.pictures)} held-out pictures can show large changes only; to see smaller ones, "
-            "build the dataset with a larger test share, such as `clipkit data build --test 0.3`"
-        )
-    result = replace(
-        result,
-        sentences=(*sentences, *(f"{text[:1].upper()}{text[1:]}." for text in summary["notes"])),
-        warnings=tuple(warnings),
-        details={"curves": list(_run_curves(lines)), "tables": [_run_table(facts, summary)]},
-    )
-    save(result, run)
-    return result
-
-
-def _run_file(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file.parent} holds no finished training run: {error}") from error
-
-
-def _run_sentence(section: Section, where: str) -> str:
-    """Return which metrics changed significantly, or, if none did, the change of the first one."""
-    parts = [
-        f"{len(changes)} metric{'s' if len(changes) > 1 else ''} got {way} ({list_text(changes)})"
-        for way, changes in zip(("better", "worse"), section.changes(1), strict=True)
-        if changes
-    ]
-    if parts:
-        return f"{where}: {' and '.join(parts)}, by more than chance."
-    row = next((row for row in section.rows if row.pairs), None)
-    if row is None:
-        return f"{where}: nothing was tested."
-    paired = row.pairs[0].paired
-    change, low, high = (
-        change_text(row.metric, x) for x in (paired.difference, paired.low, paired.high)
-    )
-    return (
-        f"{where}: no metric changed significantly; {row.metric} changed by {change} "
-        f"({low} to {high}, {paired.n} pictures)."
-    )
-
-
-def _run_curves(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the loss, and the recall on the validation split, by step."""
-    curves: list[dict[str, Any]] = []
-    steps = [line for line in lines if "loss" in line]
-    if steps:
-        size = -(-len(steps) // _POINTS)
-        groups = [steps[i : i + size] for i in range(0, len(steps), size)]
-        loss = {
-            "name": "loss",
-            "x": [group[-1]["step"] for group in groups],
-            "y": [sum(line["loss"] for line in group) / len(group) for group in groups],
-        }
-        title = "Loss" if size == 1 else f"Loss, mean of {size} steps"
-        curves.append(curve(title, "step", "loss", [loss]))
-    checks = [line for line in lines if "text_to_image/R@1" in line]
-    if len(checks) > 1:
-        x = [line["step"] for line in checks]
-        names = [name for name in checks[0] if "/R@" in name]
-        series = [{"name": name, "x": x, "y": [line[name] for line in checks]} for name in names]
-        curves.append(curve("Recall on the validation split", "step", "recall", series))
-    return curves
-
-
-def _run_table(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    config = facts["config"]
-    trained, total = summary["trained_parameters"], summary["total_parameters"]
-    rows = [
-        ["Recipe", config["recipe"]],
-        ["Start", f"{config['start']} ({facts['encoder_id']})"],
-        ["Result", summary["encoder_id"]],
-        ["Training pictures", facts["data"]["pictures"]],
-        ["Data fingerprint", facts["data"]["fingerprint"]],
-        ["Batch", facts["batch"]],
-        ["Steps", f"{summary['steps']:,}, best {summary['best_step']:,}"],
-        ["Parameters trained", f"{trained:,} of {total:,}"],
-        ["Mixture", f"{summary['alpha']:.0%} tuned, {1 - summary['alpha']:.0%} start"],
-        ["Seconds", round(summary["seconds"])],
-        ["Processes", facts["processes"]],
-        ["Seed", config["seed"]],
-        ["Versions", ", ".join(f"{k} {v}" for k, v in facts["versions"].items() if v)],
-    ]
-    return {"title": "Run", "columns": ["setting", "value"], "rows": rows}

@@ -66,6 +66,19 @@ def test_from_an_odd_table_to_a_data_set(
     assert manifest["command"] == "clipkit data build 'my captions.csv'"
 
 
+def test_a_few_pictures_make_a_dataset_to_train_on(tmp_path: Path) -> None:
+    """A thousandth would train by hash: of two pictures hardly ever one. Both do, and the note says
+    what is missing; a source that is all for the test is left so, and the note says that, too."""
+    save_all(tmp_path, "a.png", "b.png")
+    path = tmp_path / "t.csv"
+    path.write_text("image,caption\na.png,A dog\nb.png,A cat\n")
+    fractions = ("--validation", 0.5, "--test", 0.499)
+    said = clipkit("build", path, "--out", tmp_path / "two", *fractions)[1]
+    assert "pictures   2 (train 2)" in said and "none is held out" in said
+    said = clipkit("build", path, "--out", tmp_path / "one", "--split", "test")[1]
+    assert "pictures   2 (test 2)" in said and "there is nothing to train on" in said
+
+
 def test_check_lists_leaks_and_exits_1(tmp_path: Path) -> None:
     save(tmp_path / "a.png", 0)
     save(tmp_path / "b.jpg", 0, quality=60)

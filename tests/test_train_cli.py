@@ -40,12 +40,17 @@ def test_from_captions_to_a_search_with_the_trained_towers(
         "--generic", captions.parent / "dataset",
     )  # fmt: skip
     assert code == 0, err
-    assert "use it: clipkit index FOLDER --model" in out and "text_to_image/R@1" in out
+    first, *lines = out.split("\n\n")[1].splitlines()
+    assert first.startswith(("Better", "Worse", "No difference"))  # before any table
+    assert "text to image R@1" in out and "Validation split," in out and "Test split," in out
+    assert "Use it" in out and f"clipkit index ~/Pictures --model {runs}/mine" in out
+    assert "Go back" in out and "Curves" not in out  # no events were written
     assert "held-out pictures can show large changes only" in out and "--test 0.3" in out
+    assert len(lines) + out.count("\n") < 40 and "step 3 of" in err
     made = {path.name for path in (runs / "mine").iterdir()}
     assert made >= {"config.json", "metrics.jsonl", "checkpoint", "report.html", "summary.json"}
     page = (runs / "mine" / "report.html").read_text(encoding="utf-8")
-    assert "before" in page and "Loss" in page and "--learning-rate 0.001" in page
+    assert "before" in page and "Validation loss" in page and "--learning-rate 0.001" in page
     code, out, err = clipkit(
         "index", tmp_path, "--index", tmp_path / "index", "--model", runs / "mine"
     )
@@ -53,6 +58,13 @@ def test_from_captions_to_a_search_with_the_trained_towers(
     code, out, err = clipkit("search", "a", "cake", "--index", tmp_path / "index", "--json")
     assert code == 0, err
     assert json.loads(out)
+    written = (runs / "mine" / "report.html").stat().st_mtime_ns
+    code, out, err = clipkit("train", "--resume", runs / "mine")  # of a finished run
+    assert code == 0 and "is finished" in out and first in out and "report.html" in out
+    assert (runs / "mine" / "report.html").stat().st_mtime_ns == written
+    (runs / "mine" / "report.html").unlink()  # as Ctrl-C leaves it
+    code, out, err = clipkit("train", "--resume", runs / "mine", "--generic", dataset)
+    assert code == 0 and first in out and (runs / "mine" / "report.html").exists()
     code, out, err = clipkit("train", "--resume", runs / "mine", "--epochs", 3)
     assert code == 2 and "give no others" in err
 

@@ -169,6 +169,9 @@ def test_what_is_no_dataset_and_a_split_that_is_missing(
     write_split(tmp_path, [["one"]], noise_picture)
     with pytest.raises(DatasetError, match="has no split 'validation'; it has train"):
         CaptionedPictures.read(tmp_path, "validation")
+    write_split(tmp_path / "b", [["one"]], noise_picture, split="test")
+    with pytest.raises(DatasetError, match=r"no split 'train'; it has test; .*--split train"):
+        CaptionedPictures.read(tmp_path / "b", "train")
 
 
 def test_hard_negatives_share_a_batch(ten: CaptionedPictures) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sqlite3
 import threading
@@ -94,12 +95,12 @@ def test_heads_stay_near_a_start_that_knows_the_data(options: dict[str, Any]) ->
     data = write_colours(options["out"].parent / "colours")
     options |= {"data": data, "recipe": "heads", "epochs": 1, "batch": 12}
 
-    def drift_note(**changes: Any) -> str:
-        notes = run(options, **changes).notes
-        return next((note for note in notes if "option drift" in note), "")
+    def drift(**changes: Any) -> float:
+        return run(options, **changes).drift
 
-    assert drift_note(name="new") == ""
-    assert "within about 50.0% of the starting model" in drift_note(name="configured", drift=0.5)
+    assert drift(name="new") == 0
+    assert drift(name="configured", drift=0.5) == 0.5
     taught = run(options, name="taught", recipe="full", learning_rate=3e-3, epochs=40)
-    assert "within about 0.7%" in drift_note(name="fitted", start=str(taught.checkpoint))
-    assert drift_note(name="free", start=str(taught.checkpoint), drift=0) == ""
+    fitted = drift(name="fitted", start=str(taught.checkpoint))
+    assert fitted == pytest.approx(0.06 * math.sqrt(12 / 1000))
+    assert drift(name="free", start=str(taught.checkpoint), drift=0) == 0

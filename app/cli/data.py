@@ -275,6 +275,10 @@ def _print_built(built: Built, seconds: float) -> None:
     print(f"pictures   {sum(built.pictures.values()):,} ({splits})")
     repaired = f", {built.mended:,} repaired" if built.mended else ""
     print(f"captions   {built.captions:,}{repaired}")
+    if "train" not in built.pictures:
+        print("note       none is in train, by its source or --split: there is nothing to train on")
+    elif len(built.pictures) == 1:
+        print("note       none is held out, so a training run cannot show what it gained")
     if built.groups:
         parted = f", {built.parted:,} split up by official splits: see clipkit data check"
         print(f"look-alike {count(built.groups, 'group')}{parted if built.parted else ''}")

@@ -6,8 +6,8 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,11 +17,12 @@ import typer
 from app.cli.terminal import command_line, examples, progress_shown, stop_on_signal
 from app.paths import features_folder
 from clipkit.errors import InputError
-from clipkit.wording import duration, printable
+from clipkit.wording import duration, percent, printable
 
 if TYPE_CHECKING:
     from clipkit.training import Progress, RunSummary, TrainConfig
     from data_prep.build import Progress as BuildProgress
+    from eval.data import Captioned, Labelled
 
 EPILOG = examples(
     "clipkit train dataset",
@@ -31,6 +32,9 @@ EPILOG = examples(
     "torchrun --nproc-per-node 4 -m app.cli train dataset --recipe full",
     "clipkit train --options",
 )
+
+TIMED_STEPS = 3  # after which the time left is worth saying
+LONG_SECONDS = 180.0
 
 # Every field of TrainConfig is a flag, so that none is listed twice.
 ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -99,8 +103,12 @@ def train(
     command = command_line()
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
         if resume is not None:
+            folder = resume.expanduser()
+            if (folder / "summary.json").is_file():
+                _finished(folder, generic, stop, no_report=no_report)
+                return
             with _progress() as show:
-                summary = resume_run(resume.expanduser(), on_progress=show, stop=stop)
+                summary = resume_run(folder, on_progress=show, stop=stop)
         else:
             chosen = (
                 TrainConfig.from_toml(config, flags)
@@ -108,14 +116,23 @@ def train(
                 else TrainConfig.from_mapping(flags)
             )
             chosen = replace(chosen, data=_dataset(chosen, command, stop))
-            with _progress() as show:
+            with _progress(_slow(chosen)) as show:
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
-        if _is_first_process():
-            _print_summary(summary)
+        if not _is_first_process():
+            raise typer.Exit(130 if summary.stopped else 0)
+        for note in summary.notes:
+            print(note)
+        place = printable(str(summary.folder))
         if summary.stopped:
+            print(
+                f"stopped after step {summary.steps:,}; go on with: clipkit train --resume {place}"
+            )
             raise typer.Exit(130)
-        if not no_report and _is_first_process():
-            _report(summary, generic, stop)
+        print(
+            f"{place}: {summary.steps:,} steps of {summary.recipe} in {duration(summary.seconds)}\n"
+        )
+        if no_report or not _report(summary.folder, generic, stop):
+            _print_validation(summary)
 
 
 def _dataset(config: TrainConfig, command: str, stop: threading.Event) -> str:
@@ -209,92 +226,140 @@ def _listed(config: type[TrainConfig], recipe: str) -> Iterator[str]:
         yield f"  --{item.name.replace('_', '-'):<26} {item.metadata['help']}{shown}"
 
 
+def _slow(config: TrainConfig) -> str:
+    """Return why a run may take long, or "" if it will not."""
+    from clipkit.towers import choose_device
+
+    if config.recipe == "heads" or choose_device(config.device).type != "cpu":
+        return ""
+    gpu = "; a GPU would be used if there were one" if config.device == "auto" else ""
+    return f"recipe {config.recipe} is slow on a CPU, recipe heads takes minutes{gpu}"
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """Show a run's progress as a bar, with a line for each evaluation and warning."""
-    printed: float | None = None
+def _progress(slow: str = "") -> Iterator[Callable[[Progress], None]]:
+    """Show a run's progress as a bar, with a line for each evaluation and warning.
+
+    `slow`: a reason to print once the time that is left is known, if it is long.
+    """
+    printed: int | None = None
     with progress_shown() as bar:
 
         def show(progress: Progress) -> None:
-            nonlocal printed
+            nonlocal printed, slow
             if progress.phase == "features":
                 bar(f"features of {progress.message}", progress.done, progress.total)
                 return
             bar(progress.phase, progress.done, progress.total)
             if progress.message:
                 print(f"warning: {progress.message}", file=sys.stderr)
-            if progress.phase == "training" and progress.mean_recall not in (None, printed):
-                printed = progress.mean_recall
+            if slow and progress.phase == "training" and progress.done >= TIMED_STEPS:
+                if (left := progress.eta_seconds or 0.0) > LONG_SECONDS:
+                    print(f"about {duration(left)} left: {slow}", file=sys.stderr)
+                slow = ""
+            if progress.evaluated not in (None, printed):
+                printed = progress.evaluated
                 print(_line(progress), file=sys.stderr)
 
         yield show
 
 
 def _line(progress: Progress) -> str:
-    loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
-    left = "" if progress.eta_seconds is None else f", {duration(progress.eta_seconds)} left"
-    recall, best = progress.mean_recall or 0.0, progress.best_recall or 0.0
-    return (
-        f"step {progress.done:,} of {progress.total:,}{loss}, "
-        f"mean recall {recall:.1%} (best {best:.1%}){left}"
-    )
+    """Return what the last evaluation showed."""
+    where = f"step {progress.done:,} of {progress.total:,}" if progress.done else "start"
+    line = f"{where}: validation loss {progress.validation_loss:.3f}, "
+    line += f"mean recall {percent(progress.mean_recall or 0.0)}"
+    if progress.best_step:
+        line += f", best so far: step {progress.best_step:,}"
+    left = progress.eta_seconds
+    return line if left is None else f"{line}; {duration(left)} left"
 
 
-def _print_summary(summary: RunSummary) -> None:
-    for note in summary.notes:
-        print(note)
-    place = printable(str(summary.folder))
-    if summary.stopped:
-        print(f"stopped after step {summary.steps:,}; go on with: clipkit train --resume {place}")
+def _finished(folder: Path, generic: str | None, stop: threading.Event, *, no_report: bool) -> None:
+    """Say that a run is finished, and make its report if there is none yet."""
+    from eval.training_report import VERDICT
+
+    if not _is_first_process():
         return
+    report = folder / "report.html"
+    print(f"{printable(str(folder))} is finished; there is nothing to go on with")
+    if report.is_file():
+        with suppress(OSError, ValueError):
+            for sentence in json.loads((folder / VERDICT).read_bytes())["sentences"]:
+                print(printable(sentence))
+        print(f"report: {printable(str(report))}")
+    elif not no_report:
+        _report(folder, generic, stop)
+
+
+def _print_validation(summary: RunSummary) -> None:
+    """Print the figures of the validation split, and the commands that come next."""
+    from eval.training_report import next_commands, summary_lines, validation_group
+
+    facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
     if summary.before and summary.after:
-        for name, before in summary.before.items():
-            print(f"  {name:<22} {before:6.1%} -> {summary.after[name]:6.1%}")
-    print(f"{summary.steps:,} steps in {duration(summary.seconds)}; checkpoint: {place}")
-    print(f"use it: clipkit index FOLDER --model {place}")
+        count = facts["data"]["validation_pictures"]
+        group = validation_group(summary.before, summary.after, count)
+        print("\n".join(summary_lines([group])) + "\n")
+    _print_commands(next_commands(summary.folder, facts["config"]["start"]))
 
 
-def _report(summary: RunSummary, generic: str | None, stop: Any) -> None:
-    """Write report.html: the start and the result on held-out pictures, and on generic data."""
+def _print_commands(commands: Sequence[tuple[str, str]]) -> None:
+    width = max(len(what) for what, _ in commands) + 1
+    for what, command in commands:
+        print(f"{what + ':':<{width}} {printable(command)}")
+
+
+def _report(folder: Path, generic: str | None, stop: threading.Event) -> bool:
+    """Write and print the report: the start and the result on held-out pictures, and on generic data.
+    Return whether there is held-out data to make one of."""
     from clipkit.lazy_encoder import LazyEncoder
     from data_prep import gallery
-    from eval.compare import training_report
     from eval.data import open_captioned, open_labelled
     from eval.features import FeatureCache, Stopped
     from eval.session import Session
+    from eval.training_report import summary_lines, training_report
 
-    facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
-    config = facts["config"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
     try:
         own = open_captioned(config["data"])
     except InputError as error:
-        print(f"no report: {error}")
-        return
+        print(f"no report: {error}\n")
+        return False
     if own.split not in ("test", "validation"):
-        print("no report: the dataset has neither a test nor a validation split to compare on")
-        return
+        print("no report: the dataset has neither a test nor a validation split to compare on\n")
+        return False
     try:
-        general = open_captioned(generic or str(gallery.folder()))
+        general: Captioned | Labelled = open_captioned(generic or str(gallery.folder()))
     except InputError:
         general = open_labelled(str(generic))
+    if generic is None:
+        general = replace(general, name="the sample gallery")
     encoders = [
-        LazyEncoder(spec, device=config["device"])
-        for spec in (config["start"], str(summary.folder))
+        # float32: a verdict must not depend on the kind of CPU
+        LazyEncoder(spec, device=config["device"], precision="float32")
+        for spec in (config["start"], str(folder))
     ]
     try:
         with progress_shown() as show:
             result = training_report(
-                summary.folder,
+                folder,
                 encoders,
                 own,
                 general,
                 session=Session(FeatureCache(features_folder(None)), on_progress=show, stop=stop),
             )
     except Stopped:
-        print("stopped before the report was complete; the checkpoint is complete")
+        place = printable(str(folder))
+        print(f"stopped before the report; make it with: clipkit train --resume {place}")
         raise typer.Exit(130) from None
-    print("\n".join(result.lines()))
-    print(f"report: {printable(str(summary.folder / 'report.html'))}")
+    print("\n".join(map(printable, result.sentences)))
+    for warning in result.warnings:
+        print(f"warning: {printable(warning)}")
+    print("\n".join(["", *summary_lines(result.details["summary"]["groups"]), ""]))
+    report = folder / "report.html"
+    _print_commands([*result.details["commands"], ("Report", str(report))])
+    return True
 
 
 def _is_first_process() -> bool:

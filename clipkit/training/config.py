@@ -169,6 +169,11 @@ class TrainConfig:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
+    def steps(self, pictures: int, batch: int) -> int:
+        """Return the number of steps that a run takes, should it not stop early."""
+        most = self.epochs * (pictures // batch)
+        return min(most, self.max_steps) if self.max_steps else most
+
     def loss_options(self, loss: str) -> dict[str, float]:
         """Return the options of `loss` by name.
 

@@ -245,7 +245,15 @@ def _rows(folder: Path, split: str) -> Iterator[Row]:
             "shards; build one: clipkit data build SOURCE --out DIR"
         )
     if split not in splits:
-        raise DatasetError(f"dataset {folder} has no split {split!r}; it has {', '.join(splits)}")
+        hint = ""
+        if split == "train":
+            hint = (
+                "; build it again from more captions, or put those that name no split into it: "
+                "clipkit data build SOURCE --out DIR --split train"
+            )
+        raise DatasetError(
+            f"dataset {folder} has no split {split!r}; it has {' and '.join(splits)}{hint}"
+        )
     source = open_source(folder / split, options=Options(indexed=True, split=split))
     for row in source.rows():
         if isinstance(row, Broken):

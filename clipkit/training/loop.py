@@ -50,9 +50,11 @@ class Progress:
     done: int
     total: int  # 0: unknown
     loss: float | None = None
-    mean_recall: float | None = None  # of the last evaluation
-    best_recall: float | None = None
-    eta_seconds: float | None = None
+    evaluated: int | None = None  # the step of the last evaluation; 0: the start
+    validation_loss: float | None = None  # of that evaluation
+    mean_recall: float | None = None  # of that evaluation
+    best_step: int = 0  # of the best evaluation after the start; 0: none yet
+    eta_seconds: float | None = None  # of the training, should it not stop early
     message: str = ""  # what features are computed of, or a warning, shown once
 
 
@@ -79,8 +81,7 @@ class Job:
 
     @property
     def steps(self) -> int:
-        most = self.config.epochs * self.steps_per_epoch
-        return min(most, self.config.max_steps) if self.config.max_steps else most
+        return self.config.steps(len(self.inputs.data), self.batch)
 
 
 @dataclass(slots=True, eq=False)
@@ -166,6 +167,8 @@ class _Run:
         self.loss_options = job.config.loss_options(job.loss)
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         self.first_step = 0  # of this process
+        self.evaluations, self.evaluation_seconds = 0, 0.0  # of this process
+        self.evaluated: int | None = None
 
     # ---- start and end
 
@@ -297,7 +300,7 @@ class _Run:
     def after_step(self) -> None:
         """Evaluate, stop and save when it is time."""
         job, step = self.job, self.history.step
-        every = job.config.eval_every or job.steps_per_epoch
+        every = self.eval_every
         if job.validation is not None and (step % every == 0 or step == job.steps):
             self.evaluate(job.validation)
         # Any process's stop ends the run in all of them, after the same step.
@@ -311,7 +314,7 @@ class _Run:
 
         `run` later decides whether to mix it with the start.
         """
-        history = self.history
+        history, began = self.history, time.monotonic()
         self.report("evaluating")
         with self.state.ema.applied():
             scores = history.last = evaluate(self.job.towers, validation)
@@ -328,6 +331,25 @@ class _Run:
             history.warnings.append(f"at step {history.step} {warning}")
             log.warning(history.warnings[0])
             self.report("evaluating", history.warnings[0])
+        self.evaluations += 1
+        self.evaluation_seconds += time.monotonic() - began
+        self.evaluated = history.step
+        self.report("evaluating")
+
+    @property
+    def eval_every(self) -> int:
+        return self.job.config.eval_every or self.job.steps_per_epoch
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Return the time for the steps and evaluations that are left; None before the first step."""
+        step, steps = self.history.step, self.job.steps
+        if step == self.first_step:
+            return None
+        training = time.monotonic() - self.started - self.evaluation_seconds
+        left = steps // self.eval_every - step // self.eval_every + bool(steps % self.eval_every)
+        evaluation = self.evaluation_seconds / max(self.evaluations, 1)
+        return training / (step - self.first_step) * (steps - step) + evaluation * left
 
     @property
     def seconds(self) -> float:
@@ -340,18 +362,18 @@ class _Run:
         *,
         loss: float | None = None,
     ) -> None:
-        history, total = self.history, self.job.steps
-        done, passed = history.step - self.first_step, time.monotonic() - self.started
-        recalls = [s.mean_recall for s in (history.start, history.best) if s]
+        last = self.history.last
         self.job.on_progress(
             Progress(
                 phase,
-                history.step,
-                total,
+                self.history.step,
+                self.job.steps,
                 loss=loss,
-                mean_recall=history.last.mean_recall if history.last else None,
-                best_recall=max(recalls, default=None),
-                eta_seconds=passed / done * (total - history.step) if done else None,
+                evaluated=self.evaluated,
+                validation_loss=last.loss if last else None,
+                mean_recall=last.mean_recall if last else None,
+                best_step=self.history.best_step,
+                eta_seconds=self.eta_seconds,
                 message=message,
             )
         )

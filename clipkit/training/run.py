@@ -22,7 +22,6 @@ from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import CaptionedPictures, fitted_batch, has_split
 from clipkit.training.frozen_towers import FeaturesStopped, FrozenTowers
-from clipkit.training.gradient_cache import freeze_batch_norms
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.loop import Job, Progress, State, fit
 from clipkit.training.recipes import choose_parameters, merge_adapters
@@ -55,6 +54,7 @@ class RunSummary:
     before: Mapping[str, float] | None = None
     after: Mapping[str, float] | None = None
     alpha: float = 1.0  # weight of the trained model in the mixture with the start; 1 if not mixed
+    drift: float = 0.0  # limit of a matrix's change, as a share of its size; 0: none
     checkpoint: Path | None = None  # an OpenCLIP folder; None if the run was stopped
     encoder_id: str | None = None
     notes: tuple[str, ...] = ()  # sentences for the user, warnings included
@@ -240,6 +240,8 @@ def _facts(
     return {
         "config": asdict(replace(config, data=str(Path(config.data).absolute()))),
         "batch": batch,
+        "steps": config.steps(len(data), batch),
+        "captions": len(data.captions),
         "loss": loss,
         "encoder_id": encoder.encoder_id,
         "data": {
@@ -285,6 +287,7 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
         steps=history.step,
         best_step=history.best_step or history.step,
         seconds=history.seconds,
+        drift=job.config.drift,
         before=history.start.recall if history.start else None,
         after=history.best.recall if history.best else None,
         notes=(*_notes(job, state), *history.warnings),
@@ -301,20 +304,13 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
     mixture = Mixture(1.0, {})
     if job.validation is not None and history.start is not None:
         mixture = _mix(job, job.validation, history.start)
-        note = (
-            f"the result is {mixture.alpha:.0%} trained weights and {1 - mixture.alpha:.0%} starting "
-            "model, the best mixture on the validation split"
-            if mixture.alpha > 0
-            else "no trained weights were better than the starting model on the validation split, "
-            "so it is unchanged"
-        )
-        summary = replace(
-            summary,
-            alpha=mixture.alpha,
-            best_step=summary.best_step if mixture.alpha > 0 else 0,
-            after=mixture.scores[mixture.alpha].recall,
-            notes=(*summary.notes, note),
-        )
+        summary = replace(summary, alpha=mixture.alpha, after=mixture.scores[mixture.alpha].recall)
+        if mixture.alpha == 0:
+            note = (
+                "no trained weights were better than the starting model on the validation split, "
+            )
+            note += "so it is unchanged"
+            summary = replace(summary, best_step=0, notes=(*summary.notes, note))
     job.on_progress(Progress("saving", history.step, job.steps))
     folder, result = job.folder, job.folder.checkpoint
     if distributed.rank() == 0:
@@ -323,22 +319,16 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
     summary = replace(summary, checkpoint=result, encoder_id=checkpoint.identify(str(result)))
     if distributed.rank() == 0:
         content = json.loads(json.dumps(asdict(summary), default=str))
-        content["mixture"] = {str(alpha): s.recall for alpha, s in mixture.scores.items()}
+        content["mixture"] = {
+            str(alpha): {"loss": s.loss, **s.recall} for alpha, s in mixture.scores.items()
+        }
         write_json(folder.summary, content)
     return summary
 
 
 def _notes(job: Job, state: State) -> list[str]:
     """Return sentences about the training for the user."""
-    config, count, total = job.config, job.trained.count, job.trained.total
-    notes = [f"trained {count:,} of {total:,} parameters ({count / total:.1%})"]
-    if config.drift:
-        notes.append(
-            f"the weights stay within about {config.drift:.1%} of the starting model's "
-            "(option drift; 0 removes the limit)"
-        )
-    if config.recipe != "heads" and (norms := freeze_batch_norms(job.towers.model)):
-        notes.append(f"the statistics of {norms} batch norms were not changed")
+    notes = []
     if left_out := job.inputs.data.without_captions:
         notes.append(f"{left_out} training pictures without a caption were left out")
     if job.validation is None:

@@ -7,8 +7,9 @@ The keys of `EvalReport.details`, each optional:
 
     words       [sentence]
     headline    [metric]            which figures come first
-    curves      [{title, x_label, y_label, series: [{name, x, y, low?, high?}], log_x?, note?}]
-                            (a series may choose its `hue` and `dash`, from 0)
+    curves      [{title, x_label, y_label, series: [{name, x, y, low?, high?}], log_x?, mark?, note?}]
+                            (a series may choose its `hue` and `dash`, from 0, and may be `faint`, not
+                             in the legend; `mark` is an x with a vertical line)
     reliability [{title, bins: [{low, high, confidence, accuracy, n}], note?}]
     scatter     [{title, x_label, y_label, points: [{name, x, y, best?}], note?}]
     confusion   {classes, counts}        counts[truth][predicted]; up to MOST_CLASSES as a heat map
@@ -16,6 +17,9 @@ The keys of `EvalReport.details`, each optional:
                             first: directly after the headline; terminal: printed there too;
                             heat: shares from 0 to 1, one for each cell but the first of a row
     mistakes    [{title, items: [exhibit], labels?}]    labels: headings of `expected` and `got`
+
+`Comparison.details` has curves and tables, and that of a training run also outcome (what the first
+sentence says), summary ({columns, groups: [{title, rows}]}) and commands ([(what, command)]).
 """
 
 from __future__ import annotations
@@ -109,6 +113,7 @@ def figures(details: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "best": False,
             }
             for number, series in enumerate(curve["series"])
+            if not series.get("faint")
         ]
         if len(legend) == 1 and legend[0]["name"] == curve["title"]:
             legend = []

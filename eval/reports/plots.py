@@ -50,10 +50,15 @@ def curves(curve: Mapping[str, Any]) -> str:
         if series.get("low") and series.get("high"):
             low, high = _floats(series["low"]), _floats(series["high"])
             axes.fill_between(x, low, high, color=hue, alpha=0.16, linewidth=0)
+        if series.get("faint"):
+            axes.plot(x, y, color=hue, alpha=0.3, linewidth=1)
+            continue
         marker = MARKERS[dash] if len(x) <= 12 else ""
         axes.plot(
             x, y, color=hue, linestyle=LINES[dash], marker=marker, markersize=4, linewidth=1.8
         )
+    if "mark" in curve:
+        axes.axvline(curve["mark"], color=INK, linestyle=LINES[2], linewidth=1.2)
     if curve.get("log_x"):
         _plain_log_ticks(axes, [float(x) for s in curve["series"] for x in s["x"]])
     _percents(axes, curve["y_label"])

@@ -45,6 +45,11 @@ def direction(name: str) -> int:
     return 1 if is_share(name) else 0
 
 
+def metric_text(name: str) -> str:
+    """Return a metric's name within a sentence: "text_to_image/R@1" -> "text to image R@1"."""
+    return name.replace("/", " ").replace("_", " ")
+
+
 def value_text(name: str, value: float) -> str:
     """Return a metric's value as text: 0.4534 -> "45.3 %", a rank of 12.25 -> "12.2"; NaN -> "–"."""
     if math.isnan(value):
