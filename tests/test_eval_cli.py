@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from app.web.saved_reports import SavedReports
 from eval.reports import load
 
 pytestmark = pytest.mark.end_to_end
@@ -226,3 +229,36 @@ def test_a_report_is_not_replaced_unasked(
     assert load(out).settings["seed"] == 1
     code, _, err = clipkit(*command[:-1], captioned)
     assert code == 2 and "is a file; give --out the folder" in err
+
+
+def test_several_datasets_and_models_in_one_call(
+    clipkit: Run, tmp_path: Path, classed: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """A row each in one table, a mean, a report each below, one CSV; the page lists the overview."""
+    second = tmp_path / "two" / "classed"
+    shutil.copytree(classed / "cake", second / "cake")
+    shutil.copytree(classed / "dog", second / "dog")
+    models = [tiny_checkpoint(), tiny_checkpoint(seed=1)]
+    arguments = ["eval", "zeroshot", "--data", classed, "--data", second, "-k", "1"]
+    arguments += ["--templates", "simple", "--model", models[0], "--model", models[1]]
+    code, out, err = clipkit(*arguments)
+    assert code == 0, err
+    rows = [line for line in out.splitlines() if line.startswith(("classed", "mean of"))]
+    assert len([row for row in rows if row.startswith("classed")]) == 4
+    assert "2 datasets, 15 pictures" in out
+    (row,) = SavedReports(tmp_path / "reports").rows()
+    assert row.title == "Zero-shot classification on classed"
+    folder = tmp_path / "reports" / row.name
+    below = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert [name[:10] for name in below] == [f"{number}-classed" + "-" for number in (1, 2, 3, 4)]
+    parts = [load(folder / name) for name in below]
+    assert [part.n["pictures"] for part in parts] == [9, 6, 9, 6]
+    figures = list(csv.DictReader((folder / "figures.csv").read_text("utf-8").splitlines()))
+    own = [float(f["value"]) for f in figures if f["metric"] == "acc@1"]
+    means = [float(f["value"]) for f in figures if f["metric"].endswith("/acc@1")]
+    assert own == [part.metrics["acc@1"].value for part in parts]
+    assert means == pytest.approx([sum(own[:2]) / 2, sum(own[2:]) / 2])
+    code, _, err = clipkit("eval", "zeroshot", "--data", classed, "--data", classed)
+    assert code == 2 and "is given twice; a mean must count it once" in err
+    code, _, err = clipkit(*arguments, "--classes", "cifar10")
+    assert code == 2 and "--classes names the classes of one dataset, but 2 are given" in err

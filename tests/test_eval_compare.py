@@ -235,14 +235,16 @@ def test_a_card_shows_the_pictures_own_mean() -> None:
     assert len(better["items"]) == 3
 
 
-def test_a_comparison_is_three_files(tmp_path: Path) -> None:
+def test_a_comparison_is_four_files(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     second = report({"R@1": hits(0.7)}, evil, details={"curves": [curve(evil, 0.2)]})
     first = report({"R@1": hits(0.5)}, details={"curves": [curve("x", 0.1)]})
     made = compare_reports([[first], [second]], command="clipkit eval compare a b")
     save(made, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["report.html", "report.json", "report.md"]
+    assert names == ["figures.csv", "report.html", "report.json", "report.md"]
+    figures = (tmp_path / "figures.csv").read_text().splitlines()
+    assert [line.split(",")[3] for line in figures[1:]] == ["a", evil]
     page = (tmp_path / "report.html").read_text()
     assert evil not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "http" not in page.replace("http-equiv", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
-from eval.reports import EvalReport, load, save
+from eval.reports import EvalReport, load, overview, save
 from eval.reports.html import MOST_CLASSES, label, render_report
 from eval.reports.wording import (
     cell_text,
@@ -158,7 +159,14 @@ def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
     told = json.loads((tmp_path / "r" / "report.json").read_text(), parse_constant=pytest.fail)
     assert told["metrics"]["temperature"]["low"] is None
     files = sorted(path.name for path in (tmp_path / "r").iterdir())
-    assert files == ["report.html", "report.json", "report.md", "samples.npz"]
+    assert files == ["figures.csv", "report.html", "report.json", "report.md", "samples.npz"]
+    rows = list(csv.DictReader((tmp_path / "r" / "figures.csv").read_text("utf-8").splitlines()))
+    assert [(row["metric"], row["value"], row["low"], row["n"]) for row in rows] == [
+        ("acc@1", "0.4534", "0.431", "1000"),
+        ("text_to_image/median_rank", "12.25", "11.0", "1000"),
+        ("temperature", "0.83", "", "500"),
+    ]
+    assert {row["dataset"] for row in rows} == {"cat"} and rows[0]["split"] == "test"
 
 
 def test_a_report_replaces_the_one_before(tmp_path: Path) -> None:
@@ -271,6 +279,48 @@ def test_a_name_cannot_drive_a_terminal_or_markdown() -> None:
         assert "\x1b" not in text and "\u202e" not in text
     assert "\\|\\[x\\](http://e)\\<b\\>␊z" in told
     assert all(line.count("|") - line.count("\\|") in (0, 3, 4, 5) for line in told.splitlines())
+
+
+def test_several_datasets_have_one_table_and_a_mean_that_counts_them_alike() -> None:
+    """(0.4 + 0.8) / 2 = 0.6, whatever their sizes. The halves of the intervals are 0.03 and 0.04 below,
+    0.06 and 0.08 above: their roots of summed squares are 0.05 and 0.10, of which a mean of two takes
+    half (MOVER). Ranks have no mean over datasets, nor has a figure that one of them lacks."""
+    one = report(
+        dataset="data/pets",
+        metrics={
+            "acc@1": Interval(0.4, 0.37, 0.46, 100),
+            "acc@5": Interval(0.9, 0.8, 0.95, 100),
+            "mean_rank": Interval(3.0, 2.0, 4.0, 100),
+        },
+    )
+    two = report(
+        dataset="more/pets",
+        metrics={
+            "acc@1": Interval(0.8, 0.76, 0.88, 1000),
+            "mean_rank": Interval(1.0, 1.0, 1.0, 1000),
+        },
+    )
+    made, names = overview([one, two])
+    assert names == ["pets 1", "pets 2"]
+    (mean,) = (n for n in made.metrics if n.startswith("mean of"))
+    assert mean == "mean of 2 datasets/acc@1"
+    interval = made.metrics[mean]
+    assert (interval.value, interval.low, interval.high) == pytest.approx((0.6, 0.575, 0.65))
+    assert interval.n == 1100 and made.n == {"datasets": 2, "pictures": 2000}
+    assert made.metrics["pets 2/acc@1"] == two.metrics["acc@1"]
+    lines = made.lines()
+    assert [line.split() for line in lines if line.startswith(("dataset", "pets", "mean"))][
+        -3:
+    ] == [
+        ["pets", "1", "40.0", "%", "90.0", "%", "3"],
+        ["pets", "2", "80.0", "%", "–", "1"],
+        ["mean", "of", "2", "datasets", "60.0", "%", "–", "–"],
+    ]
+    assert "40.0 %<small>37.0 to 46.0</small>" in render_report(made)
+    assert "40.0 % (37.0 to 46.0)" in made.to_markdown()
+    other, names = overview([one, two, report(dataset="data/pets", model="runs/b")])
+    assert names == ["pets, cat 1", "pets, cat 2", "pets, b"]
+    assert "mean of 2 datasets, cat/acc@1" in other.metrics and len(other.headline) == 1
 
 
 # ---- the page

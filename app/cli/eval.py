@@ -41,7 +41,8 @@ evaluate = group(
 )
 
 
-Result = Any  # an EvalReport or a Comparison; neither is imported before a command needs it
+# An EvalReport, a list of them or a Comparison; none is imported before a command needs it.
+Result = Any
 Command = Callable[..., Result]
 N = TypeVar("N", int, float)
 
@@ -56,6 +57,16 @@ DataOption = Annotated[
         show_default=False,
         help="A dataset, pictures with captions beside them, a folder per class, a table, JSONL or COCO "
         "file, WebDataset shards, a benchmark's name (cifar10, imagenet1k), or hf:ORG/NAME/CONFIG.",
+    ),
+]
+DatasOption = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="DATA",
+        show_default=False,
+        help="As for the other commands of eval: a dataset, a folder, a table, shards, a benchmark's "
+        "name or hf:ORG/NAME. Repeat the option for several.",
     ),
 ]
 CutsOption = Annotated[str, typer.Option("-k", metavar="K,K,...", help="Cut-offs.")]
@@ -144,6 +155,26 @@ class OneModel(Encoding):
     ] = "builtin"
 
 
+@dataclass(frozen=True)
+class SeveralModels(Encoding):
+    """The options of commands that encode data with one model or several."""
+
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            metavar="SPEC",
+            show_default="builtin",
+            help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder. Repeat the option "
+            "for several.",
+        ),
+    ] = None
+
+    def encoders(self) -> Iterator[LazyEncoder]:
+        """Yield the models one by one, so that only one is in memory."""
+        yield from map(self.encoder, dict.fromkeys(self.model or ["builtin"]))
+
+
 def with_options(kind: type[Common]) -> Callable[[Command], Callable[..., None]]:
     """Add the fields of `kind` to a command's options, and save and print the result it returns.
 
@@ -165,7 +196,9 @@ def with_options(kind: type[Common]) -> Callable[[Command], Callable[..., None]]
             shared = kind(**{option.name: values.pop(option.name) for option in options})
             check_out(shared)
             result = command(**values, shared=shared)
-            finish(replace(result, command=command_line()), shared, values.get("models", ()))
+            results = result if isinstance(result, list) else [result]
+            results = [replace(each, command=command_line()) for each in results]
+            finish(results, shared, values.get("models", ()))
 
         parameters = [*own, *options]
         run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
@@ -185,9 +218,9 @@ def with_options(kind: type[Common]) -> Callable[[Command], Callable[..., None]]
         "clipkit eval retrieval --data ~/Pictures --queries tags -k 5,20",
     )
 )
-@with_options(OneModel)
+@with_options(SeveralModels)
 def retrieval(
-    data: DataOption,
+    data: DatasOption,
     k: CutsOption = "1,5,10",
     queries: Annotated[
         str,
@@ -196,7 +229,7 @@ def retrieval(
         ),
     ] = "captions",
     *,
-    shared: OneModel,
+    shared: SeveralModels,
 ) -> Result:
     """Find pictures by their captions, captions by their pictures: recall@K, ranks, MRR, mAP, nDCG."""
     from eval.data import open_captioned
@@ -204,27 +237,34 @@ def retrieval(
 
     one_of("--queries", queries, ("captions", "tags"))
     cuts = numbers("-k", k)
-    captioned = open_captioned(data, split=shared.split, limit=shared.limit)
+    captioned = [
+        open_captioned(name, split=shared.split, limit=shared.limit) for name in distinct(data)
+    ]
     with running(shared) as session:
-        return evaluate_retrieval(
-            shared.encoder(shared.model),
-            captioned,
-            ks=cuts,
-            queries=queries,  # type: ignore[arg-type]
-            session=session,
-        )
+        return [
+            evaluate_retrieval(
+                encoder,
+                each,
+                ks=cuts,
+                queries=queries,  # type: ignore[arg-type]
+                session=session,
+            )
+            for encoder in shared.encoders()
+            for each in captioned
+        ]
 
 
 @evaluate.command(
     epilog=examples(
         "clipkit eval zeroshot --data ./folder-per-class",
         "clipkit eval zeroshot --data cifar10 --model ViT-B-32/openai",
+        "clipkit eval zeroshot --data cifar10 --data cars/test --data pets",
         "clipkit eval zeroshot --data shards/ --classes classes.txt --templates mine.txt",
     )
 )
-@with_options(OneModel)
+@with_options(SeveralModels)
 def zeroshot(
-    data: DataOption,
+    data: DatasOption,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -235,7 +275,7 @@ def zeroshot(
     templates: TemplatesOption = None,
     k: CutsOption = "1,5",
     *,
-    shared: OneModel,
+    shared: SeveralModels,
 ) -> Result:
     """Classify pictures by the names of their classes: accuracy, recall per class, calibration, mAP."""
     from eval.data import open_labelled
@@ -243,13 +283,23 @@ def zeroshot(
     from eval.zero_shot import evaluate_zero_shot
 
     cuts = numbers("-k", k)
-    prompts = prompts_for(templates, data)
+    sets = distinct(data)
+    if classes is not None and len(sets) > 1:
+        raise InputError(f"--classes names the classes of one dataset, but {len(sets)} are given")
     names = None if classes is None else load_classes(classes)
-    labelled = open_labelled(data, split=shared.split, classes=names, limit=shared.limit)
-    with running(shared) as session:
-        return evaluate_zero_shot(
-            shared.encoder(shared.model), labelled, templates=prompts, ks=cuts, session=session
+    labelled = [
+        (
+            open_labelled(name, split=shared.split, classes=names, limit=shared.limit),
+            prompts_for(templates, name),
         )
+        for name in sets
+    ]
+    with running(shared) as session:
+        return [
+            evaluate_zero_shot(encoder, each, templates=prompts, ks=cuts, session=session)
+            for encoder in shared.encoders()
+            for each, prompts in labelled
+        ]
 
 
 @evaluate.command(
@@ -547,22 +597,45 @@ def check_out(shared: Common) -> None:
         )
 
 
-def finish(result: Result, shared: Common, compared: Sequence[str]) -> None:
-    """Save a result, print it as a table or as JSON, and print the path of its report."""
-    from eval.reports import save
+def finish(results: Sequence[Any], shared: Common, compared: Sequence[str]) -> None:
+    """Save the result, print it as a table or as JSON, and print the path of its report.
 
+    Of several, it is their overview; each report is in a folder below.
+    """
+    from eval.reports import overview, save
+
+    result, names = results[0], [""]
+    if len(results) > 1:
+        result, names = overview(results)
+        result = replace(result, command=results[0].command)
     folder = shared.out.expanduser() if shared.out else None
     if folder is None:
-        names = ("compare", *compared)
+        parts = ["compare", *compared]
         if not compared:
-            names = (result.task, result.dataset, result.model)
-        parts = [re.sub(r"[^A-Za-z0-9.]+", "-", Path(name).name).strip("-.") for name in names]
+            parts = [result.task, result.dataset, result.model]
+        parts = [file_name(Path(part).name) for part in parts]
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         folder = reports_folder() / "-".join([*filter(None, parts), stamp])[-120:]
-    save(result, folder)
+    if len(results) > 1:
+        for number, (each, name) in enumerate(zip(results, names, strict=True), 1):
+            save(each, folder / file_name(f"{number} {name}"))
+    save(result, folder, parts=results if len(results) > 1 else ())
     print(result.to_json() if shared.as_json else "\n".join(result.lines()))
     path = printable(str(folder / "report.html"))
     print(f"report: {path}", file=sys.stderr if shared.as_json else sys.stdout)
+
+
+def file_name(text: str) -> str:
+    """Return a text as the name of a folder: letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.")
+
+
+def distinct(data: Sequence[str]) -> list[str]:
+    """Return the values of --data. Raises InputError if one is given twice."""
+    for name in data:
+        if data.count(name) > 1:
+            raise InputError(f"--data {name} is given twice; a mean must count it once")
+    return list(data)
 
 
 def library(folder: Path) -> tuple[str, str, Any, Any]:

@@ -119,8 +119,12 @@ class Comparison:
     @property
     def computed(self) -> str:
         """Return "float32 on cpu", or both where models differ; see `EvalReport.computed`."""
-        reports = [r for section in self.sections for r in section.reports if r is not None]
-        return ", ".join(dict.fromkeys(r.computed for r in reports if r.computed))
+        return ", ".join(dict.fromkeys(r.computed for r in self.reports if r.computed))
+
+    @property
+    def reports(self) -> list[EvalReport]:
+        """Return the reports that are compared."""
+        return [r for section in self.sections for r in section.reports if r is not None]
 
     def to_json(self) -> str:
         """Return names, figures and tests as strict JSON."""

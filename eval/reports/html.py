@@ -15,6 +15,7 @@ The keys of `EvalReport.details`, each optional:
     confusion   {classes, counts}        counts[truth][predicted]; up to MOST_CLASSES as a heat map
     tables      [{title, columns, rows, note?, first?, terminal?, heat?}]
                             first: directly after the headline; terminal: printed there too;
+                            (a cell may be [value, interval] as text)
                             heat: shares from 0 to 1, one for each cell but the first of a row
     mistakes    [{title, items: [exhibit], labels?}]    labels: headings of `expected` and `got`
 

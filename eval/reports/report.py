@@ -146,7 +146,11 @@ class EvalReport:
         lines = [printable(head), *text_table(("", *COLUMNS[1:]), self._rows(shown))]
         for table in self.details.get("tables", ()):
             if table.get("terminal"):
-                lines += [printable(table["title"]), *text_table(*table_text(table))]
+                rows = [[c[0] if isinstance(c, list) else c for c in row] for row in table["rows"]]
+                lines += [
+                    printable(table["title"]),
+                    *text_table(*table_text(table | {"rows": rows})),
+                ]
         lines += map(printable, self.details.get("words", ()))
         lines += [f"warning: {printable(warning)}" for warning in self.warnings]
         more = len(self.metrics) - len(shown)

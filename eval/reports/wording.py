@@ -114,10 +114,12 @@ def setting_text(value: Any) -> str:
 
 
 def cell_text(value: Any, column: str = "") -> str:
-    """Return a table's cell as text: text as it is, None as "–", a number in the unit that the
-    column's name implies (see `is_share`)."""
+    """Return a table's cell as text: text as it is, None as "–", [value, interval] as both, a
+    number in the unit that the column's name implies (see `is_share`)."""
     if value is None:
         return "–"
+    if isinstance(value, list):  # a value and its interval
+        return f"{value[0]} ({value[1]})"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else value_text(column, value)
