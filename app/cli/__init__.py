@@ -30,7 +30,7 @@ cli = group(
 )
 index.add_commands(cli)
 cli.add_typer(data)
-cli.command(epilog=train.EPILOG, context_settings=train.ANY_OPTION)(train.train)
+cli.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
 cli.add_typer(evaluate)
 
 
