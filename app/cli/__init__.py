@@ -15,7 +15,7 @@ import typer
 
 from app.cli import index, train
 from app.cli.data import data
-from app.cli.eval import evaluate
+from app.cli.eval import CACHE_EPILOG, cache, evaluate
 from app.cli.terminal import group
 from clipkit import __version__
 from clipkit.errors import ClipkitError, InputError
@@ -32,6 +32,7 @@ index.add_commands(cli)
 cli.add_typer(data)
 cli.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
 cli.add_typer(evaluate)
+cli.command(epilog=CACHE_EPILOG)(cache)
 
 
 def main() -> None:

@@ -345,7 +345,8 @@ def _stopping(message: str) -> Iterator[None]:
 def _print_built(built: Built, seconds: float) -> None:
     splits = ", ".join(f"{split} {number:,}" for split, number in built.pictures.items())
     print(f"pictures   {sum(built.pictures.values()):,} ({splits})")
-    repaired = f", {built.mended:,} repaired" if built.mended else ""
+    repairs = ", ".join(f"{kind} {number:,}" for kind, number in built.mended.items())
+    repaired = f", {sum(built.mended.values()):,} repaired ({repairs})" if repairs else ""
     print(f"captions   {built.captions:,}{repaired}")
     if built.groups:
         parted = f", {built.parted:,} split up by official splits: see clipkit data check"
