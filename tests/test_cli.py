@@ -127,6 +127,65 @@ def test_deleted_and_forgotten(photos: Path, model: Path, tmp_path: Path) -> Non
     assert hits("car", "--index", tmp_path / "i") == []
 
 
+def test_a_word_with_a_dash_is_pushed_away_and_needs_no_quotes(index: Path) -> None:
+    """Also one that begins with the letter of an option, and before or after other options."""
+    quoted = hits("car -kitchen", "--index", index, "-k", 5)
+    assert quoted != hits("car", "--index", index, "-k", 5)
+    for words in ("car -kitchen -k 5", "-k5 -kitchen car", "-k 5 car -- -kitchen"):
+        done = run("search", "--json", "--index", index, *words.split())
+        assert json.loads(done.stdout) == quoted, words
+
+
+def test_an_index_without_pictures_says_how_to_fill_it(
+    clipkit: Callable[..., tuple[int, str, str]], model: Path, tmp_path: Path
+) -> None:
+    """A script that asks for JSON gets an empty list."""
+    (tmp_path / "photos").mkdir()
+    place = tmp_path / "i"
+    assert clipkit("index", tmp_path / "photos", "--index", place, "--model", model)[0] == 0
+    code, out, err = clipkit("search", "dog", "--index", place)
+    assert code == 2 and not out
+    assert err == f"clipkit: nothing is indexed in {place} yet; fill it: clipkit index ~/Pictures\n"
+    assert clipkit("search", "dog", "--index", place, "--json") == (0, "[]\n", "")
+    code, out, _ = clipkit("status", "--index", place)
+    assert code == 0 and "fill it: clipkit index ~/Pictures" in out
+
+
+def test_status_and_index_as_json(
+    clipkit: Callable[..., tuple[int, str, str]], photos: Path, model: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "i"
+    code, out, _ = clipkit("index", photos, "--index", place, "--model", model, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["index"] == str(place) and summary["added"] == summary["embedded"] == 12
+    assert summary["skipped"] == 2 and summary["reasons"] == {"empty": 1, "not-a-picture": 1}
+    status = json.loads(clipkit("status", "--index", place, "--json", "--skipped")[1])
+    assert (status["pictures"], status["files"], status["skipped"]) == (12, 12, 2)
+    assert status["folders"] == [str(photos)]
+    assert [(m["spec"], m["vectors"]) for m in status["models"]] == [(str(model), 12)]
+    assert [(Path(s["path"]).name, s["reason"]) for s in status["skipped_files"]] == [
+        ("empty.jpg", "empty"),
+        ("text.png", "not-a-picture"),
+    ]
+    code, out, _ = clipkit("index", photos, "--index", place, "--forget", "--json")
+    assert json.loads(out) == {"removed": 12, "index": str(place)}
+
+
+def test_skipped_files_are_summed_up_in_words(
+    clipkit: Callable[..., tuple[int, str, str]], photos: Path, model: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "photos" / "cut.png"
+    cut.parent.mkdir()
+    cut.write_bytes(next(photos.rglob("*/*.png")).read_bytes()[:-60])
+    shutil.copy(photos / "text.png", cut.parent)
+    place = tmp_path / "i"
+    code, out, _ = clipkit("index", cut.parent, "--index", place, "--model", model)
+    assert code == 0 and "skipped: 1 cut off, 1 not a picture; list them with" in out
+    out = clipkit("status", "--skipped", "--index", place)[1]
+    assert "text.png: file holds text, not a picture; JPEG" in out
+
+
 # Presses Ctrl-C when the third batch is written: at the same point on every machine.
 INTERRUPTED = """
 import os, signal
@@ -197,6 +256,9 @@ BAD_INPUT = {
     "status": (["status", "--index", "/nowhere"], "no index at /nowhere"),
     "dataset as index": (["index", "{photos}", "--index", "{photos}/{caption}"], "is a dataset"),
     "unknown command": (["serch"], "No such command"),
+    "mistyped option": (["search", "x", "--jso"], "No such option: --jso (Possible options: --json)"),
+    "one dash": (["search", "x", "-json"], "-json is no option: write --json, or, to push the word"),
+    "a file": (["index", "{photos}/text.png", "--index", "/nowhere/i"], "give its folder: {photos}"),
 }  # fmt: skip
 
 
@@ -213,6 +275,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     }
     for name, value in values.items():
         arguments = [argument.replace(name, value) for argument in arguments]
+        sentence = sentence.replace(name, value)
     code, out, err = clipkit(*arguments)
     assert code == 2, out + err
     assert sentence in " ".join(err.replace("│", " ").split())

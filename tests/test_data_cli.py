@@ -58,7 +58,7 @@ def test_from_an_odd_table_to_a_data_set(
     assert (
         "semicolon-separated, utf-8-sig: pictures from 'Bilddatei', captions from 'Bildbes" in flat
     )
-    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 repaired" in flat
+    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 repaired (" in flat
     assert "rejected 3 rows: wrong-field-count 1, unclosed-quote 1, missing 1" in flat
     assert "rejected 1 picture: duplicate 1" in flat
     assert len(list(read_dataset(tmp_path / "dataset"))) == 20

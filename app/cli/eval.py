@@ -232,7 +232,7 @@ def retrieval(
     epilog=examples(
         "clipkit eval zeroshot --data ./folder-per-class",
         "clipkit eval zeroshot --data cifar10 --model ViT-B-32/openai",
-        "clipkit eval zeroshot --data shards/ --classes classes.txt --templates mine.txt",
+        "clipkit eval zeroshot --data shards/ --classes names.txt --templates a.txt",
     )
 )
 @with_options(OneModel)

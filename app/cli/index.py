@@ -206,7 +206,7 @@ def search(
 def app(
     index: IndexOption = None,
     model: ModelOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, number("--port", help="Port to listen on; 0: any free port.", low=0, high=65535)
     ] = 7860,
