@@ -90,6 +90,15 @@ def test_words_give_hits_as_json_and_as_a_table(index: Path) -> None:
     assert "5 of 12 pictures" in table
 
 
+def test_numbers_are_not_coloured_in_parts(index: Path) -> None:
+    """Rich's highlighting would take "12" out of "5 of 12 pictures"."""
+    command = [sys.executable, "-m", "app.cli", "search", "red", "-k", "5", "--index", str(index)]
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    environment |= {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert "\x1b[2m5 of 12 pictures" in done.stdout
+
+
 def test_k_has_no_cap(index: Path) -> None:
     assert len(hits("car", "--index", index, "-k", 5000)) == 12
 
