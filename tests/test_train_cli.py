@@ -72,6 +72,16 @@ def test_a_file_of_options_is_read_and_flags_win(
     assert (config["epochs"], config["batch"], config["recipe"]) == (1, 8, "heads")
 
 
+def test_a_device_in_a_file_is_checked_before_a_dataset_is_built(
+    clipkit: Run, tmp_path: Path, captions: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('device = "tpu"\n')
+    code, out, err = clipkit("train", captions, "--config", file, "--out", tmp_path / "runs")
+    assert code == 2 and not out and "device 'tpu' is unknown; use auto, cpu" in err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

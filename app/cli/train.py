@@ -191,6 +191,7 @@ def train(
         for line in _listed(recipe or "heads"):
             print(fill(line, get_terminal_size().columns, subsequent_indent=" " * 31))
         return
+    from clipkit.towers import choose_device
     from clipkit.training import resume as resume_run
     from clipkit.training import train as train_run
 
@@ -209,6 +210,7 @@ def train(
                 if config is not None
                 else TrainConfig.from_mapping(flags)
             )
+            choose_device(chosen.device)  # a configuration file's, too, before a dataset is built
             chosen = replace(chosen, data=_dataset(chosen, command, stop, quiet))
             with _progress(quiet) as show:
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
