@@ -16,7 +16,9 @@ def index_folder(path: Path | None) -> Path:
 
 
 def features_folder(path: Path | None) -> Path:
-    """Return the evaluators' feature cache: `path`, or by default one in the user's cache folder."""
+    """Return the evaluators' feature cache: `path`, $CLIPKIT_CACHE, or one in the user's cache."""
+    if path is None and (named := os.environ.get("CLIPKIT_CACHE")):
+        path = Path(named)
     if path is not None:
         return path.expanduser()
     from platformdirs import user_cache_path

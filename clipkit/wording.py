@@ -40,6 +40,11 @@ def count(number: int, noun: str = "picture") -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def reason_text(reason: str) -> str:
+    """Return why a file was skipped: "not-a-picture" -> "not a picture", "truncated" -> "cut off"."""
+    return {"truncated": "cut off"}.get(reason, reason.replace("-", " "))
+
+
 def duration(seconds: float) -> str:
     """0.042 -> "42 ms", 3.21 -> "3.2 s", 75 -> "75 s", 200 -> "3 min", 7500 -> "2 h 5 min"."""
     seconds = max(0.0, seconds)

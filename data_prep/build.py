@@ -58,7 +58,7 @@ from clipkit.sources import (
     open_source,
 )
 from clipkit.sources.rows import LISTS
-from data_prep.clean import Rules, caption_fault, mend, same_caption
+from data_prep.clean import Rules, caption_fault, kind_of_repair, mend, same_caption
 from data_prep.load import Fault, Loaded, Loader
 from data_prep.split import HASH_BYTES, Fractions, assign, groups_of, near_pairs
 from data_prep.staging import MANIFEST, Built, Progress, aside, check_out, swap, write_manifest
@@ -119,7 +119,7 @@ def build(
             run.rows,
             {split: run.written[split] for split in SPLITS if run.written[split]},
             run.counts["captions"],
-            run.counts["mended"],
+            dict(run.mended.most_common()),
             run.counts["groups"],
             run.counts["parted"],
             {what: dict(reasons.most_common()) for what, reasons in run.rejected.items()},
@@ -202,6 +202,7 @@ class _Build:
         self.on_progress = on_progress
         self.rows = 0
         self.counts: Counter[str] = Counter()
+        self.mended: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
         self.rejected: dict[str, Counter[str]] = {}
         self.fingerprint = 0
@@ -286,7 +287,8 @@ class _Build:
                 self._reject("caption", source, row.place, reason, original, row.name)
             else:
                 captions.append(caption)
-                self.counts["mended"] += caption != original
+                if caption != original:
+                    self.mended[kind_of_repair(original, caption)] += 1
         return captions
 
     # ---- between the passes: a picture's rows joined, look-alikes, splits

@@ -22,6 +22,7 @@ white space. Case and punctuation stay.
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -108,6 +109,14 @@ def mend(caption: str) -> str:
     text = caption.encode("utf-8", "replace").decode("utf-8")
     text = _TAG.sub(" ", ftfy.fix_text(text, _ftfy_config()))
     return " ".join("".join(c if _shows(c) else " " for c in text).split())
+
+
+def kind_of_repair(original: str, caption: str) -> str:
+    """Return what `mend` changed: "white space", "HTML", or "characters" (decoding and controls)."""
+    if " ".join(original.split()) == caption:
+        return "white space"
+    plain = _TAG.sub(" ", html.unescape(original))
+    return "HTML" if " ".join(plain.split()) == caption else "characters"
 
 
 def _shows(character: str) -> bool:

@@ -40,7 +40,7 @@ class Built:
     rows: int
     pictures: Mapping[str, int]  # by split
     captions: int
-    mended: int  # captions
+    mended: Mapping[str, int]  # captions, by `kind_of_repair`
     groups: int  # of look-alikes, two pictures or more
     parted: int  # groups that official splits part
     rejected: Mapping[str, Mapping[str, int]]

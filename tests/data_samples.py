@@ -1,4 +1,4 @@
-"""Small true-to-form captioned pictures for the data set tests."""
+"""Small true-to-form captioned pictures for the dataset tests."""
 
 from __future__ import annotations
 

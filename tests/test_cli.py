@@ -120,6 +120,15 @@ def test_a_change_of_the_model_is_said(
     assert f"{left} pictures of other folders have no vector of {third} yet" in done.stdout
 
 
+def test_numbers_are_not_coloured_in_parts(index: Path) -> None:
+    """Rich's highlighting would take "12" out of "5 of 12 pictures"."""
+    command = [sys.executable, "-m", "app.cli", "search", "red", "-k", "5", "--index", str(index)]
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    environment |= {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert "\x1b[2m5 of 12 pictures" in done.stdout
+
+
 def test_k_has_no_cap(index: Path) -> None:
     assert len(hits("car", "--index", index, "-k", 5000)) == 12
 
@@ -155,6 +164,65 @@ def test_deleted_and_forgotten(photos: Path, model: Path, tmp_path: Path) -> Non
         in run("index", mine, "--forget", "--index", tmp_path / "i").stdout
     )
     assert hits("car", "--index", tmp_path / "i") == []
+
+
+def test_a_word_with_a_dash_is_pushed_away_and_needs_no_quotes(index: Path) -> None:
+    """Also one that begins with the letter of an option, and before or after other options."""
+    quoted = hits("car -kitchen", "--index", index, "-k", 5)
+    assert quoted != hits("car", "--index", index, "-k", 5)
+    for words in ("car -kitchen -k 5", "-k5 -kitchen car", "-k 5 car -- -kitchen"):
+        done = run("search", "--json", "--index", index, *words.split())
+        assert json.loads(done.stdout) == quoted, words
+
+
+def test_an_index_without_pictures_says_how_to_fill_it(
+    clipkit: Callable[..., tuple[int, str, str]], model: Path, tmp_path: Path
+) -> None:
+    """A script that asks for JSON gets an empty list."""
+    (tmp_path / "photos").mkdir()
+    place = tmp_path / "i"
+    assert clipkit("index", tmp_path / "photos", "--index", place, "--model", model)[0] == 0
+    code, out, err = clipkit("search", "dog", "--index", place)
+    assert code == 2 and not out
+    assert err == f"clipkit: nothing is indexed in {place} yet; fill it: clipkit index ~/Pictures\n"
+    assert clipkit("search", "dog", "--index", place, "--json") == (0, "[]\n", "")
+    code, out, _ = clipkit("status", "--index", place)
+    assert code == 0 and "fill it: clipkit index ~/Pictures" in out
+
+
+def test_status_and_index_as_json(
+    clipkit: Callable[..., tuple[int, str, str]], photos: Path, model: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "i"
+    code, out, _ = clipkit("index", photos, "--index", place, "--model", model, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["index"] == str(place) and summary["added"] == summary["embedded"] == 12
+    assert summary["skipped"] == 2 and summary["reasons"] == {"empty": 1, "not-a-picture": 1}
+    status = json.loads(clipkit("status", "--index", place, "--json", "--skipped")[1])
+    assert (status["pictures"], status["files"], status["skipped"]) == (12, 12, 2)
+    assert status["folders"] == [str(photos)]
+    assert [(m["spec"], m["vectors"]) for m in status["models"]] == [(str(model), 12)]
+    assert [(Path(s["path"]).name, s["reason"]) for s in status["skipped_files"]] == [
+        ("empty.jpg", "empty"),
+        ("text.png", "not-a-picture"),
+    ]
+    code, out, _ = clipkit("index", photos, "--index", place, "--forget", "--json")
+    assert json.loads(out) == {"removed": 12, "index": str(place)}
+
+
+def test_skipped_files_are_summed_up_in_words(
+    clipkit: Callable[..., tuple[int, str, str]], photos: Path, model: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "photos" / "cut.png"
+    cut.parent.mkdir()
+    cut.write_bytes(next(photos.rglob("*/*.png")).read_bytes()[:-60])
+    shutil.copy(photos / "text.png", cut.parent)
+    place = tmp_path / "i"
+    code, out, _ = clipkit("index", cut.parent, "--index", place, "--model", model)
+    assert code == 0 and "skipped: 1 cut off, 1 not a picture; list them with" in out
+    out = clipkit("status", "--skipped", "--index", place)[1]
+    assert "text.png: file holds text, not a picture; JPEG" in out
 
 
 # Presses Ctrl-C when the third batch is written: at the same point on every machine.
@@ -208,25 +276,28 @@ BAD_INPUT = {
     "no folder": (["index"], "Missing argument"),
     "unknown folder": (["index", "/nowhere"], "folder /nowhere does not exist"),
     "unknown option": (["index", ".", "--modle", "x"], "No such option"),
-    "workers": (["index", ".", "--workers", "0"], "greater than or equal to 1"),
+    "workers": (["index", ".", "--workers", "0"], "--workers is 0; it must be at least 1"),
     "unknown model": (["index", "{photos}", "--model", "nonsense"], "model 'nonsense' is unknown"),
     "other model": (["search", "x", "--index", "{index}", "--model", "nonsense"], "is unknown"),
     "nothing asked": (["search", "--index", "{index}"], "give words, or a picture with --image"),
     "unknown key": (["search", "aftr:2020", "--index", "{index}"], "after"),
     "open quote": (["search", '"open', "--index", "{index}"], "quote"),
     "bad date": (["search", "after:yesterday", "--index", "{index}"], "yesterday"),
-    "k": (["search", "x", "-k", "0", "--index", "{index}"], "greater than or equal to 1"),
+    "k": (["search", "x", "-k", "0", "--index", "{index}"], "-k is 0; it must be at least 1"),
     "no index": (["search", "x", "--index", "/nowhere"], "no index at /nowhere; create one with"),
     "no picture": (["search", "--image", "/nowhere.png", "--index", "{index}"], "/nowhere.png"),
     "not a picture": (["search", "--image", "{photos}/text.png", "--index", "{index}"], "picture"),
     "device": (
         ["search", "--image", "{other}", "--device", "toaster", "--index", "{index}"],
-        "device 'toaster' is not usable here",
+        "device 'toaster' is unknown",
     ),
-    "app without index": (["app", "--port", "99999"], "less than or equal to 65535"),
+    "app without index": (["app", "--port", "99999"], "--port is 99999; it must be 0 to 65535"),
     "status": (["status", "--index", "/nowhere"], "no index at /nowhere"),
     "dataset as index": (["index", "{photos}", "--index", "{photos}/{caption}"], "is a dataset"),
     "unknown command": (["serch"], "No such command"),
+    "mistyped option": (["search", "x", "--jso"], "No such option: --jso (Possible options: --json)"),
+    "one dash": (["search", "x", "-json"], "-json is no option: write --json, or, to push the word"),
+    "a file": (["index", "{photos}/text.png", "--index", "/nowhere/i"], "give its folder: {photos}"),
 }  # fmt: skip
 
 
@@ -243,6 +314,7 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     }
     for name, value in values.items():
         arguments = [argument.replace(name, value) for argument in arguments]
+        sentence = sentence.replace(name, value)
     code, out, err = clipkit(*arguments)
     assert code == 2, out + err
     assert sentence in " ".join(err.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""Marks in the app: beside the search, on the page, over HTTP, exported, and built into a data set."""
+"""Marks in the app: beside the search, on the page, over HTTP, exported, and built into a dataset."""
 
 from __future__ import annotations
 
@@ -261,7 +261,7 @@ def test_a_library_that_is_not_there_yet_has_nothing_to_mark(tmp_path: Path) -> 
     empty.close()
 
 
-# ---- the command, and on to a data set
+# ---- the command, and on to a dataset
 
 
 def test_what_was_marked_trains(

@@ -1,4 +1,4 @@
-"""A data set built: whole or not at all, nothing dropped in silence, loadable by others."""
+"""A dataset built: whole or not at all, nothing dropped in silence, loadable by others."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def messy(tmp_path: Path) -> Path:
 
 
 def test_what_is_kept_and_what_is_rejected(messy: Path, tmp_path: Path) -> None:
-    """Every row, picture and caption that is not in the data set is in rejected.jsonl."""
+    """Every row, picture and caption that is not in the dataset is in rejected.jsonl."""
     built = run(tmp_path / "out", messy)
     records = {r.captions: r for r in read_dataset(tmp_path / "out")}
     assert set(records) == {("A dog & a cat", "Pets", "A third caption"), ("Öl auf Leinwand",)}
@@ -89,7 +89,7 @@ def test_what_is_kept_and_what_is_rejected(messy: Path, tmp_path: Path) -> None:
             ("line 12", "picture", "no-caption"),
         ]
     )
-    assert built.rows == 13 and built.captions == 4 and built.mended == 1
+    assert built.rows == 13 and built.captions == 4 and built.mended == {"HTML": 1}
     assert sum(built.pictures.values()) == 2
     assert built.rejected["picture"] == {
         "truncated": 2,

@@ -9,25 +9,28 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clipkit.errors import InputError
-from data_prep.clean import Rules, caption_fault, mend, picture_fault, same_caption
+from data_prep.clean import Rules, caption_fault, kind_of_repair, mend, picture_fault, same_caption
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
+    ("said", "meant", "kind"),
     [
-        ("  A  dog\n on\ta beach ", "A dog on a beach"),
-        ("the &quot;required&quot; bubbles &amp; more", 'the "required" bubbles & more'),
-        ("<p>A <b>red</b> car</p>", "A red car"),
-        ("I <3 dogs, 3 < 5 > 2", "I <3 dogs, 3 < 5 > 2"),  # no tags
-        ("cafÃ© in MÃ¼nchen", "café in München"),  # UTF-8 read as Windows-1252
-        ("A\u200bdog\ufeff\x07!", "A dog!"),
-        ("“curly” quotes — and dashes", "“curly” quotes — and dashes"),
-        ("half a pair \ud83d", "half a pair ?"),
-        ("ein Käfer 🐞 und 猫", "ein Käfer 🐞 und 猫"),
+        ("  A  dog\n on\ta beach ", "A dog on a beach", "white space"),
+        ("the &quot;required&quot; bubbles &amp; more", 'the "required" bubbles & more', "HTML"),
+        ("<p>A <b>red</b> car</p>", "A red car", "HTML"),
+        ("I <3 dogs, 3 < 5 > 2", "I <3 dogs, 3 < 5 > 2", None),  # no tags
+        ("cafÃ© in MÃ¼nchen", "café in München", "characters"),  # UTF-8 read as Windows-1252
+        ("A\u200bdog\ufeff\x07!", "A dog!", "characters"),
+        ("“curly” quotes — and dashes", "“curly” quotes — and dashes", None),
+        ("half a pair \ud83d", "half a pair ?", "characters"),
+        ("ein Käfer 🐞 und 猫", "ein Käfer 🐞 und 猫", None),
     ],
 )
-def test_captions_are_mended(said: str, meant: str) -> None:
+def test_captions_are_mended_and_the_kind_of_repair_is_known(
+    said: str, meant: str, kind: str | None
+) -> None:
     assert mend(said) == meant
+    assert kind is None or kind_of_repair(said, meant) == kind
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def test_from_an_odd_table_to_a_data_set(
     assert (
         "semicolon-separated, utf-8-sig: pictures from 'Bilddatei', captions from 'Bildbes" in flat
     )
-    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 repaired" in flat
+    assert re.search(r"pictures 20 \(train \d+, ", flat) and "captions 21, 20 repaired (" in flat
     assert "rejected 3 rows: wrong-field-count 1, unclosed-quote 1, missing 1" in flat
     assert "rejected 1 picture: duplicate 1" in flat
     assert len(list(read_dataset(tmp_path / "dataset"))) == 20
@@ -118,12 +118,18 @@ def test_stats_in_words_and_as_a_picture(captions: Path, tmp_path: Path) -> None
             ["build", "{csv}", "--out", "x", "--image-column", "File"],
             r"no column 'File'; it has 'Nr'",
         ),
-        (["build", "{csv}", "--out", "x", "--allow", "all"], "cannot allow 'all'"),
-        (["build", "{csv}", "--out", "x", "--radius", "99"], "radius is 99; it must be 0 to 15"),
-        (["build", "{csv}", "--out", "x", "--test", "1.5"], r"test fraction is 1\.5"),
+        (
+            ["build", "{csv}", "--out", "x", "--allow", "all"],
+            "--allow is 'all'; use one of blank, url",
+        ),
+        (["build", "{csv}", "--out", "x", "--radius", "99"], "--radius is 99; it must be 0 to 15"),
+        (
+            ["build", "{csv}", "--out", "x", "--test", "1.5"],
+            r"--test is 1\.5; it must be at least 0",
+        ),
         (["check", "{csv}"], "has no pictures in splits"),
         (["check", "{csv}", "--radius", "16"], "--radius is 16; it must be 0 to 15"),
-        (["stats", "{csv}", "--kind", "cvs"], "unknown kind 'cvs'"),
+        (["stats", "{csv}", "--kind", "cvs"], r"--kind is 'cvs'; use one of classes, coco"),
     ],
 )
 def test_mistakes_are_one_sentence(captions: Path, arguments: list[str], message: str) -> None:

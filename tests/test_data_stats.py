@@ -1,4 +1,4 @@
-"""Numbers of a data set, counted by hand, and a picture of any of them."""
+"""Numbers of a dataset, counted by hand, and a picture of any of them."""
 
 from __future__ import annotations
 

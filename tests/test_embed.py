@@ -402,7 +402,7 @@ def test_roots(run: Callable[..., Summary], photos: Path) -> None:
     assert run(photos, photos / "a", photos).added == 10
     with pytest.raises(InputError, match="/nowhere does not exist; name a folder"):
         run(Path("/nowhere"))
-    with pytest.raises(InputError, match=r"0\.png is a file; name a folder"):
+    with pytest.raises(InputError, match=r"0\.png is a file; give its folder: "):
         run(photos / "a" / "0.png")
 
 

@@ -15,7 +15,7 @@ from eval.prompts import (
     load_templates,
 )
 
-# Sizes as published: OpenAI's prompts.md and ImageNet notebook, and each data set's paper.
+# Sizes as published: OpenAI's prompts.md and ImageNet notebook, and each dataset's paper.
 TEMPLATE_COUNTS = {
     "plain": 1, "simple": 7, "imagenet1k": 80, "cifar10": 18, "cifar100": 18, "food101": 1,
     "cars": 8, "fgvc_aircraft": 2, "dtd": 8, "pets": 1, "flowers": 1, "caltech101": 34,

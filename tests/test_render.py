@@ -253,7 +253,7 @@ def test_a_long_list_of_skipped_files_says_what_is_left_out() -> None:
     reasons = [("/p/a", "truncated"), ("/p/b", "truncated"), ("/p/c", "empty")]
     rows = tuple(SkippedRow(path, reason, "m") for path, reason in reasons)
     html = render.run(Run(("/p",), error="x", over=True, skipped=rows, skipped_total=10))
-    assert "10 files skipped: 2 truncated, 1 empty" in html and "and 7 more" in html
+    assert "10 files skipped: 2 cut off, 1 empty" in html and "and 7 more" in html
 
 
 def test_a_page_open_to_the_network_says_how_to_index_instead() -> None:

@@ -84,20 +84,27 @@ def test_a_file_of_options_is_read_and_flags_win(
     assert (config["epochs"], config["batch"], config["recipe"]) == (1, 8, "heads")
 
 
+def test_a_device_in_a_file_is_checked_before_a_dataset_is_built(
+    clipkit: Run, tmp_path: Path, captions: Path
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('device = "tpu"\n')
+    code, out, err = clipkit("train", captions, "--config", file, "--out", tmp_path / "runs")
+    assert code == 2 and not out and "device 'tpu' is unknown; use auto, cpu" in err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ((), "data is not given"),
         (("no/such",), "no/such"),
-        (("x", "--learning-rte", "1"), "did you mean 'learning_rate'?"),
-        (("x", "--epochs", "many"), "epochs is 'many', str; it must be a whole number"),
-        (("x", "--recipe", "head"), "did you mean 'heads'?"),
+        (("x", "--epochs", "many"), "--epochs is 'many'; it must be a whole number"),
+        (("x", "--recipe", "head"), "--recipe is 'head'; did you mean 'heads'?"),
         (("x", "--config", "none.toml"), "cannot read none.toml"),
         (("--resume", "no/run"), "no/run"),
-        (("x", "y"), "'y' is not understood"),
-        (("x", "--batch"), "--batch needs a value"),
-        (("--no-flip", "x", "--epochs", "many"), "epochs is 'many'"),
-        (("--batch", "many", "x"), "batch is 'many'"),
+        (("--no-flip", "x", "--warmup", "1"), "--warmup is 1.0; it must be at least 0 and below 1"),
+        (("--batch", "many", "x"), "--batch is 'many'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -108,6 +115,25 @@ def test_bad_input_is_a_sentence_and_exit_code_2(
     assert code == 2, err
     assert sentence in err
     assert err.count("\n") == 1 and not out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("x", "--epoch", "3"), "No such option: --epoch (Possible options: --epochs"),
+        (("x", "--learning-rte", "1"), "--learning-rate"),
+        (("x", "y"), "unexpected extra argument"),
+        (("x", "--batch"), "'--batch' requires an argument"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_mistyped_option_is_named_as_it_is_typed(
+    clipkit: Run, arguments: tuple[str, ...], sentence: str
+) -> None:
+    """For --epoch: --epochs, not the key `epochs` of a configuration file."""
+    code, out, err = clipkit("train", *arguments)
+    assert code == 2 and not out
+    assert sentence in " ".join(err.replace("│", " ").split())
 
 
 def test_every_option_is_listed(clipkit: Run) -> None:

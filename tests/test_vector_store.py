@@ -194,3 +194,35 @@ def test_a_full_store_is_read_fast(path: Path) -> None:
         found = store.get(keys)
         assert time.process_time() - started < 2
     assert np.array_equal(np.stack([found[key] for key in keys]), vectors)
+
+
+def test_a_space_is_removed_while_another_process_reads(path: Path) -> None:
+    """The other store keeps its connection: it no longer finds what was removed, and can put it."""
+    fill(path)
+    fill(path, "other")
+    with VectorStore(path, "space") as reader:
+        assert len(reader.get(KEYS)) == 3
+        with VectorStore(path, "") as store:
+            assert store.spaces() == {"space": 3, "other": 3}
+            store.remove(["space"])
+            assert store.spaces() == {"other": 3}
+        assert reader.get(KEYS) == {}
+        reader.put(KEYS, ROWS)
+    assert len(stored(path)) == 3 and len(stored(path, space="other")) == 3
+
+
+def test_room_on_the_disk_is_given_back(path: Path) -> None:
+    with VectorStore(path, "space") as store:
+        store.put([bytes([n]) for n in range(200)], np.zeros((200, 1000), np.float32))
+    assert path.stat().st_size > 800_000
+    with VectorStore(path, "") as store:
+        store.remove(["space"])
+    assert path.stat().st_size < 100_000
+
+
+def test_no_file_has_no_spaces(path: Path) -> None:
+    for where in (None, path):
+        with VectorStore(where, "") as store:
+            store.remove(["space"])
+            assert store.spaces() == {}
+    assert not path.exists()

@@ -15,7 +15,7 @@ import typer
 
 from app.cli import index, models, train
 from app.cli.data import data
-from app.cli.eval import evaluate
+from app.cli.eval import CACHE_EPILOG, cache, evaluate
 from app.cli.runs import runs
 from app.cli.terminal import group
 from clipkit import __version__
@@ -31,9 +31,10 @@ cli = group(
 )
 index.add_commands(cli)
 cli.add_typer(data)
-cli.command(epilog=train.EPILOG, context_settings=train.ANY_OPTION)(train.train)
+cli.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
 cli.add_typer(runs)
 cli.add_typer(evaluate)
+cli.command(epilog=CACHE_EPILOG)(cache)
 cli.command(epilog=models.EPILOG)(models.models)
 
 

@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from app.cli.terminal import command_line, examples, group, progress_shown
-from clipkit.errors import InputError
+from app.cli.terminal import (
+    MORE,
+    QuietOption,
+    choice,
+    command_line,
+    examples,
+    group,
+    number,
+    progress_shown,
+)
 from clipkit.wording import count, duration, printable
 
 if TYPE_CHECKING:
@@ -27,32 +35,61 @@ data = group(
 )
 
 
+def _kinds() -> list[str]:
+    from clipkit.sources import SOURCES
+
+    return sorted(SOURCES)
+
+
+def _reasons() -> list[str]:
+    from data_prep.clean import ALLOWABLE
+
+    return list(ALLOWABLE)
+
+
 KindOption = Annotated[
     str | None,
-    typer.Option(
+    choice(
         "--kind",
+        _kinds,
         metavar="KIND",
         help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or "
-        "webdataset. Default: detected.",
+        "webdataset.",
+        show_default="detected",
     ),
 ]
 ImageColumn = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The column that names the picture. Default: detected."),
+    typer.Option(
+        metavar="NAME", help="The column that names the picture.", show_default="detected"
+    ),
 ]
 CaptionColumn = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="A column of captions; may be repeated. Default: detected."),
+    typer.Option(
+        metavar="NAME", help="A column of captions; may be repeated.", show_default="detected"
+    ),
 ]
 PicturesOption = Annotated[
     Path | None,
     typer.Option(
-        "--pictures", metavar="DIR", help="The pictures' folder. Default: beside the table."
+        "--pictures", metavar="DIR", help="The pictures' folder.", show_default="beside the table"
     ),
 ]
-RadiusOption = Annotated[int, typer.Option(help="Largest distance of look-alikes, in bits of 256.")]
+RadiusOption = Annotated[
+    int,
+    number(
+        "--radius",
+        help="Largest distance of look-alikes, in bits of 256: 0 to 15.",
+        low=0,
+        high=15,  # data_prep.split.MAX_RADIUS
+        more=True,
+    ),
+]
+_SHARE = {"low": 0.0, "below": 1.0}
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Decode threads. Default: one a core.")
+    int | None,
+    number("--workers", help="Decode threads.", default="one per core", low=1, more=True),
 ]
 
 
@@ -60,13 +97,13 @@ WorkersOption = Annotated[
     epilog=examples(
         "clipkit data build captions.csv --out dataset",
         "clipkit data build photos/ --out dataset --resize 512",
-        "clipkit data build dataset_flickr8k.json --pictures Flicker8k_Dataset --out flickr8k",
+        "clipkit data build dataset_flickr8k.json --pictures Flicker8k --out flickr8k",
         "clipkit data build captions.csv corrections.jsonl --out dataset --overwrite",
         "clipkit data build hf:nlphuji/flickr30k --out flickr30k --shards",
     )
 )
 def build(
-    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", show_default=False)],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE", show_default=False)],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The dataset's folder.")],
     kind: KindOption = None,
     image_column: ImageColumn = None,
@@ -74,45 +111,81 @@ def build(
     pictures: PicturesOption = None,
     split: Annotated[
         Literal["train", "validation", "test"] | None,
-        typer.Option(help="The split of rows that name none. Default: by content."),
+        choice(
+            "--split",
+            ("train", "validation", "test"),
+            help="The split of rows that name none: train, validation or test.",
+            show_default="by content",
+        ),
     ] = None,
-    validation: Annotated[float, typer.Option(help="Fraction for validation.")] = 0.1,
-    test: Annotated[float, typer.Option(help="Fraction for the test.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed gives other splits.")] = 0,
+    validation: Annotated[
+        float,
+        number("--validation", help="Share of pictures for validation.", kind=float, **_SHARE),
+    ] = 0.1,
+    test: Annotated[
+        float, number("--test", help="Share of pictures for the test.", kind=float, **_SHARE)
+    ] = 0.1,
     resize: Annotated[
         int | None,
-        typer.Option(
-            metavar="SIDE", min=16, help="Shrink the shorter side to these pixels, as JPEG."
-        ),
+        number("--resize", help="Shrink the shorter side to these pixels, as JPEG.", low=16),
     ] = None,
     shards: Annotated[
         bool, typer.Option("--shards", help="Write WebDataset tars, for very many pictures.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset.")] = False,
+    quiet: QuietOption = False,
+    seed: Annotated[int, number("--seed", help="Another seed gives other splits.", more=True)] = 0,
     near: Annotated[
         Literal["group", "drop", "ignore"],
-        typer.Option(help="Look-alikes: keep in one split, keep one of each, or ignore."),
+        choice(
+            "--near",
+            ("group", "drop", "ignore"),
+            help="Look-alikes: group (keep in one split), drop (keep one of each), or ignore.",
+            rich_help_panel=MORE,
+        ),
     ] = "group",
     radius: RadiusOption = 15,
-    min_side: Annotated[int, typer.Option(help="Smallest side in pixels; 0: any.")] = 32,
-    min_chars: Annotated[int, typer.Option(help="Shortest caption; 0: any.")] = 2,
-    max_chars: Annotated[int, typer.Option(help="Longest caption; 0: any.")] = 1000,
+    min_side: Annotated[
+        int, number("--min-side", help="Smallest side in pixels; 0: any.", low=0, more=True)
+    ] = 32,
+    min_chars: Annotated[
+        int, number("--min-chars", help="Shortest caption; 0: any.", low=0, more=True)
+    ] = 2,
+    max_chars: Annotated[
+        int, number("--max-chars", help="Longest caption; 0: any.", low=0, more=True)
+    ] = 1000,
     max_repeats: Annotated[
-        int, typer.Option(help="Pictures that may share a caption; 0: any number.")
+        int,
+        number(
+            "--max-repeats",
+            help="Pictures that may share a caption; 0: any number.",
+            low=0,
+            more=True,
+        ),
     ] = 100,
     script: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Only captions in this script, such as LATIN."),
+        typer.Option(
+            metavar="NAME",
+            help="Only captions in this script, such as LATIN.",
+            rich_help_panel=MORE,
+        ),
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(
+        choice(
+            "--allow",
+            _reasons,
             metavar="REASON",
             help="Switch a rule off: blank, url, file-name, placeholder, no-letters, mojibake, "
             "marked-wrong.",
+            rich_help_panel=MORE,
         ),
     ] = None,
-    max_megapixels: Annotated[float, typer.Option(min=0.1, help="Reject larger pictures.")] = 100.0,
+    max_megapixels: Annotated[
+        float,
+        number("--max-megapixels", help="Reject larger pictures.", kind=float, above=0, more=True),
+    ] = 100.0,
     workers: WorkersOption = None,
 ) -> None:
     """Build a dataset from tables, folders, JSON, shards or the hub, all sources together.
@@ -145,7 +218,7 @@ def build(
     for source in opened:
         kind, path = f"{source.kind:<10}", printable(source.path)
         print(f"{kind} {path}: {printable(source.description)}")
-    with _stopping(f"stopped; {out} was not touched"), progress_shown() as show:
+    with _stopping(f"stopped; {out} was not touched"), progress_shown(quiet=quiet) as show:
 
         def on_progress(progress: Progress) -> None:
             show(progress.phase, progress.done, progress.total or progress.done)
@@ -178,13 +251,14 @@ def check(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", show_default=False)],
     kind: KindOption = None,
     pictures: PicturesOption = None,
-    radius: RadiusOption = 15,
     strict: Annotated[
         bool, typer.Option("--strict", help="Count equal captions in two splits as leaks.")
     ] = False,
     most: Annotated[
-        int, typer.Option("--show", min=0, help="How many to list of each kind; 0: all.")
+        int, number("--show", help="How many to list of each kind; 0: all.", low=0)
     ] = 20,
+    quiet: QuietOption = False,
+    radius: RadiusOption = 15,
     workers: WorkersOption = None,
 ) -> None:
     """Find pictures that are in two splits: the same file, or a look-alike.
@@ -194,12 +268,9 @@ def check(
     """
     from clipkit.sources import Options, open_source
     from data_prep.leaks import find_leaks
-    from data_prep.split import MAX_RADIUS
 
-    if not 0 <= radius <= MAX_RADIUS:
-        raise InputError(f"--radius is {radius}; it must be 0 to {MAX_RADIUS} bits of 256")
     source = open_source(dataset, kind=kind, options=Options(pictures=pictures))
-    with _stopping("stopped"), progress_shown() as show:
+    with _stopping("stopped"), progress_shown(quiet=quiet) as show:
         leaks = find_leaks(
             source,
             radius=radius,
@@ -231,6 +302,7 @@ def stats(
     image_column: ImageColumn = None,
     caption_column: CaptionColumn = None,
     pictures: PicturesOption = None,
+    quiet: QuietOption = False,
     workers: WorkersOption = None,
 ) -> None:
     """Show the statistics of a dataset or of any source: captions, words, sizes, splits."""
@@ -242,7 +314,7 @@ def stats(
         out = out / "stats.png"
     options = Options(image_column, tuple(caption_column or ()), pictures)
     source = open_source(dataset, kind=kind, options=options)
-    with _stopping("stopped"), progress_shown() as show:
+    with _stopping("stopped"), progress_shown(quiet=quiet) as show:
         statistics = collect(
             source,
             workers=workers,
@@ -273,7 +345,8 @@ def _stopping(message: str) -> Iterator[None]:
 def _print_built(built: Built, seconds: float) -> None:
     splits = ", ".join(f"{split} {number:,}" for split, number in built.pictures.items())
     print(f"pictures   {sum(built.pictures.values()):,} ({splits})")
-    repaired = f", {built.mended:,} repaired" if built.mended else ""
+    repairs = ", ".join(f"{kind} {number:,}" for kind, number in built.mended.items())
+    repaired = f", {sum(built.mended.values()):,} repaired ({repairs})" if repairs else ""
     print(f"captions   {built.captions:,}{repaired}")
     if "train" not in built.pictures:
         print("note       none is in train, by its source or --split: there is nothing to train on")

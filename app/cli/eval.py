@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
 
 from app.cli.terminal import (
+    MORE,
+    CacheOption,
     DeviceOption,
     IndexOption,
+    QuietOption,
+    choice,
     command_line,
+    default_folder,
     examples,
     group,
+    model_specs,
+    number,
     progress_shown,
+    size,
     stop_on_signal,
 )
 from app.paths import features_folder, index_folder, reports_folder
-from clipkit.errors import InputError
-from clipkit.wording import printable
+from clipkit.errors import InputError, check_choice
+from clipkit.training.config import Precision
+from clipkit.wording import count, printable
 
 if TYPE_CHECKING:
     from clipkit.lazy_encoder import LazyEncoder
@@ -74,7 +84,8 @@ TemplatesOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME|FILE",
-        help="A prompt set by name, or a file with one template per line. Default: the data's own.",
+        help="A prompt set by name, or a file with one template per line.",
+        show_default="the data's own",
     ),
 ]
 
@@ -83,15 +94,23 @@ TemplatesOption = Annotated[
 class Common:
     """The options of every command."""
 
-    seed: Annotated[int, typer.Option(help="Random seed of splits and resampling.")] = 0
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="The report's folder. Default: a new one."),
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="The report's folder.",
+            show_default=f"a new one in {default_folder(reports_folder())}",
+        ),
     ] = None
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the report in the folder of --out.")
     ] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
+    quiet: QuietOption = False
+    seed: Annotated[
+        int, number("--seed", help="Random seed of splits and resampling.", low=0, more=True)
+    ] = 0
 
 
 @dataclass(frozen=True)
@@ -99,28 +118,34 @@ class Encoding(Common):
     """The options of commands that encode data."""
 
     split: Annotated[
-        str | None, typer.Option(help="train, validation, test. Default: test, if there is one.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=lambda: ["train", "validation", "test"],
+            help="train, validation, test.",
+            show_default="test, if there is one",
+        ),
     ] = None
-    limit: Annotated[int | None, typer.Option(min=1, help="Use a random sample of N pictures.")] = (
-        None
-    )
+    limit: Annotated[
+        int | None, number("--limit", help="Use a random sample of N pictures.", low=1)
+    ] = None
     device: DeviceOption = "auto"
     precision: Annotated[
         str,
-        typer.Option(
-            metavar="TYPE",
+        choice(
+            "--precision",
+            get_args(Precision),
             envvar="CLIPKIT_PRECISION",
             help="float32, bfloat16, float16, or auto: bfloat16 where the hardware computes in it, "
             "so that figures depend on the machine.",
+            rich_help_panel=MORE,
         ),
     ] = "float32"
-    cache: Annotated[
-        Path | None,
-        typer.Option("--cache", metavar="DIR", envvar="CLIPKIT_CACHE", help="The feature cache."),
-    ] = None
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Do not use the feature cache.")] = (
-        False
-    )
+    cache: CacheOption = None
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Do not use the feature cache.", rich_help_panel=MORE),
+    ] = False
 
     def encoder(self, spec: str) -> LazyEncoder:
         """Return a model that is loaded when it is needed."""
@@ -150,6 +175,7 @@ class OneModel(Encoding):
         typer.Option(
             "--model",
             metavar="SPEC",
+            autocompletion=model_specs,
             help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder.",
         ),
     ] = "builtin"
@@ -214,7 +240,7 @@ def with_options(kind: type[Common]) -> Callable[[Command], Callable[..., None]]
 @evaluate.command(
     epilog=examples(
         "clipkit eval retrieval --data dataset",
-        "clipkit eval retrieval --data hf:nlphuji/flickr30k --model ViT-B-32/laion2b_s34b_b79k",
+        "clipkit eval retrieval --data hf:nlphuji/flickr30k --model ViT-B-32/openai",
         "clipkit eval retrieval --data ~/Pictures --queries tags -k 5,20",
     )
 )
@@ -224,8 +250,10 @@ def retrieval(
     k: CutsOption = "1,5,10",
     queries: Annotated[
         str,
-        typer.Option(
-            help="captions, in both directions; or tags, each a query for all pictures that have it."
+        choice(
+            "--queries",
+            ("captions", "tags"),
+            help="captions, in both directions; or tags, each a query for all pictures that have it.",
         ),
     ] = "captions",
     *,
@@ -235,7 +263,6 @@ def retrieval(
     from eval.data import open_captioned
     from eval.retrieval import evaluate_retrieval
 
-    one_of("--queries", queries, ("captions", "tags"))
     cuts = numbers("-k", k)
     captioned = [
         open_captioned(name, split=shared.split, limit=shared.limit) for name in distinct(data)
@@ -259,7 +286,7 @@ def retrieval(
         "clipkit eval zeroshot --data ./folder-per-class",
         "clipkit eval zeroshot --data cifar10 --model ViT-B-32/openai",
         "clipkit eval zeroshot --data cifar10 --data cars/test --data pets",
-        "clipkit eval zeroshot --data shards/ --classes classes.txt --templates mine.txt",
+        "clipkit eval zeroshot --data shards/ --classes names.txt --templates a.txt",
     )
 )
 @with_options(SeveralModels)
@@ -321,10 +348,14 @@ def probe(
     train_split: Annotated[
         str | None,
         typer.Option(
-            help="The split of --train. Default: train, or all pictures if there are no splits."
+            metavar="NAME",
+            help="The split of --train.",
+            show_default="train, or all pictures if there are no splits",
         ),
     ] = None,
-    kinds: Annotated[str, typer.Option(help="Which probes: knn, linear.")] = "knn,linear",
+    kinds: Annotated[
+        str, typer.Option(metavar="KIND,...", help="Which probes: knn, linear.")
+    ] = "knn,linear",
     k: Annotated[
         str, typer.Option("-k", metavar="K,K,...", help="Numbers of neighbours.")
     ] = "1,5,10,20",
@@ -358,7 +389,7 @@ def probe(
 @evaluate.command(
     epilog=examples(
         "clipkit eval robustness --data ./folder-per-class",
-        "clipkit eval robustness --data dataset --corruptions motion_blur,pixelate --severities 1,5",
+        "clipkit eval robustness --data dataset --corruptions pixelate --severities 1,5",
         "clipkit eval robustness --data ./domain-folders --by-domain",
     )
 )
@@ -366,7 +397,8 @@ def probe(
 def robustness(
     data: DataOption,
     corruptions: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Which corruptions. Default: all of them.")
+        str,
+        typer.Option(metavar="NAME,...", help="Which corruptions.", show_default="all of them"),
     ] = "",
     severities: Annotated[str, typer.Option(metavar="N,N,...", help="1 to 5.")] = "1,3,5",
     templates: TemplatesOption = None,
@@ -444,7 +476,11 @@ def drift(
     data: DataOption,
     against: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="Another model on the same pictures."),
+        typer.Option(
+            metavar="SPEC",
+            autocompletion=model_specs,
+            help="Another model on the same pictures.",
+        ),
     ] = None,
     against_data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Other pictures, the same model.")
@@ -470,13 +506,16 @@ def drift(
 @evaluate.command(
     epilog=examples(
         "clipkit eval index",
-        "clipkit eval index --index ~/my-index --kinds exact,rabitq --recall-goals 0.95,0.99",
+        "clipkit eval index --index ~/my-index --kinds exact,rabitq",
     )
 )
 @with_options(Common)
 def index(
     index: IndexOption = None,
-    kinds: Annotated[str, typer.Option(metavar="KIND,...", help="Default: all of them.")] = "",
+    kinds: Annotated[
+        str,
+        typer.Option(metavar="KIND,...", help="Which index kinds.", show_default="all of them"),
+    ] = "",
     recall_goals: Annotated[
         str, typer.Option(metavar="R,R,...", help="For each, find the fastest setting.")
     ] = "0.9,0.95,0.99",
@@ -520,7 +559,8 @@ def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="SPEC...",
+            metavar="SPEC",
+            autocompletion=model_specs,
             help="Models, the first of which is the baseline; or folders of reports.",
         ),
     ],
@@ -564,6 +604,75 @@ def compare(
         )
 
 
+# ---- the feature cache
+
+
+CACHE_EPILOG = examples(
+    "clipkit cache",
+    "clipkit cache --empty",
+    "clipkit cache --empty --model runs/mine --yes",
+)
+
+
+def cache(
+    cache: CacheOption = None,
+    empty: Annotated[bool, typer.Option("--empty", help="Remove the features.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="SPEC",
+            autocompletion=model_specs,
+            help="Only those of this model, named as listed or by its id.",
+            show_default="all",
+        ),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """Show or empty the feature cache of the evaluations.
+
+    It holds the vectors of pictures and texts, so that they are encoded once. Emptying it costs time
+    only: the next evaluation encodes again. Other commands may run meanwhile. --json prints one
+    object: cache, its folder; bytes; and the models, each with spec, encoder_id, precision, version,
+    pictures and texts (numbers of vectors).
+    """
+    from eval.features import PREPROCESSING, FeatureCache
+
+    folder = features_folder(cache)
+    features = FeatureCache(folder)
+    listed = models = features.models()
+    if model is not None:
+        models = [one for one in listed if model in (one.spec, one.encoder_id)]
+        if not models:
+            known = ", ".join(dict.fromkeys(one.spec or one.encoder_id for one in listed))
+            raise InputError(f"the cache has nothing of model {model!r}; it has {known or 'none'}")
+    vectors = sum(one.pictures + one.texts for one in models)
+    if empty:
+        question = f"Remove {count(vectors, 'vector')} from {printable(str(folder))}?"
+        if vectors and not yes:
+            typer.confirm(question, abort=True, err=True)
+        features.remove(models)
+        models = [one for one in listed if one not in models]
+        print(f"{count(vectors, 'vector')} removed", file=sys.stderr if as_json else sys.stdout)
+    used = sum(path.stat().st_size for path in folder.glob("vectors-*"))
+    if as_json:
+        rows = [asdict(one) for one in models]
+        print(json.dumps({"cache": str(folder), "bytes": used, "models": rows}, indent=2))
+        return
+    print(f"cache      {printable(str(folder))}, {size(used)}")
+    for one in models:
+        old = (
+            "" if one.version == PREPROCESSING else f"; of clipkit {one.version}, not used any more"
+        )
+        print(
+            f"model      {printable(one.spec or 'unknown')} ({one.encoder_id}, {one.precision}): "
+            f"{one.pictures:,} vectors of pictures, {one.texts:,} of texts{old}"
+        )
+    if not models:
+        print("empty      the next evaluation fills it")
+
+
 # ---- sessions, reports, data
 
 
@@ -577,10 +686,11 @@ def running(shared: Common) -> Iterator[Session]:
     if isinstance(shared, Encoding) and not shared.no_cache:
         cache = features_folder(shared.cache)
     try:
-        with stop_on_signal() as stop, progress_shown() as show:
+        with stop_on_signal() as stop, progress_shown(quiet=shared.quiet) as show:
             yield Session(FeatureCache(cache), shared.seed, show, stop)
     except Stopped:
-        print("stopped; encoded features are kept, and the same command continues from there")
+        kept = "encoded features are kept, and the same command continues from there"
+        print("stopped;", "nothing is kept" if cache is None else kept)
         raise typer.Exit(130) from None
 
 
@@ -670,17 +780,11 @@ def prompts_for(templates: str | None, data: str) -> Any:
     return load_templates(templates) if templates else default_templates(data)
 
 
-def one_of(option: str, value: str, known: Sequence[str]) -> None:
-    """Raise InputError, naming the known values, for any other value."""
-    if value not in known:
-        raise InputError(f"{option} is {value!r}; it must be one of {', '.join(known)}")
-
-
 def some_of(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     """Parse "a,b" into known values. Raises InputError for any other value."""
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     for name in names:
-        one_of(option, name, known)
+        check_choice(option, name, known)
     return names
 
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.cli.terminal import (
+    Command,
+    Commands,
     DeviceOption,
     IndexOption,
     PrecisionOption,
+    QuietOption,
     examples,
+    model_specs,
+    number,
     progress_shown,
     size,
     stop_on_signal,
@@ -23,7 +31,7 @@ from app.cli.terminal import (
 from app.paths import index_folder
 from clipkit.durable import write_whole
 from clipkit.errors import InputError
-from clipkit.wording import duration, printable
+from clipkit.wording import duration, printable, reason_text
 
 if TYPE_CHECKING:
     from clipkit import Hits
@@ -35,40 +43,52 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         metavar="SPEC",
+        autocompletion=model_specs,
         help="builtin, ARCHITECTURE/TAG or :FILE (see clipkit models), hf-hub:ORG/NAME, or a "
-        "checkpoint folder such as a run's. "
-        "Default: the index's own model, builtin for a new index.",
+        "checkpoint folder such as a run's.",
+        show_default="the index's own; builtin for a new index",
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def index(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", show_default=False)],
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER", show_default=False)],
     index: IndexOption = None,
     model: ModelOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that decode. Default: one per core.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures per batch. Default: by device.")
-    ] = None,
-    max_megapixels: Annotated[
-        float, typer.Option(min=0.1, help="Skip pictures that are larger.")
-    ] = 100.0,
-    max_megabytes: Annotated[
-        float, typer.Option(min=0.1, help="Skip files that are larger.")
-    ] = 256.0,
     forget: Annotated[
         bool, typer.Option("--forget", help="Remove these folders from the index instead.")
     ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    workers: Annotated[
+        int | None,
+        number("--workers", help="Threads that decode.", default="one per core", low=1, more=True),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        number("--batch-size", help="Pictures per batch.", default="by device", low=1, more=True),
+    ] = None,
+    max_megapixels: Annotated[
+        float,
+        number("--max-megapixels", help="Skip larger pictures.", kind=float, above=0, more=True),
+    ] = 100.0,
+    max_megabytes: Annotated[
+        float,
+        number("--max-megabytes", help="Skip larger files.", kind=float, above=0, more=True),
+    ] = 256.0,
 ) -> None:
     """Index folders of pictures; run it again to bring the index up to date.
 
     Ctrl-C stops it after the current batch, and the next run resumes there. Moved files are
     recognised by their content. A folder that is missing or empty (an unmounted disk) removes
     nothing from the index.
+
+    --json prints one object: the files added, duplicates, moved, removed, unchanged, skipped (reasons
+    counts them) and skipped_before, the pictures embedded, pictures_per_second, seconds, stopped, the
+    folders that were unavailable, and index, its folder. With --forget: removed and index.
     """
     from clipkit import Library
     from clipkit.images import Limits
@@ -77,9 +97,12 @@ def index(
     with Library.open(place, model=model, device=device, precision=precision) as library:
         if forget:
             removed = library.remove(*folders)
-            print(f"{removed:,} files removed from the index; the pictures were not touched")
+            if as_json:
+                print(json.dumps({"removed": removed, "index": str(place)}, indent=2))
+            else:
+                print(f"{removed:,} files removed from the index; the pictures were not touched")
             return
-        with stop_on_signal() as stop, progress_shown() as show:
+        with stop_on_signal() as stop, progress_shown(quiet=quiet) as show:
 
             def on_progress(progress: Progress) -> None:
                 if progress.phase == "embedding":
@@ -96,20 +119,58 @@ def index(
                 batch_size=batch_size,
                 limits=Limits(max_megapixels=max_megapixels, max_megabytes=max_megabytes),
             )
-    _print_summary(summary, place)
+    if as_json:
+        rate = {"pictures_per_second": summary.pictures_per_second, "index": str(place)}
+        print(json.dumps({**asdict(summary), **rate}, indent=2))
+    else:
+        _print_summary(summary, place)
     if summary.stopped:
         raise typer.Exit(130)
+
+
+class SearchCommand(Command):
+    """`search`: the query language's -word is a word of the query and no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, of which words that begin with - come last, behind a --."""
+        options, words = self._parted(args)
+        return super().parse_args(ctx, [*options, "--", *words] if words else options)
+
+    def _parted(self, args: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return what Typer is to parse, and the words that begin with -.
+
+        `-k5` is an option, `-kitchen` a word. Raises InputError for `-json`, typed for --json.
+        """
+        flags = {name: param.is_flag for param in self.params for name in param.opts if "-" in name}
+        flags |= {"-h": True, "--help": True}
+        options: list[str] = []
+        words: list[str] = []
+        rest = iter(args)
+        for arg in rest:
+            if arg == "--":
+                return options, [*words, *rest]
+            if f"-{arg}" in flags:
+                raise InputError(
+                    f"{arg} is no option: write -{arg}, or, to push the word away, "
+                    f"clipkit search -- {arg}"
+                )
+            is_short = arg[:2] in flags and not arg[2:3].isalpha()
+            is_word = arg[:1] == "-" and len(arg) > 1 and not (is_short or arg.startswith("--"))
+            (words if is_word else options).append(arg)
+            if not flags.get(arg, True):
+                options += itertools.islice(rest, 1)  # its value
+        return options, words
 
 
 def search(
     text: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TEXT]...", show_default=False, help="The query."),
+        typer.Argument(metavar="TEXT", show_default=False, help="The query."),
     ] = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An example: find pictures like this one.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Number of pictures, without a limit.")] = 12,
+    k: Annotated[int, number("-k", help="Number of pictures, without a limit.", low=1)] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="Print the hits as a JSON list.")] = False,
     open_first: Annotated[bool, typer.Option("--open", help="Open the best picture.")] = False,
     index: IndexOption = None,
@@ -122,7 +183,7 @@ def search(
     Plain words describe the picture. [bold]-word[/] pushes away, [bold]+FILE[/] adds an example,
     [bold]"a phrase"[/] must occur in file name, caption or tags, and [bold]key:value[/] filters:
     after, before, path, folder, camera, format, tag, width, height, orientation. [bold]sort:[/]
-    orders by score, date or name.
+    orders by score, date or name. The shell takes quotes away: put a query with quotes into '...'.
     """
     # One short text through numpy: more threads than one would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -133,6 +194,8 @@ def search(
     place = index_folder(index)
     with Library.open(place, model=model, device=device, precision=precision) as library:
         hits = library.search(" ".join(text or ()), k=k, image=image)
+        if not (hits.total or as_json or len(library)):
+            raise InputError(_nothing_indexed(place))
     if as_json:
         print(json.dumps([_as_json(hit) for hit in hits], indent=2))
         for note in hits.notes:
@@ -146,9 +209,9 @@ def search(
 def app(
     index: IndexOption = None,
     model: ModelOption = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
+        int, number("--port", help="Port to listen on; 0: any free port.", low=0, high=65535)
     ] = 7860,
     open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
     device: DeviceOption = "auto",
@@ -171,29 +234,63 @@ def app(
 def status(
     index: IndexOption = None,
     skipped: Annotated[bool, typer.Option("--skipped", help="List the skipped files.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Show what an index holds, and which files were skipped and why."""
+    """Show what an index holds, and which files were skipped and why.
+
+    --json prints one object: index, its folder; the number of pictures, files and bytes; the folders;
+    the models, each with spec, encoder_id, vectors, answers and gone; skipped, how many files; and
+    with --skipped skipped_files, each with path, reason and message.
+    """
     from clipkit.catalog import Catalog
     from clipkit.models import is_gone
 
     place = index_folder(index)
     with Catalog.open(place) as catalog:
         stats = catalog.stats()
-        print(f"index      {printable(str(place))}")
-        print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {size(stats.bytes)}")
-        for root in stats.roots:
-            print(f"folder     {printable(root)}")
         active = catalog.active_encoder()
-        for encoder in (encoders := catalog.encoders()):
-            vectors = catalog.stats(encoder.encoder_id).vectors
-            notes = ", answers searches" if encoder == active and len(encoders) > 1 else ""
-            notes += ", is not there any more" if is_gone(encoder.spec) else ""
-            spec = printable(encoder.spec)
-            print(f"model      {spec} ({encoder.encoder_id}), {vectors:,} vectors{notes}")
-        hint = "" if skipped or not stats.skipped else " (list them with --skipped)"
-        print(f"skipped    {stats.skipped:,}{hint}")
-        for row in catalog.skipped() if skipped else ():
-            print(f"  {row.reason:<16} {printable(row.path)}: {printable(row.message)}")
+        models = [
+            {
+                "spec": encoder.spec,
+                "encoder_id": encoder.encoder_id,
+                "vectors": catalog.stats(encoder.encoder_id).vectors,
+                "answers": encoder == active,
+                "gone": is_gone(encoder.spec),
+            }
+            for encoder in catalog.encoders()
+        ]
+        rows = list(catalog.skipped()) if skipped else []
+    if as_json:
+        content = {
+            "index": str(place),
+            "pictures": stats.pictures,
+            "files": stats.places,
+            "bytes": stats.bytes,
+            "folders": stats.roots,
+            "models": models,
+            "skipped": stats.skipped,
+        }
+        if skipped:
+            content["skipped_files"] = [
+                {"path": row.path, "reason": row.reason, "message": row.message} for row in rows
+            ]
+        print(json.dumps(content, indent=2))
+        return
+    print(f"index      {printable(str(place))}")
+    print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {size(stats.bytes)}")
+    for root in stats.roots:
+        print(f"folder     {printable(root)}")
+    for model in models:
+        notes = ", answers searches" if model["answers"] and len(models) > 1 else ""
+        notes += ", is not there any more" if model["gone"] else ""
+        spec, vectors = printable(str(model["spec"])), f"{model['vectors']:,} vectors"
+        print(f"model      {spec} ({model['encoder_id']}), {vectors}{notes}")
+    hint = "" if skipped or not stats.skipped else " (list them with --skipped)"
+    print(f"skipped    {stats.skipped:,}{hint}")
+    for row in rows:
+        print(f"  {reason_text(row.reason):<18} {printable(row.path)}: {printable(row.message)}")
+    if not stats.pictures:
+        print(_nothing_indexed(place))
 
 
 def corrections(
@@ -237,7 +334,7 @@ def corrections(
         )
 
 
-def add_commands(cli: typer.Typer) -> None:
+def add_commands(cli: Commands) -> None:
     """Register the commands above, each with its examples."""
     cli.command(
         epilog=examples(
@@ -249,13 +346,17 @@ def add_commands(cli: typer.Typer) -> None:
     cli.command(
         epilog=examples(
             "clipkit search birthday cake",
-            "clipkit search 'dog on a beach -leash after:2023' -k 50",
+            "clipkit search dog on a beach -leash after:2023 -k 50",
+            "clipkit search 'a castle \"by the sea\"'",
             "clipkit search --image photo.jpg",
             "clipkit search cat --json",
-        )
+        ),
+        cls=SearchCommand,
     )(search)
     cli.command(epilog=examples("clipkit app --open", "clipkit app --index .demo/gallery"))(app)
-    cli.command(epilog=examples("clipkit status", "clipkit status --skipped"))(status)
+    cli.command(
+        epilog=examples("clipkit status", "clipkit status --skipped", "clipkit status --json")
+    )(status)
     cli.command(
         epilog=examples(
             "clipkit corrections",
@@ -265,6 +366,10 @@ def add_commands(cli: typer.Typer) -> None:
     )(corrections)
 
 
+def _nothing_indexed(place: Path) -> str:
+    return f"nothing is indexed in {printable(str(place))} yet; fill it: clipkit index ~/Pictures"
+
+
 def _print_summary(summary: Summary, place: Path) -> None:
     names = "added moved duplicates removed reencoded unchanged skipped skipped_before".split()
     labels = {"reencoded": f"known pictures encoded with {printable(summary.model)}"}
@@ -272,10 +377,9 @@ def _print_summary(summary: Summary, place: Path) -> None:
     changes = ", ".join(f"{count:,} {label}" for label, count in counts.items() if count)
     rate = f", {summary.pictures_per_second:.1f} pictures/s" if summary.embedded else ""
     print(f"{changes or 'no pictures found'} in {duration(summary.seconds)}{rate}")
-    for reason, count in summary.reasons.items():
-        print(f"  {count:,} skipped: {reason}")
     if summary.skipped:
-        print("  list them with: clipkit status --skipped")
+        reasons = ", ".join(f"{n:,} {reason_text(reason)}" for reason, n in summary.reasons.items())
+        print(f"  skipped: {reasons}; list them with: clipkit status --skipped")
     for root in summary.unavailable:
         print(
             f"{printable(root)} is empty or not mounted: nothing was removed from the index "
@@ -312,7 +416,7 @@ def _print_hits(hits: Hits) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    console = Console(highlight=False)
     for note in hits.notes:
         console.print(Text(printable(note)))
     colours = {"strong": "green", "fair": "yellow", "weak": "dim"}

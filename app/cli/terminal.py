@@ -1,22 +1,96 @@
-"""Shared by the commands: common options, examples in the help, progress bar, Ctrl-C, sizes."""
+"""Shared by the commands: options and their values, help, progress bar, Ctrl-C, sizes."""
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol, get_args
 
 import typer
+from platformdirs import user_cache_path, user_data_path
+from typer.core import TyperCommand, TyperGroup
 
+from clipkit.errors import InputError, check_choice, check_limits
+from clipkit.training.config import Precision
 from clipkit.wording import duration
 
 LINE_SECONDS = 10  # between two lines of progress where stderr is not a terminal
+MORE = "More options"  # the panel of options that are rarely needed
+
+
+# ---- options: a wrong value is refused with the same sentence by every command, before any work
+
+
+def number(
+    name: str,
+    *,
+    help: str,
+    kind: Callable[[str], float] = int,
+    default: str | None = None,
+    more: bool = False,
+    **limits: float,
+) -> Any:
+    """Return a numeric option. `default` says in words what is done without it, `limits` are those
+    of `check_limits`, `more` puts it into that panel."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            what = "a whole number" if kind is int else "a number"
+            raise InputError(f"{name} is {text!r}; it must be {what}") from None
+        check_limits(name, value, **limits)
+        return value
+
+    return typer.Option(
+        name,
+        metavar="N",
+        parser=parse,
+        help=help,
+        show_default=default or True,
+        rich_help_panel=MORE if more else None,
+    )
+
+
+def choice(name: str, choices: Iterable[str] | Callable[[], list[str]], **more: Any) -> Any:
+    """Return an option that takes one of `choices`, which the shell completes."""
+    values = choices if callable(choices) else lambda: list(choices)
+
+    def parse(text: str) -> str:
+        check_choice(name, text, values())
+        return text
+
+    return typer.Option(name, **{"metavar": "NAME", **more}, parser=parse, autocompletion=values)
+
+
+def default_folder(folder: Path) -> str:
+    """Return a folder as the help shows it, with ~ for the user's home."""
+    home = Path.home()
+    return f"~/{folder.relative_to(home)}" if folder.is_relative_to(home) else str(folder)
+
+
+def _device(text: str) -> str:
+    """Check a device's name. Only a name that needs it waits for torch."""
+    if text not in ("auto", "cpu"):
+        from clipkit.towers import choose_device
+
+        choose_device(text)
+    return text
+
+
+def model_specs() -> list[str]:
+    """Return the models that the shell completes: the built-in one, and the runs in ./runs."""
+    from clipkit.checkpoint import RUN_RESULT
+
+    return ["builtin", *(str(path.parent) for path in sorted(Path("runs").glob(f"*/{RUN_RESULT}")))]
+
 
 IndexOption = Annotated[
     Path | None,
@@ -24,30 +98,95 @@ IndexOption = Annotated[
         "--index",
         metavar="DIR",
         envvar="CLIPKIT_INDEX",
-        help="The index's folder. Default: clipkit/index in your user data folder.",
+        help="The index's folder.",
+        show_default=default_folder(user_data_path("clipkit") / "index"),
     ),
 ]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="Where to compute: auto, cpu, cuda, cuda:1, mps.")
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR",
+        envvar="CLIPKIT_CACHE",
+        help="The feature cache; see clipkit cache.",
+        show_default=default_folder(user_cache_path("clipkit") / "features"),
+        rich_help_panel=MORE,
+    ),
 ]
+device_option: Any = typer.Option(
+    "--device",
+    metavar="NAME",
+    parser=_device,
+    autocompletion=lambda: ["auto", "cpu", "cuda", "mps"],
+    help="Where to compute: auto, cpu, cuda, cuda:1, mps.",
+    rich_help_panel=MORE,
+)
+DeviceOption = Annotated[str, device_option]
 PrecisionOption = Annotated[
     str,
-    typer.Option(
-        metavar="TYPE",
+    choice(
+        "--precision",
+        get_args(Precision),
         help="auto, float32, bfloat16 or float16; CLIPKIT_PRECISION overrides auto.",
+        rich_help_panel=MORE,
     ),
 ]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=MORE)
+]
+
+
+# ---- commands and their help
 
 
 def examples(*commands: str) -> str:
     """Return the epilog of a command's help: one example a line."""
-    return "\n\n".join(["Examples:", *commands])
+    return "Examples:\n\n" + "\n".join(commands)
 
 
-def group(name: str, help: str, *commands: str) -> typer.Typer:
+class Help:
+    """What the help of commands and groups of commands has in common."""
+
+    help: str | None
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; neither a switch nor an argument shows a type in the help."""
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if param.param_type_name == "argument":
+                param.display_type_rich = lambda **_: None
+            elif param.is_flag:
+                param.metavar = ""
+        return params
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help, its paragraphs fitted to the terminal and not to the source's lines."""
+        paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
+        self.help = "\n\n".join(" ".join(text.split()) for text in paragraphs)
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Command(Help, TyperCommand):
+    """A command."""
+
+
+class Group(Help, TyperGroup):
+    """A group of commands."""
+
+
+class Commands(typer.Typer):
+    """A Typer application whose commands are of the class Command."""
+
+    def command(self, name: str | None = None, *, cls: Any = Command, **options: Any) -> Any:
+        """Register a command, as `typer.Typer.command` does."""
+        return super().command(name, cls=cls, **options)
+
+
+def group(name: str, help: str, *commands: str) -> Commands:
     """Return an empty group of commands, whose help ends with the example `commands`."""
-    return typer.Typer(
+    return Commands(
         name=name,
+        cls=Group,
         help=help,
         epilog=examples(*commands),
         no_args_is_help=True,
@@ -89,8 +228,8 @@ def stop_on_signal(
 
 
 @contextmanager
-def progress_shown() -> Iterator[ShowProgress]:
-    """Show progress on stderr: a bar for each kind of work, with the time left.
+def progress_shown(*, quiet: bool = False) -> Iterator[ShowProgress]:
+    """Show progress on stderr: a bar for each kind of work, with the time left; nothing if `quiet`.
 
     Where stderr is not a terminal, a line every LINE_SECONDS.
     """
@@ -113,7 +252,7 @@ def progress_shown() -> Iterator[ShowProgress]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
     ) as bars:
         tasks: dict[str, TaskID] = {}
         last_line = time.monotonic()
@@ -123,7 +262,9 @@ def progress_shown() -> Iterator[ShowProgress]:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total or None, note=note)
             bars.update(tasks[what], completed=done, total=total or None, note=note)
-            if not console.is_terminal and time.monotonic() - last_line > LINE_SECONDS:
+            if quiet or console.is_terminal:
+                return
+            if time.monotonic() - last_line > LINE_SECONDS:
                 last_line = time.monotonic()
                 of = f" of {total:,}" if total else ""
                 task = next(task for task in bars.tasks if task.id == tasks[what])

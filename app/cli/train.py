@@ -8,19 +8,36 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import MISSING, Field, fields, replace
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from shutil import get_terminal_size
+from textwrap import fill
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from app.cli.terminal import command_line, examples, progress_shown, stop_on_signal
+from app.cli.terminal import (
+    MORE,
+    Command,
+    QuietOption,
+    choice,
+    command_line,
+    device_option,
+    examples,
+    model_specs,
+    number,
+    progress_shown,
+    stop_on_signal,
+)
 from app.paths import features_folder
 from clipkit.errors import InputError
+from clipkit.training.config import RECIPES, TrainConfig
 from clipkit.wording import duration, percent, printable
 
 if TYPE_CHECKING:
-    from clipkit.training import Progress, RunSummary, TrainConfig
+    from clipkit.training import Progress, RunSummary
     from data_prep.build import Progress as BuildProgress
     from eval.data import Captioned, Labelled
 
@@ -35,14 +52,83 @@ EPILOG = examples(
 
 TIMED_STEPS = 3  # after which the time left is worth saying
 LONG_SECONDS = 180.0
+# The options that `clipkit train --help` shows; `--options` lists them all.
+SHOWN = "epochs batch learning_rate name out device precision".split()
+# These have options of another name or kind.
+_OWN = {"data": "DATA", "start": "--model", "recipe": "--recipe"}
 
-# Every field of TrainConfig is a flag, so that none is listed twice.
-ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+class TrainCommand(Command):
+    """`train`: its help leaves out the options that are rarely needed, completion does not."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        left_out = {item.name for item in fields(TrainConfig)} - {*SHOWN, *_OWN}
+        for param in self.params:
+            param.hidden = param.name in left_out
+        super().format_help(ctx, formatter)
 
 
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Add every field of TrainConfig to a command's options, which it gets as `flags`.
+
+    Typer reads them from the function's signature. One that was not given is not in `flags`: its
+    default depends on the recipe or the configuration file.
+    """
+    hints = get_type_hints(TrainConfig)
+    flags = [
+        Parameter(
+            item.name,
+            Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[hints[item.name] | None, _option(item, hints[item.name])],
+        )
+        for item in fields(TrainConfig)
+        if item.name not in _OWN
+    ]
+    own = signature(command, eval_str=True).parameters.values()
+    parameters = [p for p in own if p.name != "flags"] + flags
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        given = {flag.name: values.pop(flag.name) for flag in flags}
+        command(**values, flags={name: v for name, v in given.items() if v is not None})
+
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _option(item: Field[Any], kind: Any) -> Any:
+    """Return the option of a field of TrainConfig."""
+    if item.name == "device":
+        return device_option
+    flag = f"--{item.name.replace('_', '-')}"
+    text = item.metadata["help"]
+    help = f"{text[0].upper()}{text[1:]}."
+    default = "by recipe" if item.default is MISSING else str(item.default)
+    if kind is bool:
+        return typer.Option(f"{flag}/--no-{flag[2:]}", help=help, show_default=default)
+    if kind in (int, float):
+        return number(flag, help=help, kind=kind, default=default, **item.metadata["limits"])
+    if choices := get_args(kind):
+        return choice(flag, choices, help=help, show_default=default, rich_help_panel=MORE)
+    if item.name == "loss":
+        return choice(flag, _losses, help=help, show_default=default)
+    metavar = "DIR" if item.name == "out" else "NAME"
+    return typer.Option(flag, metavar=metavar, help=help, show_default=default or True)
+
+
+def _losses() -> list[str]:
+    from clipkit.losses import LOSSES
+
+    return ["auto", *LOSSES]
+
+
+@with_flags
 def train(
-    arguments: Annotated[
-        list[str] | None,
+    data: Annotated[
+        str | None,
         typer.Argument(
             metavar="DATA",
             show_default=False,
@@ -51,27 +137,41 @@ def train(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
+        choice(
+            "--recipe",
+            RECIPES,
             help="heads: the last layers, on features computed once (minutes); lit: the text tower; "
-            "lora: adapters in both; full: everything. Default: heads."
+            "lora: adapters in both; full: everything.",
+            show_default="heads",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="SPEC", help="The model to start from. Default: builtin."),
+        typer.Option(
+            "--model",
+            metavar="SPEC",
+            autocompletion=model_specs,
+            help="The model to start from.",
+            show_default="builtin",
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file of options; flags override it.")
     ] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="Resume a run that was stopped or killed."),
+        typer.Option(
+            metavar="RUN",
+            autocompletion=lambda: model_specs()[1:],
+            help="Resume a run that was stopped or killed.",
+        ),
     ] = None,
     generic: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
-            help="What the model should not forget: captions or classes. Default: the sample gallery.",
+            help="What the model should not forget: captions or classes.",
+            show_default="the sample gallery",
         ),
     ] = None,
     no_report: Annotated[
@@ -80,23 +180,25 @@ def train(
     options: Annotated[
         bool, typer.Option("--options", help="List every option of a run with its default.")
     ] = False,
+    quiet: QuietOption = False,
+    *,
+    flags: dict[str, Any],
 ) -> None:
     """Fine-tune the towers on your own captions, and measure the gain.
 
     The result is runs/NAME: a checkpoint for `clipkit index --model runs/NAME`, and report.html with
     recall before and after. DATA that is not a dataset yet is built into one first, in runs/.datasets.
-    Every option of `--options` is a flag too: --learning-rate 1e-4. Stop with Ctrl-C, go on with
-    --resume.
+    Stop with Ctrl-C, go on with --resume. `clipkit train --options` lists thirty more options.
     """
-    from clipkit.training import TrainConfig
+    if options:
+        for line in _listed(recipe or "heads"):
+            print(fill(line, get_terminal_size().columns, subsequent_indent=" " * 31))
+        return
+    from clipkit.towers import choose_device
     from clipkit.training import resume as resume_run
     from clipkit.training import train as train_run
 
-    flags = _flags(arguments or [], TrainConfig)
-    if options:
-        print("\n".join(_listed(TrainConfig, recipe or "heads")))
-        return
-    named = {"recipe": recipe, "start": model}
+    named = {"data": data, "recipe": recipe, "start": model}
     flags |= {key: value for key, value in named.items() if value is not None}
     if resume is not None and (flags or config is not None):
         raise InputError("--resume goes on with the run's own options; give no others")
@@ -105,9 +207,9 @@ def train(
         if resume is not None:
             folder = resume.expanduser()
             if (folder / "summary.json").is_file():
-                _finished(folder, generic, stop, no_report=no_report)
+                _finished(folder, generic, stop, no_report=no_report, quiet=quiet)
                 return
-            with _progress() as show:
+            with _progress(quiet=quiet) as show:
                 summary = resume_run(folder, on_progress=show, stop=stop)
         else:
             chosen = (
@@ -115,8 +217,9 @@ def train(
                 if config is not None
                 else TrainConfig.from_mapping(flags)
             )
-            chosen = replace(chosen, data=_dataset(chosen, command, stop))
-            with _progress(_slow(chosen)) as show:
+            choose_device(chosen.device)  # a configuration file's, too, before a dataset is built
+            chosen = replace(chosen, data=_dataset(chosen, command, stop, quiet))
+            with _progress(_slow(chosen), quiet=quiet) as show:
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
         if not _is_first_process():
             raise typer.Exit(130 if summary.stopped else 0)
@@ -131,11 +234,11 @@ def train(
         print(
             f"{place}: {summary.steps:,} steps of {summary.recipe} in {duration(summary.seconds)}\n"
         )
-        if no_report or not _report(summary.folder, generic, stop):
+        if no_report or not _report(summary.folder, generic, stop, quiet):
             _print_validation(summary)
 
 
-def _dataset(config: TrainConfig, command: str, stop: threading.Event) -> str:
+def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bool) -> str:
     """Return config.data if it is a dataset, else the dataset that is built from it, and print which.
 
     It is built once, in OUT/.datasets, and used again as long as the source is unchanged.
@@ -146,7 +249,7 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event) -> str:
     data = Path(config.data).expanduser()
     if is_dataset(data):
         return str(data)
-    with progress_shown() as show:
+    with progress_shown(quiet=quiet) as show:
 
         def on_progress(progress: BuildProgress) -> None:
             if stop.is_set():
@@ -173,57 +276,14 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event) -> str:
     return str(folder)
 
 
-def _flags(arguments: list[str], config: type[TrainConfig]) -> dict[str, Any]:
-    """Parse ["photos", "--batch", "64", "--no-flip"] -> {"data": "photos", "batch": 64, "flip": False}.
-
-    Raises InputError for a second dataset and for a flag without its value.
-    """
-    switches = {item.name for item in fields(config) if item.type == "bool"}
-    flags: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            if "data" in flags:
-                raise InputError(
-                    f"{flag!r} is not understood beside dataset {flags['data']!r}; "
-                    "options are written --batch 64"
-                )
-            flags["data"] = flag
-            continue
-        key, equals, _ = flag[2:].replace("-", "_").partition("=")
-        if equals:
-            flags[key] = _value(flag.partition("=")[2])
-        elif key in switches:
-            flags[key] = True
-        elif key.removeprefix("no_") in switches:
-            flags[key.removeprefix("no_")] = False
-        elif rest:
-            flags[key] = _value(rest.pop(0))
-        else:
-            raise InputError(f"{flag} needs a value, such as {flag} 1")
-    return flags
-
-
-def _value(text: str) -> Any:
-    """Parse a value as TOML does: a number, true or false, else text."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, bool | int | float) else text
-
-
-def _listed(config: type[TrainConfig], recipe: str) -> Iterator[str]:
-    from clipkit.training import RECIPES
-
-    if recipe not in RECIPES:
-        raise InputError(f"recipe is {recipe!r}; use one of {', '.join(RECIPES)}")
+def _listed(recipe: str) -> Iterator[str]:
+    """Yield a line for each option of a run, with its default in `recipe`."""
     yield f"defaults of recipe {recipe}; in a TOML file a line is: batch = 1024"
-    for item in fields(config):
+    for item in fields(TrainConfig):
         default = RECIPES[recipe].get(item.name, item.default)
-        shown = "" if default in ("", ...) or "MISSING" in repr(default) else f" [{default}]"
-        yield f"  --{item.name.replace('_', '-'):<26} {item.metadata['help']}{shown}"
+        shown = "" if default in ("", MISSING) else f" [{default}]"
+        flag = _OWN.get(item.name, f"--{item.name.replace('_', '-')}")
+        yield f"  {flag:<28} {item.metadata['help']}{shown}"
 
 
 def _slow(config: TrainConfig) -> str:
@@ -237,13 +297,13 @@ def _slow(config: TrainConfig) -> str:
 
 
 @contextmanager
-def _progress(slow: str = "") -> Iterator[Callable[[Progress], None]]:
+def _progress(slow: str = "", *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
     """Show a run's progress as a bar, with a line for each evaluation and warning.
 
     `slow`: a reason to print once the time that is left is known, if it is long.
     """
     printed: int | None = None
-    with progress_shown() as bar:
+    with progress_shown(quiet=quiet) as bar:
 
         def show(progress: Progress) -> None:
             nonlocal printed, slow
@@ -253,11 +313,11 @@ def _progress(slow: str = "") -> Iterator[Callable[[Progress], None]]:
             bar(progress.phase, progress.done, progress.total)
             if progress.message:
                 print(f"warning: {progress.message}", file=sys.stderr)
-            if slow and progress.phase == "training" and progress.done >= TIMED_STEPS:
+            if slow and not quiet and progress.phase == "training" and progress.done >= TIMED_STEPS:
                 if (left := progress.eta_seconds or 0.0) > LONG_SECONDS:
                     print(f"about {duration(left)} left: {slow}", file=sys.stderr)
                 slow = ""
-            if progress.evaluated not in (None, printed):
+            if not quiet and progress.evaluated not in (None, printed):
                 printed = progress.evaluated
                 print(_line(progress), file=sys.stderr)
 
@@ -275,7 +335,9 @@ def _line(progress: Progress) -> str:
     return line if left is None else f"{line}; {duration(left)} left"
 
 
-def _finished(folder: Path, generic: str | None, stop: threading.Event, *, no_report: bool) -> None:
+def _finished(
+    folder: Path, generic: str | None, stop: threading.Event, *, no_report: bool, quiet: bool
+) -> None:
     """Say that a run is finished, and make its report if there is none yet."""
     from eval.training_report import VERDICT
 
@@ -289,7 +351,7 @@ def _finished(folder: Path, generic: str | None, stop: threading.Event, *, no_re
                 print(printable(sentence))
         print(f"report: {printable(str(report))}")
     elif not no_report:
-        _report(folder, generic, stop)
+        _report(folder, generic, stop, quiet)
 
 
 def _print_validation(summary: RunSummary) -> None:
@@ -310,7 +372,7 @@ def _print_commands(commands: Sequence[tuple[str, str]]) -> None:
         print(f"{what + ':':<{width}} {printable(command)}")
 
 
-def _report(folder: Path, generic: str | None, stop: threading.Event) -> bool:
+def _report(folder: Path, generic: str | None, stop: threading.Event, quiet: bool) -> bool:
     """Write and print the report: the start and the result on held-out pictures, and on generic data.
     Return whether there is held-out data to make one of."""
     from clipkit.lazy_encoder import LazyEncoder
@@ -341,7 +403,7 @@ def _report(folder: Path, generic: str | None, stop: threading.Event) -> bool:
         for spec in (config["start"], str(folder))
     ]
     try:
-        with progress_shown() as show:
+        with progress_shown(quiet=quiet) as show:
             result = training_report(
                 folder,
                 encoders,

@@ -21,7 +21,7 @@ from jinja2.ext import Extension
 from app.corrections import as_query
 from app.web.requests import PAGE_SIZE, SearchRequest
 from app.web.sorting import CLOSE, PHRASINGS, Sorting
-from clipkit.wording import count, duration, percent, printable
+from clipkit.wording import count, duration, percent, printable, reason_text
 
 if TYPE_CHECKING:
     from app.web.indexing import Run
@@ -125,7 +125,9 @@ def run(run: Run | None) -> str:
     if run is None:
         return ""
     reasons = Counter(file.reason for file in run.skipped).most_common()
-    return part("run", run=run, reasons=", ".join(f"{n:,} {reason}" for reason, n in reasons))
+    return part(
+        "run", run=run, reasons=", ".join(f"{n:,} {reason_text(reason)}" for reason, n in reasons)
+    )
 
 
 def sort_page(

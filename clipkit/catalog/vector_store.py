@@ -108,6 +108,32 @@ class VectorStore:
         with self._mutex:
             self._write(space, {_FACTS: json.dumps(facts).encode()})
 
+    def spaces(self) -> dict[str, int]:
+        """Return how many rows each space of the file has."""
+        if self.path is None or not self.path.exists():
+            return {}
+        with self._mutex:
+            sql = "SELECT space, count(*) FROM vectors GROUP BY space"
+            return dict(self._run(lambda db: db.execute(sql).fetchall()))
+
+    def remove(self, spaces: Iterable[str]) -> None:
+        """Remove all rows of `spaces`, and give their room on the disk back if nobody reads just now.
+
+        Other processes may use the file meanwhile: they compute again what they no longer find.
+        """
+        rows = [(space,) for space in spaces]
+
+        def delete(db: sqlite3.Connection) -> None:
+            db.execute("BEGIN IMMEDIATE")
+            db.executemany("DELETE FROM vectors WHERE space = ?", rows)
+            db.execute("COMMIT")
+            with suppress(sqlite3.OperationalError):  # locked, or no room for a copy
+                db.execute("VACUUM")
+
+        if rows and self.path is not None and self.path.exists():
+            with self._mutex:
+                self._run(delete)
+
     # ---- SQL
 
     def _read(self, space: str, keys: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -49,8 +49,9 @@ def distinct_roots(
     roots: list[str] = []
     for folder in sorted({os.path.abspath(os.path.expanduser(f)) for f in folders}):
         if not Path(folder).is_dir() and not in_catalog(folder):
-            problem = "is a file" if Path(folder).exists() else "does not exist"
-            raise InputError(f"folder {folder} {problem}; name a folder that holds pictures")
+            if Path(folder).exists():
+                raise InputError(f"{folder} is a file; give its folder: {os.path.dirname(folder)}")
+            raise InputError(f"folder {folder} does not exist; name a folder that holds pictures")
         if not any(folder.startswith(root.rstrip(os.sep) + os.sep) for root in roots):
             roots.append(folder)
     return roots

@@ -13,6 +13,7 @@ is raised when, and only when, a caller's own limit is above it (`_open`).
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import os
@@ -242,11 +243,21 @@ def _identify(data: bytes) -> str:
         raise ImageError(
             f"{name} files are not read; export it as JPEG or PNG", reason="unsupported-format"
         )
+    problem = "file holds text, not a picture" if _is_text(data) else "file is not a picture"
     raise ImageError(
-        f"file is not a picture: it begins with {bytes(data[:8])!r}; "
-        "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC are read",
+        f"{problem}; JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF and HEIC are read",
         reason="not-a-picture",
     )
+
+
+def _is_text(data: bytes) -> bool:
+    """Return whether a file begins with printable UTF-8."""
+    try:
+        # Cut to whole characters: one may straddle the end of the part that is looked at.
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[:256])
+    except UnicodeDecodeError:
+        return False
+    return all(char.isprintable() or char in "\t\n\r\f" for char in text)
 
 
 def _open(data: bytes, kind: str, limits: Limits) -> ImageFile.ImageFile:

@@ -73,16 +73,21 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
 def choose_device(device: str = "auto") -> torch.device:
     """Return the device to compute on; "auto" prefers CUDA, then MPS, then the CPU.
 
-    Raises InputError if torch cannot use the device here.
+    Raises InputError if torch does not know the device, or cannot use it here.
     """
     if device != "auto":
         try:
             chosen = torch.device(device)
+        except RuntimeError:
+            raise InputError(
+                f"device {device!r} is unknown; use auto, cpu, cuda, cuda:1 or mps"
+            ) from None
+        try:
             torch.empty(0, device=chosen)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
-                f"device {device!r} is not usable here ({reason}); use auto, cpu, cuda or mps"
+                f"device {device!r} is not usable here ({reason}); use auto or cpu"
             ) from error
         return chosen
     if torch.cuda.is_available():

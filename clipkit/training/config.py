@@ -7,19 +7,22 @@ recipe are in `RECIPES`. A command line can be made from `dataclasses.fields(Tra
 # ruff: noqa: RUF009  `_option` returns a field
 from __future__ import annotations
 
-import difflib
-import operator
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-from clipkit.errors import InputError
-from clipkit.losses import LOSSES, Duplicates
-from clipkit.towers import Precision
+from clipkit.errors import InputError, check_choice, check_limits, suggestion
 
+if TYPE_CHECKING:
+    from clipkit.losses import Loss
+
+# The command line's options are made of this module: it must not wait for torch. `losses.Duplicates`
+# and `towers.Precision` are the same.
 Recipe = Literal["heads", "lit", "lora", "full"]
+Duplicates = Literal["mask", "positive"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 # Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
 # every picture.
@@ -46,6 +49,7 @@ def _option(
 ) -> Any:
     """Make a field with its help and its limits: low <= value <= high, above < value < below."""
     limits = {"low": low, "high": high, "below": below, "above": above}
+    limits = {kind: limit for kind, limit in limits.items() if limit is not None}
     return field(default=default, metadata={"help": help_text, "limits": limits})
 
 
@@ -62,7 +66,7 @@ class TrainConfig:
     start: str = _option("model to start from", "builtin")
     recipe: Recipe = _option("what to train: heads, lit (texts), lora (adapters), full", "heads")
 
-    loss: str = _option(f"{', '.join(LOSSES)}, or auto: the loss of the starting model", "auto")
+    loss: str = _option("infonce, siglip, or auto: the loss of the starting model", "auto")
     duplicates: Duplicates = _option("equal captions in a batch: mask, or positive", "mask")
     label_smoothing: float = _option("share of the target spread evenly", 0.0, low=0, below=1)
     hardness: float = _option("weight of hard negatives (Robinson 2021)", 0.0, low=0)
@@ -126,8 +130,8 @@ class TrainConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             _check_type(item.name, value, hints[item.name])
-            _check_limits(item.name, value, item.metadata["limits"])
-        _check_choice("loss", self.loss, ("auto", *LOSSES))
+            check_limits(item.name, value, **item.metadata["limits"])
+        check_choice("loss", self.loss, ("auto", *_losses()))
         if -1 < self.drift < 0:
             raise InputError(f"drift is {self.drift:g}; it must be 0 or more, or -1 to be fitted")
         if self.loss != "auto":
@@ -142,7 +146,7 @@ class TrainConfig:
         names = [item.name for item in fields(cls)]
         for key in options:
             if key not in names:
-                raise InputError(f"unknown key {key!r}; {_hint(key, names, 'the keys are')}")
+                raise InputError(f"unknown key {key!r}; {suggestion(key, names, 'the keys are')}")
         if "data" not in options:
             raise InputError(
                 "data is not given; name a dataset folder, as `clipkit data build` writes it"
@@ -179,15 +183,23 @@ class TrainConfig:
 
         Raises InputError if an option is set that `loss` does not have.
         """
-        every = {name for entry in LOSSES.values() for name in entry.options}
-        for name in sorted(every - LOSSES[loss].options):
+        losses = _losses()
+        every = {name for entry in losses.values() for name in entry.options}
+        for name in sorted(every - losses[loss].options):
             if getattr(self, name):
-                able = ", ".join(k for k, entry in LOSSES.items() if name in entry.options)
+                able = ", ".join(k for k, entry in losses.items() if name in entry.options)
                 raise InputError(
                     f"{name} is {getattr(self, name)}, but loss {loss} has no such option; "
                     f"leave it at 0 or use loss {able}"
                 )
-        return {name: getattr(self, name) for name in sorted(LOSSES[loss].options)}
+        return {name: getattr(self, name) for name in sorted(losses[loss].options)}
+
+
+def _losses() -> Mapping[str, Loss]:
+    """Return the registry of losses, which imports torch."""
+    from clipkit.losses import LOSSES
+
+    return LOSSES
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -199,33 +211,7 @@ def _converted(value: Any, kind: Any) -> Any:
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
     if choices := get_args(kind):
-        _check_choice(name, value, choices)
+        check_choice(name, value, choices)
     elif not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-        raise InputError(f"{name} is {value!r}, {type(value).__name__}; it must be {kinds[kind]}")
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(f"{name} is {value!r}; {_hint(str(value), choices, 'use one of')}")
-
-
-def _hint(text: str, choices: Sequence[str], otherwise: str) -> str:
-    """Name the choice nearest to `text`, or all of them."""
-    near = difflib.get_close_matches(text, choices, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(choices)}"
-
-
-_LIMITS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "low": ("at least", operator.ge),
-    "above": ("above", operator.gt),
-    "high": ("at most", operator.le),
-    "below": ("below", operator.lt),
-}
-
-
-def _check_limits(name: str, value: Any, limits: Mapping[str, float | None]) -> None:
-    limits = {kind: limit for kind, limit in limits.items() if limit is not None}
-    if not all(_LIMITS[kind][1](value, limit) for kind, limit in limits.items()):  # NaN fails too
-        bounds = " and ".join(f"{_LIMITS[k][0]} {limits[k]:g}" for k in _LIMITS if k in limits)
-        raise InputError(f"{name} is {value}; it must be {bounds}")
+        raise InputError(f"{name} is {value!r}; it must be {kinds[kind]}")

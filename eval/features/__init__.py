@@ -12,6 +12,7 @@ import base64
 import hashlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from clipkit.towers import DualEncoder
 
 __all__ = [
+    "CachedModel",
     "Encoder",
     "FeatureCache",
     "Features",
@@ -66,6 +68,27 @@ class Stopped(ClipkitError):
     """The run was stopped on request; what it had encoded is in the cache."""
 
 
+@dataclass(frozen=True, slots=True)
+class CachedModel:
+    """A model in one precision, and how many vectors the cache has of it."""
+
+    spec: str  # as it was given when it was last loaded; "" if it never was
+    encoder_id: str
+    precision: str
+    version: str  # of the preprocessing; only the present one is ever looked up
+    pictures: int
+    texts: int
+
+    @property
+    def name(self) -> str:
+        return _name(self.encoder_id, self.precision, self.version)
+
+
+def _name(encoder_id: str, precision: str, version: str) -> str:
+    """Return the first part of the model's spaces, and the space of its facts."""
+    return f"{encoder_id}-{precision}-{version}"
+
+
 class FeatureCache:
     """Features of pictures and texts in `folder`; None keeps nothing. Processes may share it."""
 
@@ -75,6 +98,30 @@ class FeatureCache:
     def store(self, space: str) -> VectorStore:
         """Return the vectors of one encoder and kind."""
         return VectorStore(None if self.folder is None else self.folder / STORE, space)
+
+    def models(self) -> list[CachedModel]:
+        """Return the models that have features here, those with most first."""
+        counts: dict[str, Counter[str]] = {}
+        with self.store("") as store:
+            for space, rows in store.spaces().items():
+                name, slash, kind = space.partition("/")
+                of = counts.setdefault(name, Counter())
+                if slash:  # the other rows are facts
+                    of[kind.partition("-")[0]] += rows
+            models = []
+            for name, of in counts.items():
+                encoder_id, precision, version = name.split("-", 2)
+                spec = store.facts(name).get("spec", "")
+                models.append(
+                    CachedModel(spec, encoder_id, precision, version, of["pictures"], of["texts"])
+                )
+        return sorted(models, key=lambda model: -(model.pictures + model.texts))
+
+    def remove(self, models: Sequence[CachedModel]) -> None:
+        """Remove the features of these models. Other processes may use the cache meanwhile."""
+        names = {model.name for model in models}
+        with self.store("") as store:
+            store.remove([space for space in store.spaces() if space.partition("/")[0] in names])
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +289,7 @@ class _Model:
     def __init__(self, encoder: Encoder, cache: FeatureCache, kind: str) -> None:
         self._encoder = encoder
         self._identity = (encoder.encoder_id, encoder.precision)
-        self._name = "-".join((*self._identity, PREPROCESSING))
+        self._name = _name(*self._identity, PREPROCESSING)
         self._checked = False
         self._facts: dict[str, Any] = {}
         self.store = cache.store(f"{self._name}/{kind}")
