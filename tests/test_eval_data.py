@@ -360,7 +360,7 @@ def test_a_folder_too_high_names_the_one_with_classes(tmp_path: Path) -> None:
         classification.check_labels(data)
     (warning,) = open_labelled(str(tmp_path / "PACS")).warnings
     assert warning.startswith(
-        "every class has the same 3 folders, such as photo, so they may be dom"
+        "every class has the same 3 folders, such as photo, so the classes may"
     )
     assert warning.endswith(f"give --data {tmp_path}/PACS/photo")
     assert open_labelled(str(tmp_path / "PACS"), by_domain=True).warnings == ()
