@@ -9,6 +9,7 @@ of its `average_precision_score` over the classes that have pictures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from clipkit.arrays import Bool, Float32, Float64, Floats, Int64
 from clipkit.errors import InputError
 from clipkit.metrics import Interval
 from clipkit.wording import list_text, percent
-from eval.data import Labelled
+from eval.data import Labelled, deeper_classes
 from eval.features import fingerprint
 from eval.reports.html import MOST_CLASSES
 from eval.reports.report import exhibit
@@ -37,7 +38,14 @@ def check_labels(data: Labelled) -> None:
     if (data.labels is None) == (data.targets is None):
         raise InputError(f"{data.name} must have either one label per picture or targets, not both")
     if classes < 2:
-        raise InputError(f"{data.name} has {classes} class; choosing between classes needs 2")
+        hint = "".join(
+            f"; {Path(data.name, folder)} has {len(names)}: give that"
+            for folder, names in list(deeper_classes(data.pictures).items())[:1]
+        )
+        raise InputError(
+            f"{data.name} has {classes} class{'es' * (not classes)}; choosing between classes needs "
+            f"2{hint}"
+        )
     if data.targets is not None and data.targets.shape[1] != classes:
         raise InputError(
             f"{data.name} has targets for {data.targets.shape[1]} classes, but {classes} class names "

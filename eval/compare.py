@@ -19,7 +19,7 @@ import numpy as np
 from clipkit.arrays import Float64
 from clipkit.errors import InputError
 from clipkit.metrics import corrected_p, paired_test
-from clipkit.wording import list_text
+from clipkit.wording import count
 from eval.data import Captioned, Labelled
 from eval.features import Encoder
 from eval.prompts import Templates, default_templates
@@ -322,7 +322,7 @@ def _title(names: Sequence[str]) -> str:
 
 def _summary(section: Section, names: Sequence[str]) -> str:
     """Return, for each model after the first, the change of the section's first tested metric, and
-    the other metrics that changed significantly."""
+    how many others changed significantly: the table has them."""
     row = next(row for row in section.rows if row.pairs)
     verdicts = []
     for at in range(1, len(names)):
@@ -334,8 +334,20 @@ def _summary(section: Section, names: Sequence[str]) -> str:
         if pair.significant:
             gain = pair.paired.difference * (row.direction or 1) > 0
             verdict = f"{'better' if gain else 'worse'} than {names[0]} {change}"
+        counts = []
         for way, changes in zip(("better", "worse"), section.changes(at), strict=True):
-            if others := [text for text in changes if not text.startswith(f"{row.metric} ")]:
-                verdict += f", {way} in {list_text(others)}"
+            others = [text for text in changes if not text.startswith(f"{row.metric} ")]
+            if others:
+                examples = f" ({_spoken(others[0])})" if len(others) == 1 else ""
+                counts.append(f"{len(others)} {way}{examples}")
+        tested = sum(r.against_first(at) is not None for r in section.rows) - 1
+        if tested:
+            verdict += f"; of {count(tested, 'other figure')}, {' and '.join(counts) or 'none'} "
+            verdict += "by more than chance" if counts else "differs by more than chance"
         verdicts.append(f"{names[at]} is {verdict}")
-    return f"{section.title}, {row.metric}: {'; '.join(verdicts) or 'not tested'}."
+    return f"{section.title}, {_spoken(row.metric)}: {'. '.join(verdicts) or 'not tested'}."
+
+
+def _spoken(metric: str) -> str:
+    """Return "text to image R@1" for "text_to_image/R@1"."""
+    return metric.replace("/", " ").replace("_", " ")

@@ -156,7 +156,7 @@ def open_captioned(data: str, *, split: str | None = None, limit: int | None = N
     if not any(tags) and all(_has_no_caption(source, row) for group in groups for row in group):
         raise InputError(
             f"no picture of {data} has a caption; captions are read from a caption column, from "
-            "metadata.jsonl, or from .txt or .json files beside the pictures"
+            f"metadata.jsonl, or from .txt or .json files beside the pictures{_tables_there(data)}"
         )
     whole = Captioned(
         data,
@@ -299,6 +299,17 @@ def _pictures(groups: Sequence[Sequence[Row]]) -> SourcePictures:
     return SourcePictures(tuple(g[0].name for g in groups), tuple(g[0].picture for g in groups))
 
 
+def _tables_there(data: str) -> str:
+    """Return which tables lie in the folder `data`, to be given one by one, or ""."""
+    folder = Path(data).expanduser()
+    tables = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"}
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in tables)
+    if not files:
+        return ""
+    names = list_text([file.name for file in files], 5)
+    return f"; it holds {names}: name the one with the captions, as in --data {files[0]}"
+
+
 def _tags(row: Row) -> Sequence[str]:
     tags = row.meta.get("keywords", ())
     return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else ()
@@ -416,6 +427,17 @@ def _named(
     return tuple(new_names), {name: number for number, name in enumerate(old)}, [note]
 
 
+def deeper_classes(pictures: Pictures) -> dict[str, frozenset[str]]:
+    """Return the folders below the class folders that hold several picture folders, with the names of
+    these: {"PACS/photo": {"dog", ...}} where PACS was taken for a class."""
+    below: dict[str, set[str]] = {}
+    for row in range(len(pictures)):
+        parts = pictures.name(row).split("/")
+        if len(parts) > 2:
+            below.setdefault("/".join(parts[:-2]), set()).add(parts[-2])
+    return {folder: frozenset(names) for folder, names in below.items() if len(names) > 1}
+
+
 def _spoken(name: str) -> str:
     """Return a folder's name as a class name: golden_retriever -> golden retriever."""
     return name.replace("_", " ").strip()
@@ -425,6 +447,14 @@ def _class_warnings(data: Labelled) -> Iterator[str]:
     counts = Counter(name.casefold() for name in data.classes)
     if twice := [name for name, count in counts.items() if count > 1]:
         yield f"class names given more than once: {list_text(twice, 5)}; no model can distinguish those"
+    deeper = deeper_classes(data.pictures) if data.domains is None else {}
+    same = len(deeper) > 1 and len(set(deeper.values())) == 1
+    if same and {_spoken(folder) for folder in deeper} == set(data.classes):
+        folder, names = next(iter(deeper.items()))
+        yield (
+            f"every class has the same {len(names)} folders, such as {folder}, so the classes may be "
+            f"domains; for one of them give --data {Path(data.name, folder)}"
+        )
     counted = data.pictures_per_class()
     if empty := [name for name, count in zip(data.classes, counted, strict=True) if not count]:
         yield f"{len(empty)} of {len(data.classes)} classes have no picture: {list_text(empty, 5)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from written import names, png, write, write_lines
 
 from clipkit.errors import DatasetError, ImageError, InputError
+from eval import classification
 from eval.data import open_captioned, open_labelled
 
 # ---- JSONL
@@ -340,3 +342,39 @@ def test_a_limited_labelled_set_keeps_its_classes(tmp_path: Path) -> None:
     for row in range(2):
         assert data.pictures.name(row).startswith(data.classes[data.labels[row]])
     assert "classes have no picture" in data.warnings[-1]
+
+
+# ---- one folder too high, one file too many
+
+
+def test_a_folder_too_high_names_the_one_with_classes(tmp_path: Path) -> None:
+    """PACS unpacked as pacs/PACS/photo/dog/1.png: its one "class" PACS is none."""
+    for domain in ("photo", "sketch"):
+        classed(tmp_path / "PACS" / domain, dog=1, cat=1, horse=1)
+    data = open_labelled(str(tmp_path))
+    assert data.classes == ("PACS",) and data.warnings == ()
+    sentence = (
+        f"has 1 class; choosing between classes needs 2; {tmp_path}/PACS/photo has 3: give that"
+    )
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        classification.check_labels(data)
+    (warning,) = open_labelled(str(tmp_path / "PACS")).warnings
+    assert warning.startswith(
+        "every class has the same 3 folders, such as photo, so the classes may"
+    )
+    assert warning.endswith(f"give --data {tmp_path}/PACS/photo")
+    assert open_labelled(str(tmp_path / "PACS"), by_domain=True).warnings == ()
+    assert open_labelled(str(tmp_path / "PACS" / "photo")).warnings == ()
+
+
+def test_the_tables_of_a_folder_are_named(tmp_path: Path) -> None:
+    """One is read; of several, which have no captions beside the pictures, the person chooses."""
+    write(tmp_path / "images" / "a.png", png(1))
+    write_lines(tmp_path / "captions.jsonl", {"image": "images/a.png", "caption": "one"})
+    assert open_captioned(str(tmp_path)).captions == ("one",)
+    write_lines(tmp_path / "titles.jsonl", {"image": "images/a.png", "caption": "two"})
+    sentence = (
+        "it holds captions.jsonl, titles.jsonl: name the one with the captions, as in --data "
+    )
+    with pytest.raises(InputError, match=re.escape(sentence + str(tmp_path / "captions.jsonl"))):
+        open_captioned(str(tmp_path))
