@@ -25,7 +25,14 @@ from eval.features import Encoder
 from eval.prompts import Templates, default_templates
 from eval.reports.comparison import Comparison, Pair, Row, Section
 from eval.reports.report import EvalReport, exhibit
-from eval.reports.wording import change_text, direction, p_text, setting_text, value_text
+from eval.reports.wording import (
+    change_text,
+    direction,
+    metric_text,
+    p_text,
+    setting_text,
+    value_text,
+)
 from eval.retrieval import evaluate_retrieval, unit_weights
 from eval.session import Session
 from eval.zero_shot import evaluate_zero_shot
@@ -338,16 +345,11 @@ def _summary(section: Section, names: Sequence[str]) -> str:
         for way, changes in zip(("better", "worse"), section.changes(at), strict=True):
             others = [text for text in changes if not text.startswith(f"{row.metric} ")]
             if others:
-                examples = f" ({_spoken(others[0])})" if len(others) == 1 else ""
+                examples = f" ({metric_text(others[0])})" if len(others) == 1 else ""
                 counts.append(f"{len(others)} {way}{examples}")
         tested = sum(r.against_first(at) is not None for r in section.rows) - 1
         if tested:
             verdict += f"; of {count(tested, 'other figure')}, {' and '.join(counts) or 'none'} "
             verdict += "by more than chance" if counts else "differs by more than chance"
         verdicts.append(f"{names[at]} is {verdict}")
-    return f"{section.title}, {_spoken(row.metric)}: {'. '.join(verdicts) or 'not tested'}."
-
-
-def _spoken(metric: str) -> str:
-    """Return "text to image R@1" for "text_to_image/R@1"."""
-    return metric.replace("/", " ").replace("_", " ")
+    return f"{section.title}, {metric_text(row.metric)}: {'. '.join(verdicts) or 'not tested'}."

@@ -281,6 +281,7 @@ def test_what_was_marked_trains(
     out.parent.mkdir()
     code, told, _ = clipkit("corrections", "--index", index, "--out", out)
     assert code == 0 and "5 corrections: 3 right, 2 wrong" in told
+    assert "clipkit data build" in told and "clipkit train dataset" in told  # what comes next
     assert out.read_text() == client.get("/corrections.jsonl").text
     assert all(
         Path(json.loads(line)["picture"]).is_absolute() for line in out.read_text().splitlines()

@@ -76,8 +76,18 @@ def test_marks_are_made_changed_taken_back_and_exported(site: Site, visit: Open)
     mark(page, 1, "yes").click()  # the other way round
     mark(page, 2, "no").click()
     kept(page, 3)
+    # What is wrong recedes, and one click says what marks are for: they change no results yet.
+    faded = page.locator("#results .hit").nth(2).locator("img")
+    assert faded.evaluate("image => getComputedStyle(image).opacity") == "0.45"
+    page.click(".corrections .why")
+    told = page.locator("#about-corrections")
+    assert "change no results yet" in told.inner_text()
+    assert "clipkit corrections --out" in told.inner_text()
+    page.keyboard.press("Escape")
+    assert told.is_hidden()
     mark(page, 2, "no").click()  # once more takes it back
     kept(page, 2)
+    assert faded.evaluate("image => getComputedStyle(image).opacity") == "1"
     assert marked(page) == [(0, "yes"), (1, "yes")]
     assert page.locator("#viewer").is_hidden()  # nothing else happened
     first = hit.get_attribute("data-id")

@@ -52,6 +52,41 @@ def test_reports_are_listed_newest_first(tmp_path: Path) -> None:
     assert rows[1].models == ("a", "b")
 
 
+def test_reports_of_training_runs_are_listed_and_shown_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of runs/ where the server was started; a run and an evaluation may have the same name; no name
+    leads from one folder to the other, or out of both."""
+    put_report(tmp_path / "reports", "mine", made="2026-01-01T00:00:00+00:00")
+    put_report(tmp_path / "start" / "runs", "mine", made="2026-01-02T00:00:00+00:00", title="Run")
+    secret = put_report(tmp_path, "secret")
+    (tmp_path / "start" / "runs" / "link").symlink_to(secret)
+    monkeypatch.chdir(tmp_path / "start")
+    reports = SavedReports(tmp_path / "reports")
+    monkeypatch.chdir(tmp_path)  # the place is that of the start
+    (tmp_path / "start" / "runs" / "mine" / "report.html").write_text("the run")
+    assert [(row.name, row.title) for row in reports.rows()] == [
+        ("run@mine", "Run"), ("mine", "About mine")
+    ]  # fmt: skip
+    workspace = Workspace(tmp_path / "index", ColourModel())  # type: ignore[arg-type]
+    app = create_app(workspace, reports=reports)
+    client = TestClient(app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False)
+    answer = client.get("/reports/run@mine")
+    assert answer.status_code == 200 and answer.text == "the run"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    for name in (
+        "run@link",
+        "run@..",
+        "run@",
+        "run@run@mine",
+        "mine@run",
+        "run@nobody",
+        "run@%2e%2e",
+    ):
+        assert client.get(f"/reports/{name}").status_code == 404, name
+    workspace.close()
+
+
 def test_there_may_be_no_reports_yet(tmp_path: Path) -> None:
     assert SavedReports(tmp_path / "reports").rows() == []
 

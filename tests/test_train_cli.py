@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from app.cli import train as train_command
+from clipkit.training import Progress, TrainConfig
+
 pytestmark = pytest.mark.end_to_end
 
 Run = Callable[..., tuple[int, str, str]]
@@ -140,3 +143,20 @@ def test_every_option_is_listed(clipkit: Run) -> None:
     code, out, _ = clipkit("train", "--options", "--recipe", "lora")
     assert code == 0
     assert "--hard-negatives" in out and "--lora-rank" in out
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(600.0, 1), (20.0, 0)])
+def test_a_long_run_on_a_cpu_says_once_what_it_takes(
+    capsys: pytest.CaptureFixture[str], seconds: float, lines: int
+) -> None:
+    """After three steps, if ten minutes are left, and not if twenty seconds are; heads are quick."""
+
+    def config(recipe: str) -> TrainConfig:
+        return TrainConfig.from_mapping({"data": "x", "recipe": recipe, "device": "cpu"})
+
+    assert train_command._slow(config("heads")) == ""
+    with train_command._progress(train_command._slow(config("full"))) as show:
+        for step in range(1, 6):
+            show(Progress("training", step, 100, eta_seconds=seconds))
+    told = capsys.readouterr().err
+    assert told.count("about 10 min left: recipe full is slow on a CPU, recipe heads") == lines

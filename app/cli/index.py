@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -327,6 +328,9 @@ def corrections(
         kinds = Counter(row["right"] for row in rows)
         print(f"{len(rows):,} corrections: {kinds[True]:,} right, {kinds[False]:,} wrong")
         print(f"written to {printable(str(out))}")
+        print("next, with your own captions, if you have some, before it:")
+        print(f"  clipkit data build {shlex.quote(printable(str(out)))} --out dataset")
+        print("  clipkit train dataset")
     if left := len(marks) - len(rows):
         print(
             f"{left:,} left out: their pictures left the index, or their files were deleted or changed",

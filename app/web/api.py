@@ -7,7 +7,7 @@
     POST /queries            a picture to search with, as the request's body -> {"id": ...}
     GET  /queries/{id}       that picture, small
     GET  /ui/{name}          the page's own style, script and mark
-    GET  /reports/{name}     a saved report's page, by the name of its folder
+    GET  /reports/{name}     a saved report's page, by its folder's name; run@NAME: a training run's
     GET  /sortings/{key}.csv the pictures as they were sorted into words
     POST /corrections        {"picture": id, "query": words, "right": true, false or null to unmark}
     GET  /corrections.jsonl  all marks of results, for `clipkit data build`
@@ -65,7 +65,7 @@ _GRADIO = re.compile(
 )
 _OWN = re.compile(
     r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+"
-    r"|reports/[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?)"
+    r"|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?)"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 

@@ -1,9 +1,10 @@
-"""The saved evaluation reports: their list, and the page of each."""
+"""The saved reports of evaluations and of training runs: their list, and the page of each."""
 
 from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from clipkit.errors import InputError
 
 REPORTS_SHOWN = 200
 REPORT_MEGABYTES = 64
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+_NAME = re.compile(r"(run@)?([A-Za-z0-9][A-Za-z0-9._-]{0,119})")
 
 
 class UnknownReportError(InputError):
@@ -23,24 +24,26 @@ class UnknownReportError(InputError):
 class ReportRow:
     """A saved report as the list shows it."""
 
-    name: str  # of its folder
+    name: str  # of its folder; of a training run's after "run@"
     title: str
     models: tuple[str, ...]
     created_at: str  # UTC, ISO 8601; empty if the report has no date
 
 
 class SavedReports:
-    """List and read the reports in `folder`, by default `paths.reports_folder()`, without caching."""
+    """List and read the reports in `folder`, by default `paths.reports_folder()`, and those of the
+    training runs in `runs`, by default runs/ where the process was started; without caching."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, runs: Path = Path("runs")) -> None:
         self._folder = folder or reports_folder()
+        self._runs = runs.absolute()
 
     def rows(self) -> list[ReportRow]:
         """List up to REPORTS_SHOWN reports, the newest first; folders without one are left out."""
-        try:
-            names = [path.name for path in self._folder.iterdir()]
-        except OSError:
-            return []
+        names = []
+        for prefix, folder in (("", self._folder), ("run@", self._runs)):
+            with suppress(OSError):
+                names += [prefix + path.name for path in folder.iterdir()]
         rows = [row for name in names if (row := self._row(name)) is not None]
         rows.sort(key=lambda row: (row.created_at, row.name), reverse=True)
         return rows[:REPORTS_SHOWN]
@@ -70,11 +73,13 @@ class SavedReports:
     def _file(self, name: str, file: str) -> Path | None:
         """Return the path of a report's file; None for a name that is malformed or that leads, by
         a symbolic link, out of its folder."""
-        if not _NAME.fullmatch(name) or ".." in name:
+        match = _NAME.fullmatch(name)
+        if match is None or ".." in name:
             return None
-        path = self._folder / name / file
+        folder, name = self._runs if match[1] else self._folder, match[2]
+        path = folder / name / file
         try:
             real = path.resolve(strict=True)
-            return path if real == self._folder.resolve() / name / file else None
+            return path if real == folder.resolve() / name / file else None
         except (OSError, RuntimeError):
             return None
