@@ -68,12 +68,14 @@ $(BIN)/pip:
 # Stamps: installed again only when pyproject.toml changes.
 $(VENV)/.clipkit-app: pyproject.toml | $(BIN)/pip
 	$(TORCH_FIRST)
-	$(PIP) -e .
+	$(KEEP_TORCH)
+	$(PIP) -c $(VENV)/.torch -e .
 	@touch $@
 
 $(VENV)/.clipkit-dev: pyproject.toml | $(BIN)/pip
 	$(TORCH_FIRST)
-	$(PIP) -e '.[dev]'
+	$(KEEP_TORCH)
+	$(PIP) -c $(VENV)/.torch -e '.[dev]'
 	@touch $@ $(VENV)/.clipkit-app
 
 # torch and torchvision, as pyproject.toml wants them, from the index that TORCH names: what follows
@@ -81,4 +83,10 @@ $(VENV)/.clipkit-dev: pyproject.toml | $(BIN)/pip
 define TORCH_FIRST
 $(if $(TORCH),$(PIP) --index-url $(if $(findstring /,$(TORCH)),$(TORCH),https://download.pytorch.org/whl/$(TORCH)) \
 	$$(sed -n 's/^ *"\(torch[a-z]*[>=0-9.]*\)".*/\1/p' pyproject.toml),@:)
+endef
+
+# A torch that the named environment has stays: without torchvision beside it, pip would replace it.
+define KEEP_TORCH
+@$(if $(SYSTEM)$(filter-out .venv,$(VENV)),$(BIN)/python -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' 2>/dev/null,:) \
+	> $(VENV)/.torch || true
 endef

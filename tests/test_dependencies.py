@@ -81,6 +81,8 @@ def test_make_installs_the_torch_that_is_named_before_the_rest() -> None:
     plain, cpu, own = made(), made("TORCH=cpu"), made("TORCH=https://mirror.example/torch/cpu")
     assert "--index-url" not in plain and "--system-site-packages" not in plain
     assert "--system-site-packages /nowhere/env" in made("SYSTEM=1")
+    assert "-c /nowhere/env/.torch -e ." in plain and 'm.version("torch")' in plain  # kept as it is
+    assert "m.version" not in made("VENV=.venv")
     assert "--index-url https://mirror.example/torch/cpu " in own
     first, second = (line for line in cpu.splitlines() if "pip install" in line)
     assert "--index-url https://download.pytorch.org/whl/cpu " in first
