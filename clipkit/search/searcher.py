@@ -35,7 +35,9 @@ from clipkit.search.query_encoder import QueryEncoder, encoder_mismatch
 from clipkit.text_towers import unreadable_words
 
 NOTHING_STANDS_OUT = "Nothing clearly shows this. These pictures are the nearest."
-BUILTIN_IS_SMALL = "The built-in model is small: the README names larger ones under Use other models."
+BUILTIN_IS_SMALL = (
+    "The built-in model is small: the README names larger ones under Use other models."
+)
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
 
 Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)
