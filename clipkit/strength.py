@@ -33,7 +33,7 @@ from clipkit.errors import ModelError
 FILE = "strength.json"
 STRONG = 0.5  # of being right: more likely than not
 FAIR = 0.3
-FEWEST_CAPTIONS = 100  # of which a calibration is fitted
+FEWEST_CAPTIONS, MOST_CAPTIONS = 100, 1_000  # of which a calibration is fitted
 RIGHT_SHARE = 0.01  # of a library that is right for one of its captions, where no data say it
 _PRIOR_PICTURES = 30  # that the usual mean counts as, beside those of a library's sample
 
@@ -138,6 +138,8 @@ def fit_captions(
     """
     if len(captions) < FEWEST_CAPTIONS or len(pictures) < 2:
         return None
+    step = -(-len(captions) // MOST_CAPTIONS)
+    captions, owner = captions[::step], owner[::step]
     cosines = (captions @ pictures.T).astype(np.float64)  # (M, N)
     right = np.zeros(cosines.shape, bool)
     right[np.arange(len(captions)), owner] = True

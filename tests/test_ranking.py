@@ -1,17 +1,11 @@
-"""Rank fusion and strength, derived by hand."""
+"""Rank fusion, derived by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from clipkit.search.searcher import (
-    FAIR_Z,
-    FEWEST_FOR_Z,
-    STRONG_Z,
-    reciprocal_rank_fusion,
-    strengths,
-)
+from clipkit.search.searcher import reciprocal_rank_fusion
 
 
 def test_fusion_sums_weight_over_sixty_plus_rank() -> None:
@@ -46,24 +40,3 @@ def test_no_pictures_get_no_keys() -> None:
     none = np.empty(0, np.int64)
     assert reciprocal_rank_fusion([(1.0, np.array([1]))], none).shape == (0,)
     assert reciprocal_rank_fusion([(1.0, none)], np.array([1])) == pytest.approx([0])
-
-
-def test_strength_is_a_z_score() -> None:
-    """Half of the sample is 0.1, half 0.3: mean 0.2, standard deviation 0.1, so the cosine at
-    z standard deviations is 0.2 + 0.1 z."""
-    sample = np.array([0.1, 0.3] * 50, dtype=np.float32)
-    z = np.array([STRONG_Z + 0.01, STRONG_Z - 0.01, FAIR_Z + 0.01, FAIR_Z - 0.01, -1])
-    scores = (0.2 + 0.1 * z).astype(np.float32)
-    assert strengths(scores, sample) == ["strong", "fair", "fair", "weak", "weak"]
-
-
-def test_a_tiny_library_calls_nothing_strong() -> None:
-    sample = np.array([0.1] * (FEWEST_FOR_Z - 2) + [0.9], dtype=np.float32)
-    scores = np.array([0.9, 0.1], dtype=np.float32)
-    assert strengths(scores, sample) == ["fair", "weak"]
-
-
-def test_without_spread_nothing_stands_out() -> None:
-    sample = np.full(100, 0.5, dtype=np.float32)
-    assert strengths(np.array([0.5, 0.4], dtype=np.float32), sample) == ["fair", "weak"]
-    assert strengths(np.empty(0, np.float32), sample) == []

@@ -82,7 +82,7 @@ def hit(
         captions=captions,
         tags=(),
     )
-    return SearchHit(rank, score, strength, row)
+    return SearchHit(rank, score, strength, row, None if strength is None else 0.4)
 
 
 def results(
@@ -170,9 +170,14 @@ def test_the_weak_tail_is_shown_and_marked() -> None:
     assert "Weak from here on" in html
 
 
-def test_all_weak_is_said_at_once() -> None:
-    html = results(hit(strength="weak"))
-    assert html.index("Nothing stands out") < html.index('<li class="hit')
+def test_notes_stand_above_the_results() -> None:
+    """And no divider: where all are weak, the note says it."""
+    answer = SearchAnswer(
+        (hit(strength="weak"),), 1, 0.01, notes=("Nothing <clearly> shows.", "Two.")
+    )
+    html = render.results(SearchRequest(), answer, ticket="1", total_corrections=0)
+    assert html.index("Nothing &lt;clearly&gt; shows. Two.") < html.index('<li class="hit')
+    assert "divider" not in html and "notes" not in results(hit())
 
 
 def test_nothing_is_claimed_where_nothing_was_compared() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +25,13 @@ from directions import (  # noqa: F401
     writer,
 )
 
-from clipkit.catalog import Catalog
+from clipkit.catalog import Catalog, Filters
 from clipkit.errors import EncoderMismatch, InputError, ModelError, QueryError
 from clipkit.query import Query, Term
 from clipkit.search import Searcher, SearchHit
 from clipkit.search.live_vectors import SAMPLE, follow
+from clipkit.search.searcher import NOTHING_STANDS_OUT
+from clipkit.strength import Calibration
 
 # ---- what comes first
 
@@ -92,15 +95,52 @@ def test_terms_that_cancel_out_are_an_error(writer: Writer, searcher: Searcher) 
 # ---- strength
 
 
-def test_strength_marks_what_stands_out(writer: Writer, searcher: Searcher) -> None:
-    """99 pictures with no dog and one of a dog. Cosines: one 1, the rest 0, mean 0.01, standard
-    deviation sqrt(0.01 * 0.99) = 0.0995: the dog's z is 9.9, the others' -0.1."""
-    for number in range(99):
-        writer.add(f"p{number}", [0, 1, 0, 1], commit=False)
-    writer.add("rex", [1, 0, 0, 0])
-    result = searcher.search("dog", k=3)
-    assert [hit.strength for hit in result.hits] == ["strong", "weak", "weak"]
-    assert names(result)[0] == "rex"
+@pytest.fixture
+def calibrated(catalog: Catalog, tmp_path: Path) -> Searcher:
+    """A model with log odds 10 c - 7: a cosine of 0.7 is right in one case of two."""
+    folder = tmp_path / "calibrated"
+    folder.mkdir()
+    Calibration("fake-1", constant=-7, cosine=10, above_mean=0, usual_mean=0).write(folder)
+    return Searcher(catalog, FakeEncoder(spec=str(folder)))
+
+
+def test_strength_is_the_probability_of_the_cosine(writer: Writer, calibrated: Searcher) -> None:
+    """Cosines to "dog" are 0.8, 0.6, 0.6, 0: log odds 1, -1, -1, -7; 1 / (1 + e^-1) = 0.731,
+    1 / (1 + e) = 0.269, 1 / (1 + e^7) = 0.0009."""
+    fill(writer)
+    result = calibrated.search("dog")
+    assert [hit.strength for hit in result.hits] == ["strong", "weak", "weak", "weak"]
+    probabilities = [hit.probability for hit in result.hits]
+    assert probabilities == pytest.approx([0.731, 0.269, 0.269, 0.0009], abs=2e-3)
+    assert result.notes == ()
+
+
+def test_nothing_stands_out_is_said(writer: Writer, calibrated: Searcher) -> None:
+    """Of "dog" the pictures without "run" reach 0.6: log odds -1, below fair."""
+    fill(writer)
+    result = calibrated.search("dog", filters=Filters(paths=("swim",)))
+    assert names(result) == ["swim"]
+    assert result.notes == (NOTHING_STANDS_OUT,)
+
+
+def test_only_a_texts_cosines_are_calibrated(
+    writer: Writer, searcher: Searcher, calibrated: Searcher
+) -> None:
+    """Two pictures' cosines are another distribution; another encoder's calibration does not hold."""
+    fill(writer)
+    for result in (
+        calibrated.similar(key("run")),
+        calibrated.search(f"dog +{key('run')}"),
+        calibrated.search("-dog"),
+        searcher.search("dog"),
+    ):
+        assert result.hits and result.notes == ()
+        for hit in result.hits:
+            assert hit.score is not None and hit.strength is hit.probability is None
+    writer.register("fake-2", "other")
+    writer.add("new", [1, 0, 0, 0], encoder_id="fake-2")
+    other = Searcher(writer.catalog, FakeEncoder("fake-2", calibrated._encoder.spec))
+    assert other.search("dog").hits[0].strength is None
 
 
 def test_the_sample_is_fixed_and_of_the_live_library(writer: Writer, catalog: Catalog) -> None:
@@ -223,6 +263,11 @@ def test_hits_are_plain_data(writer: Writer, searcher: Searcher) -> None:
     assert isinstance(hit, SearchHit)
     fields = json.loads(json.dumps(dataclasses.asdict(hit)))
     picture = fields.pop("picture")
-    assert fields == {"rank": 1, "score": pytest.approx(0.8, abs=1e-3), "strength": "fair"}
+    assert fields == {
+        "rank": 1,
+        "score": pytest.approx(0.8, abs=1e-3),
+        "strength": None,
+        "probability": None,
+    }
     assert (picture["image_id"], picture["path"]) == (key("run"), "/pictures/run.jpg")
     assert writer.catalog.row(key("run")) == hit.picture

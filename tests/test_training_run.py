@@ -12,7 +12,7 @@ import pytest
 import torch
 from training_runs import altered, metrics, run, weights, without_validation, write_colours
 
-from clipkit import checkpoint, towers
+from clipkit import checkpoint, strength, towers
 from clipkit.errors import DatasetError, InputError
 from clipkit.losses import LOSSES, Loss
 from clipkit.training import Progress, TrainConfig, train
@@ -101,6 +101,27 @@ def test_a_run_that_gets_no_better_leaves_the_start(options: dict[str, Any]) -> 
     assert summary.encoder_id == summary.parent_id and summary.before == summary.after
     assert "stopped early after step 4 of 10: validation did not improve" in summary.notes
     assert any("no trained weights were better" in note for note in summary.notes)
+
+
+def test_strengths_are_fitted_on_the_validation_split(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 captions are too few, and the start is not calibrated; with a lower limit they are enough.
+    The file does not change what identifies the model."""
+    rate = {"learning_rate": 1e-2, "interpolate": False, "epochs": 1}
+    summary = run(options, **rate)
+    assert not (summary.checkpoint / strength.FILE).exists()
+    monkeypatch.setattr(strength, "FEWEST_CAPTIONS", 12)
+    summary = run(options, **rate, name="calibrated")
+    assert summary.encoder_id != summary.parent_id
+    calibration = strength.read(str(summary.folder), summary.encoder_id)
+    assert calibration is not None and calibration.fitted_on == {"captions": 12, "pictures": 6}
+    # a run of too few captions from there keeps the start's
+    monkeypatch.undo()
+    summary = run(options, **rate, name="again", start=str(summary.folder))
+    inherited = strength.read(str(summary.folder), summary.encoder_id)
+    assert inherited is not None and inherited.cosine == calibration.cosine
+    assert "inherited_from" in inherited.fitted_on
 
 
 def test_files_and_progress(options: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from clipkit import checkpoint
+from clipkit import checkpoint, strength
 from clipkit.errors import InputError
 from clipkit.towers import DTYPES, DualEncoder, choose_device, choose_precision, load
 from clipkit.training import distributed
@@ -27,7 +28,7 @@ from clipkit.training.loop import Job, Progress, State, fit
 from clipkit.training.recipes import choose_parameters, merge_adapters
 from clipkit.training.run_folder import RunFolder, write_json
 from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
-from clipkit.training.validation import Scores, evaluate
+from clipkit.training.validation import Scores, embed, evaluate
 from clipkit.training.weights import ALPHAS, Mixture, choose_alpha, choose_drift
 
 log = logging.getLogger(__name__)
@@ -317,13 +318,33 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
         job.towers.encoder.save(result, provenance=_provenance(job.config, summary, facts))
     distributed.wait_for_all()  # for the checkpoint
     summary = replace(summary, checkpoint=result, encoder_id=checkpoint.identify(str(result)))
+    calibration = _calibration(job, str(summary.encoder_id), summary.parent_id)
     if distributed.rank() == 0:
+        if calibration is not None:
+            calibration.write(result)
         content = json.loads(json.dumps(asdict(summary), default=str))
         content["mixture"] = {
             str(alpha): {"loss": s.loss, **s.recall} for alpha, s in mixture.scores.items()
         }
         write_json(folder.summary, content)
     return summary
+
+
+def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibration | None:
+    """Fit the result's strengths on the validation split. With too few captions for that, or unchanged
+    weights, they are the starting model's; None if that has none. All processes must call it."""
+    validation = job.validation
+    if validation is not None and encoder_id != parent_id:
+        pictures, texts = embed(job.towers, validation)
+        captions, owner = texts[validation.data.captions], np.asarray(validation.data.owner)
+        fitted = strength.fit_captions(pictures, captions, owner, encoder_id=encoder_id)
+        if fitted is not None:
+            return fitted
+    start = strength.read(job.config.start, parent_id)
+    if start is None:
+        return None
+    inherited = {**start.fitted_on, "inherited_from": job.config.start}
+    return replace(start, encoder_id=encoder_id, fitted_on=inherited)
 
 
 def _notes(job: Job, state: State) -> list[str]:

@@ -235,13 +235,15 @@ class Pool:
     ) -> Hits:
         """Return the first PAGE hits of each text in the pictures of rows `library`, or `absent`: in
         those of them that are not right for it."""
-        parts = []
+        parts, theirs = [], self.vectors[library]
         for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
             right = self.right(text)
-            rows = np.setdiff1d(library, right) if absent else library
-            cosines = (self.vectors[rows] @ vector).astype(np.float64)
+            rows, cosines = library, (theirs @ vector).astype(np.float64)
+            if absent:
+                others = ~np.isin(library, right)
+                rows, cosines = rows[others], cosines[others]
             sample = cosines[np.random.default_rng(number).permutation(len(rows))[:SAMPLE]]
-            best = np.argsort(-cosines)[:PAGE]
+            best = np.argpartition(-cosines, min(PAGE, len(rows) - 1))[:PAGE]
             parts.append(
                 Hits(
                     text=np.full(len(best), number),
