@@ -21,6 +21,7 @@ from clipkit.catalog.catalog import Catalog
 from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     CatalogStats,
+    Facets,
     KnownFile,
     PictureRow,
     SkippedRow,
@@ -31,6 +32,7 @@ from clipkit.catalog.vector_store import VectorStore
 __all__ = [
     "Catalog",
     "CatalogStats",
+    "Facets",
     "Filters",
     "KnownFile",
     "PictureRow",

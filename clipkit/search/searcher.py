@@ -132,9 +132,15 @@ class Searcher:
         return self._ranked(live, vector, allowed, rankings, k, query.sort, clock)
 
     def similar(
-        self, image_id: str, *, k: int = 24, filters: Filters | None = None
+        self,
+        image_id: str,
+        *,
+        k: int = 24,
+        filters: Filters | None = None,
+        sort: str | None = None,
     ) -> SearchResult:
-        """Return the k pictures nearest to one of the library, without itself. Needs no encoder.
+        """Return the k pictures nearest to one of the library, without itself, in the order `sort` as
+        in a query. Needs no encoder.
 
         Raises InputError if the library has no such picture, EncoderMismatch as `search` does.
         """
@@ -147,7 +153,7 @@ class Searcher:
         if vector is None:
             raise InputError(f"no picture {image_id!r} in this library; search for it by words")
         allowed = self._passing(Query(), filters)
-        return self._ranked(live, vector, allowed, [], k, None, clock, without=num)
+        return self._ranked(live, vector, allowed, [], k, sort, clock, without=num)
 
     # ---- vectors and filters
 

@@ -5,7 +5,7 @@
 (() => {
   const $ = (selector, root = document) => root.querySelector(selector);
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const NARROW = ["folder", "after", "until"];
+  const NARROW = ["folder", "after", "until", "sort", "orientation", "format", "camera", "size"];
   const FIELDS = ["words", "picture", "similar", ...NARROW]; // of a search, and of its address
   const empty = () => ({ ...Object.fromEntries(FIELDS.map((key) => [key, ""])), k: 0 });
   let trigger = null; // set by attach(): sends an event to Python
@@ -31,7 +31,11 @@
   const filters = () => Object.fromEntries(NARROW.map((name) => [name, field(name)?.value || ""]));
   const narrow = () => {
     for (const name of NARROW) if (field(name)) field(name).value = current[name];
-    $("#ask").classList.toggle("filtered", NARROW.some((name) => current[name]));
+    const set = NARROW.filter((name) => current[name]).length;
+    $("#ask").classList.toggle("filtered", set > 0);
+    $("#ask .set").textContent = set || "";
+    $("#ask .set").hidden = !set;
+    $("#ask [data-do=filters]").ariaLabel = `Filters and order${set ? `, ${set} set` : ""}`;
   };
 
   // The Sort page replaces the results, and has an address like a search.
@@ -79,8 +83,10 @@
   };
 
   // The start page of a library without pictures is out of date as soon as the status line says so:
-  // indexing has begun or ended, or there are pictures to search.
+  // indexing has begun or ended, or there are pictures to search. Another one follows its number.
   const renew = () => {
+    const [total, number] = [$("#status .pictures"), $("#results .home .pictures")];
+    if (total && number && number.textContent !== total.textContent) number.textContent = total.textContent;
     const start = $("#results [data-view=empty]");
     const now = $("#status [data-stage]");
     if (!start || !now || start.dataset.stage === now.dataset.stage || document.body.dataset.busy) return;
@@ -94,6 +100,7 @@
     if (arriving) {
       // Not before: the start page is still to come until now, and would replace an answer.
       arriving = false;
+      $("#ask").classList.toggle("open", NARROW.some((name) => from_address()[name]));
       if (location.hash.length > 1) return back(history.state);
     }
     if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
@@ -387,11 +394,13 @@
     "clear-filters": () => send({ words: current.words, picture: current.picture, similar: current.similar }),
     "clear-sample": () => send({ words: current.words, ...filters() }),
     pick: () => $("#ask input[type=file]").click(),
-    filters: () => $("#ask").classList.toggle("open"),
-    add: () => $("#adder").showModal(),
-    "close-adder": () => $("#adder").close(),
+    filters: (button) => (button.ariaExpanded = String($("#ask").classList.toggle("open"))),
+    "close-dialog": (button) => button.closest("dialog").close(),
     stop: () => trigger("stop", {}),
-    dismiss: (button) => (button.closest(".run").hidden = true),
+    dismiss: (button) => {
+      button.closest(".run").hidden = true;
+      if (button.closest("#run")) trigger("dismiss", {});
+    },
     home: () => send({}),
     evaluate: () => evaluate(),
     theme: () => {
@@ -449,6 +458,12 @@
 
   // ------------------------------------------------------------------ Gradio's side
   window.clipkit = {
+    does, // panel.js adds to it
+    search: (words) => send({ words, ...filters() }),
+    again: () => document.body.dataset.view === "evaluate" || send(current, { remember: false }),
+    fire: (name, data) => trigger(name, data),
+    typing,
+    unanswered,
     // Called when the search form is on the page; `fire` sends an event to Python.
     attach(element, fire) {
       trigger = fire;
