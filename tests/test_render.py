@@ -107,7 +107,7 @@ def every_part(evil: str) -> str:
         "0", SortRequest((evil,)), (Group(evil, 1, 1.0, 1.0, (guess,)),), (guess,), 1, 0.0,
         none, none, none, none, none,
     )  # fmt: skip
-    fields = {"words": evil, "choice": evil, "ticket": evil}
+    fields = {"words": evil, "choice": evil, "floor": evil, "ticket": evil}
     report = ReportRow(evil, evil, (evil,), evil)
     status = replace(STATUS, spec=evil, encoder_id=evil, newest=evil)
     return "".join(

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from app.web.folders import path_of
 from app.web.indexing import Run
 from app.web.requests import SearchRequest
 from app.web.saved_reports import SavedReports
-from app.web.sorting import Sorter, SortRequest
+from app.web.sorting import Group, Sorter, Sorting, SortRequest
 from app.web.workspace import Contents, Workspace
 from clipkit.catalog import Catalog
 from clipkit.errors import ClipkitError, InputError
@@ -112,19 +113,33 @@ class Page:
         return self._results(data, contents, ticket), self.status(contents)
 
     def sort(self, data: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the Sort page, with the result if the browser sent words, and the status."""
-        fields = {key: str(data.get(key) or "") for key in ("words", "choice", "ticket")}
-        sorting, error = None, ""
+        """Return the Classify page, with the result if the browser sent words, and the status.
+
+        "group" is the number of the one group to show, and "k" how many of its pictures.
+        """
+        fields = {key: str(data.get(key) or "") for key in ("words", "choice", "floor", "ticket")}
+        sorting, error, only = None, "", None
         if fields["words"].strip():
             try:
                 sorting = self.sorter.sort(SortRequest.from_page(data))
+                only = self._group(sorting, data)
             except ClipkitError as caught:
                 error = str(caught)
             except Exception:  # the person reads a sentence, the terminal has the traceback
                 log.exception("sorting failed")
                 error = FAULT
-        page = render.sort_page(fields, reports=self.reports.rows(), sorting=sorting, error=error)
+        page = render.sort_page(
+            fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error
+        )
         return page, self.status()
+
+    def _group(self, sorting: Sorting, data: Mapping[str, Any]) -> Group | None:
+        """Return the group that the browser asks for alone, with as many of its pictures as it wants."""
+        group, k = data.get("group"), data.get("k") or render.GROUP_PAGE
+        groups = [one for one in sorting.groups if one.number == group and group is not None]
+        if not groups or not isinstance(k, int) or k < 1:
+            return None
+        return replace(groups[0], best=self.sorter.best(sorting, groups[0].number, k))
 
     def index(self, data: Mapping[str, Any]) -> str:
         """Start to index a folder, typed or chosen by its key; return the reason if it cannot, else

@@ -21,7 +21,7 @@ from jinja2.ext import Extension
 
 from app.corrections import as_query
 from app.web.requests import PAGE_SIZE, SearchRequest
-from app.web.sorting import CLOSE, PHRASINGS, Sorting
+from app.web.sorting import CLOSE, FLOORS, PHRASINGS, Group, Sorting
 from clipkit.query import CHOICES, KEYS, SYNTAX
 from clipkit.wording import count, duration, percent, printable
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from clipkit.embed import Summary
 
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
+GROUP_PAGE = 120  # pictures of a whole group of the Classify page, and the step of "show more"
 SIDES = (640, 1280, 1920, 3840)  # choices of the longer side, in pixels
 
 
@@ -156,13 +157,18 @@ def sort_page(
     *,
     reports: Sequence[ReportRow],
     sorting: Sorting | None = None,
+    only: Group | None = None,
     error: str = "",
 ) -> str:
-    """Return the Sort page with the words, the choice and the ticket that the browser sent."""
+    """Return the Classify page with the words, the choices and the ticket that the browser sent; with
+    `only`, all of one group in place of the best of each."""
     return part(
         "sort",
         **fields,
         choices=PHRASINGS,
+        floors=FLOORS,
+        only=only,
+        group_page=GROUP_PAGE,
         close_lead=CLOSE,
         sorting=sorting,
         error=error,

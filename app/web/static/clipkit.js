@@ -11,6 +11,7 @@
   let trigger = null; // set by attach(): sends an event to Python
   let current = empty();
   let ticket = 0;
+  let classified = {}; // what the Classify page was last asked
   let arriving = true; // nothing has been shown yet
   let shown = -1; // position of the viewed picture among the cards on the page
   let opener = null; // what had the focus before the viewer
@@ -38,16 +39,20 @@
     $("#ask [data-do=filters]").ariaLabel = `Filters and order${set ? `, ${set} set` : ""}`;
   };
 
-  // The Sort page replaces the results, and has an address like a search.
-  const evaluate = ({ words = "", choice = "" } = {}, { remember = true } = {}) => {
+  // The Classify page replaces the results, and has an address like a search. `group` is a number: all of one word.
+  const evaluate = ({ words = "", choice = "", floor = "", group = null, k = 0 } = {}, { remember = true } = {}) => {
     ticket += 1;
     document.body.dataset.busy = "yes";
-    if (remember) history.pushState({ evaluate: { words, choice } }, "", "#evaluate");
-    trigger("evaluate", { words, choice, ticket: String(ticket) });
+    classified = { words, choice, floor, group, k };
+    const parameters = new URLSearchParams({ words, choice, floor });
+    if (remember) history.pushState({ evaluate: classified }, "", words ? `#classify?${parameters}` : "#classify");
+    trigger("evaluate", { ...classified, ticket: String(ticket) });
   };
 
   const back = (state) => {
-    if (state?.evaluate || location.hash === "#evaluate") evaluate(state?.evaluate, { remember: false });
+    const [, linked] = location.hash.match(/^#(?:classify|evaluate)(?:\?(.*))?$/) || [null, null];
+    if (state?.evaluate) evaluate(state.evaluate, { remember: false });
+    else if (linked !== null) evaluate(Object.fromEntries(new URLSearchParams(linked)), { remember: false });
     else send(state || from_address(), { remember: false });
   };
 
@@ -403,6 +408,8 @@
     },
     home: () => send({}),
     evaluate: () => evaluate(),
+    class: ({ dataset: { group, k } }) =>
+      evaluate({ ...classified, group: group === "" ? null : Number(group), k: Number(k) || 0 }, { remember: !k }),
     theme: () => {
       const now = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
       localStorage.setItem("clipkit-theme", now);
@@ -424,7 +431,8 @@
       const words = sent.elements.words.value.trim();
       send({ words, picture: current.picture, similar: current.similar, ...filters() });
     } else if (sent.dataset.do === "sort") {
-      evaluate({ words: sent.elements.words.value, choice: sent.elements.choice.value });
+      const { words, choice, floor } = sent.elements;
+      evaluate({ words: words.value, choice: choice.value, floor: floor.value });
     } else if (sent.dataset.do === "index") {
       for (const refused of $$("#refusal .run")) refused.hidden = false; // the same may be said again
       trigger("index", { folder: sent.elements.folder.value });
