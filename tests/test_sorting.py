@@ -317,6 +317,7 @@ def test_sorting_in_a_real_browser(
         page.set_default_timeout(20_000)
         page.goto(f"{address}/#evaluate")
         page.fill(".evaluate textarea", "red, blue\nwhite")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
         page.select_option(".evaluate [name=choice]", "alone")
         page.select_option(".evaluate [name=floor]", "90")
         page.click(".sort [type=submit]")
