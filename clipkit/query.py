@@ -37,9 +37,17 @@ KEYS = MappingProxyType(
         "tag": "has this tag: tag:holiday",
         "width": "at least this many pixels wide: width:1920",
         "height": "at least this many pixels high: height:1080",
-        "orientation": "landscape, portrait or square",
-        "sort": "score, date (newest first) or name",
+        "orientation": "landscape, portrait or square: orientation:portrait",
+        "sort": "score, date (newest first) or name: sort:date",
     }
+)
+# What else a person can type, as (example, meaning). With KEYS, all that the page's help shows.
+SYNTAX = (
+    ("a dog on a beach", "what the picture shows, in plain words"),
+    ("beach -dog", "push a word away"),
+    ('street -"red car"', "push several words away"),
+    ("beach^2 dog", "weigh a word, from 0.01 to 10"),
+    ('"IMG 20"', "must occur in file name, caption or tag"),
 )
 MAX_CHARS = 10_000
 MAX_PARTS = 64  # terms, examples, phrases and filters; the free words together are one
@@ -47,7 +55,7 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 10.0
 
 _PATHS = ("path", "folder")
 _ONCE = ("after", "before", "width", "height", "orientation", "sort")
-_CHOICES = {
+CHOICES = {
     "orientation": ("landscape", "portrait", "square"),
     "sort": ("score", "date", "name"),
 }
@@ -305,13 +313,13 @@ def _canonical(key: str, value: str, position: int) -> str:
         return _date(key, value, position)
     if key in ("width", "height"):
         return _pixels(key, value, position)
-    if key in _CHOICES:
+    if key in CHOICES:
         choice = value.lower()
-        if choice not in _CHOICES[key]:
-            near = difflib.get_close_matches(choice, _CHOICES[key], n=1, cutoff=0.0)[0]
+        if choice not in CHOICES[key]:
+            near = difflib.get_close_matches(choice, CHOICES[key], n=1, cutoff=0.0)[0]
             raise QueryError(
                 f"unknown {key} '{_shorten(value)}' at position {position}; did you mean "
-                f"'{near}'? It is one of {', '.join(_CHOICES[key])}"
+                f"'{near}'? It is one of {', '.join(CHOICES[key])}"
             )
         return choice
     if key == "format":

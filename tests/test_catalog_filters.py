@@ -220,3 +220,26 @@ def test_folders_count_what_lies_below_them_up_to_the_root(writer: Catalog) -> N
         ("/p/photos/2023/may", 1),
     ]  # fmt: skip
     assert writer.folders(limit=1) == [("/p/photos", 4)]
+
+
+def test_facets_are_the_values_of_live_pictures_with_their_numbers(writer: Catalog) -> None:
+    """Two JPEGs of one camera, a PNG without; the dead picture counts nowhere. Most frequent first."""
+    add(writer, 1, "/p/1.jpg", camera="Acme One", tags=["Holiday", "sea"])
+    add(writer, 2, "/p/2.jpg", camera="Acme One", tags=["sea"])
+    add(writer, 3, "/p/3.png", format="PNG")
+    add(writer, 4, camera="gone", tags=["gone"])
+    facets = writer.facets()
+    assert facets.formats == (("JPEG", 2), ("PNG", 1))
+    assert facets.cameras == (("Acme One", 2),)
+    assert facets.tags == (("sea", 2), ("holiday", 1))
+    assert writer.facets(limit=1).formats == (("JPEG", 2),)
+
+
+def test_a_whole_camera_and_the_longer_side(writer: Catalog) -> None:
+    """ "iPhone 12" is a part of "iPhone 12 Pro", and not it; 900 is the height of the second."""
+    first = add(writer, 1, "/p/1.jpg", camera="iPhone 12")
+    second = add(writer, 2, "/p/2.jpg", camera="iPhone 12 Pro", width=600, height=900)
+    assert writer.matching(Filters(cameras=("iphone 12",))).tolist() == [first, second]
+    assert writer.matching(Filters(camera="iPhone 12")).tolist() == [first]
+    assert writer.matching(Filters(min_side=900)).tolist() == [second]
+    assert writer.matching(Filters(min_side=901)).tolist() == []

@@ -57,9 +57,9 @@ def test_a_folder_is_indexed_from_the_page(
     with served(workspace) as address:
         page = visit(address)
         assert page.inner_text("#results h1") == "Nothing indexed yet"
-        page.click("[data-do=add]")  # the same in a dialog, which must not open unseen
-        page.wait_for_selector("#adder form.add input")
-        page.click("#adder [data-do=close-adder]")
+        page.click("[data-do=folders]")  # the same in a dialog, which must not open unseen
+        page.wait_for_selector("#folders form.add input")
+        page.click("#folders [data-do=close-dialog]")
         for folder, said in (("photos", "not a full path"), ("/no/such", "no folder")):
             page.fill("#results form.add input", folder)
             page.click("#results form.add button")
@@ -74,18 +74,18 @@ def test_a_folder_is_indexed_from_the_page(
         assert page.locator(".hit").count() > 0
         assert page.locator("#run .run.running").count() == 1
         # One run at a time, and it can be stopped and gone on with.
-        page.click("#tools [data-do=add]")
-        page.fill("#adder input", str(photos))
-        page.click("#adder form button")
+        page.click("#tools [data-do=folders]")
+        page.fill("#folders input", str(photos))
+        page.click("#folders form button")
         page.wait_for_selector("#refusal .run.failed >> text=already in progress")
         page.wait_for_selector("#run [data-do=stop]")
         page.click("#run [data-do=stop]")
         wait_for_stopping(workspace)
         model.released.set()
         page.wait_for_selector("#run .run.stopped")
-        page.click("#tools [data-do=add]")
-        page.fill("#adder input", str(photos))
-        page.click("#adder form button")
+        page.click("#tools [data-do=folders]")
+        page.fill("#folders input", str(photos))
+        page.click("#folders form button")
         page.wait_for_selector("#run .run.done")
         assert re.search(r"\d+ added, \d+ unchanged, 1 skipped", page.inner_text("#run p"))
         page.click("#run summary")
@@ -94,7 +94,7 @@ def test_a_folder_is_indexed_from_the_page(
         ask(page, "blue blue")
         assert "of 60 pictures" in page.inner_text(".summary p")
         page.click("#run [data-do=dismiss]")
-        assert page.locator("#run .run").is_hidden()
+        page.wait_for_selector("#run .run", state="detached")  # the server shows it no more
         page.close()  # before the server: one more tick may be on its way
 
 

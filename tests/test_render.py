@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from jinja2 import UndefinedError
 
 from app.web import render
+from app.web.folders import Listing, Root
 from app.web.indexing import Run
 from app.web.requests import SearchRequest
 from app.web.saved_reports import ReportRow
 from app.web.sorting import Group, Guess, Sorting, SortRequest
 from app.web.workspace import FolderRow, SearchAnswer, Status
-from clipkit.catalog import PictureRow, SkippedRow
+from clipkit.catalog import Facets, PictureRow, SkippedRow
 from clipkit.embed import Progress, Summary
 from clipkit.errors import InputError
+from clipkit.query import KEYS, SYNTAX, parse
 from clipkit.search import SearchHit
 from clipkit.wording import printable
 
@@ -95,6 +97,7 @@ def results(
 def every_part(evil: str) -> str:
     """Everything that can hold a text from outside, with `evil` for each."""
     one = hit(name=evil.replace("/", "|"), captions=(evil,))
+    below = "/a/" + evil.replace("/", "|")
     run = Run(
         (evil,), error=evil, over=True, skipped=(SkippedRow(evil, evil, evil),), skipped_total=1
     )
@@ -104,7 +107,7 @@ def every_part(evil: str) -> str:
         "0", SortRequest((evil,)), (Group(evil, 1, 1.0, 1.0, (guess,)),), (guess,), 1, 0.0,
         none, none, none, none, none,
     )  # fmt: skip
-    fields = {"words": evil, "choice": evil, "ticket": evil}
+    fields = {"words": evil, "choice": evil, "floor": evil, "ticket": evil}
     report = ReportRow(evil, evil, (evil,), evil)
     status = replace(STATUS, spec=evil, encoder_id=evil, newest=evil)
     return "".join(
@@ -115,7 +118,17 @@ def every_part(evil: str) -> str:
             render.part("home", status=status, examples=[evil], newest=[one.picture]),
             render.failure(evil, ticket=evil),
             render.part("status", status=status),
-            render.filters([FolderRow(evil, evil, 1), FolderRow("/a/b", "k", 2)]),
+            render.filters(
+                [
+                    FolderRow("/a", "k", 2),
+                    FolderRow(below, evil, 1),
+                    FolderRow(f"{below}/b", "k", 1),
+                ],
+                Facets(((evil, 1),), ((evil, 1),), ((evil, 1),)),
+                ["/a"],
+            ),
+            render.part("folders", roots=[Root(evil, 1, 1, missing=True)], may_index=True),
+            render.part("listing", listing=Listing(evil, "", 1, ((evil, evil),), 1)),
             render.run(run),
             render.sort_page(fields, reports=[report], sorting=sorting, error=evil),
         ]
@@ -217,12 +230,41 @@ def test_an_empty_answer_offers_the_way_out() -> None:
     assert "No picture matches these filters." in html and 'data-do="clear-filters"' in html
 
 
-def test_folders_are_named_without_what_they_share() -> None:
-    """/home/me is shared by all; /home/me/a is one of them, so its own name is kept."""
-    rows = [("/home/me/a", "k1", 9), ("/home/me/a/b", "k2", 4), ("/home/me/c", "k3", 1)]
-    html = render.filters([FolderRow(*row) for row in rows])
-    assert re.findall(r">([^<>]+) \(\d\)</option>", html) == ["a", "a/b", "c"]
-    assert "/home/me/a/b" in Tags(html).attributes("title")
+def test_folders_stand_below_their_parent_without_what_all_share() -> None:
+    """/home/me is shared by all; /home/me/a is one of them, so its own name is kept. What is typed
+    after `folder:` begins with the name of the indexed folder around it."""
+    rows = [("/home/me/a", 9), ("/home/me/a/b", 4), ("/home/me/c", 1), ("/home/me/a/b/a b", 1)]
+    folders = [FolderRow(path, f"k{count}", count) for path, count in rows]
+    html = render.filters(folders, Facets(), ["/home/me/a", "/home/me/c", "/home/me/a/b"])
+    assert re.findall(r'<optgroup label="(.+?)">|>([^<>]+ \(\d\))</option>', html) == [
+        ("", "a (9)"), ("", "c (1)"), ("a", ""), ("", "b (4)"), ("a/b", ""), ("", "a b (1)"),
+    ]  # fmt: skip
+    tags = Tags(html)
+    assert "/home/me/a/b" in tags.attributes("title")
+    assert tags.attributes("data-typed") == ["a", "c", "b", "b/a b"]
+
+
+def test_a_folder_whose_name_cannot_be_typed_is_not_completed() -> None:
+    html = render.filters([FolderRow("/p/caf\udce9", "k", 1)], Facets(), ["/p"])
+    assert Tags(html).attributes("data-typed") == [""]
+
+
+def test_the_help_shows_all_that_can_be_typed() -> None:
+    """Every key and its description, with examples that are queries of that key. A key that is added
+    to the query language appears by itself."""
+    tags = Tags(render.help_panel())
+    assert tags.attributes("data-key") == list(KEYS)
+    for key, meaning in KEYS.items():
+        assert f"{key}:{meaning}" in tags.said
+    tried = [str(words) for words in tags.attributes("data-words")]
+    assert tried[: len(SYNTAX)] == [example for example, _ in SYNTAX]
+    queries = [parse(words) for words in tried]
+    for key in KEYS:
+        uses = [
+            q.sort is not None if key == "sort" else any(f.key == key for f in q.filters)
+            for q in queries
+        ]
+        assert any(uses), key
 
 
 def test_a_run_shows_what_can_be_done_with_it() -> None:
@@ -281,6 +323,17 @@ def test_an_ask_is_read_from_what_the_page_sends() -> None:
         and SearchRequest.from_page({"words": "  ", "k": 99}).is_empty
     )
     assert not SearchRequest.from_page({"folder": "x"}).is_empty
+    keys = {SearchRequest.from_page(data).key for data in ({}, {"sort": "date"}, {"size": "640"})}
+    assert len(keys) == 3 and SearchRequest(k=99).key in keys
+
+
+def test_the_model_is_named_for_people() -> None:
+    """The id stands in the tooltip only; a run's folder is named without its path."""
+    tags = Tags(render.part("status", status=replace(STATUS, spec="/home/me/runs/pets")))
+    assert tags.said.startswith("pets") and "0000" not in tags.said
+    assert "encoder 0000000000000000" in str(tags.attributes("title")[0])
+    tags = Tags(render.part("status", status=replace(STATUS, spec="ViT-B-32/openai")))
+    assert tags.said.startswith("ViT-B-32/openai")
 
 
 @pytest.mark.parametrize(
@@ -290,6 +343,10 @@ def test_an_ask_is_read_from_what_the_page_sends() -> None:
         ({"k": 0}, "k is 0; it must be a whole number from 1"),
         ({"k": True}, "k is True"),
         ({"k": "many"}, "k is 'many'"),
+        ({"sort": "size"}, "sort is 'size'; it must be one of score, date, name"),
+        ({"orientation": "round"}, "orientation is 'round'"),
+        ({"size": "-1"}, "size is '-1'; it must be a number of pixels"),
+        ({"size": 3}, "size is 3; it must be text"),
         ({"after": "May"}, "'May' is not a date; use the form 2023-05-31"),
         ({"after": "2023-02-30"}, "'2023-02-30' is not a date"),
         ({"after": "2024-01-02", "until": "2024-01-01"}, "the first must not be later"),

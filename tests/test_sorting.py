@@ -82,8 +82,8 @@ def client(workspace: Workspace, sorter: Sorter) -> TestClient:
     return TestClient(app, base_url=HOST, raise_server_exceptions=False)
 
 
-def request(words: str, choice: str = "alone") -> SortRequest:
-    return SortRequest.from_page({"words": words, "choice": choice})
+def request(words: str, choice: str = "alone", floor: str = "0") -> SortRequest:
+    return SortRequest.from_page({"words": words, "choice": choice, "floor": floor})
 
 
 def counts(sorting: Sorting) -> dict[str, int]:
@@ -108,6 +108,7 @@ def test_words_come_on_lines_or_between_commas() -> None:
         ({"words": 7}, "must be text"),
         ({"words": "red, blue", "choice": "../x"}, "unknown phrasing '../x'"),
         ({"words": "red, blue", "choice": ["x"]}, "unknown phrasing"),
+        ({"words": "red, blue", "floor": "49"}, "unknown floor '49'; choose from 0, 50, 70, 90"),
     ],
 )
 def test_what_cannot_be_sorted_into_is_a_sentence(data: dict[str, Any], said: str) -> None:
@@ -139,6 +140,26 @@ def test_pictures_go_to_the_word_that_fits_best(sorter: Sorter) -> None:
     (close,) = sorting.close
     assert {close.word, close.second} == {"blue", "red"} and "/=" in close.row.path
     assert close.probability == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_picture_of_no_word_is_none_of_these(sorter: Sorter, client: TestClient) -> None:
+    """A background word, unknown to the model, is (72.5, -127.5, 72.5) / 163.6. Its cosine is 0.45 to
+    a red and to a blue picture, 0.06 to the white one. With the logit scale of 10, red has
+    e^10 / (e^10 + 4 e^4.5) = 0.984 in a red picture, and e^-3.3 / (2 e^-3.3 + 4 e^0.6) = 0.005 in the
+    white one: beyond any floor."""
+    assert request("red, blue").floor == 0
+    assert SortRequest.from_page({"words": "red, blue"}).floor == 50
+    sorting = sorter.sort(request("red, blue", floor="90"))
+    assert counts(sorting) == {"red": 30, "blue": 10, module.NONE: 1}
+    red, _, none = sorting.groups
+    assert red.best[0].probability == pytest.approx(0.984, abs=1e-3)
+    (guess,) = none.best
+    assert "/=" in guess.row.path and guess.probability == pytest.approx(0.005, abs=1e-3)
+    assert sorting.close == ()  # what is none of these is no close call
+    assert len(sorter.best(sorting, red.number, 25)) == 25
+    assert sorter.best(sorting, none.number, 25) == none.best
+    rows = csv.reader(io.StringIO(client.get(f"/sortings/{sorting.key}.csv").text))
+    assert [row[0] for row in rows if row[-1] == "no"] == [guess.row.path]
 
 
 def test_no_picture_is_read_for_it(sorter: Sorter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +230,7 @@ def test_the_table_holds_every_picture_once(client: TestClient, sorter: Sorter) 
     assert answer.headers["content-type"].startswith("text/csv")
     assert answer.headers["content-disposition"].startswith("attachment")
     rows = list(csv.reader(io.StringIO(answer.content.decode())))
-    assert rows[0] == ["path", "word", "probability", "second word", "its probability"]
+    assert rows[0] == ["path", "word", "probability", "second word", "its probability", "sure"]
     assert len({row[0] for row in rows[1:]}) == len(rows) - 1 == 41
     assert sum(row[1] == "red" for row in rows) == 30
     # a spreadsheet would run a cell that begins with "="
@@ -261,6 +282,8 @@ def test_what_was_typed_stays(page: Page) -> None:
     answer, _ = page.sort({"words": "red,\nblue", "choice": "plain"})
     assert ">red,\nblue</textarea>" in answer
     assert '<option value="plain" selected>' in answer
+    assert '<option value="50" selected>' in answer
+    assert '<option value="70" selected>' in page.sort({"words": "red", "floor": "70"})[0]
 
 
 # ---- in a browser
@@ -283,6 +306,7 @@ def test_sorting_in_a_real_browser(
         "<script>document.querySelector('p').textContent = 'run'</script>"
     )
     monkeypatch.setenv("CLIPKIT_REPORTS", str(tmp_path / "reports"))
+    monkeypatch.setattr("app.web.render.GROUP_PAGE", 20)
     with (
         playwright.sync_playwright() as driver,
         served(Workspace(library, Model())) as address,  # type: ignore[arg-type]
@@ -293,15 +317,18 @@ def test_sorting_in_a_real_browser(
         page.set_default_timeout(20_000)
         page.goto(f"{address}/#evaluate")
         page.fill(".evaluate textarea", "red, blue\nwhite")
-        page.select_option(".evaluate select", "alone")
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+        page.select_option(".evaluate [name=choice]", "alone")
+        page.select_option(".evaluate [name=floor]", "90")
         page.click(".sort [type=submit]")
         page.wait_for_selector(".shares")
         assert page.locator("#ask form[data-do=search]").is_hidden()
         cells = page.eval_on_selector_all(".shares tbody tr", "all => all.map(r => r.innerText)")
         assert [" ".join(cell.split()) for cell in cells] == [
-            "red 30 73.2 % 99.9 %",
-            "blue 10 24.4 % 99.9 %",
+            "red 30 73.2 % 98.4 %",
+            "blue 10 24.4 % 98.4 %",
             "white 1 2.4 % 99.9 %",
+            "None of these 0 0.0 % –",
         ]
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         with page.expect_download() as download:
@@ -310,6 +337,16 @@ def test_sorting_in_a_real_browser(
         page.click(".word .open >> nth=0")
         page.wait_for_selector("#viewer dd")
         page.keyboard.press("Escape")
+        # All pictures of a word, in steps, and back to all words.
+        page.click("text=Show all 30")
+        page.wait_for_selector(".word.all")
+        assert page.locator(".hit").count() == 20
+        page.click("text=Show 10 more")
+        page.wait_for_function("document.querySelectorAll('.hit').length === 30")
+        assert "30 of 30 pictures" in page.inner_text(".word h2")
+        page.click("text=Back to all words")
+        page.wait_for_selector(".word:not(.all)")
+        assert page.url.endswith("#classify?words=red%2C+blue%0Awhite&choice=alone&floor=90")
         page.click("[data-do=home]")
         page.wait_for_selector(".home .chips")
         page.go_back()

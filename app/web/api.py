@@ -11,8 +11,12 @@
     GET  /sortings/{key}.csv the pictures as they were sorted into words
     POST /corrections        {"picture": id, "query": words, "right": true, false or null to unmark}
     GET  /corrections.jsonl  all marks of results, for `clipkit data build`
+    GET  /folders            the indexed folders, as HTML for the folders panel
+    POST /folders/browse     a folder's key as the request's body -> the folders inside it, as HTML
+    POST /folders/forget     the same -> the indexed folders without it, as HTML
 
-No path from a request reaches the file system. Errors are JSON: {"error": one sentence}. The only
+No path from a request reaches the file system but that of /folders/browse, which app.web.folders
+checks. Errors are JSON: {"error": one sentence}. The only
 module that knows FastAPI; the page itself is Gradio's, mounted by page.py.
 """
 
@@ -39,6 +43,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.corrections import MARK_BYTES, Mark
+from app.web import render
 from app.web.requests import QUERY_MEGABYTES, UnknownPictureError
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
@@ -47,12 +52,14 @@ from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
 
 ImageId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
+KEY_BYTES = 20_000  # a request about a folder
 FOREVER = "private, max-age=31536000, immutable"  # the address names the content: it cannot change
 STATIC = {
     name: (resources.files("app.web").joinpath("static", name).read_bytes(), mime)
     for name, mime in (
         ("clipkit.css", "text/css; charset=utf-8"),
         ("clipkit.js", "text/javascript; charset=utf-8"),
+        ("panel.js", "text/javascript; charset=utf-8"),
         ("clipkit.svg", "image/svg+xml"),
     )
 }
@@ -65,7 +72,8 @@ _GRADIO = re.compile(
 )
 _OWN = re.compile(
     r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+"
-    r"|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?)"
+    r"|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
+    r"|folders(/(browse|forget))?)"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 
@@ -182,6 +190,20 @@ def create_app(
         lines = (json.dumps(row) + "\n" for row in workspace.exported())
         return _download(lines, "application/x-ndjson", "clipkit-corrections.jsonl")
 
+    @app.get("/folders")
+    def roots() -> Response:
+        return _fragment("folders", roots=workspace.roots(), may_index=workspace.may_index)
+
+    @app.post("/folders/browse")
+    async def browse(request: Request) -> Response:
+        listing = await run_in_threadpool(workspace.browse, await _key(request))
+        return _fragment("listing", listing=listing)
+
+    @app.post("/folders/forget")
+    async def forget(request: Request) -> Response:
+        await run_in_threadpool(workspace.forget, await _key(request))
+        return await run_in_threadpool(roots)
+
     @app.get("/favicon.ico")
     def icon() -> Response:
         return static("clipkit.svg")
@@ -197,6 +219,16 @@ async def _body(request: Request, limit: int, too_large: str) -> bytes:
         if len(data) > limit:
             raise HTTPException(413, too_large)
     return bytes(data)
+
+
+async def _key(request: Request) -> str:
+    """Return the folder's key that is the request's body."""
+    body = await _body(request, KEY_BYTES, "the path of the folder is too long")
+    return body.decode("ascii", "replace")
+
+
+def _fragment(name: str, **values: object) -> Response:
+    return Response(render.part(name, **values), media_type="text/html", headers=_FRESH)
 
 
 def _picture(data: bytes, mime: str = "image/jpeg") -> Response:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +20,8 @@ from clipkit.lazy_encoder import LazyEncoder
 log = logging.getLogger(__name__)
 
 SKIPPED_SHOWN = 200  # of the list of skipped files
+# How long a run that is over is shown, unless it is dismissed: with something to read, or without.
+READ_SECONDS, SEEN_SECONDS = 600.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,13 @@ class Run:
     over: bool = False
     skipped: tuple[SkippedRow, ...] = ()  # below these folders, the first SKIPPED_SHOWN
     skipped_total: int = 0
+    ended: float | None = None  # time.monotonic()
+
+    @property
+    def to_read(self) -> bool:
+        """Whether it ended with something that asks for attention."""
+        unavailable = self.summary is not None and self.summary.unavailable
+        return bool(self.error or self.skipped_total or unavailable)
 
     @property
     def state(self) -> str:
@@ -57,8 +68,12 @@ class Indexer:
 
     @property
     def run(self) -> Run | None:
-        """The last run; None before the first."""
-        return self._run
+        """The run in progress, or the last one while it is shown."""
+        run = self._run
+        if run is not None and run.ended is not None:
+            shown = READ_SECONDS if run.to_read else SEEN_SECONDS
+            return run if time.monotonic() - run.ended < shown else None
+        return run
 
     @property
     def busy(self) -> bool:
@@ -80,6 +95,12 @@ class Indexer:
                 target=self._work, args=(roots, self._stop), name="clipkit-index", daemon=True
             )
             self._thread.start()
+
+    def dismiss(self) -> None:
+        """Show the last run no more, if it is over."""
+        with self._lock:
+            if self._run is not None and self._run.over:
+                self._run = None
 
     def stop(self) -> None:
         """Stop the run after its current batch; what it has indexed stays."""
@@ -119,7 +140,7 @@ class Indexer:
         except Exception:  # the page shows a sentence, the terminal has the traceback
             log.exception("indexing failed")
             changes["error"] = "unexpected error while indexing; see the terminal for details"
-        self._update(over=True, **changes)
+        self._update(over=True, ended=time.monotonic(), **changes)
 
 
 def _below(path: str, roots: Sequence[Path]) -> bool:
@@ -130,7 +151,9 @@ def _folder(typed: str) -> Path:
     text = typed.strip()
     path = Path(text).expanduser()
     if not path.is_absolute():
-        raise InputError(f"{text!r} is not a full path; use the form /home/me/Pictures")
+        raise InputError(
+            f"{text!r} is not a full path; use the form /home/me/Pictures or ~/Pictures"
+        )
     if not path.is_dir():
         raise InputError(f"no folder {text}; check the spelling")
-    return path
+    return Path(os.path.abspath(path))

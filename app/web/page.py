@@ -1,7 +1,8 @@
 """The page: Gradio's blocks, events and queue around our own HTML, and the server that runs it.
 
 The only module that knows Gradio. The page is HTML components whose values render.py makes;
-clipkit.js sends four events ("ask", "evaluate", "index", "stop") and shows what comes back. No event
+clipkit.js sends events ("ask", "evaluate", "index", "stop", "dismiss", "refresh") and
+shows what comes back. No event
 takes a component as its input and no component handles files, so that Gradio never resolves a path
 that a browser sends; api.py lets none of its file routes through. Pictures go out by content hash.
 """
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +26,11 @@ import gradio as gr
 
 from app.web import render
 from app.web.api import STATIC, create_app
+from app.web.folders import path_of
 from app.web.indexing import Run
 from app.web.requests import SearchRequest
 from app.web.saved_reports import SavedReports
-from app.web.sorting import Sorter, SortRequest
+from app.web.sorting import Group, Sorter, Sorting, SortRequest
 from app.web.workspace import Contents, Workspace
 from clipkit.errors import ClipkitError, InputError
 from clipkit.library import open_encoder
@@ -50,7 +53,7 @@ SETTINGS = {
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",
 }
 # Gradio lets Python listen to the events whose names stand in quotes here.
-ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop'"
+ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop' 'dismiss' 'refresh'"
 
 
 class Page:
@@ -109,24 +112,42 @@ class Page:
         return self._results(data, contents, ticket), self.status(contents)
 
     def sort(self, data: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the Sort page, with the result if the browser sent words, and the status."""
-        fields = {key: str(data.get(key) or "") for key in ("words", "choice", "ticket")}
-        sorting, error = None, ""
+        """Return the Classify page, with the result if the browser sent words, and the status.
+
+        "group" is the number of the one group to show, and "k" how many of its pictures.
+        """
+        fields = {key: str(data.get(key) or "") for key in ("words", "choice", "floor", "ticket")}
+        sorting, error, only = None, "", None
         if fields["words"].strip():
             try:
                 sorting = self.sorter.sort(SortRequest.from_page(data))
+                only = self._group(sorting, data)
             except ClipkitError as caught:
                 error = str(caught)
             except Exception:  # the person reads a sentence, the terminal has the traceback
                 log.exception("sorting failed")
                 error = FAULT
-        page = render.sort_page(fields, reports=self.reports.rows(), sorting=sorting, error=error)
+        page = render.sort_page(
+            fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error
+        )
         return page, self.status()
 
+    def _group(self, sorting: Sorting, data: Mapping[str, Any]) -> Group | None:
+        """Return the group that the browser asks for alone, with as many of its pictures as it wants."""
+        group, k = data.get("group"), data.get("k") or render.GROUP_PAGE
+        groups = [one for one in sorting.groups if one.number == group and group is not None]
+        if not groups or not isinstance(k, int) or k < 1:
+            return None
+        return replace(groups[0], best=self.sorter.best(sorting, groups[0].number, k))
+
     def index(self, data: Mapping[str, Any]) -> str:
-        """Start to index the folder that was typed; return the reason if it cannot, else ""."""
+        """Start to index a folder, typed or chosen by its key; return the reason if it cannot, else
+        "".
+        """
         folder = data.get("folder")
         try:
+            if "key" in data:
+                folder = path_of(data["key"])
             if not isinstance(folder, str):
                 raise InputError(f"the folder is {folder!r}; it must be text")
             self.workspace.index([folder])
@@ -157,7 +178,8 @@ class Page:
 
     def _filters_of(self, contents: Contents) -> str:
         if self._filters is None or self._filters[0] is not contents:
-            self._filters = contents, render.filters(contents.folders)
+            drawn = render.filters(contents.folders, contents.facets, contents.roots)
+            self._filters = contents, drawn
         return self._filters[1]
 
 
@@ -167,8 +189,11 @@ def build(page: Page) -> gr.Blocks:
     os.environ.update(SETTINGS)
     workspace = page.workspace
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
-    script = f'<script src="ui/clipkit.js?v={_version("clipkit.js")}"></script>'
-    form = render.part("ask", may_index=workspace.may_index)
+    script = "".join(
+        f'<script src="ui/{name}?v={_version(name)}"></script>'
+        for name in ("clipkit.js", "panel.js")
+    )
+    form = render.part("ask", may_index=workspace.may_index) + render.help_panel()
 
     with gr.Blocks(title="clipkit", analytics_enabled=False, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):
@@ -188,17 +213,21 @@ def build(page: Page) -> gr.Blocks:
             Call it before the page is drawn: a run that ends in between is then drawn as ended by
             one more tick, instead of as running for good.
             """
-            return gr.Timer(active=workspace.indexing or workspace.model.state == "loading")
+            run = workspace.run
+            fading = run is not None and not run.to_read  # in progress, or shown for a minute
+            return gr.Timer(
+                active=fading or workspace.indexing or workspace.model.state == "loading"
+            )
 
         def on_load() -> tuple[Any, ...]:
             timer = next_timer()
             return *page.load(), timer
 
-        def on_ask(event: gr.EventData) -> tuple[str, str]:
-            return page.search(_data(event))
+        def on_ask(event: gr.EventData) -> tuple[str, str, str]:
+            return *page.search(_data(event)), page.run()
 
-        def on_evaluate(event: gr.EventData) -> tuple[str, str]:
-            return page.sort(_data(event))
+        def on_evaluate(event: gr.EventData) -> tuple[str, str, str]:
+            return *page.sort(_data(event)), page.run()
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
@@ -209,16 +238,22 @@ def build(page: Page) -> gr.Blocks:
             workspace.stop()
             return page.run()
 
+        def on_dismiss() -> str:
+            workspace.dismiss()
+            return page.run()
+
         def on_tick() -> tuple[Any, ...]:
             timer = next_timer()
             return *page.tick(), timer
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
-        ask.ask(on_ask, None, [results, status], trigger_mode="always_last", **quiet)
-        ask.evaluate(on_evaluate, None, [results, status], trigger_mode="always_last", **quiet)
+        ask.ask(on_ask, None, [results, status, run], trigger_mode="always_last", **quiet)
+        ask.evaluate(on_evaluate, None, [results, status, run], trigger_mode="always_last", **quiet)
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
+        ask.dismiss(on_dismiss, None, [run], **quiet)
+        ask.refresh(on_tick, None, [status, filters, run, timer], **quiet)
         timer.tick(on_tick, None, [status, filters, run, timer], **quiet)
     blocks.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
     return blocks

@@ -9,6 +9,7 @@ out of it as a JavaScript template literal.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,17 +21,20 @@ from jinja2.ext import Extension
 
 from app.corrections import as_query
 from app.web.requests import PAGE_SIZE, SearchRequest
-from app.web.sorting import CLOSE, PHRASINGS, Sorting
+from app.web.sorting import CLOSE, FLOORS, PHRASINGS, Group, Sorting
+from clipkit.query import CHOICES, KEYS, SYNTAX
 from clipkit.wording import count, duration, percent, printable, reason_text
 
 if TYPE_CHECKING:
     from app.web.indexing import Run
     from app.web.saved_reports import ReportRow
     from app.web.workspace import FolderRow, SearchAnswer
-    from clipkit.catalog import PictureRow
+    from clipkit.catalog import Facets, PictureRow
     from clipkit.embed import Summary
 
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
+GROUP_PAGE = 120  # pictures of a whole group of the Classify page, and the step of "show more"
+SIDES = (640, 1280, 1920, 3840)  # choices of the longer side, in pixels
 
 
 class _Layout(Extension):
@@ -75,6 +79,7 @@ _templates.filters |= {
     "duration": duration,
     "file_name": lambda path: PurePath(path).name,
     "outcome": _outcome,
+    "model_name": lambda spec: PurePath(spec).name if PurePath(spec).is_absolute() else spec,
     "percent": percent,
     "ratio": _ratio,
 }
@@ -86,14 +91,34 @@ def part(name: str, /, **values: Any) -> str:
     return _templates.get_template(f"{name}.html").render(values)
 
 
-def filters(folders: Sequence[FolderRow]) -> str:
-    """Return the folder and date filters; folders are named without the parents they share."""
-    parts = [PurePath(folder.path).parts for folder in folders]
+def filters(folders: Sequence[FolderRow], facets: Facets, roots: Sequence[str]) -> str:
+    """Return the filter panel. Folders stand below their parent, in the order of their paths; parents
+    that all share are left out. The page completes `key:` from the same values."""
+    rows = sorted(folders, key=lambda folder: PurePath(folder.path).parts)
+    parts = [PurePath(folder.path).parts for folder in rows]
     shared = 0  # leading parts that all have, and none consists of alone
     while parts and len({p[shared] for p in parts}) == 1 and min(map(len, parts)) > shared + 1:
         shared += 1
-    labels = ["/".join(names[shared:]) for names in parts]
-    return part("filters", folders=list(zip(folders, labels, strict=True)))
+    groups: dict[str, list[tuple[FolderRow, str]]] = {}
+    for row, names in zip(rows, parts, strict=True):
+        groups.setdefault("/".join(names[shared:-1]), []).append((row, _as_typed(row.path, roots)))
+    shapes = CHOICES["orientation"]
+    return part("filters", groups=groups, facets=facets, shapes=shapes, sides=SIDES)
+
+
+def _as_typed(path: str, roots: Sequence[str]) -> str:
+    """Return what to type after `folder:`, from the name of the indexed folder on; "" if the name
+    cannot be typed."""
+    above = [root for root in roots if PurePath(path).is_relative_to(root)]
+    typed = os.path.relpath(path, os.path.dirname(max(above, key=len))) if above else path
+    return typed if typed == printable(typed) else ""
+
+
+def help_panel() -> str:
+    """Return the help for the query language: a table of what can be typed, from clipkit.query."""
+    example = '({}:(?:"[^"]*"|[^\\s,]+))'
+    keys = {key: re.split(example.format(key), meaning) for key, meaning in KEYS.items()}
+    return part("help", syntax=SYNTAX, keys=keys, choices=CHOICES)
 
 
 def results(
@@ -135,13 +160,18 @@ def sort_page(
     *,
     reports: Sequence[ReportRow],
     sorting: Sorting | None = None,
+    only: Group | None = None,
     error: str = "",
 ) -> str:
-    """Return the Sort page with the words, the choice and the ticket that the browser sent."""
+    """Return the Classify page with the words, the choices and the ticket that the browser sent; with
+    `only`, all of one group in place of the best of each."""
     return part(
         "sort",
         **fields,
         choices=PHRASINGS,
+        floors=FLOORS,
+        only=only,
+        group_page=GROUP_PAGE,
         close_lead=CLOSE,
         sorting=sorting,
         error=error,

@@ -6,17 +6,20 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Any
 
 from clipkit.errors import InputError
 from clipkit.images import Limits, decode, image_id, thumbnail
+from clipkit.query import CHOICES
 
 PAGE_SIZE = 24  # pictures per page of results, and the step of "show more"
 QUERY_MEGABYTES = 64  # one dropped picture
 HELD_MEGABYTES = 256  # all dropped pictures in memory; the oldest go first
 SAMPLE_SIDE = 160  # of a dropped picture as the page shows it, in pixels
+
+_NAMES = ("picture", "similar", "folder", "sort", "orientation", "format", "camera")
 
 
 class UnknownPictureError(InputError):
@@ -33,20 +36,33 @@ class SearchRequest:
     folder: str | None = None  # FolderRow.key
     after: date | None = None
     until: date | None = None  # inclusive
+    sort: str | None = None  # one of CHOICES["sort"]
+    orientation: str | None = None  # one of CHOICES["orientation"]
+    format: str | None = None
+    camera: str | None = None  # its whole name
+    size: int = 0  # least length of the longer side, in pixels
     k: int = PAGE_SIZE
 
     @classmethod
     def from_page(cls, data: Mapping[str, Any]) -> SearchRequest:
         """Read what a browser sent; unknown keys are ignored. Raises InputError for a wrong value."""
         words = _text(data, "words").strip()
-        names = {name: _text(data, name) or None for name in ("picture", "similar", "folder")}
+        names = {name: _text(data, name) or None for name in _NAMES}
+        for name, choices in CHOICES.items():
+            if names[name] and names[name] not in choices:
+                raise InputError(
+                    f"{name} is {names[name]!r}; it must be one of {', '.join(choices)}"
+                )
+        size = _text(data, "size")
+        if size and not (size.isdecimal() and len(size) <= 7):
+            raise InputError(f"size is {size!r}; it must be a number of pixels")
         k = data.get("k", PAGE_SIZE)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"k is {k!r}; it must be a whole number from 1")
         after, until = _date(data, "after"), _date(data, "until")
         if after and until and after > until:
             raise InputError(f"the dates run from {after} to {until}; the first must not be later")
-        return cls(words=words, after=after, until=until, k=k, **names)
+        return cls(words=words, after=after, until=until, size=int(size or 0), k=k, **names)
 
     @property
     def is_empty(self) -> bool:
@@ -61,8 +77,8 @@ class SearchRequest:
     @property
     def key(self) -> str:
         """Hex digits that identify the search, however many results are shown."""
-        parts = (self.words, self.picture, self.similar, self.folder, self.after, self.until)
-        return hashlib.blake2b(repr(parts).encode(errors="replace"), digest_size=8).hexdigest()
+        search = repr(replace(self, k=PAGE_SIZE)).encode(errors="replace")
+        return hashlib.blake2b(search, digest_size=8).hexdigest()
 
 
 class DroppedPictures:

@@ -1,7 +1,8 @@
 """The state behind the page: one index folder, one model, at most one indexing run.
 
 page.py and api.py call it; it knows neither Gradio nor FastAPI. Threads may share it. Pictures are
-named by content hash only. The one path that a request may carry is that of a folder to index.
+named by content hash only. The only paths that a request may carry are those of folders, to index,
+to forget or (app.web.folders) to list.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
 from app.corrections import Corrections, Mark, export, marked_words
+from app.web.folders import Listing, Root, browsable, listing, path_of
 from app.web.indexing import Indexer, Run
 from app.web.requests import DroppedPictures, SearchRequest, UnknownPictureError
-from clipkit.catalog import Catalog, CatalogStats, Filters, PictureRow
+from clipkit.catalog import Catalog, CatalogStats, Facets, Filters, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
@@ -64,8 +66,8 @@ class SearchAnswer:
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Status, folders and newest pictures of the library, for one value of the catalog's change
-    counter. Each part is read when it is first used, then cached."""
+    """Counts, folders, values to filter by and newest pictures of the library, for one value of the
+    catalog's change counter. Each part is read when it is first used, then cached."""
 
     catalog: Catalog | None  # None: there is no index yet
     changes: int
@@ -91,6 +93,16 @@ class Contents:
             hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest() for path, _ in folders
         ]
         return tuple(FolderRow(path, key, n) for (path, n), key in zip(folders, keys, strict=True))
+
+    @cached_property
+    def facets(self) -> Facets:
+        """The formats, cameras and tags that pictures have, for the filters."""
+        return self.catalog.facets() if self.catalog else Facets()
+
+    @property
+    def roots(self) -> tuple[str, ...]:
+        """The indexed folders."""
+        return self._stats.roots if self._stats else ()
 
     @cached_property
     def newest(self) -> tuple[PictureRow, ...]:
@@ -200,10 +212,13 @@ class Workspace:
         filters = self._filters(request, contents)
         words = None
         if request.similar:
-            result = searcher.similar(request.similar, k=request.k, filters=filters)
+            result = searcher.similar(
+                request.similar, k=request.k, filters=filters, sort=request.sort
+            )
         else:
             picture = self.dropped[request.picture] if request.picture else None
             query = parse(request.words)
+            query = replace(query, sort=query.sort or request.sort)
             result = searcher.search(query, k=request.k, image=picture, filters=filters)
             words = None if picture else marked_words(query)
         corrections = self._readable() if words else None
@@ -236,6 +251,10 @@ class Workspace:
             after=request.after.isoformat() if request.after else None,
             before=request.before.isoformat() if request.before else None,
             folders=folders,
+            formats=(request.format,) if request.format else (),
+            camera=request.camera,
+            min_side=request.size,
+            orientation=request.orientation,
         )
 
     # ---- pictures, by content hash
@@ -307,11 +326,19 @@ class Workspace:
         opened = self._open()
         return export(self.corrections.all(), opened[0]) if opened else iter(())
 
-    # ---- indexing
+    # ---- indexing and indexed folders
 
     @property
     def run(self) -> Run | None:
-        return self._indexer.run
+        """The run to show: the one in progress or the last, until it is dismissed or old, or none of
+        its folders is indexed any more."""
+        run = self._indexer.run
+        if run is None or run.summary is None:
+            return run
+        try:
+            return run if {*run.folders} & {*self.contents().roots} else None
+        except ClipkitError:
+            return run
 
     @property
     def indexing(self) -> bool:
@@ -319,9 +346,50 @@ class Workspace:
 
     def index(self, folders: Sequence[str]) -> None:
         """Index folders in the background. Raises InputError and CatalogBusy as Indexer.start does."""
-        if not self.may_index:
-            raise InputError("this page may not index folders; on the server: clipkit index FOLDER")
+        self._check_may_index()
         self._indexer.start(folders)
 
     def stop(self) -> None:
         self._indexer.stop()
+
+    def dismiss(self) -> None:
+        """Show the last run no more, on any page."""
+        self._indexer.dismiss()
+
+    def roots(self) -> list[Root]:
+        """Return the indexed folders. A picture counts once for each file of it."""
+        opened = self._open()
+        if opened is None:
+            return []
+        catalog, _ = opened
+        skipped = [row.path for row in catalog.skipped()]
+        return [
+            Root(
+                path=root,
+                pictures=catalog.places_below(root),
+                skipped=sum(PurePath(path).is_relative_to(root) for path in skipped),
+                missing=not os.path.isdir(root),
+            )
+            for root in catalog.roots()
+        ]
+
+    def browse(self, key: str) -> Listing:
+        """List the folders inside the folder of a key. Raises InputError, see app.web.folders."""
+        self._check_may_index()
+        return listing(key, browsable(self.contents().roots))
+
+    def forget(self, key: str) -> int:
+        """Remove an indexed folder from the index as `clipkit index --forget` does, and return how many
+        files that was. Raises InputError, and CatalogBusy while the index is written."""
+        self._check_may_index()
+        path = path_of(key)
+        if path not in self.contents().roots:
+            raise InputError(
+                f"{printable(path)} is not an indexed folder; it may be forgotten already"
+            )
+        with Catalog.open(self.folder, write=True) as catalog:
+            return catalog.remove_root(path)
+
+    def _check_may_index(self) -> None:
+        if not self.may_index:
+            raise InputError("this page may not index folders; on the server: clipkit index FOLDER")

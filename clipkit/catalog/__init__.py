@@ -22,6 +22,7 @@ from clipkit.catalog.queries import Filters
 from clipkit.catalog.rows import (
     CatalogStats,
     EncoderRow,
+    Facets,
     KnownFile,
     PictureRow,
     SkippedRow,
@@ -33,6 +34,7 @@ __all__ = [
     "Catalog",
     "CatalogStats",
     "EncoderRow",
+    "Facets",
     "Filters",
     "KnownFile",
     "PictureRow",

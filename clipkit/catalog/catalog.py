@@ -20,6 +20,7 @@ from clipkit.catalog.rows import (
     AnyPath,
     CatalogStats,
     EncoderRow,
+    Facets,
     KnownFile,
     PictureRow,
     SkippedRow,
@@ -394,6 +395,11 @@ class Catalog:
         """Return the folders with the most places below them, roots included, with that number."""
         with self._reading() as db:
             return queries.folders(db, limit)
+
+    def facets(self, limit: int = 200) -> Facets:
+        """Return the `limit` most frequent formats, cameras and tags of the live pictures."""
+        with self._reading() as db:
+            return queries.facets(db, limit)
 
 
 def _root(folder: AnyPath) -> tuple[bytes, bytes]:

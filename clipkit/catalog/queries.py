@@ -23,6 +23,7 @@ from clipkit.arrays import Int64
 from clipkit.catalog.rows import (
     ISO_DATE,
     CatalogStats,
+    Facets,
     KnownFile,
     PictureRow,
     StoredVectors,
@@ -69,6 +70,8 @@ class Filters:
     tags: tuple[str, ...] = ()
     min_width: int = 0
     min_height: int = 0
+    min_side: int = 0  # of the longer side
+    camera: str | None = None  # whole, as stored
     orientation: str | None = None  # "landscape", "portrait" or "square"
 
 
@@ -139,6 +142,10 @@ def matching(db: Connection, filters: Filters) -> Int64:
         need("width >= ?", filters.min_width)
     if filters.min_height:
         need("height >= ?", filters.min_height)
+    if filters.min_side:
+        need("max(width, height) >= ?", filters.min_side)
+    if filters.camera is not None:
+        need("camera = ?", clean(filters.camera))
     if filters.orientation is not None:
         if filters.orientation not in _ORIENTATIONS:
             choices = ", ".join(_ORIENTATIONS)
@@ -203,6 +210,23 @@ def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
             total[parent] += count
     best = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:limit]
     return [(os.fsdecode(folder or sep), count) for folder, count in best]
+
+
+def facets(db: Connection, limit: int) -> Facets:
+    """See Catalog.facets. The index of live pictures holds all three columns: no row is read."""
+
+    def counts(column: str) -> Counter[str]:
+        sql = f"SELECT {column}, count(*) FROM pictures WHERE live GROUP BY {column}"
+        return Counter({value: count for value, count in db.execute(sql) if value})
+
+    tags: Counter[str] = Counter()
+    for keys, count in counts("tag_keys").items():
+        tags.update(dict.fromkeys(filter(None, keys.split("\n")), count))
+    most = (
+        sorted(values.items(), key=lambda item: (-item[1], item[0]))[:limit]
+        for values in (counts("format"), counts("camera"), tags)
+    )
+    return Facets(*map(tuple, most))
 
 
 def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:

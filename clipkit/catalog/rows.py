@@ -84,6 +84,14 @@ class CatalogStats:
     newest: str | None
 
 
+class Facets(NamedTuple):
+    """The values that pictures have, each with the number of pictures, the most frequent first."""
+
+    formats: tuple[tuple[str, int], ...] = ()
+    cameras: tuple[tuple[str, int], ...] = ()
+    tags: tuple[tuple[str, int], ...] = ()  # folded
+
+
 def below(folder: AnyPath) -> tuple[bytes, bytes]:
     """Return the half-open range of stored paths below a folder: no pattern, nothing to escape."""
     sep = os.sep.encode()

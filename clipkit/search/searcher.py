@@ -144,9 +144,15 @@ class Searcher:
         return replace(result, notes=self._notes(query, result))
 
     def similar(
-        self, image_id: str, *, k: int = 24, filters: Filters | None = None
+        self,
+        image_id: str,
+        *,
+        k: int = 24,
+        filters: Filters | None = None,
+        sort: str | None = None,
     ) -> SearchResult:
-        """Return the k pictures nearest to one of the library, without itself. Needs no encoder.
+        """Return the k pictures nearest to one of the library, without itself, in the order `sort` as
+        in a query. Needs no encoder.
 
         Raises InputError if the library has no such picture, EncoderMismatch as `search` does.
         """
@@ -159,7 +165,7 @@ class Searcher:
         if vector is None:
             raise InputError(f"no picture {image_id!r} in this library; search for it by words")
         allowed = self._passing(Query(), filters)
-        return self._ranked(live, vector, allowed, [], k, None, clock, without=num)
+        return self._ranked(live, vector, allowed, [], k, sort, clock, without=num)
 
     # ---- vectors and filters
 

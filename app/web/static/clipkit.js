@@ -5,12 +5,13 @@
 (() => {
   const $ = (selector, root = document) => root.querySelector(selector);
   const $$ = (selector, root = document) => [...root.querySelectorAll(selector)];
-  const NARROW = ["folder", "after", "until"];
+  const NARROW = ["folder", "after", "until", "sort", "orientation", "format", "camera", "size"];
   const FIELDS = ["words", "picture", "similar", ...NARROW]; // of a search, and of its address
   const empty = () => ({ ...Object.fromEntries(FIELDS.map((key) => [key, ""])), k: 0 });
   let trigger = null; // set by attach(): sends an event to Python
   let current = empty();
   let ticket = 0;
+  let classified = {}; // what the Classify page was last asked
   let arriving = true; // nothing has been shown yet
   let shown = -1; // position of the viewed picture among the cards on the page
   let opener = null; // what had the focus before the viewer
@@ -31,19 +32,27 @@
   const filters = () => Object.fromEntries(NARROW.map((name) => [name, field(name)?.value || ""]));
   const narrow = () => {
     for (const name of NARROW) if (field(name)) field(name).value = current[name];
-    $("#ask").classList.toggle("filtered", NARROW.some((name) => current[name]));
+    const set = NARROW.filter((name) => current[name]).length;
+    $("#ask").classList.toggle("filtered", set > 0);
+    $("#ask .set").textContent = set || "";
+    $("#ask .set").hidden = !set;
+    $("#ask [data-do=filters]").ariaLabel = `Filters and order${set ? `, ${set} set` : ""}`;
   };
 
-  // The Sort page replaces the results, and has an address like a search.
-  const evaluate = ({ words = "", choice = "" } = {}, { remember = true } = {}) => {
+  // The Classify page replaces the results, and has an address like a search. `group` is a number: all of one word.
+  const evaluate = ({ words = "", choice = "", floor = "", group = null, k = 0 } = {}, { remember = true } = {}) => {
     ticket += 1;
     document.body.dataset.busy = "yes";
-    if (remember) history.pushState({ evaluate: { words, choice } }, "", "#evaluate");
-    trigger("evaluate", { words, choice, ticket: String(ticket) });
+    classified = { words, choice, floor, group, k };
+    const parameters = new URLSearchParams({ words, choice, floor });
+    if (remember) history.pushState({ evaluate: classified }, "", words ? `#classify?${parameters}` : "#classify");
+    trigger("evaluate", { ...classified, ticket: String(ticket) });
   };
 
   const back = (state) => {
-    if (state?.evaluate || location.hash === "#evaluate") evaluate(state?.evaluate, { remember: false });
+    const [, linked] = location.hash.match(/^#(?:classify|evaluate)(?:\?(.*))?$/) || [null, null];
+    if (state?.evaluate) evaluate(state.evaluate, { remember: false });
+    else if (linked !== null) evaluate(Object.fromEntries(new URLSearchParams(linked)), { remember: false });
     else send(state || from_address(), { remember: false });
   };
 
@@ -79,8 +88,10 @@
   };
 
   // The start page of a library without pictures is out of date as soon as the status line says so:
-  // indexing has begun or ended, or there are pictures to search.
+  // indexing has begun or ended, or there are pictures to search. Another one follows its number.
   const renew = () => {
+    const [total, number] = [$("#status .pictures"), $("#results .home .pictures")];
+    if (total && number && number.textContent !== total.textContent) number.textContent = total.textContent;
     const start = $("#results [data-view=empty]");
     const now = $("#status [data-stage]");
     if (!start || !now || start.dataset.stage === now.dataset.stage || document.body.dataset.busy) return;
@@ -94,6 +105,7 @@
     if (arriving) {
       // Not before: the start page is still to come until now, and would replace an answer.
       arriving = false;
+      $("#ask").classList.toggle("open", NARROW.some((name) => from_address()[name]));
       if (location.hash.length > 1) return back(history.state);
     }
     if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
@@ -387,13 +399,17 @@
     "clear-filters": () => send({ words: current.words, picture: current.picture, similar: current.similar }),
     "clear-sample": () => send({ words: current.words, ...filters() }),
     pick: () => $("#ask input[type=file]").click(),
-    filters: () => $("#ask").classList.toggle("open"),
-    add: () => $("#adder").showModal(),
-    "close-adder": () => $("#adder").close(),
+    filters: (button) => (button.ariaExpanded = String($("#ask").classList.toggle("open"))),
+    "close-dialog": (button) => button.closest("dialog").close(),
     stop: () => trigger("stop", {}),
-    dismiss: (button) => (button.closest(".run").hidden = true),
+    dismiss: (button) => {
+      button.closest(".run").hidden = true;
+      if (button.closest("#run")) trigger("dismiss", {});
+    },
     home: () => send({}),
     evaluate: () => evaluate(),
+    class: ({ dataset: { group, k } }) =>
+      evaluate({ ...classified, group: group === "" ? null : Number(group), k: Number(k) || 0 }, { remember: !k }),
     theme: () => {
       const now = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
       localStorage.setItem("clipkit-theme", now);
@@ -415,7 +431,8 @@
       const words = sent.elements.words.value.trim();
       send({ words, picture: current.picture, similar: current.similar, ...filters() });
     } else if (sent.dataset.do === "sort") {
-      evaluate({ words: sent.elements.words.value, choice: sent.elements.choice.value });
+      const { words, choice, floor } = sent.elements;
+      evaluate({ words: words.value, choice: choice.value, floor: floor.value });
     } else if (sent.dataset.do === "index") {
       for (const refused of $$("#refusal .run")) refused.hidden = false; // the same may be said again
       trigger("index", { folder: sent.elements.folder.value });
@@ -449,6 +466,12 @@
 
   // ------------------------------------------------------------------ Gradio's side
   window.clipkit = {
+    does, // panel.js adds to it
+    search: (words) => send({ words, ...filters() }),
+    again: () => document.body.dataset.view === "evaluate" || send(current, { remember: false }),
+    fire: (name, data) => trigger(name, data),
+    typing,
+    unanswered,
     // Called when the search form is on the page; `fire` sends an event to Python.
     attach(element, fire) {
       trigger = fire;
