@@ -173,7 +173,7 @@ def test_on_a_phone_pictures_are_marked_in_the_viewer_or_several_at_once(
     site: Site,
     visit: Open,  # noqa: F811
 ) -> None:
-    """A card on a phone has no room for buttons of 44 px; what is marked shows, and is taken back there."""
+    """A card on a phone has no room for buttons of 44 px; what is marked shows, and can be unmarked."""
     page = visit(site[0], **PHONE)
     ask(page, "red")
     assert page.locator(".mark:visible").count() == 0

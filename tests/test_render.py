@@ -224,7 +224,7 @@ def test_where_more_results_change_the_order_the_page_asks_for_all() -> None:
 
 def test_a_tile_says_where_its_file_is() -> None:
     html = results(hit(name="boat/1.png"), hit(score=None, strength=None))
-    assert '<span>boat/</span><b>1.png</b>' in html and 'data-path="/photos/boat/1.png"' in html
+    assert "<span>boat/</span><b>1.png</b>" in html and 'data-path="/photos/boat/1.png"' in html
     assert html.count('class="under"') == 1  # no empty line where nothing was compared
 
 

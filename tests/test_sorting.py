@@ -291,7 +291,7 @@ def test_sorting_in_a_real_browser(
         watched = Watched(browser.new_page(viewport={"width": 390, "height": 780}))
         page = watched.page
         page.set_default_timeout(20_000)
-        page.goto(f"{address}/#evaluate")
+        page.goto(f"{address}/#sort")
         page.fill(".evaluate textarea", "red, blue\nwhite")
         page.select_option(".evaluate select", "alone")
         page.click(".sort [type=submit]")

@@ -4,19 +4,15 @@
 from __future__ import annotations
 
 import os
-import re
-import socket
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chromium import (  # noqa: F401
     Open,
-    Watched,
     ask,
     browser,
     context,
@@ -35,6 +31,16 @@ PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobil
 Site = tuple[str, Workspace]
 
 
+class Model(ColourModel):
+    """Says what sorting asks of a model beside the vectors."""
+
+    precision = "float32"
+    logit_scale = 10.0
+
+    def encode_texts(self, texts: Any) -> Any:
+        return super().encode_texts([text.replace(".", "") for text in texts])
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """60 red pictures in a/ and 60 blue ones in b/, all modified on 13 September 2020."""
@@ -43,7 +49,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         for folder, colour in (("a", "red"), ("b", "blue")):
             path = paint(root / folder / f"{colour} {number:02}.png", colour, number=number)
             os.utime(path, (1_600_000_000,) * 2)
-    model = ColourModel()
+    model = Model()
     with Catalog.open(root / "index", write=True) as catalog:
         index_folders(catalog, [root / "a", root / "b"], encoder=model)
     workspace = Workspace(root / "index", model)  # type: ignore[arg-type]
@@ -250,7 +256,9 @@ def test_a_file_is_opened_on_the_servers_own_screen(
         for button, expected in (("Open file", path), ("Show in folder", path.parent)):
             (tmp_path / "opened").write_text("")
             page.click(f"#viewer >> text={button}")
-            while not (said := (tmp_path / "opened").read_text()).endswith("|") or said.count("|") < 2:
+            while (
+                not (said := (tmp_path / "opened").read_text()).endswith("|") or said.count("|") < 2
+            ):
                 time.sleep(0.02)
             assert said == f"1|{expected}|"
 
@@ -395,7 +403,7 @@ def test_titles_and_steps_name_the_search(site: Site, visit: Open) -> None:
     page.fill(".evaluate textarea", "red, blue\nwhite")
     page.press(".evaluate textarea", "Control+Enter")
     page.wait_for_selector(".shares")
-    assert page.url.endswith("#sort=red%2C+blue%0Awhite&choice=photos") or "#sort=red%2C+blue%0Awhite" in page.url
+    assert "#sort=red%2C+blue%0Awhite&choice=" in page.url
     address = page.url
     page.go_back()
     page.go_back()
@@ -409,13 +417,13 @@ def test_a_box_is_as_high_as_its_lines(site: Site, visit: Open) -> None:
     page = visit(f"{site[0]}/#sort")
     page.wait_for_selector(".evaluate textarea")
     page.fill(".evaluate textarea", "\n".join("abcdefgh"))
-    hidden = "(() => { const t = document.querySelector('.evaluate textarea'); return t.scrollHeight - t.clientHeight })()"
+    box = "document.querySelector('.evaluate textarea')"
+    hidden = f"{box}.scrollHeight - {box}.clientHeight"
     assert page.evaluate(hidden) == 0
 
 
 def test_the_keyboard_starts_in_the_field_and_walks_the_cards(site: Site, visit: Open) -> None:
-    address, workspace = site
-    page = visit(address)
+    page = visit(site[0])
     assert page.evaluate("document.activeElement.name") == "words"
     page.keyboard.type("/red")  # "/" goes to the field; it is there already
     page.keyboard.press("Enter")
@@ -430,17 +438,16 @@ def test_the_keyboard_starts_in_the_field_and_walks_the_cards(site: Site, visit:
     assert page.locator(".grid [tabindex='0']").count() == 5
     for _ in range(5):
         page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.dataset.do") == "more"
-    page.keyboard.press("Shift+Tab")
-    assert page.evaluate(here) == 1
+    # That is the button at the end; as it comes into view, it loads, and the first new card is next.
+    wait(page, f"{here} === 24")
+    page.locator(".hit .open").nth(1).focus()
     chosen = cards(page)[1]
     for key, mark in (("x", {chosen: False}), ("r", {chosen: True}), ("r", {})):
         page.keyboard.press(key)
-        total = f"{len(mark)} correction"
+        total = f"{len(mark)} c"
         wait(
             page,
-            """said => { const box = document.querySelector('.corrections');
-               return said.startsWith('0') ? box.hidden : !box.hidden && box.textContent.includes(said) }""",
+            "total => document.querySelector('.corrections .total').textContent.startsWith(total)",
             total,
         )
         wait(

@@ -4,7 +4,7 @@
     GET  /thumbnails/{id}    a small picture; id is the picture's content hash, 32 hex digits
     GET  /pictures/{id}      the picture, re-encoded for any browser and without metadata
     GET  /details/{id}       what the catalog knows of it, as JSON
-    POST /open/{id}          open its file in this machine's own program, only for this machine's own page
+    POST /open/{id}          open its file on this machine's screen, for its own page only
     POST /show/{id}          the same for the folder around it
     POST /results            a search from `offset` on, as the page's HTML
     POST /queries            a picture to search with, as the request's body -> {"id": ...}

@@ -173,7 +173,8 @@ def build(page: Page) -> gr.Blocks:
     workspace = page.workspace
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = "".join(
-        f'<script src="ui/{name}?v={_version(name)}"></script>' for name in ("viewer.js", "clipkit.js")
+        f'<script src="ui/{name}?v={_version(name)}"></script>'
+        for name in ("viewer.js", "clipkit.js")
     )
     form = render.part(
         "ask", may_index=workspace.may_index, may_show_files=workspace.may_show_files

@@ -121,6 +121,7 @@
 
   const back = (entry) => {
     const state = entry || from_address();
+    if (!entry) write("replaceState", state);
     if (address_of(state) === here && !landing) {
       clearTimeout(noting);
       if (state.view) viewer.open(state.view);
@@ -143,10 +144,10 @@
 
   const send = (question, { from = null } = {}) => {
     if (leaving) return leaving.then(() => send(question, { from }));
-    current = { ...empty(), ...question };
-    const { k, ...rest } = current;
+    const { k, ...rest } = { ...empty(), ...question };
     const state = { question: rest };
     if (!from) enter(state);
+    current = { ...rest, k };
     wait_for(state, from || {});
     $("#ask [name=words]").value = current.words;
     narrow();
@@ -182,7 +183,7 @@
       here = "";
       if (matchMedia("(hover: hover)").matches) $("#ask [name=words]").focus({ preventScroll: true });
     }
-    if (!root.dataset.ticket || root.dataset.ticket === String(ticket)) {
+    if (Number(root.dataset.ticket) === ticket) {
       delete document.body.dataset.busy;
       land();
     }
