@@ -34,13 +34,13 @@ ARGUMENTS = (
 
 
 @contextmanager
-def served(workspace: Workspace) -> Iterator[str]:
+def served(workspace: Workspace, *, port: int = 0) -> Iterator[str]:
     """The address of a server in a thread."""
     import uvicorn
 
     from app.web.page import make_app
 
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     servers: list[uvicorn.Server] = []
 
     async def run() -> None:

@@ -356,7 +356,8 @@ def test_every_width_is_used_and_none_is_left(site: str, visit: Open, width: int
     box = page.locator("#viewer").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
     assert page.locator("[data-do=similar-here]").is_visible()
-    assert page.locator(".stage img").bounding_box()["height"] > 200
+    assert page.locator(".stage").bounding_box()["height"] > 200
+    assert page.locator(".stage img").bounding_box()["height"] == 120  # 90 x 60, enlarged twice
 
 
 def test_the_keyboard_is_enough(site: str, visit: Open) -> None:

@@ -115,7 +115,7 @@ def every_part(evil: str) -> str:
             results(one, hit(2, name=evil.replace("/", "|")), words=evil),
             results(ticket=evil, words=evil, similar=evil),
             results(words=evil, picture=evil),
-            render.part("home", status=status, examples=[evil], newest=[one.picture]),
+            render.part("home", status=status, examples=[evil], newest=[one.picture], ticket=evil),
             render.failure(evil, ticket=evil),
             render.part("status", status=status),
             render.filters(
@@ -225,6 +225,27 @@ def test_more_is_offered_while_there_is_more() -> None:
     assert "Show" not in results(*hits, total=2)
 
 
+def test_from_an_offset_only_the_new_tiles_are_drawn() -> None:
+    """Of three hits the page has two. The weak tail began in what it has: no second divider."""
+    hits = [hit(n, strength=band) for n, band in enumerate(("strong", "weak", "weak"), 1)]
+    html = results(*hits, offset=2)
+    assert re.findall('data-id="0*([1-9])"', html) == ["3"] and "divider" not in html
+    assert '<span class="shown">3</span> of 100' in html
+    assert 'data-offset="3" data-k="27">' in html
+
+
+def test_where_more_results_change_the_order_the_page_asks_for_all() -> None:
+    answer = SearchAnswer((hit(),), 100, 0.1, stable=False)
+    html = render.results(SearchRequest(), answer, ticket="1", total_corrections=0)
+    assert 'data-whole="yes"' in html and "data-whole" not in results(hit())
+
+
+def test_a_tile_says_where_its_file_is() -> None:
+    html = results(hit(name="boat/1.png"), hit(score=None, strength=None))
+    assert "<span>boat/</span><b>1.png</b>" in html and 'data-path="/photos/boat/1.png"' in html
+    assert html.count('class="under"') == 1  # no empty line where nothing was compared
+
+
 def test_an_empty_answer_offers_the_way_out() -> None:
     html = results(total=0)
     assert "No picture matches these filters." in html and 'data-do="clear-filters"' in html
@@ -304,9 +325,9 @@ def test_a_long_list_of_skipped_files_says_what_is_left_out() -> None:
 
 
 def test_a_page_open_to_the_network_says_how_to_index_instead() -> None:
-    assert "<form" not in render.part("empty", stage="empty", may_index=False)
-    assert "<form" in render.part("empty", stage="empty", may_index=True)
-    assert "<form" not in render.part("empty", stage="indexing", may_index=True)
+    assert "<form" not in render.part("empty", stage="empty", may_index=False, ticket="")
+    assert "<form" in render.part("empty", stage="empty", may_index=True, ticket="")
+    assert "<form" not in render.part("empty", stage="indexing", may_index=True, ticket="")
 
 
 # ---- what a page may ask
@@ -347,6 +368,7 @@ def test_the_model_is_named_for_people() -> None:
         ({"orientation": "round"}, "orientation is 'round'"),
         ({"size": "-1"}, "size is '-1'; it must be a number of pixels"),
         ({"size": 3}, "size is 3; it must be text"),
+        ({"offset": -1}, "offset is -1; it must be a whole number from 0"),
         ({"after": "May"}, "'May' is not a date; use the form 2023-05-31"),
         ({"after": "2023-02-30"}, "'2023-02-30' is not a date"),
         ({"after": "2024-01-02", "until": "2024-01-01"}, "the first must not be later"),

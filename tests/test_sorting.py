@@ -315,7 +315,7 @@ def test_sorting_in_a_real_browser(
         watched = Watched(browser.new_page(viewport={"width": 390, "height": 780}))
         page = watched.page
         page.set_default_timeout(20_000)
-        page.goto(f"{address}/#evaluate")
+        page.goto(f"{address}/#sort")
         page.fill(".evaluate textarea", "red, blue\nwhite")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         page.select_option(".evaluate [name=choice]", "alone")

@@ -4,6 +4,9 @@
     GET  /thumbnails/{id}    a small picture; id is the picture's content hash, 32 hex digits
     GET  /pictures/{id}      the picture, re-encoded for any browser and without metadata
     GET  /details/{id}       what the catalog knows of it, as JSON
+    POST /open/{id}          open its file on this machine's screen, for its own page only
+    POST /show/{id}          the same for the folder around it
+    POST /results            a search from `offset` on, as the page's HTML
     POST /queries            a picture to search with, as the request's body -> {"id": ...}
     GET  /queries/{id}       that picture, small
     GET  /ui/{name}          the page's own style, script and mark
@@ -36,7 +39,7 @@ from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -44,7 +47,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.corrections import MARK_BYTES, Mark
 from app.web import render
-from app.web.requests import QUERY_MEGABYTES, UnknownPictureError
+from app.web.requests import QUERY_MEGABYTES, REQUEST_BYTES, SearchRequest, UnknownPictureError
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
 from app.web.workspace import PictureGoneError, Workspace
@@ -60,6 +63,7 @@ STATIC = {
         ("clipkit.css", "text/css; charset=utf-8"),
         ("clipkit.js", "text/javascript; charset=utf-8"),
         ("panel.js", "text/javascript; charset=utf-8"),
+        ("viewer.js", "text/javascript; charset=utf-8"),
         ("clipkit.svg", "image/svg+xml"),
     )
 }
@@ -71,8 +75,8 @@ _GRADIO = re.compile(
     r"|gradio_api/(queue/(join|data)|reset|cancel|startup-events|heartbeat/\w+))"
 )
 _OWN = re.compile(
-    r"/(health|favicon\.ico|queries|(thumbnails|pictures|details|queries)/[^/]+|ui/[\w.]+"
-    r"|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
+    r"/(health|favicon\.ico|queries|results|(thumbnails|pictures|details|queries|open|show)/[^/]+"
+    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
     r"|folders(/(browse|forget))?)"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
@@ -151,6 +155,25 @@ def create_app(
     @app.get("/details/{image_id}")
     def details(image_id: ImageId) -> JSONResponse:
         return JSONResponse(workspace.details(image_id), headers=_FRESH)
+
+    @app.post("/open/{image_id}", status_code=204)
+    def open_file(image_id: ImageId) -> None:
+        workspace.show_file(image_id)
+
+    @app.post("/show/{image_id}", status_code=204)
+    def show_in_folder(image_id: ImageId) -> None:
+        workspace.show_file(image_id, folder=True)
+
+    @app.post("/results")
+    async def results(request: Request) -> HTMLResponse:
+        too_large = f"the search is larger than the limit of {REQUEST_BYTES // 1000} kB; shorten it"
+        body = await _body(request, REQUEST_BYTES, too_large)
+        search = SearchRequest.from_json(body)
+        return HTMLResponse(await run_in_threadpool(found, search), headers=_FRESH)
+
+    def found(search: SearchRequest) -> str:
+        answer, status = workspace.search(search), workspace.status()
+        return render.results(search, answer, ticket="", total_corrections=status.corrections)
 
     @app.post("/queries")
     async def ask_with(request: Request) -> dict[str, str]:

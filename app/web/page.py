@@ -159,7 +159,7 @@ class Page:
         try:
             request = SearchRequest.from_page(data)
             if request.is_empty or not contents.pictures:
-                return self._start(contents)
+                return self._start(contents, ticket)
             answer = self.workspace.search(request, contents)
             corrections = self.workspace.status(contents).corrections
             return render.results(request, answer, ticket=ticket, total_corrections=corrections)
@@ -169,12 +169,16 @@ class Page:
             log.exception("a search failed")
             return render.failure(FAULT, ticket=ticket)
 
-    def _start(self, contents: Contents) -> str:
+    def _start(self, contents: Contents, ticket: str = "") -> str:
         """Return what is shown before the first search."""
         status = self.workspace.status(contents)
         if not status.pictures:
-            return render.part("empty", stage=status.stage, may_index=self.workspace.may_index)
-        return render.part("home", status=status, examples=self.examples, newest=contents.newest)
+            may_index = self.workspace.may_index
+            return render.part("empty", stage=status.stage, may_index=may_index, ticket=ticket)
+        newest = contents.newest
+        return render.part(
+            "home", status=status, examples=self.examples, newest=newest, ticket=ticket
+        )
 
     def _filters_of(self, contents: Contents) -> str:
         if self._filters is None or self._filters[0] is not contents:
@@ -191,9 +195,12 @@ def build(page: Page) -> gr.Blocks:
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = "".join(
         f'<script src="ui/{name}?v={_version(name)}"></script>'
-        for name in ("clipkit.js", "panel.js")
+        for name in ("viewer.js", "clipkit.js", "panel.js")
     )
-    form = render.part("ask", may_index=workspace.may_index) + render.help_panel()
+    form = render.part(
+        "ask", may_index=workspace.may_index, may_show_files=workspace.may_show_files
+    )
+    form += render.help_panel()
 
     with gr.Blocks(title="clipkit", analytics_enabled=False, fill_width=True) as blocks:
         with gr.Row(elem_id="top"):

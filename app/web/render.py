@@ -78,6 +78,7 @@ _templates.filters |= {
     "count": count,
     "duration": duration,
     "file_name": lambda path: PurePath(path).name,
+    "folder_and_name": lambda path: (f"{PurePath(path).parent.name}/", PurePath(path).name),
     "outcome": _outcome,
     "model_name": lambda spec: PurePath(spec).name if PurePath(spec).is_absolute() else spec,
     "percent": percent,
@@ -124,7 +125,8 @@ def help_panel() -> str:
 def results(
     request: SearchRequest, answer: SearchAnswer, *, ticket: str, total_corrections: int
 ) -> str:
-    """Return the gallery of one search; `ticket` is the number by which the page knows its answer."""
+    """Return the gallery of one search, from `request.offset` on; `ticket` is the number by which the
+    page knows its answer."""
     first_weak = len(answer.hits)
     while first_weak and answer.hits[first_weak - 1].strength == "weak":
         first_weak -= 1
@@ -134,7 +136,7 @@ def results(
         answer=answer,
         ticket=ticket,
         query=as_query(answer.words) if answer.words else "",
-        first_weak=first_weak,
+        first_weak=first_weak - request.offset,
         page_size=PAGE_SIZE,
         total_corrections=total_corrections,
     )

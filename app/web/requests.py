@@ -13,8 +13,10 @@ from typing import Any
 from clipkit.errors import InputError
 from clipkit.images import Limits, decode, image_id, thumbnail
 from clipkit.query import CHOICES
+from clipkit.records import parse_object
 
 PAGE_SIZE = 24  # pictures per page of results, and the step of "show more"
+REQUEST_BYTES = 64_000  # of a search as it is sent
 QUERY_MEGABYTES = 64  # one dropped picture
 HELD_MEGABYTES = 256  # all dropped pictures in memory; the oldest go first
 SAMPLE_SIDE = 160  # of a dropped picture as the page shows it, in pixels
@@ -42,6 +44,7 @@ class SearchRequest:
     camera: str | None = None  # its whole name
     size: int = 0  # least length of the longer side, in pixels
     k: int = PAGE_SIZE
+    offset: int = 0  # results that the page has already: it is sent those after them
 
     @classmethod
     def from_page(cls, data: Mapping[str, Any]) -> SearchRequest:
@@ -56,18 +59,27 @@ class SearchRequest:
         size = _text(data, "size")
         if size and not (size.isdecimal() and len(size) <= 7):
             raise InputError(f"size is {size!r}; it must be a number of pixels")
-        k = data.get("k", PAGE_SIZE)
-        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-            raise InputError(f"k is {k!r}; it must be a whole number from 1")
+        k = _count(data, "k", least=1, default=PAGE_SIZE)
+        offset = _count(data, "offset", least=0, default=0)
         after, until = _date(data, "after"), _date(data, "until")
         if after and until and after > until:
             raise InputError(f"the dates run from {after} to {until}; the first must not be later")
-        return cls(words=words, after=after, until=until, size=int(size or 0), k=k, **names)
+        return cls(
+            words=words, after=after, until=until, size=int(size or 0), k=k, offset=offset, **names
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes) -> SearchRequest:
+        """Read a JSON object as `from_page` does. Raises InputError."""
+        try:
+            return cls.from_page(parse_object(data))
+        except ValueError as error:
+            raise InputError(f"the search is no JSON object: {error}") from None
 
     @property
     def is_empty(self) -> bool:
         """True if there is neither a query nor a filter."""
-        return self == SearchRequest(k=self.k)
+        return self == SearchRequest(k=self.k, offset=self.offset)
 
     @property
     def before(self) -> date | None:
@@ -118,6 +130,13 @@ def _text(data: Mapping[str, Any], name: str) -> str:
     if value is not None and not isinstance(value, str):
         raise InputError(f"{name} is {value!r}; it must be text")
     return value or ""
+
+
+def _count(data: Mapping[str, Any], name: str, *, least: int, default: int) -> int:
+    value = data.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(f"{name} is {value!r}; it must be a whole number from {least}")
+    return value
 
 
 def _date(data: Mapping[str, Any], name: str) -> date | None:

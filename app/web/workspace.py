@@ -1,8 +1,8 @@
 """The state behind the page: one index folder, one model, at most one indexing run.
 
 page.py and api.py call it; it knows neither Gradio nor FastAPI. Threads may share it. Pictures are
-named by content hash only. The only paths that a request may carry are those of folders, to index,
-to forget or (app.web.folders) to list.
+named by content hash only, also to open a picture's file on the screen. The only paths that a request
+may carry are those of folders, to index, to forget or (app.web.folders) to list.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +65,7 @@ class SearchAnswer:
     words: str | None = None  # what a mark of a hit says is shown; None: hits cannot be marked
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
     notes: tuple[str, ...] = ()  # SearchResult.notes
+    stable: bool = True  # a larger k only adds hits after these
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +135,15 @@ class Status:
     def stage(self) -> str:
         """What the start page shows: "ready" with pictures, else "indexing" or "empty"."""
         return "ready" if self.pictures else "indexing" if self.indexing else "empty"
+
+
+def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.platform) -> list[str]:
+    """Return the command that opens a file, or the folder around it, on this machine's screen."""
+    if platform == "darwin":
+        return ["open", *(["-R"] if folder else []), str(path)]
+    if platform == "win32":
+        return ["explorer", f"/select,{path}" if folder else str(path)]
+    return ["xdg-open", str(path.parent if folder else path)]
 
 
 class Workspace:
@@ -210,7 +223,7 @@ class Workspace:
             return SearchAnswer((), 0, 0.0)
         _, searcher = opened
         filters = self._filters(request, contents)
-        words = None
+        words, sort = None, None
         if request.similar:
             result = searcher.similar(
                 request.similar, k=request.k, filters=filters, sort=request.sort
@@ -221,6 +234,7 @@ class Workspace:
             query = replace(query, sort=query.sort or request.sort)
             result = searcher.search(query, k=request.k, image=picture, filters=filters)
             words = None if picture else marked_words(query)
+            sort = query.sort
         corrections = self._readable() if words else None
         return SearchAnswer(
             hits=result.hits,
@@ -229,6 +243,8 @@ class Workspace:
             words=words if corrections else None,
             marks=corrections.of(words) if corrections and words else {},
             notes=result.notes,
+            # The k best are put in order of date or name, all that pass a filter already are.
+            stable=sort in (None, "score") or not result.hits or result.hits[0].score is None,
         )
 
     def _readable(self) -> Corrections | None:
@@ -286,6 +302,7 @@ class Workspace:
             "format": row.format,
             "bytes": row.bytes,
             "taken_at": row.taken_at,
+            "dated": row.dated,
             "camera": printable(row.camera) if row.camera else None,
             "captions": [printable(caption) for caption in row.captions],
             "tags": [printable(tag) for tag in row.tags],
@@ -298,15 +315,35 @@ class Workspace:
             raise UnknownPictureError(f"no picture {picture_id} in this library")
         return opened[0], row
 
+    @property
+    def may_show_files(self) -> bool:
+        """True if the page is this machine's own and there is a desktop to show files on."""
+        screen = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        return bool(self.may_index and screen and shutil.which(desktop_command(Path())[0]))
+
+    def show_file(self, picture_id: str, *, folder: bool = False) -> None:
+        """Open the picture's file, or the folder around it, in the program that the desktop has for it.
+
+        Raises InputError where `may_show_files` is False, UnknownPictureError, PictureGoneError.
+        """
+        if not self.may_show_files:
+            raise InputError("this page cannot open files: they are on another machine's screen")
+        path, _ = self._file(self._row(picture_id)[1])
+        command = desktop_command(path, folder=folder)
+        threading.Thread(target=subprocess.run, args=(command,), daemon=True).start()
+
     def _bytes(self, row: PictureRow) -> bytes:
-        """Return the bytes of the first file that still has the picture's content."""
+        return self._file(row)[1]
+
+    def _file(self, row: PictureRow) -> tuple[Path, bytes]:
+        """Return the first file that still has the picture's content, and its bytes."""
         for place in row.places:
             try:
                 data = read_bytes(Path(place), limits=self.limits)
             except ImageError:
                 continue
             if image_id(data) == row.image_id:
-                return data
+                return Path(place), data
         name = printable(PurePath(row.path).name)
         raise PictureGoneError(
             f"the file {name} was deleted or has changed; index its folder again"

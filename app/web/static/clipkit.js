@@ -1,5 +1,6 @@
-// The page's own behaviour: searching, the picture viewer, dropping, keyboard, theme. No library, and no request to any
-// other server. Text from files or people is only ever set as textContent or an attribute.
+// The page's own behaviour: searching, the history, loading more, dropping, keyboard, theme; viewer.js shows pictures. No
+// library, and no request to any other server. Text from files or people is only ever set as textContent or an attribute,
+// or comes escaped from the server's templates.
 "use strict";
 
 (() => {
@@ -13,8 +14,6 @@
   let ticket = 0;
   let classified = {}; // what the Classify page was last asked
   let arriving = true; // nothing has been shown yet
-  let shown = -1; // position of the viewed picture among the cards on the page
-  let opener = null; // what had the focus before the viewer
 
   // ------------------------------------------------------------------ theme
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -39,36 +38,128 @@
     $("#ask [data-do=filters]").ariaLabel = `Filters and order${set ? `, ${set} set` : ""}`;
   };
 
-  // The Classify page replaces the results, and has an address like a search. `group` is a number: all of one word.
-  const evaluate = ({ words = "", choice = "", floor = "", group = null, k = 0 } = {}, { remember = true } = {}) => {
-    ticket += 1;
-    document.body.dataset.busy = "yes";
-    classified = { words, choice, floor, group, k };
-    const parameters = new URLSearchParams({ words, choice, floor });
-    if (remember) history.pushState({ evaluate: classified }, "", words ? `#classify?${parameters}` : "#classify");
-    trigger("evaluate", { ...classified, ticket: String(ticket) });
+  // ---- the history. The state of an entry has the page without the viewer: {question} or {evaluate:
+  // {words, choice, floor, group, k}} (the Classify page; `group` is a number: all pictures of one word); k and y: how many cards were loaded and how far they were scrolled; view: id of the picture in the viewer, and
+  // pushed: whether the entry before is the same page without it.
+  history.scrollRestoration = "manual";
+  const CLASSIFY = "classify"; // in an address: words of the Classify page
+  const CLASSIFIED = ["choice", "floor", "group"]; // in its address, too
+  let here = null; // address of the page that is shown or awaited, without the viewer
+  let landing = null; // {y, view} of the entry whose answer is awaited
+
+  const address_of = ({ evaluate, question }) => {
+    const parameters = new URLSearchParams();
+    if (evaluate) {
+      parameters.set(CLASSIFY, evaluate.words);
+      for (const key of CLASSIFIED) if (evaluate[key]) parameters.set(key, evaluate[key]);
+    } else {
+      for (const key of FIELDS) if (question[key]) parameters.set(key, question[key]);
+    }
+    return parameters.toString();
   };
 
-  const back = (state) => {
-    const [, linked] = location.hash.match(/^#(?:classify|evaluate)(?:\?(.*))?$/) || [null, null];
-    if (state?.evaluate) evaluate(state.evaluate, { remember: false });
-    else if (linked !== null) evaluate(Object.fromEntries(new URLSearchParams(linked)), { remember: false });
-    else send(state || from_address(), { remember: false });
+  const from_address = () => {
+    const parameters = new URLSearchParams(location.hash.slice(1));
+    const view = /^[0-9a-f]{32}$/.exec(parameters.get("view"))?.[0];
+    if (parameters.has(CLASSIFY)) {
+      const rest = CLASSIFIED.map((key) => [key, parameters.get(key) || ""]);
+      return { evaluate: { words: parameters.get(CLASSIFY), ...Object.fromEntries(rest), k: 0 }, view };
+    }
+    const question = empty();
+    for (const key of FIELDS) question[key] = parameters.get(key) || "";
+    return { question, view };
   };
 
-  const send = (question, { remember = true } = {}) => {
-    current = { ...empty(), ...question };
+  const write = (how, state) => {
+    const parameters = [address_of(state), state.view && `view=${state.view}`].filter(Boolean).join("&");
+    history[how](state, "", parameters ? `#${parameters}` : location.pathname + location.search);
+  };
+
+  const note = (changes) => write("replaceState", { ...(history.state || from_address()), ...changes });
+
+  let noting = 0;
+  const note_scroll = () => {
+    clearTimeout(noting);
+    if (!document.body.dataset.busy && !landing) note({ k: current.k, y: Math.round(scrollY) });
+  };
+  addEventListener("scroll", () => {
+    clearTimeout(noting);
+    noting = setTimeout(note_scroll, 150);
+  }, { passive: true });
+  addEventListener("pagehide", note_scroll);
+
+  // Go to a page: a new entry of the history, or the same one if the address stays the same.
+  const enter = (state) => {
+    note_scroll();
+    const address = address_of(state);
+    write(address === here && !history.state?.view ? "replaceState" : "pushState", state);
+  };
+
+  const wait_for = (state, { y = 0, view = null } = {}) => {
+    clearTimeout(noting);
+    if (here !== address_of(state)) viewer.clear_selection();
+    here = address_of(state);
+    landing = { y, view };
     ticket += 1;
     document.body.dataset.busy = "yes";
+    const { words, picture, similar } = state.question || {};
+    const subject = state.evaluate ? "Classify" : words ? words : picture || similar ? "Similar pictures" : "";
+    document.title = subject ? `${subject} – clipkit` : "clipkit";
+    watch(ticket);
+  };
+
+  let leaving = null; // until the browser has gone back: an entry made before then would be left instead
+  const history_of_viewer = {
+    enter: (view) => {
+      if (leaving) return leaving.then(() => history_of_viewer.enter(view));
+      note_scroll();
+      write("pushState", { ...(history.state || from_address()), view, pushed: true });
+    },
+    step: (view) => note({ view }),
+    leave: () => {
+      if (!history.state?.view) return;
+      if (!history.state.pushed) return note({ view: undefined });
+      const { promise, resolve } = Promise.withResolvers();
+      leaving = promise.then(() => (leaving = null));
+      addEventListener("popstate", resolve, { once: true });
+      history.back();
+    },
+  };
+
+  const back = (entry) => {
+    const state = entry || from_address();
+    if (!entry) write("replaceState", state);
+    if (address_of(state) === here && !landing) {
+      clearTimeout(noting);
+      if (state.view) viewer.open(state.view);
+      else if (viewer.is_open()) viewer.close();
+      return;
+    }
+    if (viewer.is_open()) viewer.close();
+    if (state.evaluate) evaluate(state.evaluate, { from: state });
+    else send({ ...state.question, k: state.k || 0 }, { from: state });
+  };
+
+  // The Classify page replaces the results. `from` is the entry of the history, if it has one.
+  const evaluate = ({ words = "", choice = "", floor = "", group = "", k = 0 } = {}, { from = null } = {}) => {
+    if (leaving) return leaving.then(() => evaluate({ words, choice, floor, group, k }, { from }));
+    const state = { evaluate: { words, choice, floor, group, k } };
+    if (!from) enter(state);
+    classified = state.evaluate;
+    wait_for(state, from || {});
+    trigger("evaluate", { ...classified, group: group === "" ? null : Number(group), ticket: String(ticket) });
+  };
+
+  const send = (question, { from = null } = {}) => {
+    if (leaving) return leaving.then(() => send(question, { from }));
+    const { k, ...rest } = { ...empty(), ...question };
+    const state = { question: rest };
+    if (!from) enter(state);
+    current = { ...rest, k };
+    wait_for(state, from || {});
     $("#ask [name=words]").value = current.words;
     narrow();
     sample();
-    if (remember) {
-      const parameters = new URLSearchParams();
-      for (const key of FIELDS) if (current[key]) parameters.set(key, current[key]);
-      history.pushState(current, "", parameters.size ? `#${parameters}` : location.pathname + location.search);
-    }
-    const { k, ...rest } = current;
     trigger("ask", { ...rest, ...(k ? { k } : {}), ticket: String(ticket) });
   };
 
@@ -80,13 +171,6 @@
     if (current.similar) $("img", box).src = `thumbnails/${current.similar}`;
   };
 
-  const from_address = () => {
-    const parameters = new URLSearchParams(location.hash.slice(1));
-    const question = empty();
-    for (const key of FIELDS) question[key] = parameters.get(key) || "";
-    return question;
-  };
-
   // The start page of a library without pictures is out of date as soon as the status line says so:
   // indexing has begun or ended, or there are pictures to search. Another one follows its number.
   const renew = () => {
@@ -95,7 +179,7 @@
     const start = $("#results [data-view=empty]");
     const now = $("#status [data-stage]");
     if (!start || !now || start.dataset.stage === now.dataset.stage || document.body.dataset.busy) return;
-    send(from_address(), { remember: false });
+    send(from_address().question, { from: {} });
   };
 
   const answered = () => {
@@ -105,23 +189,117 @@
     if (arriving) {
       // Not before: the start page is still to come until now, and would replace an answer.
       arriving = false;
-      $("#ask").classList.toggle("open", NARROW.some((name) => from_address()[name]));
-      if (location.hash.length > 1) return back(history.state);
+      const { question } = from_address();
+      $("#ask").classList.toggle("open", NARROW.some((name) => question?.[name]));
+      if (location.hash.length > 1 || history.state?.y) return back(history.state);
+      here = "";
+      if (matchMedia("(hover: hover)").matches) $("#ask [name=words]").focus({ preventScroll: true });
     }
-    if (root.dataset.ticket === undefined || root.dataset.ticket === String(ticket)) delete document.body.dataset.busy;
+    if (Number(root.dataset.ticket) === ticket) {
+      delete document.body.dataset.busy;
+      land();
+    }
+    rove();
+    viewer.draw_selection();
+    watch_end();
     ages();
     renew();
   };
 
+  const land = () => {
+    if (!landing) return;
+    const { y, view } = landing;
+    landing = null;
+    if (y !== null) scrollTo({ top: y, behavior: "instant" });
+    if (view) viewer.open(view);
+  };
+
+  // ------------------------------------------------------------------ more results, before their end comes into view
+  const cards = () => $$("#results .hit");
+  const more_button = () => $("#results [data-do=more]");
+  let loading = null; // the request for more results
+
+  const load_more = async (button) => {
+    const [mine, root] = [ticket, button.closest("[data-view]")];
+    const { k, offset, whole } = button.dataset;
+    if (whole) return send({ ...current, k: Number(k) }, { from: { ...history.state, y: null } });
+    const focused = button === document.activeElement;
+    try {
+      const answer = await fetch("results", {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: JSON.stringify({ ...current, k: Number(k), offset: Number(offset) }),
+      });
+      if (!answer.ok) throw new Error((await answer.json()).error);
+      const added = new DOMParser().parseFromString(await answer.text(), "text/html");
+      if (mine !== ticket || !root.isConnected) return;
+      const known = new Set(cards().map((card) => card.dataset.id));
+      const tiles = $$(".grid > li", added).filter((tile) => !known.has(tile.dataset.id));
+      $(".grid", root).append(...tiles);
+      $(".shown", root).textContent = $(".shown", added).textContent;
+      $(".more", root).replaceWith(...$$(".more", added));
+      current.k = Number(k);
+      note({ k: current.k });
+      if (focused) $(".open", tiles[0] || root)?.focus();
+    } catch (error) {
+      notice(unanswered(error));
+    }
+  };
+  const more = async () => {
+    const button = more_button();
+    if (button && !document.body.dataset.busy) await (loading ||= load_more(button).finally(() => (loading = null)));
+  };
+
+  const end = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && more(), {
+    rootMargin: "500px",
+  });
+  const watch_end = () => {
+    end.disconnect();
+    const button = more_button();
+    if (button) end.observe(button);
+  };
+
+  // ------------------------------------------------------------------ a server that does not answer
+  const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+  const answers = async () => {
+    try {
+      return (await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(10_000) })).ok;
+    } catch {
+      return false;
+    }
+  };
+  // Gradio sends no event any more once one could not be sent, and says so in a toast.
+  const given_up = () => $(".toast-wrap")?.textContent.includes("Connection Lost");
+
+  // Once the server answers again, the page is loaded anew and shows what its entry of the history says.
+  const check_server = async () => {
+    if (document.body.dataset.lost || (!given_up() && (await answers()))) return;
+    if (document.body.dataset.lost) return; // meanwhile
+    document.body.dataset.lost = "yes";
+    $("#lost").showPopover();
+    while (!(await answers())) await sleep(1500);
+    location.reload();
+  };
+
+  const watch = async (mine) => {
+    for (let pause = 400; document.body.dataset.busy && mine === ticket; pause = 2000) {
+      await sleep(pause);
+      if (document.body.dataset.busy && mine === ticket) await check_server();
+    }
+  };
+
   // ------------------------------------------------------------------ a dropped, pasted or chosen picture
   const notice = (sentence) => {
-    const box = $("#ask .notice");
+    const box = $(viewer.is_open() ? "#viewer .stage p" : "#ask .notice");
     box.textContent = sentence;
     box.hidden = !sentence;
   };
 
-  const unanswered = (error) =>
-    error instanceof TypeError ? "The clipkit server does not answer; check that it is running" : error.message;
+  const unanswered = (error) => {
+    if (!(error instanceof TypeError)) return error.message;
+    check_server();
+    return "The clipkit server does not answer; check that it is running";
+  };
 
   const ask_with = async (file) => {
     notice("");
@@ -165,179 +343,47 @@
     ask_with(file);
   });
 
-  // ------------------------------------------------------------------ the viewer
-  const cards = () => $$("#results .hit");
-  const viewer = () => $("#viewer");
-
-  const size_of = (bytes) => {
-    const units = ["bytes", "kB", "MB", "GB"];
-    let step = 0;
-    while (bytes >= 1000 && step < 3) [bytes, step] = [bytes / 1000, step + 1];
-    return `${step ? bytes.toFixed(bytes < 10 ? 1 : 0) : bytes} ${units[step]}`;
+  // ------------------------------------------------------------------ looking at pictures
+  const similar_to = (id) => {
+    send({ similar: id, ...filters() });
+    if (viewer.is_open()) viewer.close();
   };
 
-  const fact = (name, ...values) => {
-    const texts = values.filter(Boolean);
-    if (!texts.length) return;
-    const term = document.createElement("dt");
-    term.textContent = name;
-    const list = texts.map((value) => {
-      const item = document.createElement("dd");
-      item.append(value);
-      return item;
-    });
-    $("#viewer dl").append(term, ...list);
-  };
-
-  const place_row = (path) => {
-    const row = document.createElement("span");
-    row.className = "place";
-    const name = document.createElement("code");
-    name.textContent = path;
-    const copy = document.createElement("button");
-    copy.type = "button";
-    copy.dataset.do = "copy";
-    copy.dataset.path = path;
-    copy.textContent = "Copy";
-    row.append(name, copy);
-    return row;
-  };
-
-  const view = async (position) => {
-    const all = cards();
-    const card = all[position];
-    if (!card) return;
-    shown = position;
-    const id = card.dataset.id;
-    const box = viewer();
-    const picture = $(".stage img", box);
-    box.dataset.id = id;
-    $(".stage p", box).hidden = true;
-    picture.hidden = false;
-    picture.alt = $("img", card).alt;
-    picture.removeAttribute("style");
-    // Show the thumbnail, which has the right shape, until the full picture has loaded.
-    picture.src = $("img", card).src;
-    const full = new Image();
-    full.onload = () => box.dataset.id === id && (picture.src = full.src);
-    full.onerror = () => box.dataset.id === id && gone(id);
-    full.src = `pictures/${id}`;
-    $("h2", box).textContent = picture.alt;
-    $("dl", box).replaceChildren();
-    judge(card);
-    $("[data-do=previous]", box).disabled = position === 0;
-    $("[data-do=next]", box).disabled = position === all.length - 1;
-    if (!box.open) {
-      opener = document.activeElement;
-      box.showModal();
-    }
-    const answer = await fetch(`details/${id}`);
-    const payload = await answer.json();
-    if (box.dataset.id !== id) return;
-    $("dl", box).replaceChildren();
-    if (!answer.ok) return fact("Note", payload.error);
-    picture.style.setProperty("--width", `${3 * payload.width + 40}px`);
-    picture.style.setProperty("--height", `${3 * payload.height + 40}px`);
-    $("h2", box).textContent = payload.captions[0] || payload.name;
-    if (card.dataset.score) fact("Match", `${card.dataset.band || "not calibrated"}, cosine ${card.dataset.score}`);
-    fact(payload.places.length > 1 ? "Places" : "Place", ...payload.places.map(place_row));
-    fact("Captions", ...payload.captions.slice(1));
-    fact("Tags", payload.tags.join(", "));
-    fact("Size", `${payload.width} × ${payload.height}, ${payload.format}, ${size_of(payload.bytes)}`);
-    fact("Taken", payload.taken_at && new Date(payload.taken_at).toLocaleString());
-    fact("Camera", payload.camera);
-  };
-
-  const gone = async (id) => {
-    const answer = await fetch(`pictures/${id}`);
-    const payload = answer.ok ? {} : await answer.json();
-    $("#viewer .stage p").textContent = payload.error || "This picture cannot be shown.";
-    $("#viewer .stage p").hidden = false;
-  };
-
-  const close = () => viewer().close();
-  const closed = () => {
-    shown = -1;
-    $(".stage img", viewer()).removeAttribute("src");
-    opener?.focus({ preventScroll: false });
-  };
-
-  // ------------------------------------------------------------------ right or wrong
-  const pressed = (button) => button.getAttribute("aria-pressed") === "true";
-  const press = (button, on) => button.setAttribute("aria-pressed", String(on));
-  const marks_of = (card) => $$("[data-do=mark]", card);
-  let marking = Promise.resolve(); // marks go out one after the other, in the order of the clicks
-
-  // The viewer's two buttons show the same state as the card's.
-  const judge = (card) => {
-    const theirs = marks_of(card);
-    $("#viewer .judge").hidden = !theirs.length;
-    for (const [at, button] of $$("#viewer [data-do=mark-here]").entries()) {
-      press(button, theirs.length && pressed(theirs[at]));
-    }
-  };
-
-  const show_mark = (card, right) => {
-    for (const button of marks_of(card)) press(button, right !== null && right === (button.dataset.right === "yes"));
-    if (viewer().open && viewer().dataset.id === card.dataset.id) judge(card);
-  };
-
-  const show_total = (total) => {
-    for (const summary of $$(".corrections")) {
-      summary.hidden = !total;
-      $(".total", summary).textContent = `${total.toLocaleString("en")} correction${total === 1 ? "" : "s"}`;
-    }
-  };
-
-  const keep_mark = async (mark) => {
-    const answer = await fetch("corrections", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(mark),
-    });
-    const payload = await answer.json();
-    if (!answer.ok) throw new Error(payload.error);
-    show_total(payload.corrections);
-  };
-
-  // Shown at once; undone if the server did not store it.
-  const mark = (button) => {
-    const card = button.closest(".hit");
-    const was = marks_of(card).find(pressed);
-    const before = was ? was.dataset.right === "yes" : null;
-    const right = button === was ? null : button.dataset.right === "yes";
-    const { query } = button.closest("[data-query]").dataset;
-    show_mark(card, right);
-    marking = marking
-      .then(() => keep_mark({ picture: card.dataset.id, query, right }))
-      .then(() => notice(""))
-      .catch((error) => {
-        show_mark(card, before);
-        notice(unanswered(error));
-      });
-  };
-
-  const mark_here = (button) => {
-    const card = cards()[shown];
-    if (card) mark(marks_of(card).find((theirs) => theirs.dataset.right === button.dataset.right));
-  };
+  const viewer = clipkit_viewer({
+    $, $$, cards, more, can_load_more: () => more_button() !== null, similar_to, notice, unanswered, history_of_viewer,
+  });
 
   // ------------------------------------------------------------------ keyboard
   const typing = (element) => element?.matches?.("input, textarea, select, [contenteditable]");
 
+  const focused_card = () => document.activeElement?.closest("#results .hit");
+
+  // A grid is one stop of the Tab key: its active card with the buttons on it. The arrow keys go from card to card.
+  const rove = () => {
+    for (const grid of $$("#results .grid")) if ($(".hit", grid) && !$("[tabindex='0']", grid)) activate($(".hit", grid));
+  };
+  const activate = (card) => {
+    for (const button of $$("[tabindex='0']", card.parentElement)) button.tabIndex = -1;
+    for (const button of $$("button", card)) button.tabIndex = 0;
+  };
+  addEventListener("focusin", () => focused_card() && activate(focused_card()));
+
   const walk = (key) => {
     const all = $$("#results .hit .open");
-    const here = all.indexOf(document.activeElement);
-    if (here < 0) return false;
-    let to = here + (key === "ArrowRight" ? 1 : key === "ArrowLeft" ? -1 : 0);
+    const at = all.indexOf($(".open", focused_card() || document.createElement("i")));
+    if (at < 0) return false;
+    let to = at + (key === "ArrowRight" ? 1 : key === "ArrowLeft" ? -1 : 0);
     if (key === "ArrowDown" || key === "ArrowUp") {
-      const from = all[here].getBoundingClientRect();
+      const from = all[at].getBoundingClientRect();
       const middle = from.left + from.width / 2;
       const sign = key === "ArrowDown" ? 1 : -1;
       const ahead = all
         .map((element, position) => [element.getBoundingClientRect(), position])
         .filter(([box]) => sign * (box.top - from.top) > 10);
-      if (!ahead.length) return true;
+      if (!ahead.length) {
+        if (key === "ArrowUp") $("#ask [name=words]").focus();
+        return true;
+      }
       const row = Math.min(...ahead.map(([box]) => sign * box.top)) * sign;
       to = ahead
         .filter(([box]) => Math.abs(box.top - row) < 10)
@@ -348,54 +394,35 @@
   };
 
   addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (viewer()?.open) {
-      if (event.key === "ArrowRight") view(shown + 1);
-      else if (event.key === "ArrowLeft") view(shown - 1);
-      else return; // Esc closes a <dialog> by itself
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.matches("textarea")) {
+      event.target.form?.requestSubmit();
+    }
+    if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
+    if (!typing(event.target) && !$("dialog[open]:not(#viewer)") && viewer.key(event.key, focused_card())) {
       event.preventDefault();
-    } else if (event.key === "/" && !typing(event.target)) {
+    } else if ($("dialog[open]")) {
+      return; // Esc closes a <dialog> by itself
+    } else if (event.key === "/" && (!typing(event.target) || (event.target.name === "words" && !event.target.value))) {
       event.preventDefault();
       $("#ask [name=words]").select();
-    } else if (event.key === "Escape" && event.target.name === "words") {
+    } else if (event.target.name === "words" && event.key === "Escape") {
       event.target.blur();
+    } else if (event.target.name === "words" && event.key === "ArrowDown" && event.target.matches("#ask input")) {
+      $("#results .hit .open[tabindex='0']")?.focus();
+      event.preventDefault();
     } else if (event.key.startsWith("Arrow") && !typing(event.target) && walk(event.key)) {
       event.preventDefault();
     }
   });
 
   // ------------------------------------------------------------------ what buttons do
-  const similar_to = (id) => {
-    if (viewer().open) close();
-    send({ similar: id, ...filters() });
-    scrollTo({ top: 0 });
-  };
-
-  const copy = async (button) => {
-    const path = button.dataset.path;
-    try {
-      await navigator.clipboard.writeText(path);
-    } catch {
-      // Not a secure context (a page opened over the network): select the path instead.
-      getSelection().selectAllChildren($("code", button.parentElement));
-      return;
-    }
-    button.textContent = "Copied";
-    setTimeout(() => (button.textContent = "Copy"), 1500);
-  };
-
   const does = {
-    open: (button) => view(cards().indexOf(button.closest(".hit"))),
+    ...viewer.does,
     similar: (button) => similar_to(button.closest(".hit").dataset.id),
-    mark,
-    "mark-here": mark_here,
-    "similar-here": () => similar_to(viewer().dataset.id),
-    previous: () => view(shown - 1),
-    next: () => view(shown + 1),
-    close,
-    copy,
     words: (button) => send({ words: button.dataset.words, ...filters() }),
-    more: (button) => send({ ...current, k: Number(button.dataset.k) }, { remember: false }),
+    instead: ({ dataset: { words, filters: keep } }) =>
+      send({ words, picture: current.picture, similar: current.similar, ...(keep ? filters() : {}) }),
+    more,
     "clear-filters": () => send({ words: current.words, picture: current.picture, similar: current.similar }),
     "clear-sample": () => send({ words: current.words, ...filters() }),
     pick: () => $("#ask input[type=file]").click(),
@@ -408,8 +435,11 @@
     },
     home: () => send({}),
     evaluate: () => evaluate(),
-    class: ({ dataset: { group, k } }) =>
-      evaluate({ ...classified, group: group === "" ? null : Number(group), k: Number(k) || 0 }, { remember: !k }),
+    class: ({ dataset: { group, k = 0 } }) => {
+      const asked = { ...classified, group, k: Number(k) };
+      if (k) note({ evaluate: asked });
+      evaluate(asked, { from: k ? { ...history.state, y: null } : null });
+    },
     theme: () => {
       const now = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
       localStorage.setItem("clipkit-theme", now);
@@ -419,7 +449,7 @@
 
   addEventListener("click", (event) => {
     const button = event.target.closest("[data-do]");
-    if (button && !(button instanceof HTMLFormElement)) does[button.dataset.do]?.(button);
+    if (button && !(button instanceof HTMLFormElement)) does[button.dataset.do]?.(button, event);
     else if (event.target instanceof HTMLDialogElement) event.target.close(); // the backdrop
   });
 
@@ -468,7 +498,7 @@
   window.clipkit = {
     does, // panel.js adds to it
     search: (words) => send({ words, ...filters() }),
-    again: () => document.body.dataset.view === "evaluate" || send(current, { remember: false }),
+    again: () => document.body.dataset.view === "evaluate" || send(current, { from: { ...history.state, y: null } }),
     fire: (name, data) => trigger(name, data),
     typing,
     unanswered,
@@ -476,7 +506,7 @@
     attach(element, fire) {
       trigger = fire;
       themed();
-      viewer().addEventListener("close", closed);
+      viewer.attach();
       new MutationObserver(answered).observe($("#results"), { childList: true, subtree: true });
       new MutationObserver(narrow).observe($("#filters"), { childList: true, subtree: true });
       new MutationObserver(() => (ages(), renew())).observe($("#status"), { childList: true, subtree: true, attributes: true });
