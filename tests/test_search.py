@@ -223,6 +223,11 @@ def test_hits_are_plain_data(writer: Writer, searcher: Searcher) -> None:
     assert isinstance(hit, SearchHit)
     fields = json.loads(json.dumps(dataclasses.asdict(hit)))
     picture = fields.pop("picture")
-    assert fields == {"rank": 1, "score": pytest.approx(0.8, abs=1e-3), "strength": "fair"}
+    assert fields == {
+        "rank": 1,
+        "score": pytest.approx(0.8, abs=1e-3),
+        "strength": "fair",
+        "named": [],
+    }
     assert (picture["image_id"], picture["path"]) == (key("run"), "/pictures/run.jpg")
     assert writer.catalog.row(key("run")) == hit.picture

@@ -25,7 +25,7 @@ from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
-from clipkit.search import Searcher, SearchHit
+from clipkit.search import Empty, Searcher, SearchHit
 from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class SearchAnswer:
     hits: tuple[SearchHit, ...]
     total: int  # pictures that pass the filters
     seconds: float
+    empty: Empty | None = None  # why nothing passes
     words: str | None = None  # what a mark of a hit says is shown; None: hits cannot be marked
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
 
@@ -198,11 +199,11 @@ class Workspace:
         _, searcher = opened
         filters = self._filters(request, contents)
         words = None
+        query = parse(request.words)
         if request.similar:
-            result = searcher.similar(request.similar, k=request.k, filters=filters)
+            result = searcher.similar(request.similar, query, k=request.k, filters=filters)
         else:
             picture = self.dropped[request.picture] if request.picture else None
-            query = parse(request.words)
             result = searcher.search(query, k=request.k, image=picture, filters=filters)
             words = None if picture else marked_words(query)
         corrections = self._readable() if words else None
@@ -210,6 +211,7 @@ class Workspace:
             hits=result.hits,
             total=result.total,
             seconds=time.perf_counter() - started,
+            empty=result.empty,
             words=words if corrections else None,
             marks=corrections.of(words) if corrections and words else {},
         )

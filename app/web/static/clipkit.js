@@ -383,6 +383,8 @@
     close,
     copy,
     words: (button) => send({ words: button.dataset.words, ...filters() }),
+    instead: ({ dataset: { words, filters: keep } }) =>
+      send({ words, picture: current.picture, similar: current.similar, ...(keep ? filters() : {}) }),
     more: (button) => send({ ...current, k: Number(button.dataset.k) }, { remember: false }),
     "clear-filters": () => send({ words: current.words, picture: current.picture, similar: current.similar }),
     "clear-sample": () => send({ words: current.words, ...filters() }),
