@@ -209,6 +209,7 @@ def test_an_index_of_the_first_schema_learns_its_folder_names(folder: Path) -> N
         patch.setattr(store, "MIGRATIONS", store.MIGRATIONS[:1])
         patch.setattr(queries, "settle", settle_first_schema)
         with Catalog.open(folder, write=True) as catalog:
+            catalog.register_encoder(ENCODER, spec="s", config_json="{}", dim=DIM)
             num = add(catalog, 1, "/p/inlineSkate/1.jpg", "/q/caf\udce9 bar/2.jpg")
             add(catalog, 2, "/p/other/2.jpg")
     assert version_of(folder) == 1

@@ -236,8 +236,11 @@ def test_a_hit_that_its_name_finds_is_not_weak() -> None:
 
 def test_words_beside_a_chosen_picture_stand_in_the_heading() -> None:
     for picture in ({"similar": "0" * 32}, {"picture": "0" * 32}):
-        assert "and “stop sign”" in results(hit(), words="stop sign", **picture)
-        assert "and “" not in results(hit(), **picture)
+        for words, said in (("stop sign", True), ("", False)):
+            request = SearchRequest(words=words, **picture)
+            answer = SearchAnswer((hit(),), 1, 0.1)
+            html = render.results(request, answer, ticket="1", total_corrections=0)
+            assert ("and “stop sign”</h2>" in html) is said
 
 
 def test_folders_are_named_without_what_they_share() -> None:
