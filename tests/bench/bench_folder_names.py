@@ -1,4 +1,4 @@
-"""What folder names add to a search, and what they cost where they mislead: before and after, in one run.
+"""What folder names add to a search, and what they cost where they mislead: before and after.
 
     python tests/bench/bench_folder_names.py --data /work/shared/data --work FOLDER
 
