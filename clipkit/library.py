@@ -24,7 +24,7 @@ from clipkit.catalog import Catalog, EncoderRow, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import Example, Query, format, parse
-from clipkit.search import Searcher, SearchHit, SearchResult
+from clipkit.search import Empty, Searcher, SearchHit, SearchResult
 from clipkit.wording import duration, printable
 
 if TYPE_CHECKING:
@@ -134,7 +134,8 @@ class Hits(Sequence[SearchHit]):
     SHOWN_HITS as a gallery.
 
     `total` counts all pictures that passed the filters, `seconds` times the search by stage,
-    `query` is what was searched for, and `notes` are sentences such as that nothing stands out.
+    `query` is what was searched for, and `notes` are sentences such as that nothing stands out. Where
+    nothing passed, `empty` says why.
     """
 
     def __init__(self, result: SearchResult, *, query: str, folder: Path) -> None:
@@ -142,6 +143,7 @@ class Hits(Sequence[SearchHit]):
         self.total = result.total
         self.seconds = result.seconds
         self.notes = result.notes
+        self.empty: Empty | None = result.empty
         self._result = result
         self._folder = folder
 
@@ -165,6 +167,8 @@ class Hits(Sequence[SearchHit]):
             f"{hit.rank:>{width}}  {_details(hit):<12}  {printable(hit.picture.path)}"
             for hit in self._result.hits[:SHOWN_HITS]
         ]
+        if self.empty:
+            lines.append(self.empty.sentence)
         if len(self) > SHOWN_HITS:
             lines.append(f"and {len(self) - SHOWN_HITS:,} more")
         return "\n".join(lines)
@@ -299,22 +303,27 @@ class Library:
         result = self._search().search(parsed, k=k, image=image)
         return Hits(result, query=text, folder=self.folder)
 
-    def similar(self, picture: SearchHit | PictureRow | str, *, k: int = 12) -> Hits:
-        """Return the k pictures nearest to one of the library, which is itself left out.
+    def similar(
+        self, picture: SearchHit | PictureRow | str, query: str | Query = "", *, k: int = 12
+    ) -> Hits:
+        """Return the k pictures nearest to one of the library, which is itself left out, or nearest
+        to it and a query together.
 
-        `picture` is a hit, its `picture`, or an image_id. No model is loaded for it. For a file that
-        is not in the library use `search(image=...)`.
+        `picture` is a hit, its `picture`, or an image_id. Without words, no model is loaded. For a
+        file that is not in the library use `search(image=...)`.
 
             hit = library.search("a red car")[0]
             library.similar(hit)
+            library.similar(hit, "at night after:2023")
 
-        Raises InputError if the library does not have the picture.
+        Raises InputError if the library does not have the picture, QueryError as `search` does.
         """
         row = picture.picture if isinstance(picture, SearchHit) else picture
         image_id = row if isinstance(row, str) else row.image_id
         name = image_id if isinstance(row, str) else PurePath(row.path).name
-        result = self._search().similar(image_id, k=k)
-        return Hits(result, query=f"like {name}", folder=self.folder)
+        result = self._search().similar(image_id, query, k=k)
+        text = ", ".join(filter(None, (f"like {name}", str(query))))
+        return Hits(result, query=text, folder=self.folder)
 
     # ---- changing
 

@@ -4,7 +4,8 @@
     dog beach^2               ^w is a weight from 0.01 to 10; a weighted word is a text of its own
     -leash  -"red car"^0.5    push away
     +./ref.jpg^0.5            an example picture; quote a path with spaces: +"my file.jpg"
-    "invoice 42"              must match file name, caption or tag
+    "invoice 42"              must match file name, folder, caption or tag
+    "IMG_20*"                 ... in a word that begins so
     after:2023 path:trips     filters, see KEYS; quote a value with spaces: camera:"canon eos"
     sort:date                 the order in which hits are shown: score, date or name
 
@@ -31,7 +32,7 @@ KEYS = MappingProxyType(
         "after": "taken on or after a date: after:2023, after:2023-05, after:2023-05-01",
         "before": "taken before a date: before:2023 is up to the end of 2022",
         "path": "the path contains this: path:trips",
-        "folder": "lies below this folder: folder:photos/2023",
+        "folder": "lies below a folder of this name, or this end of a path: folder:photos/2023",
         "camera": 'the camera\'s name contains this: camera:canon, camera:"eos 80d"',
         "format": "the file format: format:png",
         "tag": "has this tag: tag:holiday",
@@ -47,7 +48,8 @@ SYNTAX = (
     ("beach -dog", "push a word away"),
     ('street -"red car"', "push several words away"),
     ("beach^2 dog", "weigh a word, from 0.01 to 10"),
-    ('"IMG 20"', "must occur in file name, caption or tag"),
+    ('"IMG 20"', "must occur in file name, folder, caption or tag"),
+    ('"IMG_20*"', "the same, in a word that begins so"),
 )
 MAX_CHARS = 10_000
 MAX_PARTS = 64  # terms, examples, phrases and filters; the free words together are one

@@ -108,7 +108,7 @@ def key(name: str) -> str:
 
 
 def path(name: str) -> str:
-    return f"/pictures/{name}.jpg"
+    return f"{name}.jpg" if name.startswith("/") else f"/pictures/{name}.jpg"
 
 
 def names(result: SearchResult) -> list[str]:

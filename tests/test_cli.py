@@ -146,6 +146,16 @@ def test_filters_and_phrases_need_no_towers(index: Path, photos: Path) -> None:
     assert sorted(h["path"] for h in hits(f"folder:{folder}", "--index", index)) == inside  # type: ignore[type-var]
 
 
+def test_nothing_found_says_why_and_what_else_to_try(index: Path, photos: Path) -> None:
+    name = next(path for path in sorted(photos.iterdir()) if path.is_dir()).name
+    done = run("search", f"folder:{name}s", "--index", index, "--json")
+    assert json.loads(done.stdout) == []
+    assert done.stderr.splitlines()[:2] == [
+        f"No folder is called “{name}s”; did you mean “{name}”?",
+        f"  Search for folder:{name}: {len(list((photos / name).glob('*.png')))} pictures",
+    ]
+
+
 def test_deleted_and_forgotten(photos: Path, model: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(photos, mine)

@@ -359,6 +359,9 @@ def test_similar_leaves_the_picture_itself_out(library: clipkit.Library) -> None
         assert names(library.similar(picture, k=1)) == ["yellow.png"]
     assert library.similar(hit).query == "like red.png"
     assert library.similar(hit).total == 3
+    # red + 3 green = (1, -1, -1) + 3 (-1, 1, -1): nearest to green, (-2, 2, -4)
+    assert names(library.similar(hit, "green^3", k=1)) == ["green.png"]
+    assert library.similar(hit, "green^3").query == "like red.png, green^3"
     with pytest.raises(InputError, match=r"no picture '0+' in this library"):
         library.similar("0" * 32)
 
@@ -375,7 +378,9 @@ def test_hits_as_text(library: clipkit.Library, photos: Path) -> None:
     assert len(lines) == 3
     listed = repr(library.search("path:blue")).splitlines()
     assert re.fullmatch(rf"1 +{photos}/blue\.png", listed[1])
-    assert repr(library.search("path:nothing")).startswith("0 of 0 pictures for 'path:nothing'")
+    nothing = library.search("path:nothing")
+    assert repr(nothing).startswith("0 of 0 pictures for 'path:nothing'")
+    assert repr(nothing).endswith("\nNo path contains “nothing”")
 
 
 def test_slices_are_hits_too(library: clipkit.Library) -> None:

@@ -252,6 +252,43 @@ def test_a_picture_can_be_chosen_and_joined_with_words(
     assert scores == ["0.962", "0.577"]
 
 
+def test_find_similar_counts_together_with_words(site: str, visit: Open) -> None:
+    """As with a chosen picture: yellow^3 outweighs the red one, which itself is left out."""
+    page = visit(site)
+    ask(page, "red")
+    red = page.get_attribute(".hit >> nth=0", "data-id")
+    page.click(".hit [data-do=similar] >> nth=0")
+    page.wait_for_selector(".summary h2 img")
+    settled(page)
+    assert names(page)[0].startswith("red")
+    ask(page, "yellow^3")
+    assert page.inner_text(".summary h2").endswith("and “yellow^3”")
+    assert names(page)[0] == "A <b>lemon</b> & more"
+    shown = page.eval_on_selector_all(".hit", "all => all.map(h => h.dataset.id)")
+    assert names(page)[1].startswith("red") and red not in shown
+
+
+def test_an_empty_result_leads_out(site: str, visit: Open) -> None:
+    page = visit(site)
+    for words, label, left in (
+        ('red "nothing such"', 'Search without "nothing such"', "red"),
+        ("red folder:c path:blue", "Search without folder:c", "red path:blue"),
+    ):
+        page.fill("input[name=words]", words)
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f".nothing button >> text={label}")
+        page.click(f".nothing button >> text={label}")
+        page.wait_for_selector(".hit")
+        settled(page)
+        assert page.input_value("input[name=words]") == left
+    ask(page, "red")
+    page.click("#ask [data-do=filters]")
+    page.fill("#filters input[name=until]", "1990-01-01")
+    page.click(".nothing button >> text=Search without the filters")
+    page.wait_for_function("document.querySelector('.summary p')?.textContent.includes('of 72 ')")
+    assert page.input_value("#filters input[name=until]") == ""
+
+
 def test_what_is_no_picture_is_refused_where_it_was_dropped(site: str, visit: Open) -> None:
     page = visit(site)
     hand_over(page, "drop", "DragEvent", "notes.txt", b"hello")

@@ -25,7 +25,7 @@ from clipkit.catalog import Facets, PictureRow, SkippedRow
 from clipkit.embed import Progress, Summary
 from clipkit.errors import InputError
 from clipkit.query import KEYS, SYNTAX, parse
-from clipkit.search import SearchHit
+from clipkit.search import Empty, Offer, SearchHit
 from clipkit.wording import printable
 
 EVIL = [
@@ -88,9 +88,14 @@ def hit(
 
 
 def results(
-    *hits: SearchHit, total: int = 100, words: str | None = None, ticket: str = "1", **request: Any
+    *hits: SearchHit,
+    total: int = 100,
+    words: str | None = None,
+    ticket: str = "1",
+    empty: Empty | None = None,
+    **request: Any,
 ) -> str:
-    answer = SearchAnswer(hits, total, 0.0123, words, {f"{1:032x}": True})
+    answer = SearchAnswer(hits, total, 0.0123, empty, words, {f"{1:032x}": True})
     return render.results(SearchRequest(**request), answer, ticket=ticket, total_corrections=0)
 
 
@@ -98,6 +103,7 @@ def every_part(evil: str) -> str:
     """Everything that can hold a text from outside, with `evil` for each."""
     one = hit(name=evil.replace("/", "|"), captions=(evil,))
     below = "/a/" + evil.replace("/", "|")
+    empty = Empty(evil, (Offer(evil, evil, True, 1),))
     run = Run(
         (evil,), error=evil, over=True, skipped=(SkippedRow(evil, evil, evil),), skipped_total=1
     )
@@ -113,7 +119,7 @@ def every_part(evil: str) -> str:
     return "".join(
         [
             results(one, hit(2, name=evil.replace("/", "|")), words=evil),
-            results(ticket=evil, words=evil, similar=evil),
+            results(ticket=evil, words=evil, similar=evil, empty=empty),
             results(words=evil, picture=evil),
             render.part("home", status=status, examples=[evil], newest=[one.picture], ticket=evil),
             render.failure(evil, ticket=evil),
@@ -246,9 +252,34 @@ def test_a_tile_says_where_its_file_is() -> None:
     assert html.count('class="under"') == 1  # no empty line where nothing was compared
 
 
-def test_an_empty_answer_offers_the_way_out() -> None:
-    html = results(total=0)
-    assert "No picture matches these filters." in html and 'data-do="clear-filters"' in html
+def test_an_empty_answer_says_why_and_offers_what_finds_something() -> None:
+    offers = (
+        Offer("Search without x", "a boat", True, 102),
+        Offer("Search without the filters", "", False, 1),
+    )
+    html = results(total=0, empty=Empty("No folder is called “x”", offers))
+    assert "<p>No folder is called “x”.</p>" in html
+    assert 'data-words="a boat" data-filters="yes">Search without x (102 pictures)</button>' in html
+    assert 'data-words="" data-filters="">Search without the filters (1 picture)</button>' in html
+    assert "No picture passes this search." in results(total=0)
+
+
+def test_a_hit_that_its_name_finds_is_not_weak() -> None:
+    """Its cosine is: it is shown as "named", and nothing says that weak ones begin there."""
+    named = replace(hit(1, strength="weak"), named=("watch",))
+    html = results(named, hit(2, strength="weak"))
+    assert 'class="hit named"' in html and ">named</span>" in html
+    assert html.index(">named</span>") < html.index("Weak from here on")
+    assert "Weak from here on" not in results(hit(1, strength="weak"), named)
+
+
+def test_words_beside_a_chosen_picture_stand_in_the_heading() -> None:
+    for picture in ({"similar": "0" * 32}, {"picture": "0" * 32}):
+        for words, said in (("stop sign", True), ("", False)):
+            request = SearchRequest(words=words, **picture)
+            answer = SearchAnswer((hit(),), 1, 0.1)
+            html = render.results(request, answer, ticket="1", total_corrections=0)
+            assert ("and “stop sign”</h2>" in html) is said
 
 
 def test_folders_stand_below_their_parent_without_what_all_share() -> None:

@@ -268,6 +268,7 @@ def test_hits_are_plain_data(writer: Writer, searcher: Searcher) -> None:
         "score": pytest.approx(0.8, abs=1e-3),
         "strength": None,
         "probability": None,
+        "named": [],
     }
     assert (picture["image_id"], picture["path"]) == (key("run"), "/pictures/run.jpg")
     assert writer.catalog.row(key("run")) == hit.picture

@@ -181,8 +181,9 @@ def search(
 ) -> None:
     """Find pictures by text, by an example picture, or by both.
 
-    Plain words describe the picture. [bold]-word[/] pushes away, [bold]+FILE[/] adds an example,
-    [bold]"a phrase"[/] must occur in file name, caption or tags, and [bold]key:value[/] filters:
+    Plain words describe the picture, and count in the names of its folders. [bold]-word[/] pushes
+    away, [bold]+FILE[/] adds an example, [bold]"a phrase"[/] must occur in file name, folder, caption
+    or tags ([bold]"IMG_20*"[/]: in a word that begins so), and [bold]key:value[/] filters:
     after, before, path, folder, camera, format, tag, width, height, orientation. [bold]sort:[/]
     orders by score, date or name. The shell takes quotes away: put a query with quotes into '...'.
     """
@@ -203,6 +204,10 @@ def search(
             print(printable(note), file=sys.stderr)
     else:
         _print_hits(hits)
+    if hits.empty:
+        print(hits.empty.sentence, file=sys.stderr)
+        for offer in hits.empty.offers:
+            print(f"  {offer.label}: {offer.total:,} pictures", file=sys.stderr)
     if open_first and hits:
         typer.launch(hits[0].picture.path)
 
@@ -411,6 +416,7 @@ def _as_json(hit: SearchHit) -> dict[str, object]:
         "score": hit.score,
         "strength": hit.strength,
         "probability": hit.probability,
+        "named": hit.named,
         "path": hit.picture.path,
     }
 

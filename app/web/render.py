@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from app.web.workspace import FolderRow, SearchAnswer
     from clipkit.catalog import Facets, PictureRow
     from clipkit.embed import Summary
+    from clipkit.search import SearchHit
 
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
 GROUP_PAGE = 120  # pictures of a whole group of the Classify page, and the step of "show more"
@@ -128,7 +129,7 @@ def results(
     """Return the gallery of one search, from `request.offset` on; `ticket` is the number by which the
     page knows its answer."""
     first_weak = len(answer.hits)
-    while first_weak and answer.hits[first_weak - 1].strength == "weak":
+    while first_weak and _is_weak(answer.hits[first_weak - 1]):
         first_weak -= 1
     return part(
         "results",
@@ -140,6 +141,10 @@ def results(
         page_size=PAGE_SIZE,
         total_corrections=total_corrections,
     )
+
+
+def _is_weak(hit: SearchHit) -> bool:
+    return hit.strength == "weak" and not hit.named
 
 
 def failure(sentence: str, *, ticket: str = "") -> str:

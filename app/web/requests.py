@@ -30,7 +30,7 @@ class UnknownPictureError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class SearchRequest:
-    """One search: by words, by a dropped picture, by both, or by a picture of the library."""
+    """One search: by words, by a dropped picture or one of the library, or by words and a picture."""
 
     words: str = ""
     picture: str | None = None  # id of a dropped picture

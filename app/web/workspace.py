@@ -30,7 +30,7 @@ from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
-from clipkit.search import Searcher, SearchHit
+from clipkit.search import Empty, Searcher, SearchHit
 from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class SearchAnswer:
     hits: tuple[SearchHit, ...]
     total: int  # pictures that pass the filters
     seconds: float
+    empty: Empty | None = None  # why nothing passes
     words: str | None = None  # what a mark of a hit says is shown; None: hits cannot be marked
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
     notes: tuple[str, ...] = ()  # SearchResult.notes
@@ -223,28 +224,26 @@ class Workspace:
             return SearchAnswer((), 0, 0.0)
         _, searcher = opened
         filters = self._filters(request, contents)
-        words, sort = None, None
+        words = None
+        query = parse(request.words)
+        query = replace(query, sort=query.sort or request.sort)
         if request.similar:
-            result = searcher.similar(
-                request.similar, k=request.k, filters=filters, sort=request.sort
-            )
+            result = searcher.similar(request.similar, query, k=request.k, filters=filters)
         else:
             picture = self.dropped[request.picture] if request.picture else None
-            query = parse(request.words)
-            query = replace(query, sort=query.sort or request.sort)
             result = searcher.search(query, k=request.k, image=picture, filters=filters)
             words = None if picture else marked_words(query)
-            sort = query.sort
         corrections = self._readable() if words else None
         return SearchAnswer(
             hits=result.hits,
             total=result.total,
             seconds=time.perf_counter() - started,
+            empty=result.empty,
             words=words if corrections else None,
             marks=corrections.of(words) if corrections and words else {},
             notes=result.notes,
             # The k best are put in order of date or name, all that pass a filter already are.
-            stable=sort in (None, "score") or not result.hits or result.hits[0].score is None,
+            stable=query.sort in (None, "score") or not result.hits or result.hits[0].score is None,
         )
 
     def _readable(self) -> Corrections | None:

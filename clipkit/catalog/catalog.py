@@ -353,17 +353,22 @@ class Catalog:
         with self._reading() as db:
             return [num for (num,) in db.execute(sql, (*args, min(limit, 2**63 - 1)))]
 
-    def phrase(self, text: str, *, limit: int | None = None) -> list[int]:
-        """Return the nums of the live pictures with this phrase in file name, caption or tag, the
-        best (bm25) first.
+    def phrase(self, text: str) -> dict[int, float]:
+        """Return the live pictures with this phrase in file name, folder, caption or tag: the bm25 by
+        num, the best first. It is negative, and 0 where only a folder has the phrase.
 
-        Any text is valid and none is an operator. Words match whole, whatever their letter case
-        and diacritics; scripts written without spaces match by their whole runs only.
+        Any text is valid and none is an operator. Words match whole, whatever their letter case and
+        diacritics, except that a `*` at the end leaves the end of the last word open; scripts written
+        without spaces match by their whole runs only.
         """
-        quoted = '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
-        sql = "SELECT rowid FROM texts WHERE texts MATCH ? ORDER BY rank, rowid LIMIT ?"
         with self._reading() as db:
-            return [num for (num,) in db.execute(sql, (quoted, -1 if limit is None else limit))]
+            return queries.phrase(db, text)
+
+    def having(self, words: Sequence[Iterable[str]]) -> list[Int64]:
+        """Return for each word, given as its spellings, the nums of the live pictures that have one of
+        them in file name, folder, caption or tag, sorted."""
+        with self._reading() as db:
+            return queries.having(db, words)
 
     def thumbnail(self, image_id: str) -> bytes | None:
         """Return the stored thumbnail, a small JPEG, or None."""

@@ -5,6 +5,7 @@ Derived per picture, and renewed by `settle` in the transaction that changes wha
     live    it has a place
     dated   taken_at, else when its oldest present file was last modified
     texts   the FTS5 row (of live pictures only): words of the file names, captions, tags
+    folder_texts   likewise: words of the names of the folders that the files are in
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from clipkit.arrays import Int64
 from clipkit.catalog.rows import (
+    BREAK,
     ISO_DATE,
     CatalogStats,
     Facets,
@@ -31,16 +33,16 @@ from clipkit.catalog.rows import (
     clean,
     fold,
     fold_path,
+    folder_text,
     local_time,
     name_words,
+    split_paths,
     tag_keys,
 )
 from clipkit.catalog.store import Connection
 from clipkit.errors import IndexDamaged, InputError
 
 DEAD = "SELECT num FROM pictures WHERE NOT live"  # few, so NOT IN (dead) costs less than IN (live)
-# A private-use token between captions, so that no phrase matches across the end of one.
-_BREAK = " \ue000 "
 _ORIENTATIONS = {
     "landscape": "width > height",
     "portrait": "width < height",
@@ -88,13 +90,16 @@ def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
         dated = taken_at
         if places:
             dated = taken_at or local_time(min(mtime_ns for _, mtime_ns in places))
-            words = name_words(os.fsdecode(path) for path, _ in places)
+            paths = [os.fsdecode(path) for path, _ in places]
             db.execute(
                 "INSERT OR REPLACE INTO texts (rowid, names, captions, tags) VALUES (?, ?, ?, ?)",
-                (num, *(text.replace("\n", _BREAK) for text in (words, captions, tags))),
+                (num, *(text.replace("\n", BREAK) for text in (name_words(paths), captions, tags))),
             )
+            sql = "INSERT OR REPLACE INTO folder_texts (rowid, folders) VALUES (?, ?)"
+            db.execute(sql, (num, folder_text(paths)))
         else:
             db.execute("DELETE FROM texts WHERE rowid = ?", (num,))
+            db.execute("DELETE FROM folder_texts WHERE rowid = ?", (num,))
         sql = "UPDATE pictures SET live = ?, dated = ? WHERE num = ?"
         db.execute(sql, (bool(places), dated, num))
         if places and not was_live and num not in new:
@@ -169,6 +174,36 @@ def matching(db: Connection, filters: Filters) -> Int64:
     return joined_nums(db, sql, args)
 
 
+def phrase(db: Connection, text: str) -> dict[int, float]:
+    """See Catalog.phrase."""
+    prefix = "*" if text.rstrip().endswith("*") else ""
+    sql = (
+        "SELECT num, min(rank) AS best FROM (SELECT rowid AS num, rank FROM texts WHERE texts MATCH ?1"
+        " UNION ALL SELECT rowid, 0 FROM folder_texts WHERE folder_texts MATCH ?1)"
+        " GROUP BY num ORDER BY best, num"
+    )
+    return dict(db.execute(sql, (_quoted(text) + prefix,)))
+
+
+def having(db: Connection, words: Sequence[Iterable[str]]) -> list[Int64]:
+    """See Catalog.having."""
+    sql = (
+        "SELECT (SELECT group_concat(num) FROM ("
+        "SELECT rowid AS num FROM texts WHERE texts MATCH word.value UNION ALL"
+        " SELECT rowid FROM folder_texts WHERE folder_texts MATCH word.value))"
+        " FROM json_each(?) AS word ORDER BY word.key"
+    )
+    matches = [" OR ".join(map(_quoted, spellings)) for spellings in words]
+    return [
+        np.unique(np.fromstring(joined or "", dtype=np.int64, sep=","))
+        for (joined,) in db.execute(sql, (json.dumps(matches),))
+    ]
+
+
+def _quoted(text: str) -> str:
+    return '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
+
+
 def known_files(
     db: Connection, span: tuple[bytes, bytes], encoder_id: str | None
 ) -> dict[str, KnownFile]:
@@ -231,21 +266,18 @@ def facets(db: Connection, limit: int) -> Facets:
 
 def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
     """Return the rows of those of these pictures that are live, by num."""
-    wanted = (json.dumps([int(num) for num in nums]),)
-    chosen = "num IN (SELECT value FROM json_each(?))"
-    places: dict[int, list[str]] = {}
-    for num, path in db.execute(f"SELECT num, path FROM places WHERE {chosen}", wanted):
-        places.setdefault(num, []).append(os.fsdecode(path))
     rows = db.execute(
-        "SELECT num, image_id, width, height, format, bytes, taken_at, dated, camera, added_at,"
-        f" captions, tags FROM pictures WHERE live AND {chosen}",
-        wanted,
+        "SELECT num, image_id, (SELECT group_concat(hex(path)) FROM places WHERE num = pictures.num),"
+        " width, height, format, bytes, taken_at, dated, camera, added_at, captions, tags"
+        " FROM pictures WHERE live AND num IN (SELECT value FROM json_each(?))",
+        (json.dumps([int(num) for num in nums]),),
     )
     result: dict[int, PictureRow] = {}
-    for num, image_id, *facts, captions, tags in rows:
-        path = min(places[num], key=lambda path: (len(path), path))
+    for num, image_id, joined, *facts, captions, tags in rows:
+        places = sorted(split_paths(joined))
+        path = min(places, key=lambda path: (len(path), path))
         facts += [tuple(filter(None, text.split("\n"))) for text in (captions, tags)]
-        result[num] = PictureRow(num, image_id, path, tuple(sorted(places[num])), *facts)
+        result[num] = PictureRow(num, image_id, path, tuple(places), *facts)
     return result
 
 

@@ -17,6 +17,8 @@ from clipkit.arrays import Int64
 
 AnyPath = str | os.PathLike[str]
 
+# A private-use token between captions or names, so that no phrase matches across the end of one.
+BREAK = " \ue000 "
 ISO_DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d)?)?)?)?)?", re.ASCII)
 
 
@@ -118,23 +120,38 @@ def tag_keys(tags: str) -> str:
     return "".join(f"\n{' '.join(fold(tag).split())}\n" for tag in tags.split("\n"))
 
 
+def split_paths(joined: str) -> list[str]:
+    """Return the paths of SQL's group_concat(hex(path)): in hexadecimal, any bytes survive it."""
+    return [os.fsdecode(bytes.fromhex(path)) for path in joined.split(",")]
+
+
 def lines(texts: Iterable[str]) -> str:
     """Join captions or tags for storage, one a line, with single spaces and without empty ones."""
     return "\n".join(filter(None, (" ".join(clean(text).split()) for text in texts)))
 
 
 def name_words(paths: Iterable[str]) -> str:
-    """Return the searchable words of file names: "redCar_2023.jpg" matches redcar, red, car and 2023.
+    """Return the searchable words of file names: "redCar_2023.jpg" matches redcar, red, car and 2023."""
+    return _words(os.path.splitext(os.path.basename(path))[0] for path in paths)
+
+
+def folder_text(paths: Iterable[str]) -> str:
+    """Return the words of the names of all folders above files, as folder_texts holds them."""
+    folders = (name for path in paths for name in os.path.dirname(path).split(os.sep) if name)
+    return _words(folders).replace("\n", BREAK)
+
+
+def _words(names: Iterable[str]) -> str:
+    """Return the words of names, a line each.
 
     The tokenizer itself splits at _ - and other signs; here letter case and digits split too.
     """
     words: dict[str, None] = {}
-    for path in paths:
-        stem = clean(os.path.splitext(os.path.basename(path))[0])
-        words[stem] = None
+    for name in map(clean, dict.fromkeys(names)):
+        words[name] = None
         split = "".join(
             f" {b}" if (a.islower() and b.isupper()) or a.isdigit() != b.isdigit() else b
-            for a, b in zip(" " + stem, stem, strict=False)
+            for a, b in zip(" " + name, name, strict=False)
         )
         words[" ".join(split.split())] = None
     return "\n".join(words)

@@ -17,6 +17,7 @@ from typing import Any
 
 import filelock
 
+from clipkit.catalog.rows import folder_text, split_paths
 from clipkit.errors import CatalogBusy, ClipkitError, IndexDamaged, InputError
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,13 @@ MIGRATIONS: tuple[str, ...] = (
         encoder_id TEXT PRIMARY KEY, name TEXT NOT NULL, last_seq INTEGER NOT NULL) WITHOUT ROWID;
     CREATE VIRTUAL TABLE texts USING fts5(
         names, captions, tags, tokenize = 'unicode61 remove_diacritics 2');
+    """,
+    # A table of its own: the depth of a path must not count in the bm25 of the texts.
+    """
+    CREATE VIRTUAL TABLE folder_texts USING fts5(
+        folders, tokenize = 'unicode61 remove_diacritics 2');
+    INSERT INTO folder_texts (rowid, folders)
+        SELECT num, folder_text(group_concat(hex(path))) FROM places GROUP BY num;
     """,
 )
 
@@ -168,6 +176,7 @@ class Store:
             db.execute("PRAGMA page_size = 8192")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA journal_size_limit = 67108864")
+        db.create_function("folder_text", 1, lambda joined: folder_text(split_paths(joined)))
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             try:
                 db.executescript(

@@ -52,10 +52,15 @@ class QueryEncoder:
         self._caching = threading.Lock()
 
     def vector(
-        self, query: Query, image: Image.Image | bytes | None, *, live: LiveVectors, files: bool
+        self,
+        query: Query,
+        image: Image.Image | bytes | Float32 | None,
+        *,
+        live: LiveVectors,
+        files: bool,
     ) -> Float32:
-        """Return the unit vector (D,) of the query's texts and examples, `image` (RGB, or a file's
-        bytes) being one more example.
+        """Return the unit vector (D,) of the query's texts and examples, `image` (RGB, a file's bytes,
+        or a unit vector) being one more example.
 
         An example that is among the `live` pictures needs no encoder. Without `files`, one that
         names a file is refused. Raises QueryError, ImageError (a picture cannot be read),
@@ -66,7 +71,9 @@ class QueryEncoder:
         parts += [-EXCLUDED * term.weight * texts[term.text] for term in query.exclude]
         for example in query.examples:
             parts.append(example.weight * self._example(example.path, live, files))
-        if image is not None:
+        if isinstance(image, np.ndarray):
+            parts.append(image)
+        elif image is not None:
             parts.append(self._encode_image(image, live))
         total = np.sum(parts, axis=0, dtype=np.float32)
         norm = float(np.linalg.norm(total))

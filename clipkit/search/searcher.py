@@ -2,11 +2,12 @@
 
 1. Filters and phrases come first: only pictures that pass them are ranked, and `total` counts them.
 2. Words, examples and exclusions are encoded as one vector (query_encoder.py); pictures rank by
-   their cosine to it. With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal
-   rank.
+   their cosine to it, and the higher the more of the words are in their names (name_matches.py).
+   With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal rank.
 3. Ties go by image_id.
 4. `sort:` orders the hits. With words or examples the k best are chosen first, then sorted. Without,
    all pictures that pass are sorted: by the phrases' ranks, or else by date, the newest first.
+5. Where no picture passes, the answer says which filter or phrase leaves none (empty.py).
 
 Filters, phrases, `similar` and examples that are in the library need no encoder: it is loaded by
 the first query that has something to encode.
@@ -14,6 +15,7 @@ the first query that has something to encode.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +32,9 @@ from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
 from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query, parse
+from clipkit.search.empty import Empty, explain_empty
 from clipkit.search.live_vectors import LiveVectors, follow
+from clipkit.search.name_matches import NameMatches, match_names
 from clipkit.search.query_encoder import QueryEncoder, encoder_mismatch
 from clipkit.text_towers import unreadable_words
 
@@ -40,7 +44,8 @@ BUILTIN_IS_SMALL = (
 )
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
 
-Rankings = Sequence[tuple[float, Int64]]  # (weight, nums best first)
+# (weight, nums, a key for each, the best least): equal keys are a tie
+Ranking = tuple[float, Int64, npt.NDArray[np.floating]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,7 @@ class SearchHit:
     strength: str | None  # the band of `probability`: "strong", "fair" or "weak"
     picture: PictureRow
     probability: float | None = None  # of being right for the query's words
+    named: tuple[str, ...] = ()  # words of the query in its folders, file name, captions or tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class SearchResult:
     total: int  # exact: all pictures that pass filters and phrases
     seconds: Mapping[str, float]  # by stage: "load" (new vectors), "encode", "search", "rows"
     notes: tuple[str, ...] = ()  # sentences for the user about the whole result
+    empty: Empty | None = None  # why no picture passes filters and phrases
 
 
 class _Clock:
@@ -119,53 +126,66 @@ class Searcher:
         Raises QueryError, ImageError (an example cannot be read), EncoderMismatch (the catalog has
         vectors of other encoders only), ModelError (a vector that is not finite), InputError.
         """
-        _check_k(k)
         query = parse(query) if isinstance(query, str) else query
-        clock = _Clock()
-        allowed = self._passing(query, filters)
-        rankings = []
-        for phrase in query.phrases:
-            nums = np.array(self.catalog.phrase(phrase.text), dtype=np.int64)
-            rankings.append((phrase.weight, nums))
-            allowed = _common(allowed, nums)
-        clock.lap("search")
-        if not (query.terms or query.exclude or query.examples or image is not None):
-            return self._listed(allowed, rankings, k, query.sort, clock)
-        live = self._current()
-        clock.lap("load")
-        if not len(live.nums):
-            return SearchResult((), 0, clock.seconds)
-        vector = self._queries.vector(query, image, live=live, files=self._files)
-        clock.lap("encode")
-        result = self._ranked(
-            live, vector, allowed, rankings, k, query.sort, clock,
-            calibrated=bool(query.terms) and not query.examples and image is None,
-        )  # fmt: skip
-        return replace(result, notes=self._notes(query, result))
+        return self._answer(query, k, image, filters)
 
     def similar(
         self,
         image_id: str,
+        query: str | Query = "",
         *,
         k: int = 24,
         filters: Filters | None = None,
-        sort: str | None = None,
     ) -> SearchResult:
-        """Return the k pictures nearest to one of the library, without itself, in the order `sort` as
-        in a query. Needs no encoder.
+        """Return the k pictures nearest to one of the library, without itself, or nearest to it and a
+        query together. Needs no encoder without a query's words.
 
-        Raises InputError if the library has no such picture, EncoderMismatch as `search` does.
+        Raises InputError if the library has no such picture, else what `search` does.
         """
-        _check_k(k)
+        query = parse(query) if isinstance(query, str) else query
+        return self._answer(query, k, None, filters, like=image_id)
+
+    def _answer(
+        self,
+        query: Query,
+        k: int,
+        image: Image.Image | bytes | Float32 | None,
+        filters: Filters | None,
+        *,
+        like: str | None = None,  # image_id of an example that is left out of the results
+    ) -> SearchResult:
+        if k < 1:
+            raise InputError(f"k is {k}; it must be at least 1, the number of pictures to show")
         clock = _Clock()
-        live = self._current()
-        clock.lap("load")
-        num = self.catalog.has_picture(image_id)
-        vector = live.unit_vector(num)
-        if vector is None:
-            raise InputError(f"no picture {image_id!r} in this library; search for it by words")
-        allowed = self._passing(Query(), filters)
-        return self._ranked(live, vector, allowed, [], k, sort, clock, without=num)
+        allowed, rankings = self._passing(query, filters)
+        clock.lap("search")
+        examples = image is not None or like is not None
+        if not (query.terms or query.exclude or query.examples or examples):
+            result = self._listed(allowed, rankings, k, query.sort, clock)
+        else:
+            live = self._current()
+            clock.lap("load")
+            without = None
+            if like is not None:
+                without = self.catalog.has_picture(like)
+                image = live.unit_vector(without)
+                if image is None:
+                    raise InputError(f"no picture {like!r} in this library; search for it by words")
+            if not len(live.nums):
+                return SearchResult((), 0, clock.seconds)
+            vector = self._queries.vector(query, image, live=live, files=self._files)
+            clock.lap("encode")
+            others = sum(example.weight for example in query.examples) + examples
+            names = match_names(self.catalog, query, pictures=len(live.nums), others=others)
+            result = self._ranked(
+                live, vector, allowed, rankings, names, k, query.sort, clock, without=without,
+                calibrated=bool(query.terms) and not (query.examples or examples),
+            )  # fmt: skip
+            result = replace(result, notes=self._notes(query, result))
+        if result.total:
+            return result
+        empty = explain_empty(query, filters, count=self._count, catalog=self.catalog)
+        return replace(result, empty=empty)
 
     # ---- vectors and filters
 
@@ -195,34 +215,42 @@ class Searcher:
             index = (specs[others[-1]], others[-1])
             raise encoder_mismatch(index, (self._encoder.spec, encoder_id))
 
-    def _passing(self, query: Query, filters: Filters | None) -> Int64 | None:
-        """Return the nums that pass the query's filters and `filters`, sorted; None: all."""
+    def _passing(self, query: Query, filters: Filters | None) -> tuple[Int64 | None, list[Ranking]]:
+        """Return the nums that pass the query's filters and phrases and `filters`, sorted (None: all),
+        and the phrases' rankings."""
         passing = None
+        rankings: list[Ranking] = []
         for one in (self._catalog_filters(query), filters):
             if one is not None and one != Filters():
                 passing = _common(passing, self.catalog.matching(one))
-        return passing
+        for phrase in query.phrases:
+            bm25 = self.catalog.phrase(phrase.text)
+            nums = np.fromiter(bm25.keys(), np.int64)
+            rankings.append((phrase.weight, nums, np.fromiter(bm25.values(), np.float64)))
+            passing = _common(passing, nums)
+        return passing, rankings
+
+    def _count(self, query: Query, filters: Filters | None) -> int:
+        passing, _ = self._passing(query, filters)
+        return self.catalog.stats().pictures if passing is None else len(passing)
 
     def _catalog_filters(self, query: Query) -> Filters:
-        """Convert the query's filters to the catalog's.
-
-        A relative `folder:` is below an indexed folder or begins with its name: where
-        /home/me/photos is indexed, folder:photos/2023 and folder:2023 are the same.
-        """
+        """Convert the query's filters to the catalog's: a `folder:` that is not absolute is any folder
+        of that name, or whose path ends so; one that begins with a dot is seen from the working
+        folder."""
         values: dict[str, list[str]] = {}
         for item in query.filters:
             values.setdefault(item.key, []).append(item.value)
         one = {key: several[0] for key, several in values.items()}
-        folders = [Path(value).expanduser() for value in values.get("folder", ())]
-        if not all(folder.is_absolute() for folder in folders):
-            roots = [Path(root) for root in self.catalog.roots()]
-            tops = [top for root in roots for top in (root, root.parent)] or [Path.cwd()]
-            folders = [top / folder for folder in folders for top in tops]  # absolute: stays itself
+        folders = [os.path.expanduser(value) for value in values.get("folder", ())]
         return Filters(
             after=one.get("after"),
             before=one.get("before"),
             paths=tuple(values.get("path", ())),
-            folders=tuple(str(folder) for folder in folders),
+            folders=tuple(
+                os.path.abspath(folder) if folder.split("/")[0] in (".", "..") else folder
+                for folder in folders
+            ),
             cameras=tuple(values.get("camera", ())),
             formats=tuple(values.get("format", ())),
             tags=tuple(values.get("tag", ())),
@@ -248,7 +276,7 @@ class Searcher:
             listed = ", ".join(f"“{word}”" for word in unread)
             knows = " knows English; it" if spec == "builtin" else ""
             notes.append(f"The model {spec}{knows} does not know {listed}.")
-        if result.hits and all(hit.strength == "weak" for hit in result.hits):
+        if result.hits and all(hit.strength == "weak" and not hit.named for hit in result.hits):
             notes.append(NOTHING_STANDS_OUT)
             if spec == "builtin":
                 notes.append(BUILTIN_IS_SMALL)
@@ -261,28 +289,35 @@ class Searcher:
         live: LiveVectors,
         vector: Float32,
         allowed: Int64 | None,
-        rankings: Rankings,
+        rankings: Sequence[Ranking],
+        names: NameMatches,
         k: int,
         sort: str | None,
         clock: _Clock,
         *,
-        without: int | None = None,
-        calibrated: bool = False,
+        without: int | None,
+        calibrated: bool,
     ) -> SearchResult:
         if allowed is not None:
             allowed = _common(allowed, live.nums)
         searched = live.nums if allowed is None else allowed
         total = len(searched)
+        if without is not None:
+            at = np.searchsorted(searched, without)
+            total -= int(np.isin(without, searched[at : at + 1]))
+        sample = live.sample @ vector
         if rankings:
-            nums, scores = live.search(vector, total, allowed=allowed)
-            keys = reciprocal_rank_fusion([(1.0, nums), *rankings], nums)
+            nums, scores = live.search(vector, len(searched), allowed=allowed)
         else:
-            if without is not None:
-                at = np.searchsorted(searched, without)
-                total -= int(np.isin(without, searched[at : at + 1]))
             nums, scores = _nearest(live, vector, k + (without is not None), allowed)
-            nums, scores = nums[nums != without], scores[nums != without]
-            keys = scores.astype(np.float64)
+            named = np.intersect1d(searched, names.nums, assume_unique=True)
+            named = np.setdiff1d(named, nums, assume_unique=True)
+            more, their_scores = live.search(vector, len(named), allowed=named)
+            nums, scores = np.concatenate([nums, more]), np.concatenate([scores, their_scores])
+        nums, scores = nums[nums != without], scores[nums != without]
+        keys = scores + names.bonus(nums, float(sample.std(dtype=np.float64)))
+        if rankings:
+            keys = reciprocal_rank_fusion([(1.0, nums, -keys), *rankings], nums)
         clock.lap("search")
         rows = self._best_rows(nums, keys, k)
         if sort in ("date", "name"):
@@ -293,9 +328,16 @@ class Searcher:
         calibration = self._calibration(live.encoder_id) if calibrated else None
         if calibration is not None:
             array = np.array(cosines, dtype=np.float32)
-            probabilities = calibration.probabilities(array, live.sample @ vector).tolist()
+            probabilities = calibration.probabilities(array, sample).tolist()
         hits = tuple(
-            SearchHit(rank, score, None if p is None else strength.band(p), row, p)
+            SearchHit(
+                rank,
+                score,
+                None if p is None else strength.band(p),
+                row,
+                p,
+                names.words_of(row.num),
+            )
             for rank, (row, score, p) in enumerate(
                 zip(rows, cosines, probabilities, strict=True), 1
             )
@@ -304,7 +346,12 @@ class Searcher:
         return SearchResult(hits, total, clock.seconds)
 
     def _listed(
-        self, allowed: Int64 | None, rankings: Rankings, k: int, sort: str | None, clock: _Clock
+        self,
+        allowed: Int64 | None,
+        rankings: Sequence[Ranking],
+        k: int,
+        sort: str | None,
+        clock: _Clock,
     ) -> SearchResult:
         """List pictures by filters and phrases alone."""
         nums = self.catalog.matching(Filters()) if allowed is None else allowed
@@ -362,21 +409,18 @@ def _common(allowed: Int64 | None, nums: Int64) -> Int64:
     return np.intersect1d(allowed, nums, assume_unique=True)
 
 
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise InputError(f"k is {k}; it must be at least 1, the number of pictures to show")
-
-
-def reciprocal_rank_fusion(rankings: Rankings, nums: Int64) -> npt.NDArray[np.float64]:
+def reciprocal_rank_fusion(rankings: Sequence[Ranking], nums: Int64) -> npt.NDArray[np.float64]:
     """Return a key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
 
-    `rankings` are (weight, nums best first). Ranks count from 1 among `nums`, skipping all others; a
-    num that is not in a ranking gets nothing from it.
+    `rankings` are (weight, nums, their keys, the best least). Ranks count from 1 among `nums`, skipping
+    all others, and equal keys share the best rank of them: they leave it to the other rankings which
+    comes first. A num that is not in a ranking gets nothing from it.
     """
     order = np.argsort(nums)
     keys = np.zeros(len(nums))
-    for weight, ranking in rankings:
-        ranked = ranking[np.isin(ranking, nums)]
+    for weight, ranking, its_keys in rankings:
+        asked = np.isin(ranking, nums)
+        ranked, its_keys = ranking[asked], its_keys[asked]
         positions = order[np.searchsorted(nums, ranked, sorter=order)]
-        keys[positions] += weight / (RRF_K + 1 + np.arange(len(ranked)))
+        keys[positions] += weight / (RRF_K + 1 + np.searchsorted(np.sort(its_keys), its_keys))
     return keys.round(12)  # so that 1/61 + 1/62 and 1/62 + 1/61 tie exactly
