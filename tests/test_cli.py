@@ -83,7 +83,8 @@ def test_a_second_run_changes_nothing(index: Path, photos: Path) -> None:
 def test_words_give_hits_as_json_and_as_a_table(index: Path) -> None:
     found = hits("red", "car", "--index", index, "-k", 5)
     assert [hit["rank"] for hit in found] == [1, 2, 3, 4, 5]
-    assert set(found[0]) == {"rank", "path", "image_id", "score", "strength", "probability"}
+    keys = {"rank", "path", "image_id", "score", "strength", "probability", "named"}
+    assert set(found[0]) == keys
     scores = [hit["score"] for hit in found]
     assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
     table = run("search", "red", "car", "--index", index, "-k", "5").stdout

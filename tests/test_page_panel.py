@@ -38,7 +38,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def names(page: Any) -> list[str]:
-    return page.eval_on_selector_all("#results .hit .name", "all => all.map(e => e.textContent)")
+    return page.eval_on_selector_all("#results .hit .place b", "all => all.map(e => e.textContent)")
 
 
 def suggestions(page: Any) -> list[str]:
@@ -135,7 +135,7 @@ def test_filters_narrow_order_and_survive(site: str, visit: Open) -> None:
         page.wait_for_function("!document.body.dataset.busy")
 
     choose("sort", "name", 3)
-    page.wait_for_function("document.querySelector('.hit .name').textContent === 'a.png'")
+    page.wait_for_function("document.querySelector('.hit .place b').textContent === 'a.png'")
     assert names(page) == ["a.png", "b.jpg", "c.png"]
     choose("format", "PNG", 2)
     choose("orientation", "portrait", 1)

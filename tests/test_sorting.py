@@ -315,7 +315,7 @@ def test_sorting_in_a_real_browser(
         watched = Watched(browser.new_page(viewport={"width": 390, "height": 780}))
         page = watched.page
         page.set_default_timeout(20_000)
-        page.goto(f"{address}/#sort")
+        page.goto(f"{address}/#classify")
         page.fill(".evaluate textarea", "red, blue\nwhite")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         page.select_option(".evaluate [name=choice]", "alone")
@@ -346,7 +346,7 @@ def test_sorting_in_a_real_browser(
         assert "30 of 30 pictures" in page.inner_text(".word h2")
         page.click("text=Back to all words")
         page.wait_for_selector(".word:not(.all)")
-        assert page.url.endswith("#classify?words=red%2C+blue%0Awhite&choice=alone&floor=90")
+        assert page.url.endswith("#classify=red%2C+blue%0Awhite&choice=alone&floor=90")
         page.click("[data-do=home]")
         page.wait_for_selector(".home .chips")
         page.go_back()

@@ -155,7 +155,7 @@ def test_a_long_run_on_a_cpu_says_once_what_it_takes(
         return TrainConfig.from_mapping({"data": "x", "recipe": recipe, "device": "cpu"})
 
     assert train_command._slow(config("heads")) == ""
-    with train_command._progress(train_command._slow(config("full"))) as show:
+    with train_command._progress(train_command._slow(config("full")), quiet=False) as show:
         for step in range(1, 6):
             show(Progress("training", step, 100, eta_seconds=seconds))
     told = capsys.readouterr().err

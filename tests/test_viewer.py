@@ -399,11 +399,11 @@ def test_titles_and_steps_name_the_search(site: Site, visit: Open) -> None:
     page.press("input[name=words]", "Enter")
     settled(page)
     assert steps(page) == before
-    page.click("#tools >> text=Sort")
+    page.click("#tools >> text=Classify")
     page.fill(".evaluate textarea", "red, blue\nwhite")
     page.press(".evaluate textarea", "Control+Enter")
     page.wait_for_selector(".shares")
-    assert "#sort=red%2C+blue%0Awhite&choice=" in page.url
+    assert "#classify=red%2C+blue%0Awhite&choice=" in page.url
     address = page.url
     page.go_back()
     page.go_back()
@@ -414,7 +414,7 @@ def test_titles_and_steps_name_the_search(site: Site, visit: Open) -> None:
 
 
 def test_a_box_is_as_high_as_its_lines(site: Site, visit: Open) -> None:
-    page = visit(f"{site[0]}/#sort")
+    page = visit(f"{site[0]}/#classify")
     page.wait_for_selector(".evaluate textarea")
     page.fill(".evaluate textarea", "\n".join("abcdefgh"))
     box = "document.querySelector('.evaluate textarea')"
@@ -509,12 +509,12 @@ def test_on_a_phone_everything_can_be_touched_and_nothing_is_wider(site: Site, v
     good("viewer")
     page.go_back()
     closed(page)
-    page.locator("#tools [data-do=add]").tap()
-    good("add")
-    page.locator("[data-do=close-adder]").tap()
-    page.goto(f"{site[0]}/#sort=red,blue")
+    page.locator("#tools [data-do=folders]").tap()
+    good("folders")
+    page.locator("#folders [data-do=close-dialog]").tap()
+    page.goto(f"{site[0]}/#classify=red,blue")
     page.wait_for_selector(".shares")
-    good("sort")
+    good("classify")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

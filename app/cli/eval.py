@@ -190,6 +190,7 @@ class SeveralModels(Encoding):
         typer.Option(
             "--model",
             metavar="SPEC",
+            autocompletion=model_specs,
             show_default="builtin",
             help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder. Repeat the option "
             "for several.",

@@ -19,7 +19,7 @@ EPILOG = examples(
     "clipkit models siglip 384",
     "clipkit models --here",
     "clipkit index ~/Pictures --model ViT-B-32/laion2b_s34b_b79k",
-    "clipkit eval zeroshot --data cifar10 --model ViT-S-32-alt:logs/mine/checkpoints/epoch_1.pt",
+    "clipkit eval zeroshot --data cifar10 --model ViT-S-32-alt:epoch_1.pt",
 )
 
 

@@ -154,7 +154,9 @@ def open_report(
         str,
         typer.Argument(metavar="[NAME]", help="A run's name or folder. Default: the newest."),
     ] = "",
-    folder: Annotated[Path, typer.Option("--in", help="The folder of runs.")] = Path("runs"),
+    folder: Annotated[Path, typer.Option("--in", metavar="DIR", help="The folder of runs.")] = Path(
+        "runs"
+    ),
     path_only: Annotated[bool, typer.Option("--print", help="Only print the path.")] = False,
 ) -> None:
     """Open a run's report in the browser, and print its path."""

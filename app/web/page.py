@@ -218,7 +218,8 @@ def build(page: Page) -> gr.Blocks:
             """Return the timer: active while something changes by itself.
 
             Call it before the page is drawn: a run that ends in between is then drawn as ended by
-            one more tick, instead of as running for good.
+            one more tick, instead of as running for good. Whatever draws the status sets the timer,
+            since a slow answer may arrive after the last tick.
             """
             run = workspace.run
             fading = run is not None and not run.to_read  # in progress, or shown for a minute
@@ -230,11 +231,13 @@ def build(page: Page) -> gr.Blocks:
             timer = next_timer()
             return *page.load(), timer
 
-        def on_ask(event: gr.EventData) -> tuple[str, str, str]:
-            return *page.search(_data(event)), page.run()
+        def on_ask(event: gr.EventData) -> tuple[Any, ...]:
+            timer = next_timer()
+            return *page.search(_data(event)), page.run(), timer
 
-        def on_evaluate(event: gr.EventData) -> tuple[str, str, str]:
-            return *page.sort(_data(event)), page.run()
+        def on_evaluate(event: gr.EventData) -> tuple[Any, ...]:
+            timer = next_timer()
+            return *page.sort(_data(event)), page.run(), timer
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
@@ -255,8 +258,8 @@ def build(page: Page) -> gr.Blocks:
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
-        ask.ask(on_ask, None, [results, status, run], trigger_mode="always_last", **quiet)
-        ask.evaluate(on_evaluate, None, [results, status, run], trigger_mode="always_last", **quiet)
+        ask.ask(on_ask, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
+        ask.evaluate(on_evaluate, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
         ask.dismiss(on_dismiss, None, [run], **quiet)

@@ -61,9 +61,10 @@
   const from_address = () => {
     const parameters = new URLSearchParams(location.hash.slice(1));
     const view = /^[0-9a-f]{32}$/.exec(parameters.get("view"))?.[0];
-    if (parameters.has(CLASSIFY)) {
+    const words = parameters.get(CLASSIFY) ?? parameters.get("evaluate"); // its former name
+    if (words !== null) {
       const rest = CLASSIFIED.map((key) => [key, parameters.get(key) || ""]);
-      return { evaluate: { words: parameters.get(CLASSIFY), ...Object.fromEntries(rest), k: 0 }, view };
+      return { evaluate: { words, ...Object.fromEntries(rest), k: 0 }, view };
     }
     const question = empty();
     for (const key of FIELDS) question[key] = parameters.get(key) || "";

@@ -35,7 +35,8 @@
   };
 
   addEventListener("keydown", (event) => {
-    if (event.key !== "?" || typing(event.target) || $("dialog[open]")) return;
+    const empty = event.target === field() && !field().value; // it has the focus at the start
+    if (event.key !== "?" || (typing(event.target) && !empty) || $("dialog[open]")) return;
     event.preventDefault();
     does.help();
   });
