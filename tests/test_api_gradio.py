@@ -42,6 +42,27 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient,
     workspace.close()
 
 
+def test_what_draws_the_status_sets_the_timer(tmp_path: Path) -> None:
+    """An answer that was drawn while pictures were indexed may arrive after the last tick, and would
+    then stay."""
+    from app.web.page import Page, build
+    from app.web.saved_reports import SavedReports
+    from app.web.sorting import Sorter
+
+    workspace = Workspace(tmp_path / "index", ColourModel())  # type: ignore[arg-type]
+
+    async def built() -> Any:
+        return build(Page(workspace, Sorter(workspace), SavedReports()))
+
+    events = [
+        {getattr(block, "elem_id", None) or type(block).__name__ for block in event.outputs}
+        for event in asyncio.run(built()).fns.values()
+    ]
+    workspace.close()
+    drawn = [outputs for outputs in events if "status" in outputs]
+    assert len(drawn) >= 6 and all("Timer" in outputs for outputs in drawn), drawn
+
+
 def file_routes(path: str) -> list[str]:
     relative = path.lstrip("/")
     return [

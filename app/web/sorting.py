@@ -38,8 +38,9 @@ FLOORS: Mapping[str, str] = {
     "90": "at least 90 %",
 }
 NONE = "None of these"  # the pictures for which no word reaches the floor
-# With a floor, these compete with the words: at the same recall they add 2 to 5 points of precision
-# to it, measured with any 3 of CIFAR-10's classes on pictures of all 10.
+# With a floor, these compete with the words. Any 3 of CIFAR-10's classes on pictures of all 10, mean
+# precision and recall: floor 50, 26.5 and 67.0 % without them, 37.4 and 48.1 % with them; floor 70,
+# 32.0 and 54.4 % against 45.3 and 34.1 %.
 BACKGROUND = ("thing", "object", "scene", "picture")
 CLOSE = 0.1  # a lead over the second word below this is no decision
 BEST_SHOWN, CLOSE_SHOWN = 10, 24
