@@ -269,7 +269,7 @@ def progress_shown(*, quiet: bool = False) -> Iterator[ShowProgress]:
                 of = f" of {total:,}" if total else ""
                 task = next(task for task in bars.tasks if task.id == tasks[what])
                 left = task.time_remaining
-                parts = ("" if left is None else f"{duration(left)} left", note)
+                parts = ("" if not left else f"{duration(left)} left", note)
                 print(", ".join((f"{what}: {done:,}{of}", *filter(None, parts))), file=sys.stderr)
 
         yield show

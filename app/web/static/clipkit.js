@@ -44,6 +44,7 @@
   history.scrollRestoration = "manual";
   const CLASSIFY = "classify"; // in an address: words of the Classify page
   const CLASSIFIED = ["choice", "floor", "group"]; // in its address, too
+  const MOST_RESTORED = 2400; // cards that Back brings again: many more would take the browser seconds
   let here = null; // address of the page that is shown or awaited, without the viewer
   let landing = null; // {y, view} of the entry whose answer is awaited
 
@@ -138,7 +139,7 @@
     }
     if (viewer.is_open()) viewer.close();
     if (state.evaluate) evaluate(state.evaluate, { from: state });
-    else send({ ...state.question, k: state.k || 0 }, { from: state });
+    else send({ ...state.question, k: Math.min(state.k || 0, MOST_RESTORED) }, { from: state });
   };
 
   // The Classify page replaces the results. `from` is the entry of the history, if it has one.
