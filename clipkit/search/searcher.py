@@ -407,7 +407,8 @@ def _with_named(
     may lift to the k best.
 
     Their cosines are at most the least of the nearest, so they are compared in blocks of falling
-    bonus until that is too little: the first block whole, of the others as many as can still win.
+    bonus until that is too little: the first block whole, of the others as many as can still win. An
+    approximate index may miss one of these as it may any other picture.
     """
     nums, scores = nearest
     least = scores.min(initial=1.0)
