@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from directions import (  # noqa: F401
+    AXES,
     FakeEncoder,
     Writer,
     catalog,
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from clipkit.catalog import Catalog, Filters
 from clipkit.query import Query, Term
 from clipkit.search import Searcher
+from clipkit.search import searcher as searcher_module
 from clipkit.search.name_matches import COVERAGE_POWER, NAME_WEIGHT, match_names, spellings
 
 
@@ -105,6 +107,33 @@ def test_as_many_hits_as_asked_for_and_each_once(writer: Writer, searcher: Searc
     for k in (1, 3, 5, 12, 100):
         found = names(searcher.search("dog watch", k=k))
         assert len(found) == len(set(found)) == min(k, 13)
+
+
+@pytest.mark.parametrize("first_named", [1, 3, 1000])
+@pytest.mark.parametrize("query", ["dog beach", "dog", "dog leash car", "beach car"])
+def test_pictures_that_no_name_can_lift_are_left_out_and_none_else(
+    writer: Writer,
+    searcher: Searcher,
+    monkeypatch: pytest.MonkeyPatch,
+    query: str,
+    first_named: int,
+) -> None:
+    """The k best of 400 are those of a ranking of all 400, whatever is compared first.
+    Captions have some of four words; one of five pictures has the vector of the one before."""
+    monkeypatch.setattr(searcher_module, "FIRST_NAMED", first_named)
+    draw = np.random.default_rng(0)
+    vector = draw.normal(size=4)
+    for number in range(400):
+        vector = vector if number % 5 == 1 else draw.normal(size=4)
+        words = [axis for axis, has in zip(AXES, draw.random(4) < 0.2, strict=True) if has]
+        writer.add(f"p{number}", list(vector), captions=[" ".join(words) or "x"], commit=False)
+    writer.catalog.commit()
+    every = names(searcher.search(query, k=400))
+    for k in (1, 2, 10, 50):
+        assert names(searcher.search(query, k=k)) == every[:k]
+    like = key("p7")
+    every = names(searcher.similar(like, query, k=400))
+    assert len(every) == 399 and names(searcher.similar(like, query, k=10)) == every[:10]
 
 
 @pytest.mark.parametrize(

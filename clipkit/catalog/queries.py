@@ -194,10 +194,12 @@ def having(db: Connection, words: Sequence[Iterable[str]]) -> list[Int64]:
         " FROM json_each(?) AS word ORDER BY word.key"
     )
     matches = [" OR ".join(map(_quoted, spellings)) for spellings in words]
-    return [
-        np.unique(np.fromstring(joined or "", dtype=np.int64, sep=","))
-        for (joined,) in db.execute(sql, (json.dumps(matches),))
-    ]
+    found = []
+    for (joined,) in db.execute(sql, (json.dumps(matches),)):
+        # two ascending runs, which a stable sort only merges; np.unique takes five times as long
+        nums = np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","), kind="stable")
+        found.append(nums[np.diff(nums, prepend=-1) > 0])
+    return found
 
 
 def _quoted(text: str) -> str:

@@ -92,11 +92,11 @@ def match_names(catalog: Catalog, query: Query, *, pictures: int, others: float)
         share = weight / total * max(0.0, 1 - 2 * len(nums) / max(pictures, 1))
         if share and len(nums):
             specific.append((word, nums, share))
-    union = np.unique(np.concatenate([np.empty(0, np.int64), *(nums for _, nums, _ in specific)]))
-    coverage = np.zeros(len(union))
+    coverage = np.zeros(max((int(nums[-1]) + 1 for _, nums, _ in specific), default=0))
     for _, nums, share in specific:
-        coverage[np.searchsorted(union, nums)] += share
-    return NameMatches(tuple((word, nums) for word, nums, _ in specific), union, coverage)
+        coverage[nums] += share  # by num: nums are small integers
+    union = np.flatnonzero(coverage)
+    return NameMatches(tuple((word, nums) for word, nums, _ in specific), union, coverage[union])
 
 
 def _content_words(query: Query) -> dict[str, float]:

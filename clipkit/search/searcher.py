@@ -42,6 +42,7 @@ NOTHING_STANDS_OUT = "Nothing clearly shows this. These pictures are the nearest
 BUILTIN_IS_SMALL = (
     "The built-in model is small: the README names larger ones under Use other models."
 )
+FIRST_NAMED = 1_000  # pictures with words of the query in their names that are always compared
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
 
 # (weight, nums, a key for each, the best least): equal keys are a tie
@@ -306,16 +307,15 @@ class Searcher:
             at = np.searchsorted(searched, without)
             total -= int(np.isin(without, searched[at : at + 1]))
         sample = live.sample @ vector
+        spread = float(sample.std(dtype=np.float64))
         if rankings:
             nums, scores = live.search(vector, len(searched), allowed=allowed)
         else:
-            nums, scores = _nearest(live, vector, k + (without is not None), allowed)
-            named = np.intersect1d(searched, names.nums, assume_unique=True)
-            named = np.setdiff1d(named, nums, assume_unique=True)
-            more, their_scores = live.search(vector, len(named), allowed=named)
-            nums, scores = np.concatenate([nums, more]), np.concatenate([scores, their_scores])
+            wanted = k + (without is not None)
+            nearest = _nearest(live, vector, wanted, allowed)
+            nums, scores = _with_named(live, vector, wanted, nearest, allowed, names, spread)
         nums, scores = nums[nums != without], scores[nums != without]
-        keys = scores + names.bonus(nums, float(sample.std(dtype=np.float64)))
+        keys = scores + names.bonus(nums, spread)
         if rankings:
             keys = reciprocal_rank_fusion([(1.0, nums, -keys), *rankings], nums)
         clock.lap("search")
@@ -392,6 +392,52 @@ def _nearest(
         if len(nums) < limit or scores[-1] < scores[k - 1]:
             return nums, scores
         limit *= 4
+
+
+def _with_named(
+    live: LiveVectors,
+    vector: Float32,
+    k: int,
+    nearest: tuple[Int64, Float32],
+    allowed: Int64 | None,
+    names: NameMatches,
+    spread: float,
+) -> tuple[Int64, Float32]:
+    """Return the nearest and, of the others in `allowed` (sorted; None: all), those that their names
+    may lift to the k best.
+
+    Their cosines are at most the least of the nearest, so they are compared in blocks of falling
+    bonus until that is too little: the first block whole, of the others as many as can still win. An
+    approximate index may miss one of these as it may any other picture.
+    """
+    nums, scores = nearest
+    least = scores.min(initial=1.0)
+    threshold = _kth(scores + names.bonus(nums, spread), k)
+    bonus = names.bonus(names.nums, spread)
+    can_win = bonus + least >= threshold
+    named, bonus = names.nums[can_win], bonus[can_win]
+    passing = ~np.isin(named, nums) & np.isin(named, live.nums if allowed is None else allowed)
+    named, bonus = named[passing], bonus[passing]
+    order = np.argsort(-bonus)
+    start, size = 0, FIRST_NAMED
+    while start < len(order) and (most := bonus[order[start]]) + least >= threshold:
+        block = np.sort(named[order[start : start + size]])
+        limit = len(block) if start == 0 else k + 8
+        while True:
+            more, cosines = live.search(vector, limit, allowed=block)
+            both = np.concatenate([nums, more]), np.concatenate([scores, cosines])
+            threshold = _kth(both[1] + names.bonus(both[0], spread), k)
+            if limit >= len(block) or cosines[-1] + most < threshold:
+                break
+            limit *= 4
+        nums, scores = both
+        start, size = start + size, 16 * size
+    return nums, scores
+
+
+def _kth(keys: npt.NDArray[np.floating], k: int) -> float:
+    """Return the k-th greatest key; minus infinity if there are fewer."""
+    return float(np.partition(keys, len(keys) - k)[len(keys) - k]) if len(keys) >= k else -np.inf
 
 
 def _sorted(rows: Iterable[PictureRow], sort: str) -> list[PictureRow]:

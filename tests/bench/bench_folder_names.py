@@ -7,13 +7,22 @@ split under numbers, CIFAR-10's classes as ten folders of 200, and 1,000 folders
 each ("golf_ball"). "Before" is NAME_WEIGHT 0, cosines alone. Captions are queries that folder names can
 only mislead: most have a word that is a folder's name, and none of these folders holds their picture.
 Intervals are 95 %, over the queries' pictures.
+
+    python tests/bench/bench_folder_names.py --data /work/shared/data --work FOLDER --captioned 100000
+
+What looking at names costs in a library of that many pictures, each with one caption of Flickr8k's
+training split (captions repeat) and a random vector: milliseconds of a whole search, and of the words
+in names within it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +31,7 @@ import numpy as np
 from clipkit.catalog import Catalog, Filters
 from clipkit.embed import index_folders
 from clipkit.lazy_encoder import LazyEncoder
+from clipkit.query import parse
 from clipkit.search import Searcher, name_matches
 
 INFLECTED = {
@@ -85,11 +95,75 @@ def recall(
     ]
 
 
+def captioned_library(data: Path, folder: Path, pictures: int, encoder: LazyEncoder) -> None:
+    """Write an index of `pictures` that have captions and random vectors; one that is there stays."""
+    rows = _lines(data / "flickr8k/train.jsonl")
+    captions = itertools.cycle([row["captions"][nth] for nth in range(5) for row in rows])
+    dim = encoder.towers().dim
+    with Catalog.open(folder, write=True) as catalog:
+        if catalog.stats().pictures:
+            return
+        catalog.register_encoder(encoder.encoder_id, spec="builtin", config_json="{}", dim=dim)
+        for number, caption in zip(range(pictures), captions, strict=False):
+            num = catalog.add_picture(
+                image_id=f"{number:032x}", width=640, height=480, format="JPEG", bytes=1000,
+                captions=[caption], tags=[],
+            )  # fmt: skip
+            catalog.add_place(num, f"/photos/{number // 1000}/{number}.jpg", size=1000, mtime_ns=1)
+        nums = np.arange(1, pictures + 1)
+        vectors = np.random.default_rng(0).standard_normal((pictures, dim), dtype=np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        catalog.add_vectors(encoder.encoder_id, nums, vectors)
+        catalog.commit()
+
+
+def cost(data: Path, work: Path, pictures: int) -> None:
+    """Print the milliseconds of searches in a library of captioned pictures."""
+    folder, encoder = work / f"captioned-{pictures}", LazyEncoder("builtin")
+    captioned_library(data, folder, pictures, encoder)
+    searcher = Searcher(Catalog.open(folder), encoder)
+    words = [
+        (caption, len(name_matches._content_words(parse(caption))))
+        for row in _lines(data / "flickr8k/dev.jsonl")
+        for caption in map(plain, row["captions"])
+    ]
+    kinds = {
+        "no word in a name": [f"qzx{number}" for number in range(100)],
+        "one rare word": ["accordion", "telescope", "castle", "zebra", "violin"] * 20,
+        "one word of a fifth": ["dog", "man"] * 50,
+        "sentences of nine words": [text for text, n in words if n == 9][:200],
+    }
+    print(f"{pictures:,} pictures with captions; milliseconds (median, 95th percentile)")
+    print(f"{'':<26}{'n':>5}{'search':>18}{'words in names':>18}{'encode':>18}")
+    for kind, queries in kinds.items():
+        searcher.search(queries[0])
+        rows = []
+        for query in queries:
+            started = time.perf_counter()
+            result = searcher.search(query)
+            whole = time.perf_counter() - started
+            started = time.perf_counter()
+            name_matches.match_names(searcher.catalog, parse(query), pictures=pictures, others=0)
+            rows.append((whole, time.perf_counter() - started, result.seconds["encode"]))
+        columns = (np.percentile(column, (50, 95)) * 1000 for column in zip(*rows, strict=True))
+        figures = "".join(f"{median:>9.1f}{p95:>9.1f}" for median, p95 in columns)
+        print(f"{kind:<26}{len(queries):>5}{figures}", flush=True)
+
+
+def plain(caption: str) -> str:
+    """Return the caption as words alone, none of them an operator of the query language."""
+    return " ".join(re.findall(r"[^\W_]+", caption.lower()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--captioned", type=int, metavar="N")
     arguments = parser.parse_args()
+    if arguments.captioned:
+        cost(arguments.data, arguments.work, arguments.captioned)
+        return
     pictures, encoder = arguments.work / "pictures", LazyEncoder("builtin")
     copy(arguments.data, pictures)
     with Catalog.open(arguments.work / "index", write=True) as catalog:
