@@ -259,7 +259,9 @@ def build(page: Page) -> gr.Blocks:
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
         ask.ask(on_ask, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
-        ask.evaluate(on_evaluate, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
+        ask.evaluate(
+            on_evaluate, None, [results, status, run, timer], trigger_mode="always_last", **quiet
+        )
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
         ask.dismiss(on_dismiss, None, [run], **quiet)
