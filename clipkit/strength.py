@@ -36,7 +36,7 @@ STRONG = 0.5  # of being right: more likely than not
 FAIR = 0.3
 FEWEST_CAPTIONS, MOST_CAPTIONS = 100, 1_000  # of which a calibration is fitted
 RIGHT_SHARE = 0.01  # of a library that is right for one of its captions, where no data say it
-FEWEST_PICTURES = 300  # the smallest library that was fitted on; N is never less
+FEWEST_PICTURES = 1_000  # N is never less: smaller libraries would be too sure
 USUAL_SIZE = 0.3  # the built-in model's, rounded, for models without a calibration to start from
 
 

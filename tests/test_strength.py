@@ -26,11 +26,11 @@ def test_probability_is_logistic_in_the_cosine() -> None:
 
 
 def test_a_larger_library_asks_for_a_higher_cosine() -> None:
-    """With size 0.5, ten times the pictures divide the odds by sqrt(10). Below 300 nothing is won."""
-    calibration = replace(PLAIN, constant=log(300) / 2 - 4, size=0.5)
-    assert calibration.probabilities([0.5], 300) == pytest.approx([0.5])
-    assert calibration.probabilities([0.5], 3_000) == pytest.approx([1 / (1 + 10**0.5)])
-    assert calibration.probabilities([0.5, 0.5], [5, 30_000]) == pytest.approx([0.5, 1 / 11])
+    """With size 0.5, ten times the pictures divide the odds by sqrt(10). Below 1,000 none are won."""
+    calibration = replace(PLAIN, constant=log(1_000) / 2 - 4, size=0.5)
+    assert calibration.probabilities([0.5], 1_000) == pytest.approx([0.5])
+    assert calibration.probabilities([0.5], 10_000) == pytest.approx([1 / (1 + 10**0.5)])
+    assert calibration.probabilities([0.5, 0.5], [5, 100_000]) == pytest.approx([0.5, 1 / 11])
 
 
 def test_bands() -> None:
