@@ -4,12 +4,13 @@ What a cosine means differs by model: 0.3 is a perfect match for one and chance 
 `Calibration` is a logistic regression that is fitted on labelled captions and kept in the model's
 folder (FILE):
 
-    log odds = constant + cosine * c + above_mean * (c - m)
+    log odds = constant + cosine * c - size * log(N)
 
-where c is the hit's cosine and m the mean cosine of the same query to a sample of the library. The
-built-in model's is fitted by data_prep/builtin_model/strength.py, a training run's on its validation
-split. It is for texts: cosines between two pictures are another distribution. The library's size and
-the cosines' spread were tried as features; at a given cosine they told next to nothing.
+where c is the hit's cosine and N the number of pictures in the library: the more there are, the higher
+is the best cosine by luck. The built-in model's is fitted by data_prep/builtin_model/strength.py, a
+training run's on its validation split, which has one size, so that `size` is given. It is for texts:
+cosines between two pictures are another distribution. The cosine above the query's mean, and above the
+best that normal luck would bring, were tried too; on a dataset left out they made the loss higher.
 
 A probability is conservative: a picture that fits counts as wrong where its captions do not say so.
 """
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit import checkpoint
-from clipkit.arrays import Float32, Float64
+from clipkit.arrays import Bool, Float32, Float64, Int64
 from clipkit.durable import write_whole
 from clipkit.errors import ModelError
 
@@ -35,7 +36,8 @@ STRONG = 0.5  # of being right: more likely than not
 FAIR = 0.3
 FEWEST_CAPTIONS, MOST_CAPTIONS = 100, 1_000  # of which a calibration is fitted
 RIGHT_SHARE = 0.01  # of a library that is right for one of its captions, where no data say it
-_PRIOR_PICTURES = 30  # that the usual mean counts as, beside those of a library's sample
+FEWEST_PICTURES = 1_000  # N is never less: smaller libraries would be too sure
+USUAL_SIZE = 0.3  # the built-in model's, rounded, for models without a calibration to start from
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +47,14 @@ class Calibration:
     encoder_id: str
     constant: float
     cosine: float
-    above_mean: float
-    usual_mean: float  # of m, among the captions that it was fitted on
+    size: float = 0.0  # what a library e times as large takes from the log odds
     fitted_on: Mapping[str, Any] = field(default_factory=dict)  # for the reader: data and counts
 
-    def probabilities(self, cosines: Float32, sample: Float32) -> Float64:
-        """Return the probability of being right for cosines (N,), in [0, 1], given the same text's
-        cosines (S,), S >= 0, to a sample of the library. A small sample's mean is drawn to the usual
-        one, so that a library of a few pictures is judged by the cosine."""
-        total = float(sample.sum(dtype=np.float64)) + _PRIOR_PICTURES * self.usual_mean
-        mean = total / (len(sample) + _PRIOR_PICTURES)
-        cosines = np.asarray(cosines, np.float64)
-        logits = self.constant + self.cosine * cosines + self.above_mean * (cosines - mean)
+    def probabilities(self, cosines: npt.ArrayLike, pictures: npt.ArrayLike) -> Float64:
+        """Return the probability of being right for cosines (H,), in [0, 1], in a library of so many
+        `pictures`, a number or (H,)."""
+        lost = self.size * np.log(np.maximum(pictures, FEWEST_PICTURES))
+        logits = self.constant + self.cosine * np.asarray(cosines, np.float64) - lost
         return np.asarray(1 / (1 + np.exp(-logits)))
 
     def write(self, folder: Path) -> None:
@@ -81,8 +79,7 @@ def read(spec: str, encoder_id: str) -> Calibration | None:
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
         calibration = Calibration(**content)
-        numbers = [calibration.constant, calibration.cosine, calibration.above_mean]
-        if not np.isfinite([*numbers, calibration.usual_mean]).all():
+        if not np.isfinite([calibration.constant, calibration.cosine, calibration.size]).all():
             raise ValueError("a number is not finite")
     except FileNotFoundError:
         return None
@@ -96,41 +93,45 @@ def read(spec: str, encoder_id: str) -> Calibration | None:
 
 def fit(
     cosines: Float64,
-    means: Float64,
-    right: npt.NDArray[np.bool_],
+    pictures: Int64,
+    right: Bool,
     weights: Float64,
     *,
     encoder_id: str,
+    size: float | None = None,
     fitted_on: Mapping[str, Any] | None = None,
 ) -> Calibration:
-    """Fit a calibration to N pairs of a text and a picture.
+    """Fit a calibration to P pairs of a text and a picture.
 
-    cosines, means and weights are (N,), `means` those of each pair's text to its library; right is
-    (N,) of both values. A feature that would speak against a pair is left out: of two pictures, the
-    one with the higher cosine is never less probable.
+    All arrays are (P,): `pictures` is the number of pictures in a pair's library, and `right` has
+    both values. Give `size` for libraries of one size, which cannot tell it.
     """
-    features = np.stack([cosines, cosines - means], axis=1)
-    used = [0, 1]
-    while True:
-        slopes, constant = _logistic(features[:, used], right, weights / weights.sum())
-        if len(used) == 1 or slopes.min() >= 0:
-            break
-        used.pop(int(slopes.argmin()))
-    by_feature = dict(zip(used, slopes.tolist(), strict=True))
+    logs = np.log(np.maximum(pictures, FEWEST_PICTURES))
+    features = np.stack([cosines, -logs], axis=1) if size is None else cosines[:, None]
+    slopes, constant = _logistic(features, right, weights / weights.sum())
+    if size is None:
+        size = float(slopes[1])
+    else:
+        constant += size * float(np.average(logs, weights=weights))
     return Calibration(
         encoder_id=encoder_id,
         constant=round(constant, 3),
-        cosine=round(by_feature.get(0, 0.0), 3),
-        above_mean=round(by_feature.get(1, 0.0), 3),
-        usual_mean=round(float(np.average(means, weights=weights)), 3),
+        cosine=round(float(slopes[0]), 3),
+        size=round(size, 3),
         fitted_on=dict(fitted_on or {}),
     )
 
 
 def fit_captions(
-    pictures: Float32, captions: Float32, owner: npt.NDArray[np.int64], *, encoder_id: str
+    pictures: Float32,
+    captions: Float32,
+    owner: Int64,
+    *,
+    encoder_id: str,
+    size: float = USUAL_SIZE,
 ) -> Calibration | None:
-    """Fit a calibration to captioned pictures; None for fewer than FEWEST_CAPTIONS captions.
+    """Fit a calibration, all but its `size`, to captioned pictures; None for fewer than
+    FEWEST_CAPTIONS captions.
 
     pictures (N, D) and captions (M, D) are unit rows; owner (M,) is each caption's picture. The owner
     is right for a caption, all others count as wrong, weighted as if RIGHT_SHARE of a library were
@@ -144,17 +145,19 @@ def fit_captions(
     right = np.zeros(cosines.shape, bool)
     right[np.arange(len(captions)), owner] = True
     weights = np.where(right, RIGHT_SHARE, (1 - RIGHT_SHARE) / (len(pictures) - 1))
-    means = np.repeat(cosines.mean(axis=1), len(pictures))
     fitted_on = {"captions": len(captions), "pictures": len(pictures)}
     return fit(
-        cosines.ravel(), means, right.ravel(), weights.ravel(),
-        encoder_id=encoder_id, fitted_on=fitted_on,
-    )  # fmt: skip
+        cosines.ravel(),
+        np.full(cosines.size, len(pictures)),
+        right.ravel(),
+        weights.ravel(),
+        encoder_id=encoder_id,
+        size=size,
+        fitted_on=fitted_on,
+    )
 
 
-def _logistic(
-    features: Float64, right: npt.NDArray[np.bool_], weights: Float64
-) -> tuple[Float64, float]:
+def _logistic(features: Float64, right: Bool, weights: Float64) -> tuple[Float64, float]:
     """Fit a logistic regression by Newton's method: slopes (F,) and constant.
 
     A small ridge on the slopes of the standardised features keeps separable data finite.

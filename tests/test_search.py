@@ -25,6 +25,7 @@ from directions import (  # noqa: F401
     writer,
 )
 
+from clipkit import strength
 from clipkit.catalog import Catalog, Filters
 from clipkit.errors import EncoderMismatch, InputError, ModelError, QueryError
 from clipkit.query import Query, Term
@@ -100,7 +101,7 @@ def calibrated(catalog: Catalog, tmp_path: Path) -> Searcher:
     """A model with log odds 10 c - 7: a cosine of 0.7 is right in one case of two."""
     folder = tmp_path / "calibrated"
     folder.mkdir()
-    Calibration("fake-1", constant=-7, cosine=10, above_mean=0, usual_mean=0).write(folder)
+    Calibration("fake-1", constant=-7, cosine=10).write(folder)
     return Searcher(catalog, FakeEncoder(spec=str(folder)))
 
 
@@ -113,6 +114,19 @@ def test_strength_is_the_probability_of_the_cosine(writer: Writer, calibrated: S
     probabilities = [hit.probability for hit in result.hits]
     assert probabilities == pytest.approx([0.731, 0.269, 0.269, 0.0009], abs=2e-3)
     assert result.notes == ()
+
+
+def test_strength_is_that_of_the_whole_library(
+    writer: Writer, calibrated: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four pictures with size 1: odds e^(10 * 0.8 - 7) / 4 = e / 4, so 0.405, filtered or not."""
+    monkeypatch.setattr(strength, "FEWEST_PICTURES", 1)
+    folder = Path(calibrated._encoder.spec)
+    Calibration("fake-1", constant=-7, cosine=10, size=1).write(folder)
+    fill(writer)
+    for filters in (None, Filters(paths=("run",))):
+        hit = calibrated.search("dog", filters=filters).hits[0]
+        assert hit.probability == pytest.approx(0.405, abs=2e-3)
 
 
 def test_nothing_stands_out_is_said(writer: Writer, calibrated: Searcher) -> None:

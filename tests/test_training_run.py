@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +106,11 @@ def test_a_run_that_gets_no_better_leaves_the_start(options: dict[str, Any]) -> 
 
 
 def test_strengths_are_fitted_on_the_validation_split(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """12 captions are too few, and the start is not calibrated; with a lower limit they are enough.
-    The file does not change what identifies the model."""
+    The file does not change what identifies the model. What the library's size tells, a validation
+    split cannot know: it is the usual, or the start's."""
     rate = {"learning_rate": 1e-2, "interpolate": False, "epochs": 1}
     summary = run(options, **rate)
     assert not (summary.checkpoint / strength.FILE).exists()
@@ -116,11 +119,18 @@ def test_strengths_are_fitted_on_the_validation_split(
     assert summary.encoder_id != summary.parent_id
     calibration = strength.read(str(summary.folder), summary.encoder_id)
     assert calibration is not None and calibration.fitted_on == {"captions": 12, "pictures": 6}
+    assert calibration.size == strength.USUAL_SIZE
+    start = tmp_path / "start"
+    shutil.copytree(options["start"], start)
+    replace(calibration, encoder_id=summary.parent_id, size=0.5).write(start)
+    summary = run(options, **rate, name="sized", start=str(start))
+    fitted = strength.read(str(summary.folder), summary.encoder_id)
+    assert fitted is not None and fitted.size == 0.5 and fitted.fitted_on == calibration.fitted_on
     # a run of too few captions from there keeps the start's
     monkeypatch.undo()
     summary = run(options, **rate, name="again", start=str(summary.folder))
     inherited = strength.read(str(summary.folder), summary.encoder_id)
-    assert inherited is not None and inherited.cosine == calibration.cosine
+    assert inherited is not None and inherited.cosine == fitted.cosine
     assert "inherited_from" in inherited.fitted_on
 
 

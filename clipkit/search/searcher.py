@@ -327,8 +327,8 @@ class Searcher:
         probabilities: Sequence[float | None] = [None] * len(rows)
         calibration = self._calibration(live.encoder_id) if calibrated else None
         if calibration is not None:
-            array = np.array(cosines, dtype=np.float32)
-            probabilities = calibration.probabilities(array, sample).tolist()
+            # of the whole library: a filter, which hides other pictures, does not make one more right
+            probabilities = calibration.probabilities(cosines, len(live.nums)).tolist()
         hits = tuple(
             SearchHit(
                 rank,

@@ -331,16 +331,23 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
 
 
 def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibration | None:
-    """Fit the result's strengths on the validation split. With too few captions for that, or unchanged
-    weights, they are the starting model's; None if that has none. All processes must call it."""
+    """Fit the result's strengths on the validation split, all but what the library's size tells: that
+    is the starting model's. With too few captions, or unchanged weights, all is; None if that has none.
+    All processes must call it."""
+    start = strength.read(job.config.start, parent_id)
     validation = job.validation
     if validation is not None and encoder_id != parent_id:
         pictures, texts = embed(job.towers, validation)
         captions, owner = texts[validation.data.captions], np.asarray(validation.data.owner)
-        fitted = strength.fit_captions(pictures, captions, owner, encoder_id=encoder_id)
+        fitted = strength.fit_captions(
+            pictures,
+            captions,
+            owner,
+            encoder_id=encoder_id,
+            size=strength.USUAL_SIZE if start is None else start.size,
+        )
         if fitted is not None:
             return fitted
-    start = strength.read(job.config.start, parent_id)
     if start is None:
         return None
     inherited = {**start.fitted_on, "inherited_from": job.config.start}

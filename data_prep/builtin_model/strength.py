@@ -2,7 +2,7 @@
 
     python -m data_prep.builtin_model.strength --data DIR [--model FOLDER] [--cache DIR]
 
-It searches short texts in libraries of 100 to 9,000 pictures and fits `clipkit.strength.Calibration`
+It searches short texts in libraries of 300 to 100,000 pictures and fits `clipkit.strength.Calibration`
 to the first pages of hits. The texts and the pictures that are right for them come from three
 datasets that the model was not trained on, each of which counts the same:
 
@@ -13,19 +13,23 @@ datasets that the model was not trained on, each of which counts the same:
 2. Openclipart's held-out drawings: titles and keywords; right if title and keywords have all the words.
 3. CIFAR-10's sample: names of the classes.
 
-Flickr8k's training photos, which the model was trained on, and the other datasets fill the libraries
-up; they are right where their own captions or classes say so. Some texts are searched where nothing is
-right, since people also look for what they do not have.
+A library is a random part of all pictures, so that the same share of it is right for a text at every
+size. To the datasets come Flickr8k's and Openclipart's training pictures, which the model was trained
+on, ImageNet's sample, CIFAR-10's training pictures and 38,287 random crops. They are right where their
+own captions, titles or classes say so, crops where those of the whole picture do. Some texts are
+searched where nothing is right, since people also look for what they do not have.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import random
 import re
+import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +43,7 @@ from data_prep.builtin_model import sources
 DATASETS = ("flickr8k", "openclipart", "cifar10")
 PAGE = 24  # hits
 SAMPLE = 2_000  # of a library, for the mean cosine; as clipkit.search samples it
-SIZES = (100, 300, 1_000, 3_000, 9_000)  # of libraries
-OWN_SHARES = (1.0, 0.25)  # of a library that is the texts' own dataset, as far as that suffices
+SIZES = (300, 1_000, 3_000, 10_000, 30_000, 100_000)  # of libraries
 TEXTS = 300  # a library
 ABSENT = 0.25  # share of the searches that are for what the library does not have
 PHRASES = 1_000
@@ -158,6 +161,47 @@ def read_pictures(data: Path) -> list[Picture]:
     return pictures
 
 
+def further_pictures(data: Path) -> Iterable[Picture]:
+    """Yield the pictures that fill a library up to 100,000, in this order."""
+    for e in sources.read_art(data, held_out=False):
+        words = stems(*e.phrases, *e.keywords)
+        yield Picture(str(e.path), "openclipart_train", words, reader(e.path))
+    sample, train = data / "imagenet_sample", sources.read_photos(data, "train")
+    whole = [
+        (sample / row["image"], stems(*row["names"]))
+        for row in sources.read_rows(sample / "classes.jsonl")
+    ]
+    for path, words in whole:
+        yield Picture(str(path), "imagenet", words, reader(path))
+    archive = zipfile.ZipFile(data / "cifar10_train.zip")
+    for name in sorted(n for n in archive.namelist() if n.endswith(".jpg")):
+        words = stems(CLASSES[name.split("/")[-2]])
+
+        def from_archive(name: str = name) -> Image.Image:
+            return Image.open(io.BytesIO(archive.read(name))).convert("RGB")
+
+        yield Picture(f"cifar10_train/{name}", "cifar10_train", words, from_archive)
+    origins = whole * 14 + [(e.path, stems(*e.phrases)) for e in train] * 4
+    order = np.random.default_rng(1).permutation(len(origins))
+    for i in order[:38_287].tolist():
+        path, words = origins[i]
+
+        def cropped(path: Path = path, i: int = i) -> Image.Image:
+            return crop(reader(path)(), np.random.default_rng(i))
+
+        yield Picture(f"{path}#{i}", "crop", words, cropped)
+
+
+def crop(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Cut out a random 30 to 60 % of a picture's area."""
+    side = rng.uniform(0.3, 0.6) ** 0.5
+    width, height = int(picture.width * side), int(picture.height * side)
+    x, y = (
+        int(rng.integers(0, most + 1)) for most in (picture.width - width, picture.height - height)
+    )
+    return picture.crop((x, y, x + width, y + height))
+
+
 def read_texts(data: Path, rng: random.Random) -> list[Text]:
     """Return the texts of the three datasets, as the module says."""
     photos = [e.phrases for e in sources.read_photos(data, "dev")]
@@ -202,6 +246,7 @@ class Hits:
 
     text: Int64  # its number
     cosine: Float64
+    pictures: Int64  # in the library
     mean: Float64  # cosine of the text to the library's sample
     spread: Float64  # the standard deviation of these cosines
     right: Bool
@@ -235,10 +280,10 @@ class Pool:
     ) -> Hits:
         """Return the first PAGE hits of each text in the pictures of rows `library`, or `absent`: in
         those of them that are not right for it."""
-        parts, theirs = [], self.vectors[library]
-        for number, (text, vector) in enumerate(zip(texts, vectors, strict=True)):
+        parts, every = [], vectors @ self.vectors[library].T  # (T, L)
+        for number, (text, theirs) in enumerate(zip(texts, every, strict=True)):
             right = self.right(text)
-            rows, cosines = library, (theirs @ vector).astype(np.float64)
+            rows, cosines = library, theirs.astype(np.float64)
             if absent:
                 others = ~np.isin(library, right)
                 rows, cosines = rows[others], cosines[others]
@@ -248,12 +293,20 @@ class Pool:
                 Hits(
                     text=np.full(len(best), number),
                     cosine=cosines[best],
+                    pictures=np.full(len(best), len(rows)),
                     mean=np.full(len(best), sample.mean()),
                     spread=np.full(len(best), sample.std()),
                     right=np.isin(rows[best], right),
                 )
             )
         return Hits.joined(parts)
+
+
+def read_pool(encoder: towers.DualEncoder, data: Path, cache: Path | None) -> Pool:
+    """Read and encode all pictures."""
+    parts = read_pictures(data), list(further_pictures(data))
+    vectors = [encode(encoder, pictures, cache) for pictures in parts]
+    return Pool([*parts[0], *parts[1]], np.concatenate(vectors))
 
 
 def fit(
@@ -265,34 +318,29 @@ def fit(
     encoder_id: str,
     rng: np.random.Generator,
 ) -> strength.Calibration:
-    """Fit a calibration to the texts of `datasets`, each dataset weighing the same."""
-    pages: list[tuple[Hits, float]] = []
+    """Fit a calibration to the texts of `datasets`, each dataset, and each library, weighing the same.
+    No picture of the datasets that are left out is in the libraries."""
+    left_out = set(DATASETS) - set(datasets)
+    left_out |= {f"{dataset}_train" for dataset in left_out} - {"flickr8k_train"}
+    usable = np.flatnonzero(~np.isin(pool.datasets, list(left_out)))
+    pages, weights = [], []
     for dataset in datasets:
-        own = pool.rows_of(dataset)
-        others = pool.rows_of("flickr8k_train", *(d for d in datasets if d != dataset))
         numbers = [n for n, text in enumerate(texts) if text.dataset == dataset]
-        parts = []
         for size in SIZES:
-            for share in OWN_SHARES:
-                mine = rng.choice(own, min(len(own), int(size * share)), replace=False)
-                fill = rng.choice(others, min(len(others), size - len(mine)), replace=False)
-                library = np.sort(np.concatenate([mine, fill]))
-                chosen = rng.permutation(numbers)[:TEXTS]
-                there = [n for n in chosen if np.isin(pool.right(texts[n]), library).any()]
-                for which, absent in ((there, False), (chosen[: TEXTS // 3], True)):
-                    if len(which):
-                        those = [texts[n] for n in which]
-                        hits = pool.search(those, vectors[which], library, absent=absent)
-                        parts.append((hits, absent))
-        for missing, weight in ((False, 1 - ABSENT), (True, ABSENT)):
-            total = sum(len(hits.right) for hits, absent in parts if absent == missing)
-            pages += [(hits, weight / total) for hits, absent in parts if absent == missing]
-    every = Hits.joined([hits for hits, _ in pages])
+            library = np.sort(rng.choice(usable, min(len(usable), size), replace=False))
+            chosen = rng.permutation(numbers)[:TEXTS]
+            there = [n for n in chosen if np.isin(pool.right(texts[n]), library).any()]
+            for which, absent in ((there, False), (chosen[: TEXTS // 3], True)):
+                those = [texts[n] for n in which]
+                pages.append(pool.search(those, vectors[which], library, absent=absent))
+                share = ABSENT if absent else 1 - ABSENT
+                weights.append(np.full(len(pages[-1].right), share / len(pages[-1].right)))
+    every = Hits.joined(pages)
     return strength.fit(
         every.cosine,
-        every.mean,
+        every.pictures,
         every.right,
-        np.concatenate([np.full(len(hits.right), weight) for hits, weight in pages]),
+        np.concatenate(weights),
         encoder_id=encoder_id,
         fitted_on={"datasets": list(datasets), "hits": len(every.right)},
     )
@@ -308,10 +356,9 @@ def main() -> None:
     if folder is None:
         parser.error(f"--model must be a folder, not {args.model!r}")
     encoder = towers.load(args.model, precision="float32")
-    pictures, texts = read_pictures(args.data), read_texts(args.data, random.Random(0))
-    pool = Pool(pictures, encode(encoder, pictures, args.cache))
+    texts = read_texts(args.data, random.Random(0))
     calibration = fit(
-        pool,
+        read_pool(encoder, args.data, args.cache),
         texts,
         encoder.encode_texts([text.text for text in texts]),
         DATASETS,
