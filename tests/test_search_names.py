@@ -75,7 +75,8 @@ def test_the_bonus_by_hand(writer: Writer, catalog: Catalog) -> None:
     found = match_names(catalog, query, pictures=10, others=0)
     assert found.nums.tolist() == [first, second]
     assert found.coverage == pytest.approx([0.4, 2 / 3])
-    assert found.words_of(first) == ("red", "car")
+    assert found.words_of(first) == ()  # 0.4 is not the half of what is asked for
+    assert found.words_of(second) == ("red", "car", "road")
     assert found.words_of(second) == ("red", "car", "road")
     assert found.words_of(second + 1) == ()
     bonus = found.bonus(np.array([second, 5, first]), 0.1)

@@ -30,6 +30,7 @@ from clipkit.query import Query
 NAME_WEIGHT = 3.0
 # Above 1: a single word of many says less than its share, so that sentences keep their best pictures.
 COVERAGE_POWER = 1.5
+NAMED_COVERAGE = 0.5  # above it, a picture's names are reason enough to show it
 MOST_WORDS = 32  # of a query that are looked up; of more, one says nothing
 
 _WORD = re.compile(r"[^\W_]+")  # as FTS5's unicode61 splits
@@ -74,7 +75,11 @@ class NameMatches:
         return bonus
 
     def words_of(self, num: int) -> tuple[str, ...]:
-        """Return the words of the query that a picture has in its names."""
+        """Return the words of the query that a picture has in its names, if these are what it is asked
+        for: not "red" of "a red car"."""
+        at = np.searchsorted(self.nums, num)
+        if at == len(self.nums) or self.nums[at] != num or self.coverage[at] <= NAMED_COVERAGE:
+            return ()
         return tuple(
             word for word, nums in self.words if num in nums[np.searchsorted(nums, num) :][:1]
         )

@@ -63,7 +63,7 @@ class SearchHit:
     strength: str | None  # the band of `probability`: "strong", "fair" or "weak"
     picture: PictureRow
     probability: float | None = None  # of being right for the query's words
-    named: tuple[str, ...] = ()  # words of the query in its folders, file name, captions or tags
+    named: tuple[str, ...] = ()  # words of the query in its names, if most of them are
 
 
 @dataclass(frozen=True, slots=True)
