@@ -214,6 +214,17 @@ def test_the_viewer_says_which_date_and_enlarges_no_more_than_twice(
     assert href is not None and href.endswith(f"/pictures/{cards(page)[0]}")
 
 
+def test_a_late_close_event_leaves_the_open_viewer(site: Site, visit: Open) -> None:
+    """Back and Forward in quick succession: the event of the first comes when it is open again."""
+    page = visit(site[0])
+    ask(page, "red")
+    name = view(page, 1)
+    page.evaluate("document.querySelector('#viewer').dispatchEvent(new Event('close'))")
+    viewing(page, name)
+    wait(page, "() => document.querySelector('#viewer dd')")
+    assert page.evaluate("history.state.view") == name
+
+
 def test_a_swipe_goes_to_the_next_picture(site: Site, visit: Open) -> None:
     page = visit(site[0], **PHONE)
     ask(page, "red")

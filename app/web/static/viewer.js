@@ -164,6 +164,7 @@ const clipkit_viewer = ({ $, $$, cards, more, can_load_more, similar_to, notice,
   const close = () => dialog().close();
 
   const closed = () => {
+    if (dialog().open) return; // Back and Forward came before this event
     const { id } = item();
     picture().removeAttribute("src");
     delete dialog().dataset.id;
