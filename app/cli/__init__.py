@@ -13,9 +13,9 @@ from typing import Annotated
 
 import typer
 
-from app.cli import index, models, train
+from app.cli import cache, index, models, train
 from app.cli.data import data
-from app.cli.eval import CACHE_EPILOG, cache, evaluate
+from app.cli.eval import evaluate
 from app.cli.runs import runs
 from app.cli.terminal import group
 from clipkit import __version__
@@ -34,7 +34,7 @@ cli.add_typer(data)
 cli.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
 cli.add_typer(runs)
 cli.add_typer(evaluate)
-cli.command(epilog=CACHE_EPILOG)(cache)
+cli.command(epilog=cache.EPILOG)(cache.cache)
 cli.command(epilog=models.EPILOG)(models.models)
 
 

@@ -145,7 +145,7 @@ def examples(*commands: str) -> str:
 
 
 class Help:
-    """What the help of commands and groups of commands has in common."""
+    """Format help: shared by commands and groups of commands."""
 
     help: str | None
 

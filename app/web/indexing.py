@@ -40,7 +40,7 @@ class Run:
 
     @property
     def to_read(self) -> bool:
-        """Whether it ended with something that asks for attention."""
+        """True if it ended with something that asks for attention."""
         unavailable = self.summary is not None and self.summary.unavailable
         return bool(self.error or self.skipped_total or unavailable)
 
