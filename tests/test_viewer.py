@@ -566,8 +566,11 @@ def test_axe_finds_nothing_serious(site: Site, visit: Open, scheme: str) -> None
     page.wait_for_selector("#folders .indexed li, #folders .indexed *")
     check("folders")
     page.keyboard.press("Escape")
-    page.goto(f"{site[0]}/#classify=red, blue")
-    page.reload()
+    page = visit(
+        f"{site[0]}/#classify=red, blue",
+        viewport={"width": 1280, "height": 900},
+        color_scheme=scheme,
+    )
     page.wait_for_selector(".shares")
     check("classify")
     page.set_viewport_size({"width": 390, "height": 844})
