@@ -41,7 +41,7 @@ _POINTS = 300  # of a curve
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a run changed on held-out pictures, decided by the paired tests of its report."""
+    """The outcome of a run on held-out pictures, decided by the paired tests of its report."""
 
     outcome: Literal["better", "worse", "mixed", "same"]
     sentences: tuple[str, ...]  # the first says the outcome

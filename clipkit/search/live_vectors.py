@@ -40,12 +40,17 @@ class LiveVectors:
 
     catalog: Catalog
     encoder_id: str
-    spec: str  # of the encoder; empty if the catalog does not know it
     changes: int  # the catalog's change counter before this was read
     snapshot: str | None  # the name of the snapshot that the catalog points to, usable or not
     last_seq: int
     parts: tuple[Part, ...]  # oldest first; parts[0] is the snapshot's if `from_snapshot`
     from_snapshot: bool
+
+    @property
+    def spec(self) -> str:
+        """The encoder's spec, for messages; empty if the catalog does not know it."""
+        specs = (row.spec for row in self.catalog.encoders() if row.encoder_id == self.encoder_id)
+        return next(specs, "")
 
     @cached_property
     def nums(self) -> Int64:
@@ -97,7 +102,6 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     # In this order, each read at a later state than the one before: a picture added in between is
     # loaded but not yet live, one removed is live but not loaded. Neither is returned until the next
     # call, which sees another change counter.
-    specs = {row.encoder_id: row.spec for row in catalog.encoders()}
     live = catalog.live_nums(encoder_id)
     pointer = catalog.snapshot(encoder_id)
     name = pointer.name if pointer else None
@@ -112,8 +116,7 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     if len(new.nums):
         parts.append(_exact(new.nums, new.vectors))
     alive = _alive(_merge(parts, keep_first=from_snapshot), live)
-    spec = specs.get(encoder_id, "")
-    return LiveVectors(catalog, encoder_id, spec, changes, name, new.last_seq, alive, from_snapshot)
+    return LiveVectors(catalog, encoder_id, changes, name, new.last_seq, alive, from_snapshot)
 
 
 def _exact(nums: Int64, vectors: npt.NDArray[np.float16]) -> Part:
