@@ -34,6 +34,8 @@ KNOWN = {
     "imagehash": {4},
     "ftfy": {6},
     "tensorboard": {2},
+    "prometheus-client": {0},
+    "httpx": {0},
 }
 
 

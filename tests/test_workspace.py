@@ -22,8 +22,8 @@ import pytest
 from colours import ColourModel, paint
 from PIL import Image
 
-from app.web.page import _listen
 from app.web.requests import SearchRequest, UnknownPictureError
+from app.web.server import _listen
 from app.web.workspace import Workspace
 from clipkit import Library, lazy_encoder
 from clipkit.catalog import Catalog
@@ -225,7 +225,7 @@ def test_a_large_library_does_not_list_itself(
 
 
 def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
-    from app.web.page import serve
+    from app.web.server import serve
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -234,7 +234,7 @@ def test_a_port_in_use_is_a_sentence(tmp_path: Path) -> None:
 
 
 def test_an_unknown_model_ends_the_server_before_it_starts(tmp_path: Path) -> None:
-    from app.web.page import serve
+    from app.web.server import serve
 
     with pytest.raises(ModelError, match="model 'no/such/folder' is unknown"):
         serve(tmp_path / "index", model="no/such/folder", port=0)

@@ -224,7 +224,7 @@ def app(
     precision: PrecisionOption = "auto",
 ) -> None:
     """Serve the search page, to this machine only unless --host is given."""
-    from app.web.page import serve
+    from app.web.server import serve
 
     serve(
         index_folder(index),

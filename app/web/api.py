@@ -1,4 +1,4 @@
-"""The HTTP side of the app: pictures by content hash, dropped pictures, and the guard around it all.
+"""The HTTP routes of the app, inside the guard of guard.py.
 
     GET  /health             model, index and version
     GET  /thumbnails/{id}    a small picture; id is the picture's content hash, 32 hex digits
@@ -19,34 +19,27 @@
     POST /folders/forget     the same -> the indexed folders without it, as HTML
 
 No path from a request reaches the file system but that of /folders/browse, which app.web.folders
-checks. Errors are JSON: {"error": one sentence}. The only
-module that knows FastAPI; the page itself is Gradio's, mounted by page.py.
+checks. Errors are JSON: {"error": one sentence}. The page itself is Gradio's, mounted by page.py.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import ipaddress
 import json
-import re
 import socket
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import resources
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.corrections import MARK_BYTES, Mark
 from app.web import render
+from app.web.guard import FOREVER, Guard
 from app.web.requests import QUERY_MEGABYTES, REQUEST_BYTES, SearchRequest, UnknownPictureError
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
@@ -56,7 +49,6 @@ from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
 
 ImageId = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 KEY_BYTES = 20_000  # a request about a folder
-FOREVER = "private, max-age=31536000, immutable"  # the address names the content: it cannot change
 STATIC = {
     name: (resources.files("app.web").joinpath("static", name).read_bytes(), mime)
     for name, mime in (
@@ -68,39 +60,7 @@ STATIC = {
     )
 }
 
-# The routes of Gradio that the page needs. All others (files, uploads, proxy, API pages, run history,
-# monitoring, ...) are closed: each of Gradio's file-reading vulnerabilities was in those.
-_GRADIO = re.compile(
-    r"/(|config|theme\.css|manifest\.json|(assets|static/(js|fonts|img))/[\w.\-/]+|svelte/[\w.\-/]+"
-    r"|gradio_api/(queue/(join|data)|reset|cancel|startup-events|heartbeat/\w+))"
-)
-_OWN = re.compile(
-    r"/(health|favicon\.ico|queries|results|(thumbnails|pictures|details|queries|open|show)/[^/]+"
-    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
-    r"|folders(/(browse|forget))?)"
-)
-_INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
-
 _FRESH = {"Cache-Control": "no-store"}
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "X-Frame-Options": "DENY",
-}
-_LOCKED = "default-src 'none'; frame-ancestors 'none'; sandbox"
-# Anybody may have written a report file: it may have any style, but no script and no request.
-_REPORT = (
-    _LOCKED + "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-)
-# 'unsafe-eval': Gradio's HTML component compiles its template with Function(). Inline styles are
-# Svelte's. Inline scripts run by their hash only, so an injected event handler does not run.
-_PAGE = (
-    "default-src 'none'; script-src 'self' 'unsafe-eval' {hashes}; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; manifest-src 'self'; "
-    "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
-)
 
 
 def create_app(
@@ -117,7 +77,7 @@ def create_app(
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
     sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
-    app.add_middleware(_Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
+    app.add_middleware(Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
 
     @app.exception_handler(ClipkitError)
     def refused(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001
@@ -273,95 +233,3 @@ def _status(error: ClipkitError) -> int:
     if isinstance(error, CatalogBusy):
         return 409
     return 400 if isinstance(error, InputError) else 500
-
-
-class _Guard:
-    """Around everything, Gradio included: who may ask, for what, and the headers of the answer."""
-
-    def __init__(self, app: ASGIApp, *, names: Iterable[str]) -> None:
-        self.app = app
-        self.names = frozenset(names)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            # Lifespan passes. There are no websockets here.
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-        refusal = self._refusal(scope)
-        if refusal is not None:
-            status, sentence = refusal
-            await JSONResponse({"error": sentence}, status)(scope, receive, _headed(send, _LOCKED))
-        elif scope["path"] == "/":
-            await self._page(scope, receive, send)
-        else:
-            assets = scope["path"].startswith("/assets/")
-            policy = _REPORT if scope["path"].startswith("/reports/") else _LOCKED
-            await self.app(scope, receive, _headed(send, policy, assets=assets))
-
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        headers = Headers(scope=scope)
-        host = headers.get("host", "")
-        if not self._accepts(host):
-            return 400, f"unknown host {host!r}; open the page at 127.0.0.1 or localhost"
-        if scope["method"] not in ("GET", "HEAD"):
-            origin = headers.get("origin")
-            elsewhere = headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
-            if elsewhere or (origin is not None and urlsplit(origin).netloc != host):
-                return 403, "request from another site's page; only clipkit's own page may send it"
-        path = scope["path"]
-        if ".." in path or not (_OWN.fullmatch(path) or _GRADIO.fullmatch(path)):
-            return 404, "not found"
-        return None
-
-    def _accepts(self, host: str) -> bool:
-        """Return whether a Host header is accepted: DNS rebinding needs a name, not a number."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name in self.names or bool(ipaddress.ip_address(name))
-        except ValueError:
-            return False
-
-    async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send Gradio's page with a policy that allows exactly the inline scripts in it, by hash."""
-        plain = [(key, value) for key, value in scope["headers"] if key != b"accept-encoding"]
-        start: Message = {}
-        body = bytearray()
-
-        async def hold(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                start.update(message)
-            elif message["type"] == "http.response.body":
-                body.extend(message.get("body", b""))
-                if not message.get("more_body", False):
-                    hashes = " ".join(
-                        f"'sha256-{_sha256(script)}'" for script in _INLINE.findall(bytes(body))
-                    )
-                    headed = _headed(send, _PAGE.format(hashes=hashes))
-                    await headed(start)
-                    await headed({"type": "http.response.body", "body": bytes(body)})
-
-        await self.app({**scope, "headers": plain}, receive, hold)
-
-
-def _sha256(data: bytes) -> str:
-    return base64.b64encode(hashlib.sha256(data).digest()).decode()
-
-
-def _headed(send: Send, policy: str, *, assets: bool = False) -> Send:
-    """Return `send` with our headers. `assets` says that the address has a hash of the content."""
-
-    async def headed(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            headers = MutableHeaders(scope=message)
-            for name, value in _HEADERS.items():
-                headers[name] = value
-            headers["Content-Security-Policy"] = policy
-            if assets and message["status"] == 200:
-                headers["Cache-Control"] = FOREVER
-            # Gradio lets other local pages read its answers; only its own page needs to.
-            del headers["Access-Control-Allow-Origin"]
-            del headers["Access-Control-Allow-Credentials"]
-        await send(message)
-
-    return headed

@@ -1,4 +1,4 @@
-"""The page: Gradio's blocks, events and queue around our own HTML, and the server that runs it.
+"""The page: Gradio's blocks, events and queue around our own HTML.
 
 The only module that knows Gradio. The page is HTML components whose values render.py makes;
 clipkit.js sends events ("ask", "evaluate", "index", "stop", "dismiss", "refresh") and
@@ -10,16 +10,10 @@ that a browser sends; api.py lets none of its file routes through. Pictures go o
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import logging
 import os
-import socket
-import tempfile
-import threading
-import webbrowser
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -33,7 +27,6 @@ from app.web.saved_reports import SavedReports
 from app.web.sorting import Group, Sorter, Sorting, SortRequest
 from app.web.workspace import Contents, Workspace
 from clipkit.errors import ClipkitError, InputError
-from clipkit.library import open_encoder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -310,79 +303,3 @@ def make_app(
         enable_monitoring=False,
         pwa=False,
     )
-
-
-def serve(
-    index_folder: Path,
-    *,
-    model: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    open_browser: bool = False,
-    device: str = "auto",
-    precision: str = "auto",
-    photos: Sequence[Path] = (),
-    examples: Sequence[str] = EXAMPLES,
-) -> None:
-    """Serve the page until Ctrl-C.
-
-    `model` None is the index's own, else builtin. `photos` are indexed at once, in the background.
-    A page that other machines can reach (`host` not this machine's own) searches but does not
-    index. Raises InputError if the port cannot be had, IndexDamaged, ModelError.
-    """
-    import uvicorn
-
-    workspace = Workspace(
-        index_folder,
-        open_encoder(index_folder, model, device=device, precision=precision),
-        may_index=_is_this_machine(host),
-    )
-    with _listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="clipkit-") as scratch:
-        # Gradio's folder for uploads: ours alone, empty, and gone with the server.
-        os.environ["GRADIO_TEMP_DIR"] = scratch
-        config = uvicorn.Config(
-            make_app(workspace, host=host, examples=examples),
-            log_level="warning",
-            timeout_graceful_shutdown=2,  # open pages hold a connection
-            server_header=False,
-            ws="none",
-        )
-        name = f"[{host}]" if ":" in host else host
-        address = f"http://{name}:{listener.getsockname()[1]}/"
-        print(f"clipkit is at {address}  (Ctrl-C ends it)", flush=True)
-        if open_browser:
-            threading.Timer(1.0, webbrowser.open, [address]).start()
-        try:
-            workspace.model.warm()
-            if photos:
-                workspace.index([str(Path(folder).absolute()) for folder in photos])
-            uvicorn.Server(config).run(sockets=[listener])
-        finally:
-            workspace.close()
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket; InputError for a port in use.
-
-    It listens before the address is printed: a browser that opens at once waits for the server
-    instead of being refused.
-    """
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(128)
-    except OSError as error:
-        listener.close()
-        raise InputError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; "
-            "choose another with --port"
-        ) from error
-    return listener
