@@ -23,9 +23,9 @@ from directions import (  # noqa: F401
 
 from clipkit.catalog import Catalog, EncoderRow
 from clipkit.errors import IndexDamaged, InputError
-from clipkit.index import refresh_snapshot
+from clipkit.index import VectorIndex, refresh_snapshot
 from clipkit.search import Searcher, live_vectors
-from clipkit.search.live_vectors import follow
+from clipkit.search.live_vectors import SAMPLE, follow
 
 # ---- following the catalog
 
@@ -189,7 +189,7 @@ def test_old_snapshots_are_deleted_but_for_the_last(writer: Writer) -> None:
 def test_a_snapshot_is_built_when_enough_is_new(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.index.snapshot.SNAPSHOT_FROM", 4)
+    monkeypatch.setattr("clipkit.index.building.SNAPSHOT_FROM", 4)
     fill(writer)
     assert refresh_snapshot(writer.catalog, "fake-1") is not None
     for number in range(3):
@@ -209,7 +209,7 @@ def test_a_damaged_snapshot_is_never_searched(
     fill(writer)
     refresh_snapshot(writer.catalog, "fake-1", force=True)
     folder = snapshot_folder(catalog)
-    vectors = folder / "vectors.npy"
+    vectors = folder / "ids.npy"
     if damage == "byte":
         data = bytearray(vectors.read_bytes())
         data[-3] ^= 0x40
@@ -324,12 +324,13 @@ def test_what_is_new_costs_its_own_size(
     """A commit of two pictures beside a snapshot of 300 reads and copies these two, not the 300."""
     for number in range(300):
         writer.add(f"p{number}", [1, number, 0, 0], commit=False)
+    writer.catalog.commit()
     refresh_snapshot(writer.catalog, "fake-1", force=True)
     state = follow(catalog, "fake-1")
     built: list[int] = []
-    exact = live_vectors.exact_index
+    exact = VectorIndex.exact
     monkeypatch.setattr(
-        live_vectors, "exact_index", lambda nums, rows: built.append(len(nums)) or exact(nums, rows)
+        VectorIndex, "exact", lambda nums, rows: built.append(len(nums)) or exact(nums, rows)
     )
     monkeypatch.setattr(catalog, "live_nums", None)
     for number in range(8):
@@ -386,29 +387,27 @@ def test_damage_that_a_search_finds_costs_the_snapshot_not_the_answer(
         assert caplog.text.count("snapshot not used") == 1 and "vectors.f16" in caplog.text
 
 
-def test_the_sample_is_the_snapshots_and_as_much_of_what_is_newer(
-    writer: Writer, catalog: Catalog
+def test_the_sample_is_the_same_with_a_snapshot_and_without(
+    writer: Writer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A snapshot of 4,000 has a sample of 2,000, half of it; of 600 newer ones 300 are added. Nothing
-    else is read, and the dead are left out."""
-    vectors = np.random.default_rng(0).standard_normal((4600, 4))
+    """A snapshot knows its least hashes; no row of it is read for the sample."""
+    vectors = np.random.default_rng(0).standard_normal((5000, 4))
     for number in range(4000):
         writer.add(f"p{number}", list(vectors[number]), commit=False)
-    refresh_snapshot(writer.catalog, "fake-1", force=True)
-    state = follow(catalog, "fake-1")
-    assert isinstance(state.parts[0].index, live_vectors.Snapshot)
-    assert len(state.sample) == len(state.parts[0].index.sample) == 2000
-    for number in range(4000, 4600):
-        writer.add(f"p{number}", list(vectors[number]), commit=False)
     writer.catalog.commit()
-    state = follow(catalog, "fake-1", state)
-    assert len(state.sample) == 2300
-    rows = {row.tobytes() for row in state.sample}
-    dead = int(state.parts[0].index.sample_ids[5])
-    writer.remove(f"p{dead - 1}")
-    state = follow(catalog, "fake-1", state)
-    assert len(state.sample) == 2299
-    assert {row.tobytes() for row in state.sample} < rows
+    refresh_snapshot(writer.catalog, "fake-1", force=True)
+    for number in range(4000, 5000):
+        writer.add(f"p{number}", list(vectors[number]), commit=False)
+    for number in range(0, 1000, 10):
+        writer.remove(f"p{number}")
+    writer.add("p7", [0, 0, 0, 1])  # in place of the snapshot's
+    whole = follow(catalog, "fake-1", unusable={"000001"})
+    state = follow(catalog, "fake-1")
+    assert whole.snapshot is None and state.snapshot == "000001"
+    assert isinstance(state.parts[0].index, live_vectors.Snapshot)
+    monkeypatch.setattr(live_vectors.Snapshot, "vectors_of", None)
+    assert state.sample.shape == (SAMPLE, 4)
+    assert {row.tobytes() for row in state.sample} == {row.tobytes() for row in whole.sample}
 
 
 # ---- another model becomes active

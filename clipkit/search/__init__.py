@@ -5,7 +5,6 @@ the catalog's vectors in memory and follows its changes; name_matches.py looks f
 empty.py says why nothing passes.
 """
 
-import clipkit.search.interim  # TEMPORARY
 from clipkit.search.empty import Empty, Offer
 from clipkit.search.searcher import Searcher, SearchHit, SearchResult
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog
 from clipkit.errors import ClipkitError, IndexDamaged
-from clipkit.index import Snapshot, VectorIndex, exact_index, load_snapshot
+from clipkit.index import Snapshot, VectorIndex, load_snapshot, sampling_hash
 from clipkit.picture_set import PictureSet
 from clipkit.search.ranking import Rankings
 
@@ -76,25 +76,28 @@ class LiveVectors:
 
     @cached_property
     def sample(self) -> Float32:
-        """Vectors (S, D) of some SAMPLE pictures, of all if there are fewer; S = 0 for an empty library.
+        """Vectors (S, D) of up to SAMPLE pictures; S = 0 for an empty library.
 
-        It is the snapshot's own sample, which is read with it, and as large a share of what is newer;
-        without a snapshot SAMPLE of all. Of the newer ones it always has the pictures whose nums have
-        the least hash: one that is added or removed changes at most one of them.
+        This is a bottom-k sample: always the pictures whose nums have the least hash. A picture that is
+        added or removed changes at most one of them. Of a snapshot the least are known when it is
+        opened, so no row of it is read; where very many of these are dead, there are fewer.
         """
-        own = self.parts[:1] if self.snapshot is not None else ()
-        rows, count = [np.empty((0, 0), np.float32)], SAMPLE
-        for part in own:
-            assert isinstance(part.index, Snapshot)
-            rows = [part.index.sample[part.alive.has(part.index.sample_ids)]]
-            share = len(part.index.sample_ids) / max(1, part.index.size)
-            count = min(SAMPLE, round(share * sum(len(p.alive) for p in self.parts[1:])))
-        nums = np.concatenate(
-            [np.empty(0, np.int64), *(p.alive.nums for p in self.parts[len(own) :])]
-        )
-        if len(nums) > count:
-            nums = nums[np.argpartition(_hash(nums), count)[:count]]
-        rows.append(self.vectors_of(nums))
+        own = np.empty(0, np.int64), np.empty((0, 0), np.float32)
+        newer, bound = self.parts, 2**64 - 1
+        if self.snapshot is not None:
+            index, alive = self.parts[0].index, self.parts[0].alive
+            assert isinstance(index, Snapshot)
+            kept = alive.has(index.sample_ids)
+            own, newer = (index.sample_ids[kept], index.sample[kept]), self.parts[1:]
+            if len(index.sample_ids) < index.size:  # beyond the greatest of them, nothing is known
+                bound = int(sampling_hash(index.sample_ids).max())
+        nums = np.concatenate([own[0], *(part.alive.nums for part in newer)])
+        hashes = sampling_hash(nums)
+        chosen = hashes <= bound
+        if np.count_nonzero(chosen) > SAMPLE:
+            chosen = hashes <= np.partition(hashes, SAMPLE - 1)[SAMPLE - 1]
+        of_own, of_newer = chosen[: len(own[0])], nums[len(own[0]) :][chosen[len(own[0]) :]]
+        rows = [own[1][of_own], self.vectors_of(of_newer)]
         return np.concatenate([some for some in rows if len(some)] or rows[:1])
 
     def search(
@@ -266,7 +269,7 @@ class Follower:
 
 def _exact(nums: Int64, vectors: npt.NDArray[np.float16]) -> Part:
     ids = PictureSet(nums)
-    return Part(exact_index(nums, vectors), ids, ids)
+    return Part(VectorIndex.exact(nums, vectors), ids, ids)
 
 
 def _merge(parts: list[Part], *, first: bool) -> None:
@@ -283,11 +286,3 @@ def _merge(parts: list[Part], *, first: bool) -> None:
         rows = [older.index.vectors_of(only_old), newer.index.vectors_of(newer.ids.nums)]
         # the parts' codes are half precision already: nothing is lost
         parts[-2:] = [_exact(nums, np.concatenate(rows).astype(np.float16))]
-
-
-def _hash(nums: Int64) -> npt.NDArray[np.uint64]:
-    """Hash integers to a fixed random order by the finalizer of splitmix64 (Steele et al. 2014)."""
-    x = nums.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
