@@ -80,6 +80,22 @@ class PictureSet:
         """The memory that it takes."""
         return sum(one.nbytes for one in (self._nums, self._mask) if one is not None)
 
+    def among(self, nums: Int64) -> Mask:
+        """Tell for each of `nums` (M,), sorted and unique, whether it is in the set: `has`, but quick
+        for a long array."""
+        if len(self) * _SHARE < len(nums):
+            found = np.zeros(len(nums), np.bool_)
+            at = np.searchsorted(nums, self.nums)
+            inside = at < len(nums)
+            at = at[inside]
+            found[at[nums[at] == self.nums[inside]]] = True
+            return found
+        if self._mask is not None and len(nums) and nums[0] >= 0:
+            first, last = int(nums[0]), int(nums[-1])
+            if last - first + 1 == len(nums) and last < len(self._mask):  # without a gap
+                return self._mask[first : last + 1].copy()
+        return self.has(nums)
+
     def __len__(self) -> int:
         return self._size
 
@@ -118,7 +134,9 @@ class PictureSet:
 
     def __or__(self, other: PictureSet) -> PictureSet:
         if self._mask is None and other._mask is None:
-            return PictureSet(np.concatenate([self.nums, other.nums]))
+            # two sorted runs, which a stable sort only merges
+            nums = np.sort(np.concatenate([self.nums, other.nums]), kind="stable")
+            return PictureSet.of_sorted(nums[np.append(True, nums[1:] != nums[:-1])[: len(nums)]])
         long, short = (self, other) if self._top >= other._top else (other, self)
         mask = np.zeros(long._top, np.bool_)
         for one in (long, short):

@@ -30,6 +30,9 @@ def test_it_does_what_sets_do(a: list[int], b: list[int]) -> None:
             assert len(left | right) == len(set(a) | set(b))
             assert left.has(np.array(b, np.int64)).tolist() == [num in set(a) for num in b]
             assert (left == right) == (set(a) == set(b))
+            assert left.among(right.nums).tolist() == [num in set(a) for num in sorted(set(b))]
+        gapless = np.arange(10, 3000)
+        assert left.among(gapless).tolist() == left.has(gapless).tolist()
 
 
 @given(any_nums, st.integers(-5, 6000))

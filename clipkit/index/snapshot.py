@@ -194,7 +194,7 @@ class Snapshot:
         queries that cannot be compared, IndexDamaged if a row that is read is not what was written.
         """
         queries = checked_queries(queries, k, self.dim)
-        mask = None if allowed is None else allowed.has(self.ids)
+        mask = None if allowed is None else allowed.among(self.ids)
         with _remembered(self.folder), threads(1):
             count = self.size if mask is None else int(np.count_nonzero(mask))
             if not count:

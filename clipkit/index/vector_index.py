@@ -132,7 +132,7 @@ class VectorIndex:
         k < 1 and queries that cannot be compared.
         """
         queries = checked_queries(queries, k, self.dim)
-        mask = None if allowed is None else allowed.has(self._store.ids)
+        mask = None if allowed is None else allowed.among(self._store.ids)
         rows = None if mask is None else np.flatnonzero(mask)
         count = self.size if rows is None else len(rows)
         k = min(k, count)

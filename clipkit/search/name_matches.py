@@ -107,16 +107,15 @@ class NameMatches:
         nums = reduce(operator.or_, (pictures for _, pictures, _ in self.words)).nums
         codes = np.zeros(len(nums), np.uint32)  # (M,) bit i is set for those that have word i
         for bit, (_, pictures, _) in enumerate(self.words):
-            if 8 * len(pictures) < len(nums):
-                codes[np.searchsorted(nums, pictures.nums)] |= np.uint32(1 << bit)
-            else:
-                codes |= pictures.has(nums).astype(np.uint32) << np.uint32(bit)
+            codes[pictures.among(nums)] |= np.uint32(1 << bit)
         if len(self.words) <= 16:
             counts = np.bincount(codes)
             levels = np.flatnonzero(counts)
-            counts = counts[levels]
+            level_of_code = np.zeros(len(counts), np.int32)
+            level_of_code[levels] = np.arange(len(levels))
+            counts, level = counts[levels], level_of_code[codes]
         else:
-            levels, counts = np.unique(codes, return_counts=True)
+            levels, level, counts = np.unique(codes, return_inverse=True, return_counts=True)
         coverage = np.zeros(len(levels))
         for bit, (_, _, share) in enumerate(self.words):
             coverage += share * (levels >> bit & 1)
@@ -128,9 +127,10 @@ class NameMatches:
                 size += int(counts[order[stop]])
                 stop += 1
             some = order[start:stop]
-            chosen = codes == levels[some[0]] if len(some) == 1 else np.isin(codes, levels[some])
+            chosen = np.zeros(len(levels), np.bool_)
+            chosen[some] = True
             best, least = coverage[some[0]], coverage[some[-1]]
-            yield Block(PictureSet.of_sorted(nums[chosen]), float(best), bool(best == least))
+            yield Block(PictureSet.of_sorted(nums[chosen[level]]), float(best), bool(best == least))
             start, first = stop, first * growth
 
 
