@@ -328,9 +328,11 @@ def test_what_is_new_costs_its_own_size(
     refresh_snapshot(writer.catalog, "fake-1", force=True)
     state = follow(catalog, "fake-1")
     built: list[int] = []
-    exact = VectorIndex.exact
+    build = VectorIndex.build
     monkeypatch.setattr(
-        VectorIndex, "exact", lambda nums, rows: built.append(len(nums)) or exact(nums, rows)
+        VectorIndex,
+        "build",
+        lambda nums, rows, **o: built.append(len(nums)) or build(nums, rows, **o),
     )
     monkeypatch.setattr(catalog, "live_nums", None)
     for number in range(8):

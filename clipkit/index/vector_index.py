@@ -119,11 +119,6 @@ class VectorIndex:
         settings.update(given_up=kind, given_up_recall=reached)
         return exact
 
-    @classmethod
-    def exact(cls, ids: Ids, vectors: npt.NDArray[np.float16] | Floats) -> VectorIndex:
-        """Return an exact index as `build` makes it, without measuring its speed."""
-        return cls(_fill_store(ids, vectors), "exact", None, {}, Measured(1.0, 0, 0.0, 0.0, 0))
-
     def search(self, queries: Floats, k: int, *, allowed: PictureSet | None = None) -> list[Hits]:
         """Return the k nearest vectors of each of `queries` (Q, D), finite.
 

@@ -269,7 +269,7 @@ class Follower:
 
 def _exact(nums: Int64, vectors: npt.NDArray[np.float16]) -> Part:
     ids = PictureSet(nums)
-    return Part(VectorIndex.exact(nums, vectors), ids, ids)
+    return Part(VectorIndex.build(nums, vectors, kind="exact"), ids, ids)
 
 
 def _merge(parts: list[Part], *, first: bool) -> None:

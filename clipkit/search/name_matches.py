@@ -111,7 +111,7 @@ class NameMatches:
         if len(self.words) <= 16:
             counts = np.bincount(codes)
             levels = np.flatnonzero(counts)
-            level_of_code = np.zeros(len(counts), np.int32)
+            level_of_code = np.zeros(len(counts), np.int64)
             level_of_code[levels] = np.arange(len(levels))
             counts, level = counts[levels], level_of_code[codes]
         else:
