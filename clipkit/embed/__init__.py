@@ -9,11 +9,20 @@ place of a known picture and is not encoded again. A root that is missing or emp
 cannot be read, deletes nothing from the catalog.
 """
 
-from clipkit.embed.pictures import Encoded, Known, Unreadable, ahead, encode_pictures, in_order
+from clipkit.embed.pictures import (
+    Budget,
+    Encoded,
+    Known,
+    Unreadable,
+    ahead,
+    encode_pictures,
+    in_order,
+)
 from clipkit.embed.run import Progress, Summary, index_folders
 from clipkit.embed.walk import distinct_roots, walk
 
 __all__ = [
+    "Budget",
     "Encoded",
     "Known",
     "Progress",

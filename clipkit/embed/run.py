@@ -248,6 +248,7 @@ class _Run:
             read=lambda file: images.read_bytes(Path(file.path), limits=self.limits),
             lookup=self._stored,
             prepare=self._prepare,
+            size=lambda file: file.size,
             workers=self.workers,
             batch_size=self.batch_size,
         )
@@ -272,11 +273,13 @@ class _Run:
             return None
         return num
 
-    def _prepare(self, file: FoundFile, image_id: str, data: bytes) -> tuple[Any, _Facts]:
+    def _prepare(
+        self, file: FoundFile, image_id: str, data: bytes, admit: Callable[[int], None]
+    ) -> tuple[Any, _Facts]:
         """In a decode thread: the tower's pixels, and what the catalog keeps of a picture."""
         towers = self._towers()
         side = max(towers.preferred_side, THUMBNAIL_SIDE // 2)
-        picture = images.decode(data, target=side, limits=self.limits)
+        picture = images.decode(data, target=side, limits=self.limits, admit=admit)
         texts = self.captions.for_picture(Path(file.path))
         facts = {
             "image_id": image_id,
