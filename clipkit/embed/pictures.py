@@ -34,7 +34,7 @@ Result = TypeVar("Result")
 # What the threads hold at once, however many they are; a larger file or picture is worked on alone.
 # A decoded pixel costs 7 bytes: 4 of Pillow's and 3 of its copy for the towers.
 READ_BYTES = 64 * 10**6
-DECODED_MEGAPIXELS = 48.0
+DECODED_MEGAPIXELS = 40.0
 
 
 class Budget:
