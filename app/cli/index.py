@@ -428,7 +428,7 @@ def _print_summary(summary: Summary, place: Path) -> None:
             f"searches now use {printable(summary.model)} instead of "
             f"{printable(summary.model_before)}, whose vectors are kept"
         )
-    if summary.answers not in ("", summary.model):
+    if summary.answers != summary.model:
         ready = summary.pictures - summary.without_vector
         refused = f", and it gives none for {summary.refused:,}" if summary.refused else ""
         print(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from clipkit import checkpoint, images
-from clipkit.catalog import Catalog, KnownFile
+from clipkit.catalog import Catalog, EncoderRow, KnownFile
 from clipkit.embed.pictures import (
     DECODED_MEGAPIXELS,
     Encoded,
@@ -32,7 +32,7 @@ from clipkit.embed.pictures import (
 )
 from clipkit.embed.streams import Spool, side_by_side
 from clipkit.embed.walk import Folder, FoundFile, Problem, distinct_roots, walk
-from clipkit.errors import ClipkitError, ModelError
+from clipkit.errors import ClipkitError, ImageError, ModelError
 from clipkit.lazy_encoder import Encoder
 from clipkit.records import FolderCaptions, Texts
 
@@ -264,8 +264,13 @@ class _Run:
             waiting=self.counts["work"] - self.counts["done"] if stopped else 0,
             pictures=stats.pictures,
             refused=len(self.refused),
-            answers=answers.spec if answers else "",
+            answers=self._spec_of(answers),
         )
+
+    def _spec_of(self, answers: EncoderRow | None) -> str:
+        if answers is None or answers.encoder_id == self.encoder_id:
+            return self.encoder.spec
+        return answers.spec
 
     def _is_complete(self, pictures: int, without_vector: int) -> bool:
         """Return whether the model may answer searches: it has the vectors of all pictures, but for a
@@ -471,7 +476,7 @@ class _Run:
 
     # ---- what cannot be indexed
 
-    def _cannot_read(self, job: _Job, error: images.ImageError) -> None:
+    def _cannot_read(self, job: _Job, error: ImageError) -> None:
         """Note a file that cannot be read, whose picture stays, or that is no picture any more."""
         self.counts["done"] += 1
         if error.reason == "unreadable":
