@@ -20,7 +20,7 @@ from PIL import Image
 from clipkit import images
 from clipkit.catalog import Catalog
 from clipkit.embed import Progress, Summary, index_folders
-from clipkit.errors import ImageError, InputError
+from clipkit.errors import ClipkitError, ImageError, InputError
 
 
 @dataclass
@@ -652,6 +652,22 @@ def test_links_to_a_disk_that_is_not_mounted_empty_nothing(
     assert catalog.skipped() == []
 
 
+def test_a_root_that_can_be_read_again_is_noted_no_more(
+    run: Callable[..., Summary], photos: Path, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(photos)
+
+    def refuse(_: str) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refuse)
+        assert run(photos).unavailable == (str(photos),)
+    assert [row.path for row in catalog.skipped()] == [str(photos)]
+    assert run(photos).unchanged == 10
+    assert catalog.skipped() == []
+
+
 def test_a_broken_file_in_the_place_of_a_picture_takes_it_out(
     run: Callable[..., Summary], photos: Path, catalog: Catalog
 ) -> None:
@@ -730,3 +746,47 @@ def test_snapshots_are_built_during_a_run_and_commit_whole_batches_only(
     assert run(photos, workers=1, batch_size=4).added == 10
     assert pointed.is_set()
     assert states[0] in ((8, 8), (10, 10))
+
+
+def test_a_run_that_fails_in_a_batch_lets_no_snapshot_commit_it(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second batch fails between its pictures and their vectors, while a snapshot is waiting to be
+    pointed to: the four pictures of the first batch are there, or none, and nothing else."""
+    from clipkit import index
+    from clipkit.embed import run as running
+
+    failing = threading.Event()
+    refused: list[str] = []
+
+    def refresh(_: Any, encoder_id: str, *, point: Any, **__: Any) -> None:
+        assert failing.wait(30)
+        try:
+            point(encoder_id, "000001", 1)
+        except ClipkitError as error:
+            refused.append(str(error))
+            raise
+
+    with (
+        pytest.raises(ClipkitError, match="disk full"),
+        Catalog.open(tmp_path / "other", write=True) as catalog,
+    ):
+        add_vectors = catalog.add_vectors
+        batches = 0
+
+        def fail(*arguments: Any) -> None:
+            nonlocal batches
+            batches += 1
+            if batches == 2:
+                failing.set()
+                raise ClipkitError("disk full")
+            add_vectors(*arguments)
+
+        monkeypatch.setattr(running, "SNAPSHOT_EVERY", 4)
+        monkeypatch.setattr(index, "refresh_snapshot", refresh)
+        monkeypatch.setattr(catalog, "add_vectors", fail)
+        index_folders(catalog, [photos], encoder=MeanColour(), workers=1, batch_size=4)  # type: ignore[arg-type]
+    assert refused == ["the indexing run failed"]
+    with Catalog.open(tmp_path / "other") as catalog:
+        stats = catalog.stats("colour")
+    assert stats.pictures == stats.vectors in (0, 4)

@@ -12,9 +12,9 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -204,7 +204,8 @@ class _Run:
         self.started = self.committed_at = time.monotonic()
         self.encoder_id = self.encoder.encoder_id
         self.captions = FolderCaptions()
-        self.writing = threading.Lock()  # held while what is uncommitted is not whole
+        self._writing = threading.Lock()  # held while what is uncommitted is not whole
+        self._is_whole = True
         self._texts_changed: dict[str, bool] = {}  # of the folders that the walk is in
         self._folder_problems: set[str] = set()
         self._rate = _Rate()
@@ -216,7 +217,7 @@ class _Run:
         with (
             Spool(place) as work,
             Spool(place) as missing,
-            closing(_Snapshots(self.catalog, self.encoder_id, self.writing)) as snapshots,
+            closing(_Snapshots(self.catalog, self.encoder_id, self._point)) as snapshots,
         ):
             for root in roots:
                 self.catalog.add_root(root)
@@ -286,6 +287,7 @@ class _Run:
         """
         listed, records, mark = 0, 0, missing.mark()
         hidden: Problem | None = None  # the folder that could not be read last
+        self.catalog.remove_places([root])  # the note that it could not be read the last time
         found = walk(root, skip=os.path.realpath(self.catalog.folder))
         indexed = self.catalog.known_files(root, encoder_id=self.encoder_id)
         for item, known in side_by_side(found, indexed):
@@ -379,7 +381,7 @@ class _Run:
         )
         with closing(results):
             while not self.stop.is_set() and (result := next(results, None)) is not None:
-                with self.writing:
+                with self._batch():
                     if isinstance(result, Known):
                         texts = self.captions.for_picture(Path(result.item.path))
                         self._place(result.stored, result.item, texts, known="unchanged")
@@ -389,6 +391,21 @@ class _Run:
                         snapshots.added(self._add_batch(result))
                 self._report("embedding", done=self.counts["done"], total=len(work))
                 self._commit_if_due()
+
+    @contextmanager
+    def _batch(self) -> Iterator[None]:
+        """Let no other thread commit meanwhile, nor, after an error, what was left half done."""
+        with self._writing:
+            self._is_whole = False
+            yield
+            self._is_whole = True
+
+    def _point(self, encoder_id: str, name: str, last_seq: int) -> None:
+        """Point the catalog to a new snapshot, between two batches. Any thread may call it."""
+        with self._writing:
+            if not self._is_whole:
+                raise ClipkitError("the indexing run failed")
+            self.catalog.point_to_snapshot(encoder_id, name=name, last_seq=last_seq)
 
     def _commit_if_due(self) -> None:
         if time.monotonic() - self.committed_at > COMMIT_SECONDS:
@@ -556,10 +573,12 @@ class _Run:
 class _Snapshots:
     """Builds snapshots in a thread beside a run, so that one of days has them too."""
 
-    def __init__(self, catalog: Catalog, encoder_id: str, writing: threading.Lock) -> None:
+    def __init__(
+        self, catalog: Catalog, encoder_id: str, point: Callable[[str, str, int], None]
+    ) -> None:
         self._catalog = catalog
         self._encoder_id = encoder_id
-        self._writing = writing
+        self._point = point
         self._halt = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
         self._building: Future[None] | None = None
@@ -568,13 +587,16 @@ class _Snapshots:
     def added(self, vectors: int) -> None:
         """Begin to build a snapshot if enough vectors were added since the last one."""
         self._newer += vectors
-        is_busy = self._building is not None and not self._building.done()
-        if self._newer >= SNAPSHOT_EVERY and not is_busy:
+        if self._newer >= SNAPSHOT_EVERY and (self._building is None or self._building.done()):
             self._newer = 0
-            self._building = self._pool.submit(self._build, self._encoder_id, self._halt)
+            self._building = self._pool.submit(self._build)
 
     def finish(self, encoder_ids: Iterable[str], stop: threading.Event) -> None:
         """Build the snapshots that are due at the end of a run. Raises ClipkitError."""
+        while self._building and not self._building.done() and not stop.is_set():
+            wait([self._building], timeout=0.1)
+        if stop.is_set():
+            return
         for encoder_id in encoder_ids:
             self._refresh(encoder_id, stop)
 
@@ -583,17 +605,13 @@ class _Snapshots:
         self._halt.set()
         self._pool.shutdown(cancel_futures=True)
 
-    def _build(self, encoder_id: str, stop: threading.Event) -> None:
+    def _build(self) -> None:
         try:
-            self._refresh(encoder_id, stop)
+            self._refresh(self._encoder_id, self._halt)
         except ClipkitError as error:
-            log.warning("no snapshot for now: %s", error)
+            log.warning("no new snapshot for now: %s", error)
 
     def _refresh(self, encoder_id: str, stop: threading.Event) -> None:
         from clipkit.index import refresh_snapshot  # imports Faiss, which `walk` does not need
 
         refresh_snapshot(self._catalog, encoder_id, stop=stop, point=self._point)
-
-    def _point(self, encoder_id: str, name: str, last_seq: int) -> None:
-        with self._writing:
-            self._catalog.point_to_snapshot(encoder_id, name=name, last_seq=last_seq)
