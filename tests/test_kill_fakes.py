@@ -101,12 +101,13 @@ def paths_of(held: Holding) -> dict[str, str]:
     return {path: id for id, places in held.places.items() for path in places}
 
 
-def check_killed(index: Path, before: Holding, expected: Holding, models: set[str]) -> None:
+def check_killed(index: Path, before: Holding, expected: Holding, models: set[str]) -> Holding:
+    """Return what the index holds now."""
     try:
         after = holding(index)
     except InputError as error:
         assert not before.vectors and "no index at" in str(error), error
-        return
+        return before
     check_sound(index)
     assert answering(index) in models | ({None} if not before.vectors else set())
     known, old, new = paths_of(after), paths_of(before), paths_of(expected)
@@ -115,6 +116,7 @@ def check_killed(index: Path, before: Holding, expected: Holding, models: set[st
     for id, vector in after.vectors.items():
         reference = before if answering(index) == "colours" else expected
         assert id not in reference.vectors or equal_bytes(vector, reference.vectors[id])
+    return after
 
 
 def check_equal(held: Holding, expected: Holding) -> None:
@@ -154,11 +156,11 @@ def survive(folder: Path, *, kills: int, a_round: int, pictures: int, seed: int)
                 assert process.returncode == 0, errors
                 late += 1
             done += 1
-            early += not index.exists()
-            check_killed(index, before, expected, {"colours", "turned"} if fill else {"colours"})
-            if index.exists() and answering(index) == "turned":
+            models = {"colours", "turned"} if fill else {"colours"}
+            before = check_killed(index, before, expected, models)
+            early += not before.vectors
+            if before.vectors and answering(index) == "turned":
                 check_equal(holding(index), expected)  # it was switched to, so it is whole
-            before = holding(index) if (index / "catalog.sqlite").exists() and done else before
         to_the_end(library.folder, index, model)
         check_sound(index)
         check_equal(holding(index), expected)
@@ -168,10 +170,11 @@ def survive(folder: Path, *, kills: int, a_round: int, pictures: int, seed: int)
             shutil.copytree(folder / f"unbroken-{rounds - 1}", index)
         shutil.rmtree(folder / f"unbroken-{rounds - 1}", ignore_errors=True)
         rounds += 1
-    print(
-        f"{done} kills in {rounds} rounds of {seconds['colours']:.1f} s: {early} before there was an "
-        f"index, {late} after the end"
-    )
+        print(
+            f"{done} kills in {rounds} rounds of {seconds[model]:.1f} s: {early} before there was a "
+            f"picture, {late} after the end",
+            flush=True,
+        )
 
 
 @pytest.mark.timeout(900)
