@@ -202,10 +202,12 @@ def _in_order(
         found: tuple[Any, str] = db.execute(sql, (int(num),)).fetchone()
         return found
 
+    flags = np.zeros(int(order.max(initial=0)) + 1, np.bool_)
+    flags[among.nums[among.nums < len(flags)]] = True
     start = bisect_right(order, tuple(position), key=place) if position else 0
     for at in range(start, len(order), 2**16):
         some = order[at : at + 2**16]
-        passing = some[among.has(some)][: limit - len(page)].tolist()
+        passing = some[flags[some]][: limit - len(page)].tolist()
         page += passing
         if len(page) == limit:
             return page, list(place(page[-1]))
