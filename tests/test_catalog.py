@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from clipkit.catalog import Catalog, Filters, KnownFile, SkippedRow, SnapshotPointer
 from clipkit.errors import InputError
+from clipkit.picture_set import PictureSet
 
 # ---- pictures, places, texts
 
@@ -358,3 +359,250 @@ def test_the_snapshot_pointer_is_committed_with_the_work(writer: Catalog, reader
     assert reader.change_counter() > counter
     writer.point_to_snapshot(ENCODER, name="000002", last_seq=5)
     assert reader.snapshot(ENCODER) == SnapshotPointer("000002", 5)
+
+
+def test_rows_that_are_not_unit_vectors_are_refused(writer: Catalog) -> None:
+    """A zero vector has no direction: one made every search fail. 0.99 and 1.01 are within bounds."""
+    nums = np.array([add(writer, 1, "/p/1"), add(writer, 2, "/p/2")])
+    good = np.array([0.995, 0, 0, 0], np.float32)
+    for bad, length in (([0, 0, 0, 0], "0"), ([1, 1, 0, 0], "1.41"), ([0.5, 0, 0, 0], "0.5")):
+        with pytest.raises(
+            InputError,
+            match=f"the vector of picture {nums[1]} has length {length}; vectors must have",
+        ):
+            writer.add_vectors(ENCODER, nums, np.array([good, bad], np.float32))
+    writer.add_vectors(ENCODER, nums[:1], good[None])
+
+
+def test_chunks_of_vectors_are_all_of_them_in_the_order_of_num(
+    writer: Catalog, reader: Catalog
+) -> None:
+    nums = [add(writer, number, f"/p/{number}") for number in range(1, 8)]
+    writer.remove_places(["/p/3"])
+    writer.add_vectors(ENCODER, np.array(nums[:1]), vector_of(9))  # a later seq than the others'
+    writer.commit()
+    chunks = list(reader.vector_chunks(ENCODER, rows=4))
+    assert [chunk.nums.tolist() for chunk in chunks] == [[1, 2, 4, 5], [6, 7]]
+    assert [number_of(row) for chunk in chunks for row in chunk.vectors] == [9, 2, 4, 5, 6, 7]
+    assert {chunk.last_seq for chunk in chunks} == {reader.vectors(ENCODER).last_seq} == {8}
+    assert list(reader.vector_chunks("nobody")) == []
+    assert list(reader.dead()) == [3]
+
+
+# ---- texts of places
+
+
+def test_a_picture_has_the_texts_of_all_its_places_in_their_order(
+    writer: Catalog, reader: Catalog
+) -> None:
+    """Whichever was added first; what two places share is there once; a lost place takes its own."""
+    num = add(writer, 1, "/q/copy.jpg", captions=["a dog", "on grass"], tags=["pet"])
+    add(writer, 1, "/p/a.jpg", captions=["my dog", "on grass"], tags=["Rex", "pet"])
+    writer.commit()
+    row = reader.rows([num])[num]
+    assert row.captions == ("my dog", "on grass", "a dog")
+    assert row.tags == ("Rex", "pet")
+    assert found(reader, "my dog") == found(reader, "a dog") == [num]
+    writer.set_place_texts("/p/a.jpg", captions=["the dog"], tags=[])
+    assert writer.rows([num])[num].captions == ("the dog", "a dog", "on grass")
+    writer.remove_places(["/p/a.jpg"])
+    assert writer.rows([num])[num].captions == ("a dog", "on grass")
+    assert writer.rows([num])[num].tags == ("pet",)
+    assert found(writer, "my dog") == found(writer, "the dog") == []
+
+
+def test_a_folders_fingerprint_is_kept_and_forgotten(writer: Catalog, reader: Catalog) -> None:
+    assert writer.text_fingerprint("/p") is None
+    writer.set_text_fingerprint("/p", "one")
+    writer.set_text_fingerprint("/p/sub/", "two")
+    writer.set_text_fingerprint("/pq", "three")
+    writer.commit()
+    assert reader.text_fingerprint("/p/") == "one" and reader.text_fingerprint("/p/sub") == "two"
+    writer.set_text_fingerprint("/p/sub", None)
+    assert writer.text_fingerprint("/p/sub") is None
+    add(writer, 1, "/pq/1.jpg")
+    writer.remove_root("/p")
+    assert writer.text_fingerprint("/p") is None and writer.text_fingerprint("/pq") == "three"
+
+
+def test_a_file_that_cannot_be_read_now_keeps_its_place(writer: Catalog) -> None:
+    """It is found as before and is read again by the next run; adding it ends the note."""
+    num = add(writer, 1, "/p/a.jpg", captions=["a dog"])
+    note = {"size": -1, "mtime_ns": -1, "reason": "unreadable", "message": "no"}
+    for _ in range(2):
+        writer.add_skipped("/p/a.jpg", **note, keep_place=True)  # type: ignore[arg-type]
+    writer.add_skipped("/p/b.jpg", **note, keep_place=True)  # type: ignore[arg-type]
+    assert found(writer, "dog") == [num] and writer.stats().skipped == 2
+    assert list(writer.known_files("/p", encoder_id=ENCODER)) == [
+        ("/p/a.jpg", KnownFile(-1, -1, "skipped", num)),
+        ("/p/b.jpg", KnownFile(-1, -1, "skipped", None)),
+    ]
+    writer.add_place(num, "/p/a.jpg", size=1, mtime_ns=1)
+    assert dict(writer.known_files("/p"))["/p/a.jpg"] == KnownFile(1, 1, "ok", num)
+
+
+def test_known_files_come_in_the_order_of_bytes_page_by_page(
+    writer: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ "é" is two bytes from 0xC3 on, behind all of ASCII; a path may be another's beginning."""
+    monkeypatch.setattr("clipkit.catalog.catalog._PAGE", 2)
+    paths = ["/p/a", "/p/a/b", "/p/a0", "/p/Z", "/p/é", "/p/zz", "/p/a b"]
+    for number, path in enumerate(paths):
+        if number % 3:
+            add(writer, number, path)
+        else:
+            writer.add_skipped(path, size=1, mtime_ns=1, reason="r", message="m")
+    known = [path for path, _ in writer.known_files("/p")]
+    assert known == sorted(paths, key=lambda path: path.encode())
+
+
+# ---- what is left of dead pictures
+
+
+def test_purging_leaves_only_a_num_that_is_never_used_again(
+    writer: Catalog, reader: Catalog
+) -> None:
+    """No row has its name, caption, tag, camera or folder any more."""
+    words = ("geheimnis", "secretword", "privatetag", "uniquecam", "hidden")
+    gone = add(
+        writer, 1, "/hidden/Geheimnis.jpg", captions=["my Secretword"], tags=["Privatetag"],
+        camera="Uniquecam", thumbnail=b"thumbnailbytes" * 100,
+    )  # fmt: skip
+    writer.set_text_fingerprint("/hidden", "print")
+    kept = add(writer, 2, "/p/b.jpg", camera="Canon", thumbnail=b"kept")
+    writer.commit()
+    assert reader.matching(Filters(tags=("privatetag",))) == reader.having([["secretword"]])[0]
+    assert reader.matching(Filters(cameras=("uniquecam",), folders=("hidden",))) == PictureSet(
+        [gone]
+    )
+    writer.add_root("/hidden")
+    assert writer.remove_root("/hidden") == 1
+    writer.commit()
+    assert writer.purge() == 0  # it has been done
+    assert reader.vector(gone, ENCODER) is None and reader.vector(kept, ENCODER) is not None
+    assert reader.thumbnail(image_id(1)) is None and reader.thumbnail(image_id(2)) == b"kept"
+    assert reader.has_picture(image_id(1)) is None and list(reader.dead()) == [gone]
+    assert list(reader.matching(Filters())) == list(reader.live_nums(ENCODER)) == [kept]
+    assert reader.facets().cameras == (("Canon", 1),) and reader.text_fingerprint("/hidden") is None
+    with closing(sqlite3.connect(writer.folder / "catalog.sqlite")) as db:
+        sql = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT GLOB '*texts_[di]*'"
+        for (table,) in db.execute(sql).fetchall():
+            for row in db.execute(f"SELECT * FROM {table}").fetchall():
+                text = repr(row).lower()
+                assert not any(word in text for word in words), (table, row)
+
+    assert add(writer, 3, "/p/c.jpg") == kept + 1
+    again = add(writer, 1, "/p/again.jpg", camera="New", width=10)
+    writer.commit()
+    assert again == gone
+    row = reader.rows([gone])[gone]
+    assert (row.width, row.camera, row.captions) == (10, "New", ())
+    assert list(reader.matching(Filters(cameras=("new",)))) == [gone]
+    assert reader.stats(ENCODER).vectors == reader.stats().pictures == 3
+
+
+def test_purging_shrinks_the_file(writer: Catalog) -> None:
+    """2,709 of 3,010 pictures go, with vectors of 512 numbers."""
+    writer.register_encoder("wide", spec="s", config_json="{}", dim=512)
+    nums = [add(writer, number, f"/p/{number % 10 and 1}/{number}.jpg") for number in range(3010)]
+    rows = np.zeros((len(nums), 512), np.float32)
+    rows[:, 0] = 1
+    writer.add_vectors("wide", np.array(nums), rows)
+    writer.commit()
+    with closing(sqlite3.connect(writer.folder / "catalog.sqlite")) as db:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+    writer.remove_places(path for path, _ in list(writer.known_files("/p/1")))
+    assert writer.purge() == 2709
+    writer.commit()
+    with closing(sqlite3.connect(writer.folder / "catalog.sqlite")) as db:
+        assert db.execute("PRAGMA page_count").fetchone()[0] < 0.4 * pages
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert writer.stats("wide").vectors == 301
+
+
+# ---- several models
+
+
+def test_encoders_of_one_space_share_their_vectors(writer: Catalog, reader: Catalog) -> None:
+    for name, space in (("a", "s"), ("b", "s"), ("c", "t"), ("old", None)):
+        writer.register_encoder(
+            name, spec=f"spec {name}", config_json="{}", dim=DIM, space_id=space
+        )
+    num = add(writer, 1, "/p/1")
+    writer.add_vectors("a", np.array([num]), vector_of(5))
+    writer.point_to_snapshot("b", name="000001", last_seq=2)
+    writer.commit()
+    assert [row.space_id for row in reader.encoders()] == [None, "s", "s", "t", None]
+    assert number_of(reader.vector(num, "b")) == 5  # type: ignore[arg-type]
+    assert reader.vectors("b").nums.tolist() == list(reader.live_nums("b")) == [num]
+    assert reader.snapshot("a") == reader.snapshot("b") == SnapshotPointer("000001", 2)
+    assert reader.vector_owner("b") == reader.vector_owner("a") == "a"
+    assert reader.stats("b").vectors == 1 and reader.stats("c").vectors == 0
+    writer.add_vectors("b", np.array([num]), vector_of(6))
+    assert number_of(writer.vector(num, "a")) == 6  # type: ignore[arg-type]
+
+    # the space of an older encoder is told later: what both have stays the first one's
+    other = add(writer, 2, "/p/2")
+    writer.add_vectors("old", np.array([num, other]), np.concatenate([vector_of(7), vector_of(8)]))
+    writer.commit()
+    assert reader.stats("a").vectors == 1 and reader.stats("old").vectors == 2
+    seq = reader.vectors("a").last_seq
+    writer.register_encoder("old", spec="x", config_json="{}", dim=DIM, space_id="s")
+    writer.commit()
+    assert [reader.stats(name).vectors for name in ("a", "b", "old")] == [2, 2, 2]
+    assert number_of(reader.vector(num, "old")) == 6  # type: ignore[arg-type]
+    assert reader.vectors("a", after_seq=seq).nums.tolist() == [other]  # newer than any snapshot
+
+
+def test_an_encoder_is_dropped_with_its_vectors_unless_others_use_them(
+    writer: Catalog, reader: Catalog
+) -> None:
+    for name, space in (("a", "s"), ("b", "s"), ("c", "t")):
+        writer.register_encoder(
+            name, spec=f"spec {name}", config_json="{}", dim=DIM, space_id=space
+        )
+    num = add(writer, 1, "/p/1")
+    for name in ("a", "c"):
+        writer.add_vectors(name, np.array([num]), vector_of(5))
+        writer.point_to_snapshot(name, name="000001", last_seq=2)
+    with pytest.raises(
+        InputError, match=r"encoder enc-1 \(builtin\) is the one that the index answers"
+    ):
+        writer.drop_encoder(ENCODER)
+    with pytest.raises(
+        InputError, match="encoder nobody is not in this index; it has enc-1, a, b, c"
+    ):
+        writer.drop_encoder("nobody")
+    writer.activate_encoder("b")
+    writer.commit()
+    counter = reader.change_counter()
+    assert reader.stats("c").vectors == 1
+    assert writer.drop_encoder("a") == 0  # the owner: b goes on with all it had
+    assert writer.drop_encoder("c") == 1
+    writer.commit()
+    assert reader.change_counter() > counter
+    assert sorted(row.encoder_id for row in reader.encoders()) == ["b", ENCODER]
+    active = reader.active_encoder()
+    assert active is not None and (active.encoder_id, active.spec) == ("b", "spec b")
+    assert number_of(reader.vector(num, "b")) == 5  # type: ignore[arg-type]
+    assert reader.snapshot("b") == SnapshotPointer("000001", 2) and reader.snapshot("c") is None
+    assert reader.stats("b").vectors == 1 and reader.stats("c").vectors == 0
+    writer.register_encoder("c", spec="again", config_json="{}", dim=DIM, space_id="t")
+    writer.commit()
+    assert list(reader.live_nums("c")) == []
+    writer.activate_encoder(ENCODER)
+    assert writer.drop_encoder("b") == 1
+
+
+def test_activating_is_one_change_that_readers_see(writer: Catalog, reader: Catalog) -> None:
+    writer.register_encoder("b", spec="s", config_json="{}", dim=DIM)
+    writer.commit()
+    counter = reader.change_counter()
+    writer.activate_encoder(ENCODER)  # it is already
+    writer.commit()
+    assert reader.change_counter() == counter
+    writer.activate_encoder("b")
+    active = reader.active_encoder()
+    assert active is not None and active.encoder_id == ENCODER
+    writer.commit()
+    assert reader.change_counter() == counter + 1

@@ -3,8 +3,12 @@
 # ruff: noqa: F811
 from __future__ import annotations
 
+import os
 import random
+import shutil
 import sqlite3
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -209,3 +213,85 @@ def test_a_newer_catalog_is_refused_naming_both_versions(folder: Path, write: bo
     known = len(store.MIGRATIONS)
     with pytest.raises(InputError, match=rf"version 99; this clipkit knows versions up to {known}"):
         Catalog.open(folder, write=write)
+
+
+# ---- read-only media
+
+
+@pytest.fixture
+def read_only(folder: Path) -> Iterator[Callable[[], None]]:
+    """Make the folder read-only, for root too: for the rest of the test root is another user."""
+    home = Path(
+        tempfile.mkdtemp(dir="/tmp")
+    )  # outside pytest's folder, which only its owner may enter
+    home.chmod(0o755)
+    is_root = os.geteuid() == 0
+
+    def protect() -> Path:
+        shutil.copytree(folder, home / "index")
+        for path in (home / "index").iterdir():
+            path.chmod(0o444)
+        (home / "index").chmod(0o555)
+        if is_root:
+            os.seteuid(65534)
+        return home / "index"
+
+    yield protect  # type: ignore[misc]
+    if is_root:
+        os.seteuid(0)
+    (home / "index").chmod(0o755)
+    shutil.rmtree(home)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX rights")
+@pytest.mark.parametrize("leftovers", [False, True])
+def test_an_index_on_read_only_media_is_searched(
+    folder: Path, read_only: Callable[[], Path], leftovers: bool
+) -> None:
+    """Freshly copied, so without the -wal and -shm files that SQLite could not create there, and with
+    empty ones."""
+    with Catalog.open(folder, write=True) as catalog:
+        catalog.register_encoder(ENCODER, spec="s", config_json="{}", dim=DIM)
+        add(catalog, 1, "/p/cat.jpg", thumbnail=b"small")
+    for path in folder.iterdir():
+        if path.suffix != ".sqlite":
+            path.unlink()
+    if leftovers:
+        (folder / "catalog.sqlite-wal").touch()
+    protected = read_only()
+    with Catalog.open(protected) as catalog:
+        everything(catalog)
+        assert list(catalog.phrase("cat").nums) == [1]
+        assert catalog.thumbnail(image_id(1)) == b"small"
+        catalog.put_thumbnail(image_id(2), b"dropped")
+        assert catalog.thumbnail(image_id(2)) is None
+    with pytest.raises(InputError, match="cannot write an index at"):
+        Catalog.open(protected, write=True)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX rights")
+def test_changes_that_read_only_media_cannot_collect_are_an_error(
+    folder: Path, read_only: Callable[[], Path]
+) -> None:
+    """What a killed writer left in the -wal file would be missing, silently."""
+    filled(folder)
+    (folder / "catalog.sqlite-wal").write_bytes(b"x" * 5000)
+    (folder / "catalog.sqlite-shm").unlink(missing_ok=True)
+    protected = read_only()
+    with pytest.raises(
+        ClipkitError, match=r"read-only media and has uncollected changes in .*-wal"
+    ):
+        Catalog.open(protected)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX rights")
+def test_an_older_index_on_read_only_media_says_so(
+    folder: Path, read_only: Callable[[], Path]
+) -> None:
+    filled(folder)
+    with sqlite3.connect(folder / "catalog.sqlite") as db:
+        db.execute("PRAGMA user_version = 2")
+    db.close()
+    protected = read_only()
+    with pytest.raises(InputError, match="is of an older clipkit and on read-only media; copy"):
+        Catalog.open(protected)

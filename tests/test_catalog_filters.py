@@ -242,3 +242,61 @@ def test_a_whole_camera_and_the_longer_side(writer: Catalog) -> None:
     assert list(writer.matching(Filters(camera="iPhone 12"))) == [first]
     assert list(writer.matching(Filters(min_side=900))) == [second]
     assert list(writer.matching(Filters(min_side=901))) == []
+
+
+# ---- scripts without spaces, phrases that most pictures have, many folders
+
+
+@pytest.mark.parametrize(
+    ("phrase", "has"),
+    [
+        ("東京", True),  # within 東京タワー
+        ("京タ", True),
+        ("東", True),
+        ("タワー 夜景", False),  # not across the end of a name
+        ("京東", False),
+        ("夜景", True),
+        ("ガラス", True),  # decomposed in the name
+        ("ｶﾞﾗｽ", True),  # half-width in the query
+        ("서울", True),  # with an ending after it
+        ("กรุง", True),
+        ("tower", True),  # beside them, whole words as ever
+        ("towe", False),
+        ("東京*", True),
+    ],
+)
+def test_a_phrase_finds_part_of_a_run_without_spaces(
+    writer: Catalog, phrase: str, has: bool
+) -> None:
+    num = add(
+        writer, 1, "/p/東京タワーTower.jpg", "/旅行の写真/カ\u3099ラス.jpg", captions=["東京の夜景"],
+        tags=["서울에서", "กรุงเทพ"],
+    )  # fmt: skip
+    assert found(writer, phrase) == ([num] if has else [])
+    assert [list(nums) for nums in writer.having([["旅行"], ["夜景", "no"]])] == [[num], [num]]
+
+
+def test_a_phrase_that_most_pictures_have_is_not_ranked(
+    writer: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Above a limit the set alone is returned: bm25 tells none apart there."""
+    monkeypatch.setattr("clipkit.catalog.texts.MOST_RANKED", 4)
+    for number in range(1, 7):
+        add(writer, number, f"/p/{number}.jpg", captions=["common" + " rare" * (number < 5)])
+    common, rare, nothing = (writer.phrase(text) for text in ("common", "rare", "nothing"))
+    assert len(common.nums) == 6 and common.bm25 is None
+    assert list(rare.nums) == [1, 2, 3, 4]
+    assert rare.bm25 is not None and rare.bm25.shape == (4,) and (rare.bm25 < 0).all()
+    assert len(nothing.nums) == 0 and nothing.bm25 is not None and nothing.bm25.shape == (0,)
+    writer.add_place(1, "/only/1.jpg", size=1, mtime_ns=1)
+    folder = writer.phrase("only")
+    assert list(folder.nums) == [1] and folder.bm25 is not None and folder.bm25.tolist() == [0]
+
+
+def test_more_folders_than_sqlite_nests_expressions(writer: Catalog) -> None:
+    """1,200 folders, absolute and by name: SQL with a condition for each was too deep."""
+    for number in range(3):
+        add(writer, number, f"/p/{number}/x.jpg")
+    for kind in ("/p/{}", "{}"):
+        folders = tuple(kind.format(number) for number in range(1, 1201))
+        assert list(writer.matching(Filters(folders=folders))) == [2, 3]

@@ -128,10 +128,10 @@ def _at_places(places: Places, filters: Filters) -> Mask:
         for folder in filters.folders:
             if os.path.isabs(folder):
                 low, high = below(folder)
-                wanted |= [low <= path < high for path in places.folder_paths]
+                wanted |= np.array([low <= path < high for path in places.folder_paths], np.bool_)
             else:
                 part = f"/{fold_path(os.path.normpath(folder))}/"
-                wanted |= [part in name for name in places.folder_names]
+                wanted |= np.array([part in name for name in places.folder_names], np.bool_)
         found &= places.in_folders(wanted)
     return places.of(found)
 

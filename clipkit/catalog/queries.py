@@ -204,10 +204,12 @@ def _in_order(
         found: tuple[Any, str] = db.execute(sql, (int(num),)).fetchone()
         return found
 
+    flags = np.zeros(int(order.max(initial=0)) + 1, np.bool_)
+    flags[among.nums[among.nums < len(flags)]] = True
     start = bisect_right(order, tuple(position), key=place) if position else 0
     for at in range(start, len(order), 2**16):
         some = order[at : at + 2**16]
-        page += some[among.has(some)][: limit + 1 - len(page)].tolist()
+        page += some[flags[some]][: limit + 1 - len(page)].tolist()
         if len(page) > limit:  # there is another: this is not the end
             return page[:limit], list(place(page[limit - 1]))
     return page, None

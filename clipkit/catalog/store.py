@@ -98,7 +98,7 @@ class Store:
                 return self._version(db)
         except ClipkitError as error:
             code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
-            if code not in _READ_ONLY or os.access(self.path.parent, os.W_OK):
+            if code not in _READ_ONLY or _may_write(self.path.parent):
                 raise
         wal = Path(f"{self.path}-wal")
         if wal.is_file() and wal.stat().st_size:
@@ -266,7 +266,8 @@ class Store:
                 return
             try:
                 if kind == 2:
-                    db.execute("PRAGMA incremental_vacuum").fetchall()
+                    # a step a page, each with a row of no columns, after which execute() would stop
+                    db.executescript("PRAGMA incremental_vacuum")
                 else:
                     db.execute("PRAGMA auto_vacuum = INCREMENTAL")
                     db.execute("VACUUM")
@@ -346,7 +347,7 @@ class Thumbnails:
             self._db = None
 
     def _connect(self) -> sqlite3.Connection:
-        if self._path.is_file() and not os.access(self._path.parent, os.W_OK):
+        if self._path.is_file() and not _may_write(self._path.parent):
             uri = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
             return sqlite3.connect(uri, uri=True, check_same_thread=False)
         db = sqlite3.connect(self._path, timeout=5, check_same_thread=False)
@@ -378,6 +379,10 @@ class Thumbnails:
                             Path(f"{self._path}{suffix}").unlink()
                 log.warning("thumbnails at %s: %s", self._path, error)
         return []
+
+
+def _may_write(folder: Path) -> bool:
+    return os.access(folder, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
 def next_epoch(db: Connection) -> None:
