@@ -94,7 +94,9 @@ def open_encoder(
     if model is None:
         spec, gone = active.spec if active else "builtin", None
         if active and models.is_gone(spec):
-            gone = active.encoder_id, _gone(folder, active, rows)
+            # A catalog that knows no space_id has the vectors under the encoder_id.
+            identity = checkpoint.Identity(active.encoder_id, active.encoder_id)
+            gone = identity, _gone(folder, active, rows)
         return LazyEncoder(spec, device=device, precision=precision, gone=gone)
     models.check(model)
     encoder = LazyEncoder(model, device=device, precision=precision)
