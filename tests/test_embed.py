@@ -39,6 +39,10 @@ class MeanColour:
     def known_id(self) -> str:
         return self.encoder_id
 
+    @property
+    def space_id(self) -> str:
+        return self.encoder_id
+
     def towers(self) -> Any:
         return self
 
@@ -286,16 +290,18 @@ def test_another_encoder_embeds_everything_again(
 def test_a_summary_says_what_was_encoded_again_and_which_model_answers(
     run: Callable[..., Summary], photos: Path
 ) -> None:
-    """Ten pictures, known but without a vector of the other model, are neither new nor unchanged."""
+    """Ten pictures, known but without a vector of the other model, are neither new nor unchanged. The
+    first model answers until all have one."""
     first = run(photos)
     assert (first.model, first.model_before, first.reencoded) == ("mean-colour", None, 0)
     other = MeanColour(encoder_id="other", spec="other-spec")
     partly = run(photos / "a", using=other)
     assert (partly.reencoded, partly.unchanged, partly.without_vector) == (5, 0, 5)
-    assert (partly.model, partly.model_before) == ("other-spec", "mean-colour")
+    assert (partly.model, partly.model_before) == ("other-spec", None)
     again = run(photos, using=other)
     assert (again.reencoded, again.unchanged, again.without_vector) == (5, 5, 0)
-    assert again.model_before is None
+    assert again.model_before == "mean-colour"
+    assert run(photos, using=other).model_before is None
     back = run(photos)
     assert (back.reencoded, back.unchanged, back.model_before) == (0, 10, "other-spec")
 

@@ -188,7 +188,7 @@ def build(page: Page) -> gr.Blocks:
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = "".join(
         f'<script src="ui/{name}?v={_version(name)}"></script>'
-        for name in ("viewer.js", "clipkit.js", "panel.js")
+        for name in ("viewer.js", "clipkit.js", "panel.js", "models.js")
     )
     form = render.part(
         "ask", may_index=workspace.may_index, may_show_files=workspace.may_show_files

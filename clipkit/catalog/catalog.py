@@ -207,7 +207,9 @@ class Catalog:
 
     # ---- writing: encoders, vectors, snapshots
 
-    def register_encoder(self, encoder_id: str, *, spec: str, config_json: str, dim: int) -> None:
+    def register_encoder(
+        self, encoder_id: str, *, spec: str, config_json: str, dim: int, space_id: str | None = None
+    ) -> None:
         """Add an encoder, whose vectors can then be stored; a known one is left as it is.
 
         The active encoder stays what it is; the first of an index becomes it.
@@ -218,8 +220,10 @@ class Catalog:
         with self._store.transaction() as db:
             db.execute(newest)  # of an index made before there was an active one
             sql = "INSERT OR IGNORE INTO encoders VALUES (NULL, ?, ?, ?, ?)"
-            db.execute(sql, (encoder_id, spec, config_json, dim))
+            config = json.dumps({**json.loads(config_json), "space_id": space_id or encoder_id})
+            db.execute(sql, (encoder_id, spec, config, dim))
             db.execute(newest)
+            self._changed = True
 
     def activate_encoder(self, encoder_id: str) -> None:
         """Make an encoder the active one; one that is not registered changes nothing."""
@@ -228,6 +232,29 @@ class Catalog:
                 "INSERT OR REPLACE INTO meta SELECT 'active', id FROM encoders WHERE encoder_id = ?"
             )
             db.execute(sql, (encoder_id,))
+            self._changed = True
+
+    def drop_encoder(self, encoder_id: str) -> int:
+        """Remove an encoder, and its vectors unless another shares them; return how many."""
+        with self._store.transaction() as db:
+            key = queries.encoder_key(db, encoder_id)[0]
+            space = "coalesce(config ->> '$.space_id', encoder_id)"
+            heir = db.execute(
+                f"SELECT min(id) FROM encoders WHERE encoder_id != ? AND {space} ="
+                f" (SELECT {space} FROM encoders WHERE encoder_id = ?)",
+                (encoder_id, encoder_id),
+            ).fetchone()[0]
+            self._changed = True
+            if heir:
+                db.execute("UPDATE vectors SET encoder = ? WHERE encoder = ?", (heir, key))
+            db.execute("DELETE FROM snapshots WHERE encoder_id = ?", (encoder_id,))
+            removed = db.execute(
+                "DELETE FROM vectors WHERE encoder ="
+                " (SELECT id FROM encoders WHERE encoder_id = ?)",
+                (encoder_id,),
+            ).rowcount
+            db.execute("DELETE FROM encoders WHERE encoder_id = ?", (encoder_id,))
+            return 0 if heir else removed
 
     def move_encoder(self, encoder_id: str, spec: str) -> None:
         """Record the spec by which an encoder is found now; one not registered changes nothing."""
@@ -277,14 +304,18 @@ class Catalog:
 
     def encoders(self) -> list[EncoderRow]:
         """Return the registered encoders, the oldest first."""
-        sql = "SELECT encoder_id, spec, config, dim FROM encoders ORDER BY id"
+        sql = (
+            "SELECT encoder_id, spec, config, dim, coalesce(config ->> '$.space_id', encoder_id)"
+            " FROM encoders ORDER BY id"
+        )
         with self._store.connection() as db:
             return [EncoderRow(*row) for row in db.execute(sql)]
 
     def active_encoder(self) -> EncoderRow | None:
         """Return the encoder that answers where no other is named; None in an empty index."""
         sql = (
-            "SELECT encoder_id, spec, config, dim FROM encoders"
+            "SELECT encoder_id, spec, config, dim, coalesce(config ->> '$.space_id', encoder_id)"
+            " FROM encoders"
             " ORDER BY id = (SELECT value FROM meta WHERE key = 'active') DESC, id DESC LIMIT 1"
         )
         with self._store.connection() as db:

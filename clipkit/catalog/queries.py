@@ -304,7 +304,11 @@ def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
 def encoder_key(db: Connection, encoder_id: str | None) -> tuple[int | None, int]:
     """Return the encoder's row id and dim, or (None, 0), which match no vector, if it is not
     registered."""
-    sql = "SELECT id, dim FROM encoders WHERE encoder_id = ?"
+    space = "coalesce(config ->> '$.space_id', encoder_id)"
+    sql = (
+        f"SELECT min(id), dim FROM encoders WHERE {space} ="
+        f" (SELECT {space} FROM encoders WHERE encoder_id = ?) HAVING min(id)"
+    )
     row: tuple[int, int] | None = db.execute(sql, (encoder_id,)).fetchone()
     return row or (None, 0)
 

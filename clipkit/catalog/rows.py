@@ -42,6 +42,7 @@ class EncoderRow(NamedTuple):
     spec: str
     config_json: str
     dim: int
+    space_id: str
 
 
 class SkippedRow(NamedTuple):

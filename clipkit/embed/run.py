@@ -106,12 +106,16 @@ def index_folders(
     limits: images.Limits | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     stop: threading.Event | None = None,
+    activate: bool = True,
 ) -> Summary:
     """Bring the catalog (open for writing) up to date with the pictures below `folders`.
 
     The towers are loaded only if a picture must be encoded. Once `stop` is set the run ends after the
-    current batch; what it has done is kept. Raises InputError for a folder that does not exist and is
-    not in the catalog, ModelError if the towers cannot be loaded.
+    current batch; what it has done is kept. Once every picture of the catalog has a vector of the
+    encoder, searches use it, unless `activate` is False; until then the one before answers.
+
+    Raises InputError for a folder that does not exist and is not in the catalog, ModelError if the
+    towers cannot be loaded.
     """
     indexing = _Run(
         catalog=catalog,
@@ -121,6 +125,7 @@ def index_folders(
         limits=limits or images.Limits(),
         on_progress=on_progress or (lambda _: None),
         stop=stop or threading.Event(),
+        activate=activate,
     )
     return indexing.run(distinct_roots(folders, in_catalog=lambda f: catalog.places_below(f) > 0))
 
@@ -137,6 +142,7 @@ class _Run:
     limits: images.Limits
     on_progress: Callable[[Progress], None]
     stop: threading.Event
+    activate: bool = True
     counts: Counter[str] = field(default_factory=Counter)
     reasons: Counter[str] = field(default_factory=Counter)
     new_places: Counter[int] = field(default_factory=Counter)  # of pictures that were live before
@@ -155,6 +161,7 @@ class _Run:
         missing: list[str] = []
         unavailable: list[str] = []
         changed: list[FoundFile] = []
+        self._share_vectors()
         for root in roots:
             self.catalog.add_root(root)
             indexed = self.catalog.known_files(root, encoder_id=self.encoder_id)
@@ -171,11 +178,14 @@ class _Run:
         before = self.catalog.active_encoder()
         if not stopped:
             self._remove(missing)
-            self.catalog.activate_encoder(self.encoder_id)
             self.catalog.move_encoder(self.encoder_id, checkpoint.absolute(self.encoder.spec))
-        self.catalog.commit()
-        replaced = before is not None and before.encoder_id != self.encoder_id and not stopped
         stats = self.catalog.stats(self.encoder_id)
+        complete = not stopped and stats.vectors == stats.pictures
+        replaced = before is not None and before.encoder_id != self.encoder_id
+        replaced = replaced and complete and self.activate
+        if replaced:
+            self.catalog.activate_encoder(self.encoder_id)
+        self.catalog.commit()
         if not stopped:
             from clipkit.index import refresh_snapshot  # imports Faiss, which `walk` does not need
 
@@ -197,6 +207,23 @@ class _Run:
             model_before=before.spec if before and replaced else None,
             reencoded=self.counts["reencoded"],
             without_vector=stats.pictures - stats.vectors,
+        )
+
+    def _share_vectors(self) -> None:
+        """Register an encoder that is new here if another one gives pictures the same vectors."""
+        rows = self.catalog.encoders()
+        new = self.encoder_id not in (row.encoder_id for row in rows)
+        if new and self.encoder.space_id in (row.space_id for row in rows):
+            self._register()
+
+    def _register(self) -> None:
+        towers = self._towers()
+        self.catalog.register_encoder(
+            self.encoder_id,
+            spec=checkpoint.absolute(towers.spec),
+            config_json=towers.describe(),
+            dim=towers.dim,
+            space_id=self.encoder.space_id,
         )
 
     # ---- what is on the disk, and what of it needs work
@@ -314,12 +341,7 @@ class _Run:
                 num = self.catalog.add_picture(**picture.extra)
             self._place(num, picture.item, known="reencoded")
             nums.append(num)
-        self.catalog.register_encoder(
-            self.encoder_id,
-            spec=checkpoint.absolute(towers.spec),
-            config_json=towers.describe(),
-            dim=towers.dim,
-        )
+        self._register()
         self.catalog.add_vectors(self.encoder_id, np.array(nums, np.int64), batch.vectors[finite])
         self.counts["embedded"] += len(batch.pictures)
         self._rate.add(len(batch.pictures))
