@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipkit import checkpoint, models
-from clipkit.catalog import Catalog
+from clipkit.catalog import Catalog, EncoderRow
 from clipkit.errors import InputError, suggestion
 from clipkit.lazy_encoder import Encoder, LazyEncoder
 from clipkit.wording import count
@@ -50,11 +50,12 @@ class IndexModel:
 def models_of(catalog: Catalog) -> list[IndexModel]:
     """Return the models of an index, the oldest first."""
     rows, active, pictures = catalog.encoders(), catalog.active_encoder(), catalog.stats().pictures
+    spaces = {row.encoder_id: space_of(row) for row in rows}
     return [
         IndexModel(
             spec=row.spec,
             encoder_id=row.encoder_id,
-            space_id=row.space_id,
+            space_id=spaces[row.encoder_id],
             dim=row.dim,
             vectors=catalog.stats(row.encoder_id).vectors,
             pictures=pictures,
@@ -63,11 +64,21 @@ def models_of(catalog: Catalog) -> list[IndexModel]:
             shared_with=tuple(
                 other.spec
                 for other in rows
-                if other.space_id == row.space_id and other.encoder_id != row.encoder_id
+                if spaces[other.encoder_id] == spaces[row.encoder_id]
+                and other.encoder_id != row.encoder_id
             ),
         )
         for row in rows
     ]
+
+
+def space_of(row: EncoderRow) -> str:
+    """Return a model's space_id: that of its files where an index of an earlier version has none; its
+    encoder_id, which is no other model's space, where only loading would tell."""
+    if row.space_id is not None:
+        return row.space_id
+    known = None if models.is_gone(row.spec) else checkpoint.identify(row.spec)
+    return known.space_id if known and known.encoder_id == row.encoder_id else row.encoder_id
 
 
 def find_model(listed: Sequence[IndexModel], name: str, *, index: Path) -> IndexModel:
@@ -151,6 +162,10 @@ def drop_model(folder: Path, name: str) -> tuple[IndexModel, int]:
 def register(catalog: Catalog, encoder: Encoder) -> None:
     """Add a model to the index, whose vectors can then be stored; loads its towers."""
     towers = encoder.towers()
+    for row in catalog.encoders():
+        if row.space_id is None and space_of(row) == encoder.space_id:  # of an earlier version
+            facts = {"spec": row.spec, "config_json": row.config_json, "dim": row.dim}
+            catalog.register_encoder(row.encoder_id, **facts, space_id=encoder.space_id)
     catalog.register_encoder(
         encoder.encoder_id,
         spec=checkpoint.absolute(encoder.spec),

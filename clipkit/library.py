@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self, overload
 from clipkit import checkpoint, images, models
 from clipkit.catalog import Catalog, EncoderRow, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
-from clipkit.index_models import IndexModel, drop_model, models_of, use_model
+from clipkit.index_models import IndexModel, drop_model, models_of, space_of, use_model
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import Example, Query, format, parse
 from clipkit.search import Empty, Searcher, SearchHit, SearchResult
@@ -95,7 +95,7 @@ def open_encoder(
     if model is None:
         spec, gone = active.spec if active else "builtin", None
         if active and models.is_gone(spec):
-            identity = checkpoint.Identity(active.encoder_id, active.space_id)
+            identity = checkpoint.Identity(active.encoder_id, space_of(active))
             gone = identity, _gone(folder, active, rows)
         return LazyEncoder(spec, device=device, precision=precision, gone=gone)
     models.check(model)
@@ -137,7 +137,8 @@ class Hits(Sequence[SearchHit]):
 
     `total` counts all pictures that passed the filters, `seconds` times the search by stage,
     `query` is what was searched for, and `notes` are sentences such as that nothing stands out. Where
-    nothing passed, `empty` says why.
+    nothing passed, `empty` says why. `cursor` is what the same search takes for its next page, None on
+    the last.
     """
 
     def __init__(self, result: SearchResult, *, query: str, folder: Path) -> None:
@@ -146,6 +147,7 @@ class Hits(Sequence[SearchHit]):
         self.seconds = result.seconds
         self.notes = result.notes
         self.empty: Empty | None = result.empty
+        self.cursor = result.cursor
         self._result = result
         self._folder = folder
 
@@ -218,7 +220,6 @@ class Library:
         self._active_id: str | None = None  # of the active model for which `_encoder` was opened
         self._catalog: Catalog | None = None
         self._searcher: Searcher | None = None
-        self._searched: LazyEncoder | None = None  # by `_searcher`
         self._closed = False
 
     @classmethod
@@ -288,6 +289,7 @@ class Library:
         *,
         k: int = 12,
         image: AnyPath | bytes | Image.Image | None = None,
+        cursor: str | None = None,
     ) -> Hits:
         """Return the k best pictures for a query, an example picture, or both.
 
@@ -298,8 +300,15 @@ class Library:
             library.search("dog on a beach -leash after:2023 sort:date", k=50)
             library.search("but at night", image="castle.jpg")
 
+        With the `cursor` of hits, the same search returns the page after them; `k` may differ:
+
+            hits = library.search("a red car")
+            while hits.cursor:
+                hits = library.search("a red car", cursor=hits.cursor)
+
         Raises QueryError if the query cannot be parsed, ImageError if the example cannot be read,
-        EncoderMismatch if the index holds other models' vectors only, and InputError without an index.
+        EncoderMismatch if the index holds other models' vectors only, and InputError without an index or
+        for a cursor of another search.
         """
         parsed = parse(query) if isinstance(query, str) else query
         text = query if isinstance(query, str) else format(query)
@@ -309,17 +318,22 @@ class Library:
             example = Example(os.path.abspath(os.path.expanduser(os.fspath(image))))
             parsed = replace(parsed, examples=(*parsed.examples, example))
             image = None
-        result = self._search().search(parsed, k=k, image=image)
+        result = self._search().search(parsed, k=k, image=image, cursor=cursor)
         return Hits(result, query=text, folder=self.folder)
 
     def similar(
-        self, picture: SearchHit | PictureRow | str, query: str | Query = "", *, k: int = 12
+        self,
+        picture: SearchHit | PictureRow | str,
+        query: str | Query = "",
+        *,
+        k: int = 12,
+        cursor: str | None = None,
     ) -> Hits:
         """Return the k pictures nearest to one of the library, which is itself left out, or nearest
         to it and a query together.
 
         `picture` is a hit, its `picture`, or an image_id. Without words, no model is loaded. For a
-        file that is not in the library use `search(image=...)`.
+        file that is not in the library use `search(image=...)`. `cursor` is that of `search`.
 
             hit = library.search("a red car")[0]
             library.similar(hit)
@@ -330,7 +344,7 @@ class Library:
         row = picture.picture if isinstance(picture, SearchHit) else picture
         image_id = row if isinstance(row, str) else row.image_id
         name = image_id if isinstance(row, str) else PurePath(row.path).name
-        result = self._search().similar(image_id, query, k=k)
+        result = self._search().similar(image_id, query, k=k, cursor=cursor)
         text = ", ".join(filter(None, (f"like {name}", str(query))))
         return Hits(result, query=text, folder=self.folder)
 
@@ -434,9 +448,11 @@ class Library:
 
     def _search(self) -> Searcher:
         with self._lock:
-            catalog, encoder = self._open(), self.encoder
-            if self._searcher is None or self._searched is not encoder:
-                self._searcher, self._searched = Searcher(catalog, encoder), encoder
+            catalog = self._open()
+            if self._searcher is None:
+                follows = self._model is None
+                open_active = (lambda _: self.encoder) if follows else None
+                self._searcher = Searcher(catalog, self.encoder, open_active=open_active)
             return self._searcher
 
 

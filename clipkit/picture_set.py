@@ -110,6 +110,10 @@ class PictureSet:
             both = min(len(self._mask), len(other._mask))
             left[:both] &= ~other._mask[:both]
             return PictureSet.of_mask(left)
+        if self._mask is not None:
+            left = self._mask.copy()
+            left[other.nums[: np.searchsorted(other.nums, len(left))]] = False
+            return PictureSet.of_mask(left)
         return PictureSet.of_sorted(self.nums[~other.has(self.nums)])
 
     def __or__(self, other: PictureSet) -> PictureSet:

@@ -326,7 +326,7 @@ def test_hits_carry_their_pictures(library: clipkit.Library, photos: Path) -> No
     assert hits[0].picture.path == str(photos / "red.png")
     assert (hits[0].picture.width, hits[0].picture.height) == (90, 60)
     assert (hits.total, hits.query) == (4, "red")
-    assert hits.seconds.keys() == {"load", "encode", "search", "rows"}
+    assert hits.seconds.keys() == {"load", "encode", "filter", "scan", "rows"}
 
 
 def test_the_query_language_and_parsed_queries(library: clipkit.Library) -> None:

@@ -40,7 +40,7 @@ class Task:
 
 def captions_of(catalog: Catalog, encoder_id: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield (path, captions) of those of the first CAPTIONS_OF pictures that have captions."""
-    first = catalog.live_nums(encoder_id)[:CAPTIONS_OF].tolist()
+    first = catalog.live_nums(encoder_id).nums[:CAPTIONS_OF].tolist()
     for start in range(0, len(first), 500):
         nums = first[start : start + 500]
         rows = catalog.rows(nums)

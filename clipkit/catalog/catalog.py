@@ -436,6 +436,16 @@ class Catalog:
         with self._reading() as db:
             yield from vectors.chunks(db, encoder_id, rows)
 
+    def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
+        """Count the encoder's vectors of live pictures with seq > `after_seq`."""
+        with self._reading() as db:
+            sql = (
+                "SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ?"
+                f" AND num NOT IN ({queries.DEAD})"
+            )
+            args = (queries.encoder_key(db, encoder_id)[0], after_seq)
+            return int(db.execute(sql, args).fetchone()[0])
+
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
         """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""
         with self._store.connection() as db:
