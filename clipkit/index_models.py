@@ -164,8 +164,13 @@ def register(catalog: Catalog, encoder: Encoder) -> None:
     towers = encoder.towers()
     for row in catalog.encoders():
         if row.space_id is None and space_of(row) == encoder.space_id:  # of an earlier version
-            facts = {"spec": row.spec, "config_json": row.config_json, "dim": row.dim}
-            catalog.register_encoder(row.encoder_id, **facts, space_id=encoder.space_id)
+            catalog.register_encoder(
+                row.encoder_id,
+                spec=row.spec,
+                config_json=row.config_json,
+                dim=row.dim,
+                space_id=encoder.space_id,
+            )
     catalog.register_encoder(
         encoder.encoder_id,
         spec=checkpoint.absolute(encoder.spec),

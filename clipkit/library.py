@@ -357,6 +357,7 @@ class Library:
         stop: Event | None = None,
         workers: int | None = None,
         batch_size: int | None = None,
+        decoded_megapixels: float | None = None,
         limits: images.Limits | None = None,
     ) -> Summary:
         """Index folders, or bring the index up to date with them; the next search finds the result.
@@ -364,7 +365,8 @@ class Library:
         New and changed pictures are embedded, moved ones recognised by content, deleted ones
         forgotten; what cannot be read is skipped and counted in the summary. `on_progress` is called
         with a `clipkit.embed.Progress` after every picture; `stop`, once set, ends the run after the
-        current batch, and a later `add` resumes there.
+        current batch, and a later `add` resumes there. Threads decode no more than
+        `decoded_megapixels` at once (default: 40, some 300 MB).
 
             summary = library.add("~/Pictures", on_progress=lambda p: print(p.done, "of", p.total))
             print(summary.added, summary.skipped)
@@ -372,7 +374,7 @@ class Library:
         Raises InputError for a folder that does not exist, CatalogBusy while another process or
         thread writes to the index, and ModelError if the model cannot be loaded.
         """
-        from clipkit.embed import distinct_roots, index_folders
+        from clipkit.embed import DECODED_MEGAPIXELS, distinct_roots, index_folders
 
         self._check_open()
         if not self._exists():
@@ -386,6 +388,7 @@ class Library:
                 encoder=encoder,
                 workers=workers,
                 batch_size=batch_size,
+                decoded_megapixels=decoded_megapixels or DECODED_MEGAPIXELS,
                 limits=limits,
                 on_progress=on_progress,
                 stop=stop,
@@ -394,11 +397,19 @@ class Library:
     def remove(self, *folders: AnyPath) -> int:
         """Take folders out of the index and return how many files that was; no file is touched.
 
+        Pictures that lie nowhere else are purged: their vectors, texts and thumbnails go.
         Raises InputError without an index, CatalogBusy while another process writes to it.
         """
+        from clipkit.index import refresh_snapshot
+
         self._open()
         with Catalog.open(self.folder, write=True) as catalog:
-            return sum(catalog.remove_root(os.path.expanduser(folder)) for folder in folders)
+            removed = sum(catalog.remove_root(os.path.expanduser(folder)) for folder in folders)
+            catalog.purge()
+            catalog.commit()
+            for encoder in catalog.encoders():
+                refresh_snapshot(catalog, encoder.encoder_id)
+            return removed
 
     # ---- the models
 

@@ -116,11 +116,23 @@ def test_a_change_of_the_model_is_said(
     other.rename(tmp_path / "elsewhere")
     assert f"{other} " in (status := run("status", "--index", place).stdout)
     assert "12 vectors, 576 B, is not there any more\n" in status
-    one = next(folder for folder in photos.iterdir() if folder.is_dir())
+    one, *rest = sorted(folder for folder in photos.iterdir() if folder.is_dir())
+    mine = tmp_path / "mine"  # of the same pictures, in a place that can be taken away
+    shutil.copytree(photos, mine)
     third = tiny_checkpoint("vit")
-    done = run("index", one, "--index", place, "--model", third)
-    left = 12 - len(list(one.glob("*.png")))
-    assert f"{left} pictures of other folders have no vector of {third} yet" in done.stdout
+    place = tmp_path / "another index"
+    run("index", mine, "--index", place, "--model", model)
+    for folder in rest:
+        (mine / folder.name).rename(tmp_path / folder.name)
+        (mine / folder.name).symlink_to(tmp_path / "not mounted")
+    done = run("index", mine / one.name, "--index", place, "--model", third)
+    here = len(list(one.glob("*.png")))
+    assert f"{here} of 12 pictures have vectors of {third}; run again to go on" in done.stdout
+    assert f"; searches still use {model}" in done.stdout
+    status = run("status", "--index", place).stdout
+    assert re.search(
+        rf"^model +{model} .* 12 vectors, 576 B, answers searches$", status, re.MULTILINE
+    )
 
 
 def test_numbers_are_not_coloured_in_parts(index: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from clipkit import images
-from clipkit.embed import Encoded, Known, Unreadable, ahead, encode_pictures
+from clipkit.embed import Budget, Encoded, Known, Unreadable, ahead, encode_pictures
 from clipkit.errors import ImageError
 
 # ---- the thread pool
@@ -124,7 +124,7 @@ class Pass:
             self.towers,
             read=self.read,
             lookup=self.stored.get,
-            prepare=lambda item, _, data: (data, f"extra {item}"),
+            prepare=lambda item, _, data, __: (data, f"extra {item}"),
             workers=2,
         ):
             if isinstance(result, Known):
@@ -169,3 +169,91 @@ def test_a_copy_of_a_picture_that_the_caller_refuses_is_handed_out_too() -> None
     """The caller stores nothing, as for a vector that is not finite: no item is lost or repeated."""
     run = Pass(b"a", b"a", b"a", b"bb")
     assert sorted(run.run(store=False)) == [(0, "new 1"), (1, "new 1"), (2, "new 1"), (3, "new 2")]
+
+
+# ---- the memory that the threads hold
+
+
+def test_a_budget_admits_what_fits_and_anything_when_nothing_runs() -> None:
+    """Of a limit of 10, two shares of 5 run at once; a cost of 11 waits for both and then runs alone."""
+    budget = Budget(10)
+    admitted = threading.Event()
+    running: list[str] = []
+
+    def large() -> None:
+        with budget.share() as take:
+            take(11)
+            running.append("large")
+            admitted.set()
+
+    with budget.share() as one, budget.share() as other:
+        one(5)
+        other(5)  # would block for ever if 5 + 5 were too much
+        thread = threading.Thread(target=large)
+        thread.start()
+        running.append("small")
+    assert admitted.wait(30)
+    thread.join()
+    assert running == ["small", "large"]
+    with pytest.raises(ValueError, match="boom"), budget.share() as take:
+        take(10)
+        raise ValueError("boom")
+    with budget.share() as take:
+        take(11)  # the failed share was given back
+
+
+def test_no_more_pixels_are_decoded_at_once_than_the_budget() -> None:
+    """Twelve pictures of 1 MP, 12 threads, a budget of 3 MP: never more than three at once, though
+    each stays admitted until a third one has come (or none is left). One of 5 MP runs alone."""
+    lock, third = threading.Condition(), 0
+    at_once: set[int] = set()
+    most: list[tuple[int, bool]] = []
+
+    def prepare(item: int, _: str, __: bytes, admit: Any) -> tuple[int, None]:
+        nonlocal third
+        admit(5_000_000 if item == 6 else 1_000_000)
+        with lock:
+            at_once.add(item)
+            most.append((len(at_once), 6 in at_once))
+            third = max(third, len(at_once))
+            lock.notify_all()
+            if item < 3:
+                assert lock.wait_for(lambda: third == 3, timeout=30)
+            at_once.remove(item)
+        return item, None
+
+    results = encode_pictures(
+        range(12),
+        lambda: None,  # type: ignore[arg-type, return-value]
+        read=lambda item: bytes([item]),
+        lookup=lambda _: None,
+        prepare=prepare,
+        encode=lambda pixels: np.ones((len(pixels), 1), np.float32),
+        workers=12,
+        batch_size=12,
+        decoded_megapixels=3,
+    )
+    assert sum(len(result.pictures) for result in results if isinstance(result, Encoded)) == 12
+    assert max(count for count, _ in most) == 3
+    assert all(count == 1 for count, large in most if large)
+
+
+def test_what_waits_unread_holds_neither_file_nor_traceback() -> None:
+    def prepare(*_: Any) -> tuple[bytes, None]:
+        try:
+            raise OSError("Pillow's")
+        except OSError as error:
+            raise ImageError("broken", reason="broken") from error
+
+    (result,) = encode_pictures(
+        [0],
+        lambda: None,  # type: ignore[arg-type, return-value]
+        read=lambda _: b"a",
+        lookup=lambda _: None,
+        prepare=prepare,
+        workers=1,
+        batch_size=1,
+    )
+    assert isinstance(result, Unreadable)
+    assert result.error.__traceback__ is None
+    assert result.error.__cause__ is None and result.error.__context__ is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hostile import encoded, jpeg_with_exif, tiff_bytes
 from PIL import Image
 from textured import textured
 
-from clipkit.images import decode, encode_for_web, thumbnail
+from clipkit.images import decode, encode_for_web, rgb_array, thumbnail
 
 # ---- reduced decoding -----------------------------------------------------------------------------
 
@@ -119,3 +120,33 @@ def test_for_the_web_a_large_jpeg_is_decoded_reduced() -> None:
     shown = Image.open(io.BytesIO(encode_for_web(jpeg, max_side=400)[0])).convert("RGB")
     reference = picture.resize((400, 300), Image.Resampling.BOX)
     assert np.abs(np.asarray(shown).astype(float) - np.asarray(reference)).mean() < 5
+
+
+@pytest.mark.parametrize(
+    ("format", "options", "pixels"),
+    [
+        ("PNG", {}, 800 * 600),
+        # 600 / 4 = 150 is still over 2 x 64 = 128: decoded at 200 x 150
+        ("JPEG", {}, 200 * 150),
+        ("JPEG", {"progressive": True}, 800 * 600),  # its coefficients are held at any size
+    ],
+)
+def test_the_pixels_are_admitted_before_they_are_decoded(
+    format: str, options: dict[str, Any], pixels: int
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (800, 600), "red").save(buffer, format, **options)
+    admitted: list[int] = []
+    decode(buffer.getvalue(), target=64, admit=admitted.append)
+    assert admitted == [pixels]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (1500, 1401), (2**20 + 1, 1), (1, 1500)])
+def test_the_array_of_a_picture_is_numpys_own(size: tuple[int, int]) -> None:
+    """1500 x 1401 pixels are three strips of 2**20 // 1500 = 699 rows, the last of three rows."""
+    width, height = size
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Image.fromarray(values)
+    array = rgb_array(picture)
+    assert array.dtype == np.uint8 and array.flags.writeable
+    assert np.array_equal(array, values)

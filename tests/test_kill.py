@@ -91,18 +91,19 @@ class Runs:
 
 
 def holding(index: Path) -> Holding:
-    """Read the index through the catalog; fails when a picture is there twice."""
+    """Read the index through the catalog, with the vectors of the model that answers; fails when a
+    picture is there twice, or without its vector."""
     with Catalog.open(index) as catalog:
-        encoders = catalog.encoders()
-        if not encoders:
+        active = catalog.active_encoder()
+        if active is None:
             return Holding({}, {}, {}, {row.path: row.reason for row in catalog.skipped()})
-        stored = catalog.vectors(encoders[-1].encoder_id)
+        stored = catalog.vectors(active.encoder_id)
         nums = [int(num) for num in stored.nums]
         assert len(set(nums)) == len(nums)
         rows = catalog.rows(nums)
         ids = [rows[num].image_id for num in nums]
         assert len(set(ids)) == len(ids)
-        stats = catalog.stats(encoders[-1].encoder_id)
+        stats = catalog.stats(active.encoder_id)
         assert stats.pictures == stats.vectors == len(ids)  # none without its vector
         return Holding(
             places={row.image_id: row.places for row in rows.values()},

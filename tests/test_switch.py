@@ -65,9 +65,16 @@ def index(tmp_path: Path, photos: Path, a: str) -> Path:
     return tmp_path / "index"
 
 
-def fill(index: Path, model: str, *folders: Path) -> Any:
+def fill(index: Path, model: str, *folders: Path, stop: bool = False) -> Any:
+    """Index with a model; with `stop` only until some pictures have its vectors."""
+    ended = threading.Event()
+
+    def on_progress(progress: Any) -> None:
+        if stop and progress.done:
+            ended.set()
+
     with Library.open(index, model=model, precision="float32") as library:
-        return library.add(*folders)
+        return library.add(*folders, on_progress=on_progress, stop=ended, batch_size=2)
 
 
 def scores(library: Library, words: str = "a red cake") -> list[tuple[str, float | None]]:
@@ -86,11 +93,12 @@ def states(index: Path) -> dict[str, tuple[int, bool]]:
 def test_the_first_model_answers_until_the_second_is_complete(
     index: Path, photos: Path, b: str
 ) -> None:
-    partly = fill(index, b, photos / "a")
-    assert (partly.without_vector, partly.model_before) == (4, None)
-    assert states(index) == {"a": (8, True), "b": (4, False)}
-    done = fill(index, b, photos / "a", photos / "b")
-    assert (done.reencoded, done.without_vector) == (4, 0)
+    partly = fill(index, b, photos, stop=True)
+    vectors = 8 - partly.without_vector
+    assert 0 < vectors < 8 and partly.model_before is None
+    assert states(index) == {"a": (8, True), "b": (vectors, False)}
+    done = fill(index, b, photos)
+    assert (done.reencoded, done.without_vector) == (8 - vectors, 0)
     assert states(index) == {"a": (8, False), "b": (8, True)}
 
 
@@ -129,12 +137,12 @@ def test_any_other_model_is_refused_by_both_names(index: Path, a: str, b: str) -
 def test_use_refuses_a_model_that_would_hide_pictures(
     index: Path, photos: Path, b: str, clipkit: Run
 ) -> None:
-    fill(index, b, photos / "a")
+    left = fill(index, b, photos, stop=True).without_vector
     code, out, err = clipkit("use", b, "--index", index)
     assert (code, out) == (2, "")
-    assert err.startswith(f"clipkit: 4 of 8 pictures have no vector of {b} yet")
+    assert err.startswith(f"clipkit: {left} of 8 pictures have no vector of {b} yet")
     command = err.rstrip().rpartition(": ")[2]
-    assert command == f"clipkit index {photos} {photos / 'a'} --model {b}"
+    assert command == f"clipkit index {photos} --model {b}"
     assert states(index)["a"] == (8, True)
     assert clipkit(*command.split()[1:], "--index", index, "--precision", "float32")[0] == 0
     assert states(index) == {"a": (8, False), "b": (8, True)}
@@ -306,15 +314,15 @@ def test_status_lists_what_each_model_has(
     index: Path, photos: Path, b: str, texts: str, clipkit: Run
 ) -> None:
     """16 dimensions of two bytes: 32 B a picture."""
-    fill(index, b, photos / "a")
+    left = fill(index, b, photos, stop=True).without_vector
     status = clipkit("status", "--index", index)[1].splitlines()
     lines = [line for line in status if line.startswith("model ")]
     assert lines[0].endswith("8 vectors, 256 B, answers searches")
-    assert lines[1].endswith("4 of 8 vectors, 128 B")
+    assert lines[1].endswith(f"{8 - left} of 8 vectors, {32 * (8 - left)} B")
     clipkit("use", texts, "--index", index)
     shutil.rmtree(b)
     rows = json.loads(clipkit("status", "--index", index, "--json")[1])["models"]
     assert [row["answers"] for row in rows] == [False, False, True]
-    assert [row["missing"] for row in rows] == [0, 4, 0]
+    assert [row["missing"] for row in rows] == [0, left, 0]
     assert [row["gone"] for row in rows] == [False, True, False]
     assert rows[0]["space_id"] == rows[2]["space_id"] and rows[0]["shared_with"] == [texts]

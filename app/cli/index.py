@@ -32,7 +32,7 @@ from app.cli.terminal import (
 from app.paths import index_folder
 from clipkit.durable import write_whole
 from clipkit.errors import InputError
-from clipkit.wording import duration, printable, reason_text
+from clipkit.wording import count, duration, printable, reason_text
 
 if TYPE_CHECKING:
     from clipkit import Hits
@@ -80,16 +80,33 @@ def index(
         float,
         number("--max-megabytes", help="Skip larger files.", kind=float, above=0, more=True),
     ] = 256.0,
+    decoded_megapixels: Annotated[
+        float | None,
+        number(
+            "--decoded-megapixels",
+            help="Decode no more than this at once: 7 MB of memory each.",
+            kind=float,
+            default="40",
+            above=0,
+            more=True,
+        ),
+    ] = None,
 ) -> None:
     """Index folders of pictures; run it again to bring the index up to date.
 
-    Ctrl-C stops it after the current batch, and the next run resumes there. Moved files are
-    recognised by their content. A folder that is missing or empty (an unmounted disk) removes
-    nothing from the index.
+    Ctrl-C or SIGTERM stops it after the current batch (exit code 130 or 143), and the next run resumes
+    there; a second one ends it at once, which loses a few seconds of work. Moved files are recognised
+    by their content. A folder that is missing or empty (an unmounted disk) removes nothing from the
+    index, nor does a file that cannot be read for now. What no file is left of is purged.
+
+    With another --model than the index's, all pictures of the index are encoded with it, those of other
+    folders too. Searches use the model before until that is complete.
 
     --json prints one object: the files added, duplicates, moved, removed, unchanged, skipped (reasons
-    counts them) and skipped_before, the pictures embedded, pictures_per_second, seconds, stopped, the
-    folders that were unavailable, and index, its folder. With --forget: removed and index.
+    counts them), skipped_before and waiting, left by a run that was stopped; the pictures embedded,
+    purged, without_vector and refused; pictures_per_second, seconds, stopped; model, answers, the model
+    that searches use, and model_before; the folders that were unavailable, and index, its folder. With
+    --forget: removed, purged and index.
     """
     from clipkit import Library
     from clipkit.images import Limits
@@ -97,13 +114,19 @@ def index(
     place = index_folder(index)
     with Library.open(place, model=model, device=device, precision=precision) as library:
         if forget:
+            before = len(library)
             removed = library.remove(*folders)
+            purged = before - len(library)
             if as_json:
-                print(json.dumps({"removed": removed, "index": str(place)}, indent=2))
+                content = {"removed": removed, "purged": purged, "index": str(place)}
+                print(json.dumps(content, indent=2))
             else:
-                print(f"{removed:,} files removed from the index; the pictures were not touched")
+                print(
+                    f"{removed:,} files removed from the index, and all that it had of the "
+                    f"{count(purged)} in them only; no file was touched"
+                )
             return
-        with stop_on_signal() as stop, progress_shown(quiet=quiet) as show:
+        with stop_on_signal(safe_to_kill=True) as stop, progress_shown(quiet=quiet) as show:
 
             def on_progress(progress: Progress) -> None:
                 if progress.phase == "embedding":
@@ -118,6 +141,7 @@ def index(
                 stop=stop,
                 workers=workers,
                 batch_size=batch_size,
+                decoded_megapixels=decoded_megapixels,
                 limits=Limits(max_megapixels=max_megapixels, max_megabytes=max_megabytes),
             )
     if as_json:
@@ -126,7 +150,7 @@ def index(
     else:
         _print_summary(summary, place)
     if summary.stopped:
-        raise typer.Exit(130)
+        raise typer.Exit(stop.exit_code)
 
 
 class SearchCommand(Command):
@@ -368,8 +392,13 @@ def _nothing_indexed(place: Path) -> str:
 
 
 def _print_summary(summary: Summary, place: Path) -> None:
-    names = "added moved duplicates removed reencoded unchanged skipped skipped_before".split()
-    labels = {"reencoded": f"known pictures encoded with {printable(summary.model)}"}
+    names = (
+        "added moved duplicates removed reencoded unchanged skipped skipped_before purged".split()
+    )
+    labels = {
+        "reencoded": f"known pictures encoded with {printable(summary.model)}",
+        "purged": "pictures purged that had no file left",
+    }
     counts = {labels.get(n, n.replace("_", " ")): getattr(summary, n) for n in names}
     changes = ", ".join(f"{count:,} {label}" for label, count in counts.items() if count)
     rate = f", {summary.pictures_per_second:.1f} pictures/s" if summary.embedded else ""
@@ -387,13 +416,16 @@ def _print_summary(summary: Summary, place: Path) -> None:
             f"searches now use {printable(summary.model)} instead of "
             f"{printable(summary.model_before)}, whose vectors are kept"
         )
-    if summary.without_vector and not summary.stopped:
+    if summary.answers != summary.model:
+        ready = summary.pictures - summary.without_vector
+        refused = f", and it gives none for {summary.refused:,}" if summary.refused else ""
         print(
-            f"{summary.without_vector:,} pictures of other folders have no vector of "
-            f"{printable(summary.model)} yet: searches use it once these folders are indexed with it too"
+            f"{ready:,} of {count(summary.pictures)} have vectors of {printable(summary.model)}"
+            f"{refused}; run again to go on; searches still use {printable(summary.answers)}"
         )
     if summary.stopped:
-        print("stopped; run the same command again to resume")
+        left = f"; {summary.waiting:,} files are left" if summary.waiting else ""
+        print(f"stopped; run the same command again to resume: what was done is kept{left}")
     print(f"index: {printable(str(place))}")
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol, get_args
 
@@ -207,19 +207,37 @@ class ShowProgress(Protocol):
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
+class Stop(threading.Event):
+    """Set by Ctrl-C or SIGTERM. `exit_code` is what shells report for it: 130 or 143."""
+
+    exit_code = 128 + signal.SIGINT
+
+
 @contextmanager
 def stop_on_signal(
     message: str = "stopping after this batch; press Ctrl-C again to stop at once",
-) -> Iterator[threading.Event]:
-    """Set the event on Ctrl-C or SIGTERM, so that the run ends soundly; a second one ends it at once."""
-    stop = threading.Event()
+    *,
+    safe_to_kill: bool = False,
+) -> Iterator[Stop]:
+    """Set the event on Ctrl-C or SIGTERM, so that the run ends soundly; a second one ends it at once.
+
+    With `safe_to_kill` the second one kills the process, in the middle of a computation too.
+    """
+    stop = Stop()
 
     def handle(number: int, _frame: object) -> None:
+        if not stop.is_set():
+            stop.exit_code = 128 + number
         stop.set()
-        signal.signal(number, signal.default_int_handler)
-        print(f"\n{message}", file=sys.stderr)
+        for other in before:
+            signal.signal(other, signal.SIG_DFL if safe_to_kill else signal.default_int_handler)
+        with suppress(RuntimeError):  # stderr was being written to
+            show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar hid it
+            print(f"{show_cursor}\n{message}", file=sys.stderr)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield stop
     finally:

@@ -12,6 +12,7 @@ from clipkit.images.reading import (
     encode_for_web,
     image_id,
     read_bytes,
+    rgb_array,
     thumbnail,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "encode_for_web",
     "image_id",
     "read_bytes",
+    "rgb_array",
     "thumbnail",
 ]

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from PIL import (
     AvifImagePlugin,
     BmpImagePlugin,
@@ -59,6 +60,8 @@ _TRANSPOSE = {  # EXIF orientation -> what makes it upright (Exif 2.32, tag 274)
 }
 # A wide-gamut profile (Display P3, Adobe RGB, ProPhoto) is about 550 bytes; sRGB's is 3 kB and needless.
 _LARGEST_PROFILE = 1024
+
+_STRIP_PIXELS = 2**20
 
 _Size = tuple[int, int]
 
@@ -142,22 +145,31 @@ def read_bytes(path: Path, *, limits: Limits = _LIMITS) -> bytes:
     return data
 
 
-def decode(data: bytes, *, target: int | None = None, limits: Limits = _LIMITS) -> Picture:
+def decode(
+    data: bytes,
+    *,
+    target: int | None = None,
+    limits: Limits = _LIMITS,
+    admit: Callable[[int], None] | None = None,
+) -> Picture:
     """Decode the first frame to an upright RGB picture. Any thread may call it.
 
     `target` is the side in pixels that a tower needs: a JPEG is then decoded at 1/2, 1/4 or 1/8 of
     its size as long as its shorter side stays at least 2 x `target` (the resized picture differs by
     less than a JPEG's own noise). With None, and for every other format, the size is the full one.
 
+    `admit` is called with the number of pixels that will be decoded, before there is memory for them:
+    it may block until there is room.
+
     Raises ImageError for anything wrong with the bytes: "empty", "too-large", "too-many-pixels",
     "not-a-picture", "unsupported-format", "truncated", "broken"; no other exception, no warning, and
     no part of a picture.
     """
     if target is None:
-        return _decode(data, limits, lambda size: size)
+        return _decode(data, limits, lambda size: size, admit)
     if target < 1:
         raise ValueError(f"target is {target}; it must be at least 1 pixel")
-    return _decode(data, limits, lambda _: (2 * target, 2 * target))
+    return _decode(data, limits, lambda _: (2 * target, 2 * target), admit)
 
 
 def thumbnail(picture_rgb: Image.Image, *, side: int = 320, quality: int = 75) -> bytes:
@@ -206,7 +218,12 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 }
 
 
-def _decode(data: bytes, limits: Limits, smallest: Callable[[_Size], _Size]) -> Picture:
+def _decode(
+    data: bytes,
+    limits: Limits,
+    smallest: Callable[[_Size], _Size],
+    admit: Callable[[int], None] | None = None,
+) -> Picture:
     """Decode; `smallest(stored size)` gives the pixels that a JPEG decoded at reduced size must keep."""
     limits.check_bytes(len(data))
     kind = _identify(data)
@@ -220,6 +237,10 @@ def _decode(data: bytes, limits: Limits, smallest: Callable[[_Size], _Size]) -> 
             image.draft(None, smallest(image.size))
         elif kind == "TIFF":
             _check_strips(image, len(data))
+        if admit is not None:
+            # a progressive JPEG holds the coefficients of the whole picture at any size
+            whole = kind != "JPEG" or "progressive" in image.info
+            admit(width * height if whole else image.size[0] * image.size[1])
         image.load()
         # After loading: PNG may carry EXIF behind its pixels. Pillow turns TIFFs upright itself.
         facts = read_facts(data if kind == "TIFF" else _exif_block(image))
@@ -354,6 +375,20 @@ def _jpeg(rgb: Image.Image, *, quality: int, subsampling: int) -> bytes:
     profile = rgb.info.get("icc_profile")
     rgb.save(buffer, "JPEG", quality=quality, subsampling=subsampling, icc_profile=profile)
     return buffer.getvalue()
+
+
+def rgb_array(picture_rgb: Image.Image) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an RGB picture, uint8 (H, W, 3), copied once, strip by strip.
+
+    `np.array(picture_rgb)` holds two more copies while it works: 144 MB of a 24 MP picture.
+    """
+    width, height = picture_rgb.size
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = picture_rgb.crop((0, top, width, min(top + rows, height)))
+        pixels[top : top + rows] = np.asarray(strip)
+    return pixels
 
 
 # ---- modes -> RGB

@@ -81,6 +81,7 @@ def refresh_snapshot(
     force: bool = False,
     stop: threading.Event | None = None,
     on_progress: Progress | None = None,
+    point: Callable[[str, str, int], None] | None = None,
 ) -> Manifest | None:
     """Build a snapshot of what is committed and point the catalog, open for writing, to it, if due.
 
@@ -89,7 +90,8 @@ def refresh_snapshot(
     SNAPSHOT_SHARE of its rows are of removed pictures or replaced. Returns None if nothing was built.
 
     It may run in a thread beside the one that writes: it reads through a catalog of its own, in
-    bounded memory, and calls only `point_to_snapshot` of `catalog`. The previous snapshot stays for
+    bounded memory, and calls only `point_to_snapshot` of `catalog`, or `point(encoder_id, name,
+    last_seq)` instead, which may wait for a moment to commit. The previous snapshot stays for
     readers that are opening it now; older ones are deleted. Raises ClipkitError if the disk is full or
     fails; the previous snapshot then stays the current one.
     """
@@ -120,7 +122,10 @@ def refresh_snapshot(
                 f"cannot write a snapshot to {folder}: {error.strerror or error}; it needs free disk "
                 "space and a writable folder; searches go on without a new one"
             ) from error
-        catalog.point_to_snapshot(encoder_id, name=name, last_seq=manifest.last_seq)
+        if point is not None:
+            point(encoder_id, name, manifest.last_seq)
+        else:
+            catalog.point_to_snapshot(encoder_id, name=name, last_seq=manifest.last_seq)
         pointers = [pointer, *(reader.snapshot(row.encoder_id) for row in reader.encoders())]
         in_use = {name, *(pointer.name for pointer in pointers if pointer)}
         for old in names:

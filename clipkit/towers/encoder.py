@@ -27,6 +27,7 @@ from PIL import Image
 from clipkit import checkpoint
 from clipkit.checkpoint import TowerConfig
 from clipkit.errors import InputError
+from clipkit.images import rgb_array
 from clipkit.towers.folding import fold_batch_norms
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -121,7 +122,7 @@ class DualEncoder:
         """
         if self.config.resize_mode == "shortest":
             image = _without_far_ends(image)
-        pixels = torch.from_numpy(np.array(image, dtype=np.uint8))  # (H, W, 3)
+        pixels = torch.from_numpy(rgb_array(image))  # (H, W, 3)
         pixels = pixels.permute(2, 0, 1).unsqueeze(0)  # (1, 3, H, W), channels last in memory
         size = self._resized_shape(*pixels.shape[2:])
         if pixels.shape[2:] != size:

@@ -197,7 +197,7 @@ class FrozenTowers:
             lambda: encoder,
             read=inputs.read,
             lookup=lookup,
-            prepare=lambda _, __, file: (inputs.served(file), None),
+            prepare=lambda _, __, file, admit: (inputs.served(file, admit), None),
             encode=encode,
             workers=inputs.workers,
         )

@@ -157,17 +157,17 @@ class PictureInputs:
         """Return a picture's file. Raises ImageError."""
         return self.data.picture(picture).read()
 
-    def served(self, file: bytes) -> torch.Tensor:
+    def served(self, file: bytes, admit: Callable[[int], None] | None = None) -> torch.Tensor:
         """Decode and preprocess a picture as at inference: uint8 (3, H, W). Raises ImageError."""
-        return self._encoder.preprocess(self._decoded(file))
+        return self._encoder.preprocess(self._decoded(file, admit))
 
     def unreadable(self, picture: int, error: ImageError) -> DatasetError:
         """Return the error for a picture that cannot be read or decoded."""
         path = self.data.folder / self.data.paths[picture]
         return DatasetError(f"{path}: {error}; remove it, or build the dataset again")
 
-    def _decoded(self, file: bytes) -> Image.Image:
-        return images.decode(file, target=self._encoder.preferred_side).rgb
+    def _decoded(self, file: bytes, admit: Callable[[int], None] | None = None) -> Image.Image:
+        return images.decode(file, target=self._encoder.preferred_side, admit=admit).rgb
 
     def _made(self, picture: int, make: Callable[[bytes], Made]) -> Made:
         try:

@@ -192,9 +192,11 @@ def picture_features(
         key = bytes.fromhex(image_id)
         return vectors[key] if key in vectors else model.store.get([key]).get(key)
 
-    def prepare(_: int, image_id: str, data: bytes) -> tuple[Any, None]:
+    def prepare(
+        _: int, image_id: str, data: bytes, admit: Callable[[int], None]
+    ) -> tuple[Any, None]:
         # The side may be known from the cache: a broken picture alone does not load the towers.
-        picture = images.decode(data, target=int(model.fact("side"))).rgb
+        picture = images.decode(data, target=int(model.fact("side")), admit=admit).rgb
         if transform is not None:
             picture = transform.apply(picture, np.random.default_rng(int(image_id, 16)))
         return model.towers().preprocess(picture), None

@@ -1,0 +1,50 @@
+"""`clipkit` with towers that know colours only: the real command in a second, for hundreds of kills.
+
+Of two models: "colours" and "turned", whose vectors are those of the colours with red for blue. All
+commits, snapshots and their thresholds come a hundred times as often as in a real run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from colours import ColourModel
+
+import clipkit.embed.run
+import clipkit.index.building
+import clipkit.library
+from app import cli
+from clipkit.catalog import Catalog
+
+
+class Colours(ColourModel):
+    precision = "float32"
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        self.encoder_id = self.space_id = self.known_id = f"{spec:0<16}"
+
+    def encode_images(self, images: Sequence[Any]) -> np.ndarray:
+        rows = super().encode_images(images)
+        return rows[:, ::-1] if self.spec == "turned" else rows
+
+
+def open_encoder(folder: Path, model: str | None = None, **_: Any) -> Colours:
+    if model is None and (folder / "catalog.sqlite").is_file():
+        with Catalog.open(folder) as catalog:
+            active = catalog.active_encoder()
+            model = active.spec if active else None
+    return Colours(model or "colours")
+
+
+if __name__ == "__main__":
+    clipkit.library.open_encoder = open_encoder  # type: ignore[assignment]
+    clipkit.embed.run.COMMIT_SECONDS = 0.02
+    clipkit.embed.run.SNAPSHOT_EVERY = 50
+    clipkit.index.building.SNAPSHOT_FROM = 50
+    sys.argv[0] = "clipkit"
+    cli.main()
