@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +35,7 @@ from clipkit.catalog.rows import (
     lines,
     name_of,
 )
-from clipkit.catalog.store import Connection, Store, Thumbnails
+from clipkit.catalog.store import DEAD, Connection, Store, Thumbnails
 from clipkit.picture_set import PictureSet
 
 T = TypeVar("T")
@@ -492,6 +493,12 @@ class Catalog:
         """Return the rows of these pictures, by num; dead and unknown ones are left out."""
         with self._reading(statements=1) as db:
             return queries.picture_rows(db, nums)
+
+    def image_ids(self, nums: Iterable[int]) -> dict[int, str]:
+        """Return the image_ids of these pictures, by num; unknown ones are left out."""
+        sql = "SELECT num, image_id FROM pictures WHERE num IN (SELECT value FROM json_each(?))"
+        with self._reading() as db:
+            return dict(db.execute(sql, (json.dumps([int(num) for num in nums]),)))
 
     def row(self, image_id: str) -> PictureRow | None:
         """Return the live picture with this content, or None."""
