@@ -5,8 +5,9 @@
     POST /models/use      an encoder_id as the request's body: this model answers from now on
     POST /models/fill     an encoder_id, or a spec of `clipkit models`: encode all pictures with it
     POST /models/drop     an encoder_id: remove this model's vectors
+    POST /teach/WHAT      start, cancel, use, keep, undo or dismiss: see app.web.teaching
 
-The three answer with the panel's HTML. A model is named by what the server has listed itself: no path
+These answer with the panel's HTML. A model is named by what the server has listed itself: no path
 from a request reaches the file system.
 """
 
@@ -18,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, HTTPException, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -99,6 +100,11 @@ def models_router(workspace: Workspace) -> APIRouter:
     async def drop(request: Request) -> Response:
         return await _changed(request, lambda name: workspace.drop_model(_listed(workspace, name)))
 
+    @router.post("/teach/{what}")
+    def teach(what: Literal["start", "cancel", "use", "keep", "undo", "dismiss"]) -> Response:
+        workspace.teach(what)
+        return _panel(workspace)
+
     async def _changed(request: Request, change: Callable[[str], object]) -> Response:
         name = await _name(request)
 
@@ -119,6 +125,8 @@ def _panel(workspace: Workspace) -> Response:
         gains={model.encoder_id: gain_of(model.spec) for model in models},
         run=workspace.run,
         indexing=workspace.indexing,
+        lesson=workspace.teacher.lesson,
+        material=workspace.teacher.material() if models else None,
         may_index=workspace.may_index,
         specs=known_specs() if workspace.may_index else (),
     )

@@ -217,7 +217,10 @@ def build(page: Page) -> gr.Blocks:
             run = workspace.run
             fading = run is not None and not run.to_read  # in progress, or shown for a minute
             return gr.Timer(
-                active=fading or workspace.indexing or workspace.model.state == "loading"
+                active=fading
+                or workspace.indexing
+                or workspace.model.state == "loading"
+                or workspace.teacher.working
             )
 
         def on_load() -> tuple[Any, ...]:

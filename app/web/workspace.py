@@ -25,6 +25,7 @@ from app.corrections import Corrections, Mark, export, marked_words
 from app.web.folders import Listing, Root, browsable, listing, path_of
 from app.web.indexing import Indexer, Run
 from app.web.requests import DroppedPictures, SearchRequest, UnknownPictureError
+from app.web.teaching import Teacher
 from clipkit.catalog import Catalog, CatalogStats, Facets, Filters, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
@@ -138,6 +139,7 @@ class Status:
     newest: str | None  # when a picture was last added; UTC, ISO 8601
     indexing: bool
     corrections: int
+    teaching: str = ""  # the stage of a lesson in progress
 
     @property
     def stage(self) -> str:
@@ -182,6 +184,7 @@ class Workspace:
         self.dropped = DroppedPictures(limits=self.limits)
         self.corrections = Corrections(folder)
         self._indexer = Indexer(folder, limits=self.limits)
+        self.teacher = Teacher(self)
         self._lock = threading.Lock()
         self._opened: tuple[Catalog, Searcher] | None = None
         self._contents = Contents(None, 0)
@@ -201,6 +204,7 @@ class Workspace:
 
     def close(self) -> None:
         """Stop a run, wait for its end and close the catalog."""
+        self.teacher.close()
         self._indexer.close()
         with self._lock:
             if self._opened is not None:
@@ -223,6 +227,7 @@ class Workspace:
         """Return the status as of `contents`, by default those of now."""
         contents = contents or self.contents()
         corrections = self._readable()
+        lesson = self.teacher.lesson
         return Status(
             spec=self.model.spec,
             encoder_id=self.model.known_id,
@@ -231,6 +236,7 @@ class Workspace:
             newest=contents.newest_at,
             indexing=self.indexing,
             corrections=corrections.total() if corrections else 0,
+            teaching=lesson.stage if lesson is not None and lesson.working else "",
         )
 
     # ---- searching
@@ -452,6 +458,12 @@ class Workspace:
         if not roots:
             raise InputError("no indexed folder is there now; add one, or mount its disk")
         self._indexer.start(roots, self._open_model(spec), beside=True)
+
+    def teach(self, what: str) -> None:
+        """Start a lesson, or answer one: "start", "cancel", "use", "keep", "undo" or "dismiss". Raises
+        what the Teacher's method of that name does."""
+        self._check_may_index()
+        getattr(self.teacher, what)()
 
     def roots(self) -> list[Root]:
         """Return the indexed folders. A picture counts once for each file of it."""

@@ -64,6 +64,7 @@
   };
 
   does.models = () => {
+    $("[popover]:popover-open")?.hidePopover();
     problem("");
     panel().showModal();
     look();
@@ -73,6 +74,17 @@
   does["drop-model"] = (button) => confirm(button, true);
   does["keep-model"] = (button) => confirm(button, false);
   does["drop-model-now"] = (button) => change("drop", key_of(button));
+
+  does.teach = async ({ dataset: { what } }) => {
+    problem("");
+    try {
+      draw(await (await fetched(`teach/${what}`, "")).text());
+    } catch (error) {
+      return problem(unanswered(error));
+    }
+    fire("refresh", {});
+    if (what === "undo") again();
+  };
 
   addEventListener("submit", async (event) => {
     if (event.target.dataset.do !== "fill-with") return;
