@@ -56,6 +56,13 @@ class _Stopped(Exception):
     """The build was asked to stop."""
 
 
+def snapshot_kind(size: int) -> str:
+    """Return the kind of index that a library of `size` vectors is searched with."""
+    if size < SNAPSHOT_FROM:
+        return "exact"  # without a snapshot
+    return "rabitq" if size <= _FLAT_TO else "ivf"
+
+
 def load_snapshot(
     catalog: Catalog, encoder_id: str, pointer: SnapshotPointer | None
 ) -> Snapshot | None:
@@ -65,10 +72,8 @@ def load_snapshot(
     """
     if pointer is None:
         return None
-    folder = catalog.folder / "snapshots" / pointer.name
     try:
-        _check(catalog, encoder_id, pointer)
-        return Snapshot.open(folder)
+        return Snapshot.open(_checked(catalog, encoder_id, pointer)[0])
     except (ClipkitError, OSError) as error:
         log.warning("snapshot not used, searching the catalog's vectors instead: %s", error)
         return None
@@ -108,9 +113,9 @@ def refresh_snapshot(
             name = f"{int(names[-1]) + 1 if names else 1:06d}"
             manifest = build_snapshot(
                 folder / name,
-                _vector_chunks(reader, encoder_id),
-                encoder_id=_names(reader, encoder_id)[0],
-                dim=_dim(reader, encoder_id),
+                reader.vector_chunks(encoder_id, rows=_CHUNK),
+                encoder_id=reader.vector_owner(encoder_id),
+                dim=next(row.dim for row in reader.encoders() if row.encoder_id == encoder_id),
                 total=len(reader.live_nums(encoder_id)),
                 stop=stop,
                 on_progress=on_progress,
@@ -134,27 +139,16 @@ def refresh_snapshot(
         return manifest
 
 
-def _names(catalog: Catalog, encoder_id: str) -> list[str]:
-    """Return by what a manifest may name an encoder's vectors, the best first: its space, itself, and
-    the other encoders of the space, which have the same vectors."""
-    rows = catalog.encoders()
-    space = next((row.space_id for row in rows if row.encoder_id == encoder_id), None)
-    if space is None:
-        return [encoder_id]
-    return [space, *(row.encoder_id for row in rows if row.space_id == space)]
-
-
-def _check(catalog: Catalog, encoder_id: str, pointer: SnapshotPointer) -> Manifest:
-    """Return the manifest of the snapshot that `pointer` names, after cheap checks."""
+def _checked(catalog: Catalog, encoder_id: str, pointer: SnapshotPointer) -> tuple[Path, Manifest]:
+    """Return the folder and the manifest of the snapshot that `pointer` names, after cheap checks."""
     folder = catalog.folder / "snapshots" / pointer.name
-    manifest = check_cheaply(folder)
-    is_ours = manifest.encoder_id in _names(catalog, encoder_id)
-    if not is_ours or manifest.last_seq != pointer.last_seq:
+    manifest, owner = check_cheaply(folder), catalog.vector_owner(encoder_id)
+    if (manifest.encoder_id, manifest.last_seq) != (owner, pointer.last_seq):
         raise IndexDamaged(
             f"{folder} holds vectors of encoder {manifest.encoder_id} up to seq "
-            f"{manifest.last_seq}; the catalog says {encoder_id} and {pointer.last_seq}"
+            f"{manifest.last_seq}; the catalog says {owner} and {pointer.last_seq}"
         )
-    return manifest
+    return folder, manifest
 
 
 def _is_due(
@@ -164,7 +158,7 @@ def _is_due(
     if pointer is None:
         return total > 0 and (force or total >= SNAPSHOT_FROM)
     try:
-        manifest = _check(catalog, encoder_id, pointer)
+        _, manifest = _checked(catalog, encoder_id, pointer)
     except IndexDamaged as error:
         log.info("the snapshot is built again: %s", error)
         return total > 0 and (force or total >= SNAPSHOT_FROM)
@@ -175,18 +169,6 @@ def _is_due(
         or (newer >= SNAPSHOT_FROM and newer >= SNAPSHOT_SHARE * total)
         or (outdated > 0 and outdated >= SNAPSHOT_SHARE * manifest.size)
     )
-
-
-def _dim(catalog: Catalog, encoder_id: str) -> int:
-    return next(row.dim for row in catalog.encoders() if row.encoder_id == encoder_id)
-
-
-def _vector_chunks(catalog: Catalog, encoder_id: str) -> Iterator[StoredVectors]:
-    stored = catalog.vectors(encoder_id)
-    order = np.argsort(stored.nums)
-    for start in range(0, len(order), _CHUNK):
-        part = order[start : start + _CHUNK]
-        yield StoredVectors(stored.nums[part], stored.vectors[part], stored.last_seq)
 
 
 def build_snapshot(
@@ -307,7 +289,7 @@ def _choose(
     goal. If none does, the kind is exact: all rows are scored.
     """
     if kind == "auto":
-        kind = "rabitq" if rows.size <= _FLAT_TO else "ivf"
+        kind = snapshot_kind(max(rows.size, SNAPSHOT_FROM))
     approximate = KINDS[kind] if rows.size >= _SMALLEST else None
     if approximate is None:
         return "exact", {}, 1.0, 0, None
