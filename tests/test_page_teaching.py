@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from chromium import Open, browser, context, pytestmark, served, visit  # noqa: F401
-from test_teaching import open_workspace  # noqa: F401
+from test_teaching import ended, open_workspace  # noqa: F401
 
 
 @pytest.mark.end_to_end
@@ -23,10 +23,12 @@ def test_the_model_is_taught_on_the_page(open_workspace: Any, visit: Open) -> No
         page.click("#models [data-what=start]")
         page.wait_for_selector("#models .stages [aria-current=step]")
         page.wait_for_selector("#status .teaching")
+        ended(workspace)  # longer than a page waits where the machine is busy
         page.wait_for_selector("#models .teach:is([data-stage=choosing], [data-stage=done])")
         page.wait_for_selector("#models .verdict")
         if page.locator("#models [data-what=use]").count():
             page.click("#models [data-what=use]")
+            ended(workspace)
         page.wait_for_selector("#models .teach[data-stage=done]")
         page.wait_for_function(other)
         page.click("#models [data-what=undo]")
