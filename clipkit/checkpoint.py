@@ -17,15 +17,18 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from clipkit.durable import write_whole
 from clipkit.errors import ModelError
 
 CONFIG_FILE = "open_clip_config.json"
@@ -41,6 +44,28 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.j
 _VOLATILE_KEYS = frozenset({"timm_model_pretrained", "hf_model_pretrained"})
 # TowerConfig's fields that say how a picture is prepared.
 _IMAGE_SETTINGS = ("image_size", "mean", "std", "interpolation", "resize_mode", "fill")
+# Every OpenCLIP model, CoCa and timm's towers included, encodes a picture by its module `visual` alone.
+_IMAGE_WEIGHTS = "visual."
+_REMEMBER_SECONDS = 0.02  # a digest that takes longer is stored in the user's cache
+_SETTLED_NS = 2 * 10**9  # a file written later may change again within its time stamp
+
+
+class Identity(NamedTuple):
+    """What a model's vectors are, each sixteen hex digits.
+
+    `space_id` depends on the picture side alone: models that share it give a picture the same vector,
+    whatever their text towers are. `encoder_id` depends on both sides.
+    """
+
+    encoder_id: str
+    space_id: str
+
+
+class WeightsDigest(NamedTuple):
+    """SHA-256 of all weights and of the image tower's, hexadecimal."""
+
+    model: str
+    image: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,32 +214,50 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
 
 
-def identify(spec: str) -> str | None:
-    """Return the `encoder_id` of a safetensors checkpoint folder; None if only loading tells it.
+def identify(spec: str) -> Identity | None:
+    """Return the identity of a safetensors checkpoint folder; None if only loading tells it.
 
-    It reads the files once and imports no torch, so that an unchanged library is recognised at once.
+    It imports no torch and reads a file's weights once, so that an unchanged library is recognised at
+    once: digests are stored in the user's cache by the file's path, size and times.
     """
     folder = find_folder(spec)
     if folder is None or not (folder / WEIGHTS_FILE).is_file():
         return None
     model_cfg, preprocess_cfg = read_config(folder)
-    tensors = read_weights(folder / WEIGHTS_FILE)
+    weights = _remembered(folder / WEIGHTS_FILE, lambda path: weights_digest(read_weights(path)))
     return combine_identity(
-        model_cfg, preprocess_cfg, tokenizer_digest(folder), weights_digest(tensors)
+        model_cfg, preprocess_cfg, tokenizer_digest(folder), WeightsDigest(*weights)
     )
 
 
 def combine_identity(
-    model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any], tokenizer: str, weights: str
-) -> str:
-    """Return sixteen hex digits that depend on everything that affects an embedding, and no more."""
+    model_cfg: Mapping[str, Any],
+    preprocess_cfg: Mapping[str, Any],
+    tokenizer: str,
+    weights: WeightsDigest,
+) -> Identity:
+    """Return what depends on everything that affects an embedding, and no more."""
     resolved = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
+    image = [getattr(resolved, name) for name in _IMAGE_SETTINGS]
     settings = {
         "model": _without_volatile(model_cfg),
-        "image": [getattr(resolved, name) for name in _IMAGE_SETTINGS],
+        "image": image,
         "tokenizer": tokenizer,
-        "weights": weights,
+        "weights": weights.model,
     }
+    vision = model_cfg["vision_cfg"]
+    space = {
+        "vision": _without_volatile(vision),
+        "dim": resolved.dim,
+        # Of the image towers, only OpenCLIP's own ViT takes its activation from the model's settings.
+        "activation": None if "timm_model_name" in vision else resolved.activation,
+        "image": image,
+        "weights": weights.image,
+    }
+    return Identity(_hash(settings), _hash(space))
+
+
+def _hash(settings: Mapping[str, Any]) -> str:
     canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -227,33 +270,65 @@ def _without_volatile(value: Any) -> Any:
 
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the tokenizer; empty for OpenCLIP's own, which the config describes."""
-    for name in TOKENIZER_FILES:
-        path = folder / name
-        if not path.is_file():
-            continue
-        if name != "tokenizer.json":
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        content = json.loads(path.read_text(encoding="utf-8"))
-        # Saved, but not part of encoding: the last caller's padding and truncation, and the decoder
-        # from tokens to text, which transformers adds when it saves.
-        for other in ("padding", "truncation", "decoder"):
-            content.pop(other, None)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return ""
+    paths = (folder / name for name in TOKENIZER_FILES)
+    path = next((path for path in paths if path.is_file()), None)
+    return "" if path is None else _remembered(path, lambda path: (_tokenizer_digest(path),))[0]
 
 
-def weights_digest(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
-    """Return a digest of named arrays, which come in the order of their names.
+def _tokenizer_digest(path: Path) -> str:
+    if path.name != "tokenizer.json":
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    # Saved, but not part of encoding: the last caller's padding and truncation, and the decoder
+    # from tokens to text, which transformers adds when it saves.
+    for other in ("padding", "truncation", "decoder"):
+        content.pop(other, None)
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _remembered(path: Path, digest: Callable[[Path], tuple[str, ...]]) -> tuple[str, ...]:
+    """Return `digest(path)`, from the user's cache if the file is the one that was digested before.
+
+    That it is the same is seen by path, size, inode and times. Only what took long is stored.
+    """
+    from platformdirs import user_cache_path
+
+    def facts() -> list[Any]:
+        found = path.stat()
+        return [1, place, found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
+
+    place = os.path.abspath(path)
+    before = facts()
+    name = hashlib.blake2b(os.fsencode(place), digest_size=8).hexdigest()
+    stored = user_cache_path("clipkit") / "digests" / f"{name}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        content = json.loads(stored.read_bytes())
+        if content["file"] == before:
+            return tuple(map(str, content["digests"]))
+    started = time.monotonic()
+    digests = digest(path)
+    settled = time.time_ns() - max(before[-2:]) > _SETTLED_NS and facts() == before
+    if settled and time.monotonic() - started > _REMEMBER_SECONDS:
+        with suppress(OSError):  # a cache that cannot be written costs time
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            content = {"file": before, "digests": digests}
+            write_whole(stored, json.dumps(content).encode(), sync=False)
+    return digests
+
+
+def weights_digest(tensors: Iterable[tuple[str, npt.NDArray[Any]]]) -> WeightsDigest:
+    """Return digests of named arrays, which come in the order of their names.
 
     Half-precision values are hashed as float32, so that the same values stored as either are the
     same encoder. bfloat16, which numpy lacks, is already widened to float32.
     """
-    digest = hashlib.sha256()
+    model, image = hashlib.sha256(), hashlib.sha256()
     for name, array in tensors:
         wide = array.astype(np.float32) if array.dtype == np.float16 else array
-        digest.update(f"{name}:{wide.dtype}:{list(wide.shape)};".encode())
-        digest.update(np.ascontiguousarray(wide).data)
-    return digest.hexdigest()
+        for digest in (model, image) if name.startswith(_IMAGE_WEIGHTS) else (model,):
+            digest.update(f"{name}:{wide.dtype}:{list(wide.shape)};".encode())
+            digest.update(np.ascontiguousarray(wide).data)
+    return WeightsDigest(model.hexdigest(), image.hexdigest())
 
 
 _SAFETENSORS_DTYPES = {

@@ -35,6 +35,10 @@ class Encoder(Protocol):
     @property
     def encoder_id(self) -> str: ...
     @property
+    def space_id(self) -> str:
+        """What the vectors of pictures are: models with the same picture side share it."""
+
+    @property
     def precision(self) -> str: ...
     def towers(self) -> DualEncoder:
         """Load the towers, once. Any thread may call it. Raises ModelError if they cannot be loaded."""
@@ -49,7 +53,7 @@ class LazyEncoder:
     Until the towers are loaded, which takes seconds, texts are encoded by the numpy text tower if the
     checkpoint has one. Threads may share it.
 
-    `gone` is for an index whose model has left its place: its encoder_id, and the message of the
+    `gone` is for an index whose model has left its place: its identity, and the message of the
     ModelError that loading raises while the model is not back.
     """
 
@@ -59,7 +63,7 @@ class LazyEncoder:
         *,
         device: str = "auto",
         precision: str = "auto",
-        gone: tuple[str, str] | None = None,
+        gone: tuple[checkpoint.Identity, str] | None = None,
     ) -> None:
         self.spec = spec
         self._gone = gone
@@ -68,7 +72,7 @@ class LazyEncoder:
         self._texts: TextTower | None = None
         self._loading = threading.Lock()
         # None: only loading the model tells
-        self.known_id = checkpoint.identify(spec) or (gone[0] if gone else None)
+        self._identity = checkpoint.identify(spec) or (gone[0] if gone else None)
 
     @property
     def state(self) -> Literal["unloaded", "loading", "ready"]:
@@ -77,8 +81,16 @@ class LazyEncoder:
         return "loading" if self._loading.locked() else "unloaded"
 
     @property
+    def known_id(self) -> str | None:
+        return self._identity.encoder_id if self._identity else None
+
+    @property
     def encoder_id(self) -> str:
         return self.known_id or self.towers().encoder_id
+
+    @property
+    def space_id(self) -> str:
+        return self._identity.space_id if self._identity else self.towers().space_id
 
     @property
     def precision(self) -> str:
@@ -103,7 +115,8 @@ class LazyEncoder:
                 from clipkit import towers
 
                 loaded = towers.load(self.spec, **self._options)
-                self.known_id, self._towers = loaded.encoder_id, loaded
+                self._identity = checkpoint.Identity(loaded.encoder_id, loaded.space_id)
+                self._towers = loaded
                 self._texts = None
             return self._towers
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Self, overload
 from clipkit import checkpoint, images, models
 from clipkit.catalog import Catalog, EncoderRow, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
+from clipkit.index_models import IndexModel, drop_model, models_of, space_of, use_model
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import Example, Query, format, parse
 from clipkit.search import Empty, Searcher, SearchHit, SearchResult
@@ -94,7 +95,8 @@ def open_encoder(
     if model is None:
         spec, gone = active.spec if active else "builtin", None
         if active and models.is_gone(spec):
-            gone = active.encoder_id, _gone(folder, active, rows)
+            identity = checkpoint.Identity(active.encoder_id, space_of(active))
+            gone = identity, _gone(folder, active, rows)
         return LazyEncoder(spec, device=device, precision=precision, gone=gone)
     models.check(model)
     encoder = LazyEncoder(model, device=device, precision=precision)
@@ -215,6 +217,7 @@ class Library:
         self._precision = precision
         self._lock = threading.RLock()
         self._encoder: LazyEncoder | None = None
+        self._active_id: str | None = None  # of the active model for which `_encoder` was opened
         self._catalog: Catalog | None = None
         self._searcher: Searcher | None = None
         self._closed = False
@@ -230,9 +233,10 @@ class Library:
     ) -> Self:
         """Open the index in the folder `path` (default: see `default_index`).
 
-        `model` is a spec as `clipkit.load` takes it; the default is the index's own model, or
-        "builtin" for a new index. It is loaded by the first search or `add` that needs it. A folder
-        without an index is an empty library: `add` creates the index.
+        `model` is a spec as `clipkit.load` takes it; the default is the index's active model, or
+        "builtin" for a new index. It is loaded by the first search or `add` that needs it. Without
+        `model`, each search is with the model that is active then, also after another process has
+        switched. A folder without an index is an empty library: `add` creates the index.
 
             library = clipkit.Library.open()                                   # the default index
             library = clipkit.Library.open("my-index", model="ViT-B-32/openai", device="cuda")
@@ -242,12 +246,16 @@ class Library:
 
     @property
     def encoder(self) -> LazyEncoder:
-        """The model that pictures are added and searched with."""
+        """The model that pictures are added and searched with: the named one, else the active one."""
         with self._lock:
-            if self._encoder is None:
+            active = None
+            if self._model is None and self._exists() and not self._closed:
+                active = self._open().active_encoder()
+            if self._encoder is None or (active and active.encoder_id != self._active_id):
                 self._encoder = open_encoder(
                     self.folder, self._model, device=self._device, precision=self._precision
                 )
+                self._active_id = active.encoder_id if active else None
             return self._encoder
 
     def __len__(self) -> int:
@@ -403,6 +411,35 @@ class Library:
                 refresh_snapshot(catalog, encoder.encoder_id)
             return removed
 
+    # ---- the models
+
+    def models(self) -> list[IndexModel]:
+        """Return the models that have encoded pictures of this index, the oldest first; none without an
+        index."""
+        return models_of(self._open()) if self._exists() else []
+
+    def use(self, model: str) -> IndexModel:
+        """Make a model of the index the active one, for all processes from their next search on.
+
+        `model` is its spec, its path, or the beginning of its encoder_id. Every picture must have its
+        vector: `Library.open(folder, model=...).add(...)` encodes what is missing while the present
+        model answers. A model with the same picture side as one of the index needs none of its own.
+
+        Raises InputError as `clipkit.index_models.use_model` does, CatalogBusy while another process
+        writes to the index.
+        """
+        self._open()
+        return use_model(self.folder, model)
+
+    def drop(self, model: str) -> int:
+        """Remove a model's vectors from the index and return how many went.
+
+        Those that another model shares stay. Raises InputError for the active model and an unknown
+        one, CatalogBusy while another process writes to the index.
+        """
+        self._open()
+        return drop_model(self.folder, model)[1]
+
     # ---- the catalog
 
     def _exists(self) -> bool:
@@ -424,7 +461,9 @@ class Library:
         with self._lock:
             catalog = self._open()
             if self._searcher is None:
-                self._searcher = Searcher(catalog, self.encoder)
+                follows = self._model is None
+                open_active = (lambda _: self.encoder) if follows else None
+                self._searcher = Searcher(catalog, self.encoder, open_active=open_active)
             return self._searcher
 
 

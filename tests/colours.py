@@ -24,7 +24,7 @@ WORDS: dict[str, tuple[int, int, int]] = {
 
 
 class ColourEncoder:
-    encoder_id = "c010" * 4
+    encoder_id = space_id = "c010" * 4
     spec = "colours"
     dim = 3
     preferred_side = 16

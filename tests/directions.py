@@ -31,7 +31,7 @@ class FakeEncoder:
     known_id: str | None
 
     def __init__(self, encoder_id: str = "fake-1", spec: str = "fake") -> None:
-        self.encoder_id = self.known_id = encoder_id
+        self.encoder_id = self.space_id = self.known_id = encoder_id
         self.spec = spec
         self.texts: list[str] = []  # all that was ever encoded
         self.pictures = 0

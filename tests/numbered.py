@@ -63,7 +63,7 @@ class Told:
     ) -> None:
         self.see, self.read = see, read
         self.logit_scale = logit_scale
-        self.spec = self.encoder_id = self.known_id = name
+        self.spec = self.encoder_id = self.space_id = self.known_id = name
         self.dim = len(read("photo 0"))
         self.loads = 0  # how often the towers were asked for
 

@@ -105,15 +105,17 @@ def test_a_change_of_the_model_is_said(
     assert first.startswith(f"12 known pictures encoded with {other}, 2 skipped before in ")
     assert second == f"searches now use {other} instead of {model}, whose vectors are kept"
     status = run("status", "--index", place).stdout
-    assert re.search(rf"^model +{model} \(\w+\), 12 vectors$", status, re.MULTILINE)
-    assert re.search(rf"^model +{other} .* 12 vectors, answers searches$", status, re.MULTILINE)
+    assert re.search(rf"^model +{model} \(\w+\), 12 vectors, 576 B$", status, re.MULTILINE)
+    assert re.search(
+        rf"^model +{other} .* 12 vectors, 576 B, answers searches$", status, re.MULTILINE
+    )
     done = run("index", photos, "--index", place, "--model", model)
     first, second = done.stdout.splitlines()[:2]
     assert first.startswith("12 unchanged, 2 skipped before in ")
     assert second == f"searches now use {model} instead of {other}, whose vectors are kept"
     other.rename(tmp_path / "elsewhere")
     assert f"{other} " in (status := run("status", "--index", place).stdout)
-    assert "12 vectors, is not there any more\n" in status
+    assert "12 vectors, 576 B, is not there any more\n" in status
     one, *rest = sorted(folder for folder in photos.iterdir() if folder.is_dir())
     mine = tmp_path / "mine"  # of the same pictures, in a place that can be taken away
     shutil.copytree(photos, mine)
@@ -128,7 +130,9 @@ def test_a_change_of_the_model_is_said(
     assert f"{here} of 12 pictures have vectors of {third}; run again to go on" in done.stdout
     assert f"; searches still use {model}" in done.stdout
     status = run("status", "--index", place).stdout
-    assert re.search(rf"^model +{model} .* 12 vectors, answers searches$", status, re.MULTILINE)
+    assert re.search(
+        rf"^model +{model} .* 12 vectors, 576 B, answers searches$", status, re.MULTILINE
+    )
 
 
 def test_numbers_are_not_coloured_in_parts(index: Path) -> None:

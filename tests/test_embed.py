@@ -40,6 +40,10 @@ class MeanColour:
     def known_id(self) -> str:
         return self.encoder_id
 
+    @property
+    def space_id(self) -> str:
+        return self.encoder_id
+
     def towers(self) -> Any:
         return self
 

@@ -53,7 +53,7 @@ def told(name: str = "told", **options: Any) -> Told:
 class Unloadable:
     """The model of `told`, whose towers nobody may load."""
 
-    spec = encoder_id = known_id = "told"
+    spec = encoder_id = space_id = known_id = "told"
     precision = "float32"
 
     def towers(self) -> Any:

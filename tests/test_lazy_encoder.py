@@ -71,4 +71,6 @@ def test_a_loaded_encoder_may_stand_for_a_lazy_one(tiny_checkpoint: Callable[...
     """Search and indexing take either."""
     loaded = towers.load(str(tiny_checkpoint()), device="cpu", precision="float32")
     assert loaded.towers() is loaded
-    assert loaded.known_id == loaded.encoder_id == LazyEncoder(str(tiny_checkpoint())).known_id
+    lazy = LazyEncoder(str(tiny_checkpoint()))
+    assert loaded.known_id == loaded.encoder_id == lazy.known_id
+    assert loaded.space_id == lazy.space_id and lazy.state == "unloaded"

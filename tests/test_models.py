@@ -229,7 +229,10 @@ def test_a_file_of_weights_is_the_model_it_was_saved_from(
     encoder = towers.load(spec, device="cpu", precision="float32")
     expected = towers.load(str(tiny_checkpoint("vit-quickgelu")), device="cpu", precision="float32")
     np.testing.assert_array_equal(encoder.encode_texts(TEXTS), expected.encode_texts(TEXTS))
-    assert checkpoint.identify(spec) == encoder.encoder_id  # known without torch from now on
+    assert checkpoint.identify(spec) == (
+        encoder.encoder_id,
+        encoder.space_id,
+    )  # known without torch from now on
 
 
 def test_a_file_is_converted_once_by_content(
@@ -237,19 +240,20 @@ def test_a_file_is_converted_once_by_content(
 ) -> None:
     """Moved, it is the same model; with other weights another one."""
     file = trained()
-    first = towers.load(f"tiny:{file}", device="cpu").encoder_id
+    first = towers.load(f"tiny:{file}", device="cpu")
     folders = list((tmp_path / "cache" / "clipkit" / "models").iterdir())
     moved = file.rename(tmp_path / "moved.pt")
     monkeypatch.chdir(tmp_path)
     for spec in (f"tiny:{moved}", "tiny:moved.pt", "tiny/moved.pt", "tiny//moved.pt"):
-        assert checkpoint.identify(spec) == first
+        assert checkpoint.identify(spec) == (first.encoder_id, first.space_id)
         assert checkpoint.absolute(spec) == f"tiny:{moved}"
     assert list((tmp_path / "cache" / "clipkit" / "models").iterdir()) == folders
     note = json.loads((folders[0] / "clipkit.json").read_text())
-    assert note == {"encoder_id": first, "converted_from": str(file)}
+    ids = {"encoder_id": first.encoder_id, "space_id": first.space_id}
+    assert note == {**ids, "converted_from": str(file)}
     trained("resnet").rename(moved)
     assert checkpoint.identify("tiny:moved.pt") is None
-    assert towers.load("tiny:moved.pt", device="cpu").encoder_id != first
+    assert towers.load("tiny:moved.pt", device="cpu").encoder_id != first.encoder_id
 
 
 class Payload:

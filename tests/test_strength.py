@@ -98,9 +98,9 @@ def test_the_builtin_model_is_calibrated() -> None:
     """By the shipped weights' identity. A cosine of 0.7 is strong in any library, 0.2 weak; one of 0.5
     is strong among 300 pictures, the best by luck among 100,000. Models without a calibration to start
     from get the same size."""
-    encoder_id = checkpoint.identify("builtin")
-    assert encoder_id is not None
-    calibration = strength.read("builtin", encoder_id)
+    identity = checkpoint.identify("builtin")
+    assert identity is not None
+    calibration = strength.read("builtin", identity.encoder_id)
     assert calibration is not None
     bands = {
         pictures: [band(p) for p in calibration.probabilities([0.7, 0.5, 0.2], pictures)]

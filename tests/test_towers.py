@@ -111,7 +111,8 @@ def test_save_and_load_keep_the_identity(
     first.save(tmp_path / "saved", provenance={"parent": first.encoder_id})
     again = towers.load(str(tmp_path / "saved"), precision="float32")
     assert again.config == first.config
-    assert again.encoder_id == first.encoder_id == checkpoint.identify(str(tmp_path / "saved"))
+    assert again.encoder_id == first.encoder_id
+    assert checkpoint.identify(str(tmp_path / "saved")) == (first.encoder_id, first.space_id)
     picture = noise_picture(70, 50)
     np.testing.assert_array_equal(again.encode_images([picture]), first.encode_images([picture]))
     np.testing.assert_array_equal(again.encode_texts(TEXTS), first.encode_texts(TEXTS))
@@ -122,7 +123,8 @@ def test_save_and_load_keep_the_identity(
     np.testing.assert_allclose(first.encode_texts(TEXTS), texts, atol=1e-5)
     assert list(model.visual.preprocess_cfg["mean"]) == list(first.config.mean)
     note = json.loads((tmp_path / "saved" / "clipkit.json").read_text())
-    assert note == {"encoder_id": first.encoder_id, "parent": first.encoder_id}
+    ids = {"encoder_id": first.encoder_id, "space_id": first.space_id}
+    assert note == {**ids, "parent": first.encoder_id}
 
 
 def test_rounded_weights_are_not_saved(tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -186,7 +188,8 @@ def test_identity_follows_values_not_storage(tiny_checkpoint: Checkpoint, tmp_pa
         save_file(state, tmp_path / name / "open_clip_model.safetensors")
         ids[name] = checkpoint.identify(str(tmp_path / name))
     assert ids["half"] == ids["wide"] != ids["other"]
-    assert towers.load(str(tmp_path / "half")).encoder_id == ids["half"]
+    half_towers = towers.load(str(tmp_path / "half"))
+    assert (half_towers.encoder_id, half_towers.space_id) == ids["half"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,8 +1,8 @@
 """The `clipkit` command: its groups of commands, and how errors reach the user.
 
-`index.py` holds the commands on an index, `data.py`, `train.py` and `eval.py` those on datasets and
-models; `terminal.py` what they share. Nothing heavy is imported before a command needs it:
-`clipkit --help` must not wait for torch, nor a text search for Gradio.
+`index.py` and `switch.py` hold the commands on an index, `data.py`, `train.py` and `eval.py` those
+on datasets and models; `terminal.py` what they share. Nothing heavy is imported before a command
+needs it: `clipkit --help` must not wait for torch, nor a text search for Gradio.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import cache, index, models, train
+from app.cli import cache, index, models, switch, train
 from app.cli.data import data
 from app.cli.eval import evaluate
 from app.cli.runs import runs
@@ -30,6 +30,7 @@ cli = group(
     "clipkit app --open",
 )
 index.add_commands(cli)
+switch.add_commands(cli)
 cli.add_typer(data)
 cli.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
 cli.add_typer(runs)

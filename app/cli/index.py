@@ -269,26 +269,17 @@ def status(
     """Show what an index holds, and which files were skipped and why.
 
     --json prints one object: index, its folder; the number of pictures, files and bytes; the folders;
-    the models, each with spec, encoder_id, vectors, answers and gone; skipped, how many files; and
-    with --skipped skipped_files, each with path, reason and message.
+    the models, each with spec, encoder_id, space_id, vectors, missing (pictures without a vector),
+    bytes, shared_with (specs), answers and gone; skipped, how many files; and with --skipped
+    skipped_files, each with path, reason and message.
     """
+    from app.cli.switch import lines_of_status, rows_of_status
     from clipkit.catalog import Catalog
-    from clipkit.models import is_gone
 
     place = index_folder(index)
     with Catalog.open(place) as catalog:
         stats = catalog.stats()
-        active = catalog.active_encoder()
-        models = [
-            {
-                "spec": encoder.spec,
-                "encoder_id": encoder.encoder_id,
-                "vectors": catalog.stats(encoder.encoder_id).vectors,
-                "answers": encoder == active,
-                "gone": is_gone(encoder.spec),
-            }
-            for encoder in catalog.encoders()
-        ]
+        models = rows_of_status(catalog)
         rows = list(catalog.skipped()) if skipped else []
     if as_json:
         content = {
@@ -310,11 +301,8 @@ def status(
     print(f"pictures   {stats.pictures:,} in {stats.places:,} files, {size(stats.bytes)}")
     for root in stats.roots:
         print(f"folder     {printable(root)}")
-    for model in models:
-        notes = ", answers searches" if model["answers"] and len(models) > 1 else ""
-        notes += ", is not there any more" if model["gone"] else ""
-        spec, vectors = printable(str(model["spec"])), f"{model['vectors']:,} vectors"
-        print(f"model      {spec} ({model['encoder_id']}), {vectors}{notes}")
+    for line in lines_of_status(models, stats.pictures):
+        print(line)
     hint = "" if skipped or not stats.skipped else " (list them with --skipped)"
     print(f"skipped    {stats.skipped:,}{hint}")
     for row in rows:

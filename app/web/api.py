@@ -40,6 +40,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from app.corrections import MARK_BYTES, Mark
 from app.web import render
 from app.web.guard import FOREVER, Guard
+from app.web.models import models_router
 from app.web.requests import QUERY_MEGABYTES, REQUEST_BYTES, SearchRequest, UnknownPictureError
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
@@ -54,6 +55,7 @@ STATIC = {
     for name, mime in (
         ("clipkit.css", "text/css; charset=utf-8"),
         ("clipkit.js", "text/javascript; charset=utf-8"),
+        ("models.js", "text/javascript; charset=utf-8"),
         ("panel.js", "text/javascript; charset=utf-8"),
         ("viewer.js", "text/javascript; charset=utf-8"),
         ("clipkit.svg", "image/svg+xml"),
@@ -78,6 +80,8 @@ def create_app(
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
     sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
     app.add_middleware(Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
+
+    app.include_router(models_router(workspace))
 
     @app.exception_handler(ClipkitError)
     def refused(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001

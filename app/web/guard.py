@@ -25,7 +25,7 @@ _GRADIO = re.compile(
 _OWN = re.compile(
     r"/(health|favicon\.ico|queries|results|(thumbnails|pictures|details|queries|open|show)/[^/]+"
     r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
-    r"|folders(/(browse|forget))?)"
+    r"|folders(/(browse|forget))?|models(/(active|use|fill|drop))?|teach/(start|cancel|use|keep|undo|dismiss))"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 

@@ -29,6 +29,7 @@ class Run:
     """The state of an indexing run."""
 
     folders: tuple[str, ...]
+    beside: str | None = None  # spec of the model that is filled beside the one that answers
     progress: Progress | None = None  # None: the model is not there yet
     summary: Summary | None = None
     error: str | None = None
@@ -57,9 +58,8 @@ class Run:
 class Indexer:
     """Runs index_folders for one index folder. Threads may share it."""
 
-    def __init__(self, folder: Path, model: LazyEncoder, *, limits: Limits) -> None:
+    def __init__(self, folder: Path, *, limits: Limits) -> None:
         self.folder = folder
-        self._model = model
         self._limits = limits
         self._lock = threading.Lock()
         self._run: Run | None = None
@@ -80,19 +80,25 @@ class Indexer:
         run = self._run
         return run is not None and not run.over
 
-    def start(self, folders: Sequence[str]) -> None:
-        """Start a run. Raises InputError for a path that is not a folder, and CatalogBusy while another
-        run is in progress."""
+    def start(self, folders: Sequence[str], model: LazyEncoder, *, beside: bool = False) -> None:
+        """Start a run with `model`; `beside` another one, which goes on answering when it is over.
+
+        Raises InputError for a path that is not a folder, and CatalogBusy while another run is in
+        progress."""
         roots = [_folder(folder) for folder in folders]
         with self._lock:
             if self._run is not None and not self._run.over:
                 raise CatalogBusy(
                     "indexing is already in progress; stop it or wait for it to finish"
                 )
-            self._run = Run(folders=tuple(map(str, roots)))
+            self._run = Run(folders=tuple(map(str, roots)), beside=model.spec if beside else None)
             self._stop = threading.Event()
             self._thread = threading.Thread(
-                target=self._work, args=(roots, self._stop), name="clipkit-index", daemon=True
+                target=self._work,
+                args=(roots, model, self._stop),
+                kwargs={"activate": not beside},
+                name="clipkit-index",
+                daemon=True,
             )
             self._thread.start()
 
@@ -120,18 +126,21 @@ class Indexer:
             assert self._run is not None
             self._run = replace(self._run, **changes)
 
-    def _work(self, roots: Sequence[Path], stop: threading.Event) -> None:
+    def _work(
+        self, roots: Sequence[Path], model: LazyEncoder, stop: threading.Event, *, activate: bool
+    ) -> None:
         changes: dict[str, Any] = {}
         try:
-            _ = self._model.encoder_id  # a model that cannot be loaded creates no index
+            _ = model.encoder_id  # a model that cannot be loaded creates no index
             with Catalog.open(self.folder, write=True) as catalog:
                 changes["summary"] = index_folders(
                     catalog,
                     roots,
-                    encoder=self._model,
+                    encoder=model,
                     limits=self._limits,
                     on_progress=lambda progress: self._update(progress=progress),
                     stop=stop,
+                    activate=activate,
                 )
                 skipped = [row for row in catalog.skipped() if _below(row.path, roots)]
             changes |= {"skipped": tuple(skipped[:SKIPPED_SHOWN]), "skipped_total": len(skipped)}

@@ -188,7 +188,7 @@ def build(page: Page) -> gr.Blocks:
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = "".join(
         f'<script src="ui/{name}?v={_version(name)}"></script>'
-        for name in ("viewer.js", "clipkit.js", "panel.js")
+        for name in ("viewer.js", "clipkit.js", "panel.js", "models.js")
     )
     form = render.part(
         "ask", may_index=workspace.may_index, may_show_files=workspace.may_show_files
@@ -217,7 +217,10 @@ def build(page: Page) -> gr.Blocks:
             run = workspace.run
             fading = run is not None and not run.to_read  # in progress, or shown for a minute
             return gr.Timer(
-                active=fading or workspace.indexing or workspace.model.state == "loading"
+                active=fading
+                or workspace.indexing
+                or workspace.model.state == "loading"
+                or workspace.teacher.working
             )
 
         def on_load() -> tuple[Any, ...]:

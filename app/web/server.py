@@ -14,6 +14,7 @@ from pathlib import Path
 from app.web.page import EXAMPLES, make_app
 from app.web.workspace import Workspace
 from clipkit.errors import InputError
+from clipkit.lazy_encoder import LazyEncoder
 from clipkit.library import open_encoder
 
 
@@ -37,10 +38,15 @@ def serve(
     """
     import uvicorn
 
+    def open_model(spec: str | None) -> LazyEncoder:
+        return open_encoder(index_folder, spec, device=device, precision=precision)
+
     workspace = Workspace(
         index_folder,
-        open_encoder(index_folder, model, device=device, precision=precision),
+        open_model(model),
         may_index=_is_this_machine(host),
+        follows=model is None,
+        open_model=open_model,
     )
     with _listen(host, port) as listener, tempfile.TemporaryDirectory(prefix="clipkit-") as scratch:
         # Gradio's folder for uploads: ours alone, empty, and gone with the server.

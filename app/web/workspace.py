@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -25,10 +25,13 @@ from app.corrections import Corrections, Mark, export, marked_words
 from app.web.folders import Listing, Root, browsable, listing, path_of
 from app.web.indexing import Indexer, Run
 from app.web.requests import DroppedPictures, SearchRequest, UnknownPictureError
+from app.web.teaching import Teacher
 from clipkit.catalog import Catalog, CatalogStats, Facets, Filters, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
+from clipkit.index_models import IndexModel, drop_model, models_of, use_model
 from clipkit.lazy_encoder import LazyEncoder
+from clipkit.library import open_encoder
 from clipkit.query import parse
 from clipkit.search import Empty, Searcher, SearchHit
 from clipkit.wording import printable
@@ -104,6 +107,11 @@ class Contents:
         """The formats, cameras and tags that pictures have, for the filters."""
         return self.catalog.facets() if self.catalog else Facets()
 
+    @cached_property
+    def models(self) -> list[IndexModel]:
+        """The models of the index, the oldest first."""
+        return models_of(self.catalog) if self.catalog else []
+
     @property
     def roots(self) -> tuple[str, ...]:
         """The indexed folders."""
@@ -131,6 +139,7 @@ class Status:
     newest: str | None  # when a picture was last added; UTC, ISO 8601
     indexing: bool
     corrections: int
+    teaching: str = ""  # the stage of a lesson in progress
 
     @property
     def stage(self) -> str:
@@ -148,7 +157,12 @@ def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.pla
 
 
 class Workspace:
-    """See the module. `may_index` says whether folders may be indexed from the page."""
+    """See the module. `may_index` says whether folders may be indexed from the page.
+
+    With `follows`, the model is that which is active in the index, from the next request on after a
+    switch, by whomever; else `model` until the page switches. `open_model` returns the model of a spec,
+    None for the active one.
+    """
 
     def __init__(
         self,
@@ -157,14 +171,20 @@ class Workspace:
         *,
         may_index: bool = True,
         limits: Limits | None = None,
+        follows: bool = False,
+        open_model: Callable[[str | None], LazyEncoder] | None = None,
     ) -> None:
         self.folder = folder
         self.model = model
+        self._follows = follows
+        self._followed = -1  # the change counter for which the active model was looked up
+        self._open_model = open_model or (lambda spec: open_encoder(folder, spec))
         self.may_index = may_index
         self.limits = limits or Limits()
         self.dropped = DroppedPictures(limits=self.limits)
         self.corrections = Corrections(folder)
-        self._indexer = Indexer(folder, model, limits=self.limits)
+        self._indexer = Indexer(folder, limits=self.limits)
+        self.teacher = Teacher(self)
         self._lock = threading.Lock()
         self._opened: tuple[Catalog, Searcher] | None = None
         self._contents = Contents(None, 0)
@@ -174,14 +194,17 @@ class Workspace:
         with self._lock:
             if self._opened is None and (self.folder / "catalog.sqlite").exists():
                 catalog = Catalog.open(self.folder)
-                searcher = Searcher(
-                    catalog, self.model, encoder_id=self.model.known_id, files=False
-                )
-                self._opened = catalog, searcher
+                self._opened = catalog, self._searcher(catalog)
+            if self._opened is not None and self._follows:
+                self._follow_active(self._opened[0])
             return self._opened
+
+    def _searcher(self, catalog: Catalog) -> Searcher:
+        return Searcher(catalog, self.model, encoder_id=self.model.known_id, files=False)
 
     def close(self) -> None:
         """Stop a run, wait for its end and close the catalog."""
+        self.teacher.close()
         self._indexer.close()
         with self._lock:
             if self._opened is not None:
@@ -204,6 +227,7 @@ class Workspace:
         """Return the status as of `contents`, by default those of now."""
         contents = contents or self.contents()
         corrections = self._readable()
+        lesson = self.teacher.lesson
         return Status(
             spec=self.model.spec,
             encoder_id=self.model.known_id,
@@ -212,6 +236,7 @@ class Workspace:
             newest=contents.newest_at,
             indexing=self.indexing,
             corrections=corrections.total() if corrections else 0,
+            teaching=lesson.stage if lesson is not None and lesson.working else "",
         )
 
     # ---- searching
@@ -383,7 +408,7 @@ class Workspace:
     def index(self, folders: Sequence[str]) -> None:
         """Index folders in the background. Raises InputError and CatalogBusy as Indexer.start does."""
         self._check_may_index()
-        self._indexer.start(folders)
+        self._indexer.start(folders, self.model)
 
     def stop(self) -> None:
         self._indexer.stop()
@@ -391,6 +416,54 @@ class Workspace:
     def dismiss(self) -> None:
         """Show the last run no more, on any page."""
         self._indexer.dismiss()
+
+    # ---- models
+
+    def _follow_active(self, catalog: Catalog) -> None:
+        """Change over to the index's active model if it is another one than ours. What is in progress
+        goes on with the searcher that it has."""
+        changes = catalog.change_counter()
+        if changes == self._followed:
+            return
+        active = catalog.active_encoder()
+        if active is not None and active.encoder_id != self.model.known_id:
+            self.model = self._open_model(None)
+            self.model.warm()
+            self._opened = catalog, self._searcher(catalog)
+        self._followed = changes
+
+    def models(self) -> list[IndexModel]:
+        """Return the models of the index, the oldest first."""
+        return self.contents().models
+
+    def use_model(self, name: str) -> IndexModel:
+        """Make a model of the index the active one, here and everywhere. Requests in progress end with
+        the model that they began with. Raises what clipkit.index_models.use_model does."""
+        self._check_may_index()
+        model = use_model(self.folder, name)
+        self._follows, self._followed = True, -1
+        return model
+
+    def drop_model(self, name: str) -> IndexModel:
+        """Remove a model's vectors. Raises what clipkit.index_models.drop_model does."""
+        self._check_may_index()
+        return drop_model(self.folder, name)[0]
+
+    def fill(self, spec: str) -> None:
+        """Encode all pictures with a model of the index, or another one by its spec, beside the present
+        one, which goes on answering. `spec` must come from our own lists, never be a path as a browser
+        sends it. Raises what Indexer.start does, and ModelError."""
+        self._check_may_index()
+        roots = [root for root in self.contents().roots if os.path.isdir(root)]
+        if not roots:
+            raise InputError("no indexed folder is there now; add one, or mount its disk")
+        self._indexer.start(roots, self._open_model(spec), beside=True)
+
+    def teach(self, what: str) -> None:
+        """Start a lesson, or answer one: "start", "cancel", "use", "keep", "undo" or "dismiss". Raises
+        what the Teacher's method of that name does."""
+        self._check_may_index()
+        getattr(self.teacher, what)()
 
     def roots(self) -> list[Root]:
         """Return the indexed folders. A picture counts once for each file of it."""

@@ -33,6 +33,7 @@ from clipkit.embed.pictures import (
 from clipkit.embed.streams import Spool, side_by_side
 from clipkit.embed.walk import Folder, FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ClipkitError, ImageError, ModelError
+from clipkit.index_models import register, space_of
 from clipkit.lazy_encoder import Encoder
 from clipkit.records import FolderCaptions, Texts
 
@@ -211,6 +212,7 @@ class _Run:
         self._rate = _Rate()
 
     def run(self, roots: Sequence[str]) -> Summary:
+        self._share_vectors()
         before = self.catalog.active_encoder()
         unavailable: list[str] = []
         place = self.catalog.folder
@@ -267,6 +269,14 @@ class _Run:
             refused=len(self.refused),
             answers=self._spec_of(answers),
         )
+
+    def _share_vectors(self) -> None:
+        """Register an encoder that is new here if another one gives pictures the same vectors."""
+        rows = self.catalog.encoders()
+        known = any(row.encoder_id == self.encoder_id for row in rows)
+        if not known and self.encoder.space_id in map(space_of, rows):
+            self._towers()
+            register(self.catalog, self.encoder)
 
     def _spec_of(self, answers: EncoderRow | None) -> str:
         if answers is None or answers.encoder_id == self.encoder_id:
@@ -447,7 +457,7 @@ class _Run:
 
     def _add_batch(self, batch: Encoded[_Job, _Extra]) -> int:
         """Write new pictures, or new vectors of known ones; return how many vectors."""
-        towers = self._towers()
+        self._towers()  # raises if its files have changed
         lengths = np.linalg.norm(batch.vectors, axis=1)
         usable = np.asarray(np.abs(lengths - 1) < 0.01)  # neither NaN nor a zero vector
         nums: list[int] = []
@@ -460,12 +470,7 @@ class _Run:
                 num = self.catalog.add_picture(**picture.extra.facts)
             self._place(num, picture.item, picture.extra.texts, known="reencoded")
             nums.append(num)
-        self.catalog.register_encoder(
-            self.encoder_id,
-            spec=checkpoint.absolute(towers.spec),
-            config_json=towers.describe(),
-            dim=towers.dim,
-        )
+        register(self.catalog, self.encoder)
         self.catalog.add_vectors(self.encoder_id, np.array(nums, np.int64), batch.vectors[usable])
         self.counts["embedded"] += len(batch.pictures)
         self._rate.add(len(batch.pictures))

@@ -235,7 +235,10 @@ class Snapshot:
             present = rows >= 0
             rows, estimates = rows[present], estimates[present]
             if len(rows) < min(2 * k, count):  # the probed lists hold too few that are allowed
-                return self._exactly(query, k, mask)
+                if settings.get("nprobe") == self.size:
+                    return self._exactly(query, k, mask)
+                settings = {**settings, "nprobe": self.size}  # every list
+                continue
             first = rows[: 2 * k + 64]
             scores = self._rows.scores(query, np.sort(first))
             kth = np.partition(scores, len(scores) - k)[len(scores) - k]

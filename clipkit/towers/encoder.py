@@ -44,14 +44,14 @@ class DualEncoder:
         tokenizer: Any,
         *,
         spec: str,
-        encoder_id: str,
+        identity: checkpoint.Identity,
         model_cfg: Mapping[str, Any],
         preprocess_cfg: Mapping[str, Any],
         device: torch.device,
         precision: Precision,
     ) -> None:
         self.spec = spec
-        self.encoder_id = encoder_id
+        self.encoder_id, self.space_id = identity
         self.config = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
         self.device = device
         self.precision = precision
@@ -264,7 +264,9 @@ class DualEncoder:
         }
         save_file(tensors, folder / checkpoint.WEIGHTS_FILE, metadata={"format": "pt"})
         write_settings(folder, self.model, self._tokenizer, self._model_cfg, self._preprocess_cfg)
-        note = {"encoder_id": checkpoint.identify(str(folder)), **(provenance or {})}
+        identity = checkpoint.identify(str(folder))
+        assert identity is not None
+        note = {**identity._asdict(), **(provenance or {})}
         _write_json(folder / checkpoint.PROVENANCE_FILE, note)
 
 

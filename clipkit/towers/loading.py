@@ -55,14 +55,14 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
             raise ModelError(_unreachable(spec, error)) from error
         # OpenCLIP resolves what the config leaves open (size, defaults) and keeps it on the model.
         preprocess_cfg = {**preprocess_cfg, **getattr(model.visual, "preprocess_cfg", {})}
-        encoder_id = checkpoint.identify(str(folder)) if folder is not None else None
-        if encoder_id is None:
-            encoder_id = _identify_loaded(model, tokenizer, model_cfg, preprocess_cfg)
+        identity = checkpoint.identify(str(folder)) if folder is not None else None
+        if identity is None:
+            identity = _identify_loaded(model, tokenizer, model_cfg, preprocess_cfg)
     return DualEncoder(
         model,
         tokenizer,
         spec=spec,
-        encoder_id=encoder_id,
+        identity=identity,
         model_cfg=model_cfg,
         preprocess_cfg=preprocess_cfg,
         device=chosen_device,
@@ -167,7 +167,7 @@ def _converted(architecture: str, file: Path) -> Path:
         model,
         tokenizer,
         spec=f"{architecture}:{file}",
-        encoder_id="",
+        identity=checkpoint.Identity("", ""),
         model_cfg=open_clip.get_model_config(architecture),
         preprocess_cfg=model.visual.preprocess_cfg,
         device=torch.device("cpu"),
@@ -217,7 +217,7 @@ def _identify_loaded(
     tokenizer: Any,
     model_cfg: Mapping[str, Any],
     preprocess_cfg: Mapping[str, Any],
-) -> str:
+) -> checkpoint.Identity:
     state = model.state_dict()
     tensors = (
         (n, (t.float() if t.is_floating_point() else t).numpy()) for n, t in sorted(state.items())

@@ -317,8 +317,13 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
     if distributed.rank() == 0:
         job.towers.encoder.save(result, provenance=_provenance(job.config, summary, facts))
     distributed.wait_for_all()  # for the checkpoint
-    summary = replace(summary, checkpoint=result, encoder_id=checkpoint.identify(str(result)))
-    calibration = _calibration(job, str(summary.encoder_id), summary.parent_id)
+    identity = checkpoint.identify(str(result))
+    assert identity is not None
+    summary = replace(summary, checkpoint=result, encoder_id=identity.encoder_id)
+    if identity.space_id == job.towers.encoder.space_id:
+        note = "the picture side is that of the starting model, so an index needs no new vectors"
+        summary = replace(summary, notes=(*summary.notes, note))
+    calibration = _calibration(job, identity.encoder_id, summary.parent_id)
     if distributed.rank() == 0:
         if calibration is not None:
             calibration.write(result)
