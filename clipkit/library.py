@@ -135,7 +135,8 @@ class Hits(Sequence[SearchHit]):
 
     `total` counts all pictures that passed the filters, `seconds` times the search by stage,
     `query` is what was searched for, and `notes` are sentences such as that nothing stands out. Where
-    nothing passed, `empty` says why.
+    nothing passed, `empty` says why. `cursor` is what the same search takes for its next page, None on
+    the last.
     """
 
     def __init__(self, result: SearchResult, *, query: str, folder: Path) -> None:
@@ -144,6 +145,7 @@ class Hits(Sequence[SearchHit]):
         self.seconds = result.seconds
         self.notes = result.notes
         self.empty: Empty | None = result.empty
+        self.cursor = result.cursor
         self._result = result
         self._folder = folder
 
@@ -279,6 +281,7 @@ class Library:
         *,
         k: int = 12,
         image: AnyPath | bytes | Image.Image | None = None,
+        cursor: str | None = None,
     ) -> Hits:
         """Return the k best pictures for a query, an example picture, or both.
 
@@ -289,8 +292,15 @@ class Library:
             library.search("dog on a beach -leash after:2023 sort:date", k=50)
             library.search("but at night", image="castle.jpg")
 
+        With the `cursor` of hits, the same search returns the page after them; `k` may differ:
+
+            hits = library.search("a red car")
+            while hits.cursor:
+                hits = library.search("a red car", cursor=hits.cursor)
+
         Raises QueryError if the query cannot be parsed, ImageError if the example cannot be read,
-        EncoderMismatch if the index holds other models' vectors only, and InputError without an index.
+        EncoderMismatch if the index holds other models' vectors only, and InputError without an index or
+        for a cursor of another search.
         """
         parsed = parse(query) if isinstance(query, str) else query
         text = query if isinstance(query, str) else format(query)
@@ -300,17 +310,22 @@ class Library:
             example = Example(os.path.abspath(os.path.expanduser(os.fspath(image))))
             parsed = replace(parsed, examples=(*parsed.examples, example))
             image = None
-        result = self._search().search(parsed, k=k, image=image)
+        result = self._search().search(parsed, k=k, image=image, cursor=cursor)
         return Hits(result, query=text, folder=self.folder)
 
     def similar(
-        self, picture: SearchHit | PictureRow | str, query: str | Query = "", *, k: int = 12
+        self,
+        picture: SearchHit | PictureRow | str,
+        query: str | Query = "",
+        *,
+        k: int = 12,
+        cursor: str | None = None,
     ) -> Hits:
         """Return the k pictures nearest to one of the library, which is itself left out, or nearest
         to it and a query together.
 
         `picture` is a hit, its `picture`, or an image_id. Without words, no model is loaded. For a
-        file that is not in the library use `search(image=...)`.
+        file that is not in the library use `search(image=...)`. `cursor` is that of `search`.
 
             hit = library.search("a red car")[0]
             library.similar(hit)
@@ -321,7 +336,7 @@ class Library:
         row = picture.picture if isinstance(picture, SearchHit) else picture
         image_id = row if isinstance(row, str) else row.image_id
         name = image_id if isinstance(row, str) else PurePath(row.path).name
-        result = self._search().similar(image_id, query, k=k)
+        result = self._search().similar(image_id, query, k=k, cursor=cursor)
         text = ", ".join(filter(None, (f"like {name}", str(query))))
         return Hits(result, query=text, folder=self.folder)
 

@@ -75,6 +75,11 @@ class PictureSet:
         at = np.searchsorted(self.nums, nums)
         return np.asarray(self.nums[np.minimum(at, self._size - 1)] == nums)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return sum(one.nbytes for one in (self._nums, self._mask) if one is not None)
+
     def __len__(self) -> int:
         return self._size
 
@@ -104,6 +109,10 @@ class PictureSet:
             left = self._mask.copy()
             both = min(len(self._mask), len(other._mask))
             left[:both] &= ~other._mask[:both]
+            return PictureSet.of_mask(left)
+        if self._mask is not None:
+            left = self._mask.copy()
+            left[other.nums[: np.searchsorted(other.nums, len(left))]] = False
             return PictureSet.of_mask(left)
         return PictureSet.of_sorted(self.nums[~other.has(self.nums)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clipkit.search.searcher import reciprocal_rank_fusion
+from clipkit.search.comparison import reciprocal_rank_fusion
 
 
 def best_first(*nums: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from directions import (  # noqa: F401
     FakeEncoder,
@@ -20,10 +21,11 @@ from directions import (  # noqa: F401
     writer,
 )
 
-from clipkit.catalog import Catalog
-from clipkit.index import refresh_snapshot
-from clipkit.search import Searcher
-from clipkit.search.live_vectors import follow
+from clipkit.catalog import Catalog, EncoderRow
+from clipkit.errors import IndexDamaged, InputError
+from clipkit.index import VectorIndex, refresh_snapshot
+from clipkit.search import Searcher, live_vectors
+from clipkit.search.live_vectors import SAMPLE, follow
 
 # ---- following the catalog
 
@@ -57,7 +59,7 @@ def test_parts_stay_few(writer: Writer, catalog: Catalog) -> None:
         state = follow(catalog, "fake-1", state)
     assert state is not None
     assert len(state.parts) <= 8
-    assert len(state.nums) == 100
+    assert len(state.pictures) == 100
 
 
 def test_a_removed_place_vanishes_and_comes_back(writer: Writer, searcher: Searcher) -> None:
@@ -158,7 +160,7 @@ def test_a_snapshot_and_what_is_newer_are_searched_together(
     assert (manifest.encoder_id, manifest.size) == ("fake-1", 4)
     assert names(searcher.search("dog")) == names(Searcher(catalog, FakeEncoder()).search("dog"))
     assert names(searcher.search("dog")) == before
-    assert follow(catalog, "fake-1").from_snapshot
+    assert follow(catalog, "fake-1").snapshot is not None
     writer.add("rex", [1, 0, 0, 0])
     writer.remove("run")
     writer.add("walk", [0, 0, 1, 0])  # a new vector for a picture of the snapshot
@@ -187,7 +189,7 @@ def test_old_snapshots_are_deleted_but_for_the_last(writer: Writer) -> None:
 def test_a_snapshot_is_built_when_enough_is_new(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.index.snapshot.SNAPSHOT_FROM", 4)
+    monkeypatch.setattr("clipkit.index.building.SNAPSHOT_FROM", 4)
     fill(writer)
     assert refresh_snapshot(writer.catalog, "fake-1") is not None
     for number in range(3):
@@ -207,7 +209,7 @@ def test_a_damaged_snapshot_is_never_searched(
     fill(writer)
     refresh_snapshot(writer.catalog, "fake-1", force=True)
     folder = snapshot_folder(catalog)
-    vectors = folder / "vectors.npy"
+    vectors = folder / "ids.npy"
     if damage == "byte":
         data = bytearray(vectors.read_bytes())
         data[-3] ^= 0x40
@@ -239,4 +241,202 @@ def test_a_damaged_snapshot_is_never_searched(
     manifest_after = refresh_snapshot(writer.catalog, "fake-1", force=True)
     assert manifest_after is not None
     assert names(searcher.search("dog"))[0] == "run"
-    assert follow(catalog, "fake-1").from_snapshot
+    assert follow(catalog, "fake-1").snapshot is not None
+
+
+# ---- one thread makes the next state, the others search
+
+
+class Gate:
+    """Holds up a method of a catalog: `entered` is set when it is called, `open` lets it go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        method = getattr(owner, name)
+
+        def held(*arguments: object, **options: object) -> object:
+            self.entered.set()
+            assert self.open.wait(60)
+            return method(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, held)
+
+
+def test_searches_go_on_while_new_vectors_are_loaded(
+    writer: Writer, catalog: Catalog, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(writer)
+    searcher.search("dog")
+    writer.add("rex", [1, 0, 0, 0])
+    gate = Gate(monkeypatch, catalog, "vectors")
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.extend(names(searcher.search("dog", k=1))))
+    thread.start()
+    assert gate.entered.wait(60)
+    assert names(searcher.search("dog", k=1)) == ["run"]  # does not wait: as of a moment ago
+    gate.open.set()
+    thread.join()
+    assert found == ["rex"] == names(searcher.search("dog", k=1))
+
+
+def test_a_new_snapshot_is_opened_beside_the_searches(
+    writer: Writer, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(writer)
+    searcher.search("dog")
+    refresh_snapshot(writer.catalog, "fake-1", force=True)
+    gate = Gate(monkeypatch, live_vectors, "load_snapshot")
+    assert names(searcher.search("dog", k=1)) == ["run"]
+    assert gate.entered.wait(60)
+    writer.add("rex", [1, 0, 0, 0])
+    assert names(searcher.search("dog", k=1)) == ["rex"]  # found meanwhile, too
+    assert searcher.live().snapshot is None
+    opening = searcher._follower.opening
+    gate.open.set()
+    assert opening is not None
+    opening.join()
+    assert searcher.live().snapshot == "000001"
+    result = searcher.search("dog")
+    assert (names(result)[0], result.total) == ("rex", 5)
+    assert searcher._follower.opening is opening  # once
+
+
+def test_a_snapshot_that_cannot_be_opened_is_not_tried_again(
+    writer: Writer, searcher: Searcher, catalog: Catalog, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(writer)
+    searcher.search("dog")
+    refresh_snapshot(writer.catalog, "fake-1", force=True)
+    (snapshot_folder(catalog) / "manifest.json").unlink()
+    for number in range(3):
+        searcher.search("dog")
+        opening = searcher._follower.opening
+        assert opening is not None
+        opening.join()
+        writer.add(f"p{number}", [1, 0, 0, 0])
+    assert searcher.search("dog").total == 7
+    assert caplog.text.count("snapshot not used") == 1
+
+
+def test_what_is_new_costs_its_own_size(
+    writer: Writer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit of two pictures beside a snapshot of 300 reads and copies these two, not the 300."""
+    for number in range(300):
+        writer.add(f"p{number}", [1, number, 0, 0], commit=False)
+    writer.catalog.commit()
+    refresh_snapshot(writer.catalog, "fake-1", force=True)
+    state = follow(catalog, "fake-1")
+    built: list[int] = []
+    exact = VectorIndex.exact
+    monkeypatch.setattr(
+        VectorIndex, "exact", lambda nums, rows: built.append(len(nums)) or exact(nums, rows)
+    )
+    monkeypatch.setattr(catalog, "live_nums", None)
+    for number in range(8):
+        writer.add(f"new{number}", [1, 0, 0, 0], commit=False)
+        writer.add(f"p{number}", [0, 0, 0, 1])  # in place of the snapshot's
+        state = follow(catalog, "fake-1", state)
+        assert len(state.pictures) == 301 + number
+    # each 2, then joined with a part of at most twice its size: [2], [4], [6], [6, 2], [10], [10, 2] ...
+    assert built == [2, 2, 4, 2, 6, 2, 2, 4, 10, 2, 2, 4, 2, 6, 16]
+    nums, scores = state.search(np.array([0, 0, 0, 1], np.float32), 8)
+    assert nums.tolist() == list(range(1, 9)) and scores.min() > 0.99
+
+
+def test_large_parts_are_not_joined(
+    writer: Writer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_vectors, "MERGED", 6)
+    state = None
+    for number in range(24):
+        writer.add(f"p{number}", [1, number, 0, 0])
+        state = follow(catalog, "fake-1", state)
+    assert state is not None
+    assert max(len(part.ids) for part in state.parts) <= 6
+    assert len(state.parts) <= 8 and len(state.pictures) == 24
+
+
+def test_damage_that_a_search_finds_costs_the_snapshot_not_the_answer(
+    writer: Writer, searcher: Searcher, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Rows are checked when they are read: what is damaged then is read from the catalog instead."""
+    fill(writer)
+    refresh_snapshot(writer.catalog, "fake-1", force=True)
+    writer.add("rex", [1, 0, 0, 0])
+    assert names(searcher.search("dog"))[:2] == ["rex", "run"]
+
+    def damaged(*_: object, **__: object) -> object:
+        raise IndexDamaged("rows 0 to 3 of vectors.f16 are not what was written")
+
+    for name, ask, best in (
+        ("search", lambda: searcher.search("dog"), "rex"),
+        ("vectors_of", lambda: searcher.similar(key("run")), "swim"),
+    ):
+        searcher._follower = live_vectors.Follower(searcher.catalog)
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(live_vectors.Snapshot, name, damaged)
+            for _ in range(2):
+                result = ask()
+                assert result.total == 5 - (name == "vectors_of") and names(result)[0] == best
+            writer.add(f"more for {name}", None)
+            assert names(ask())[0] == best
+        assert searcher.live().snapshot is None
+        assert caplog.text.count("snapshot not used") == 1 and "vectors.f16" in caplog.text
+
+
+def test_the_sample_is_the_same_with_a_snapshot_and_without(
+    writer: Writer, catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot knows its least hashes; no row of it is read for the sample."""
+    vectors = np.random.default_rng(0).standard_normal((5000, 4))
+    for number in range(4000):
+        writer.add(f"p{number}", list(vectors[number]), commit=False)
+    writer.catalog.commit()
+    refresh_snapshot(writer.catalog, "fake-1", force=True)
+    for number in range(4000, 5000):
+        writer.add(f"p{number}", list(vectors[number]), commit=False)
+    for number in range(0, 1000, 10):
+        writer.remove(f"p{number}")
+    writer.add("p7", [0, 0, 0, 1])  # in place of the snapshot's
+    whole = follow(catalog, "fake-1", unusable={"000001"})
+    state = follow(catalog, "fake-1")
+    assert whole.snapshot is None and state.snapshot == "000001"
+    assert isinstance(state.parts[0].index, live_vectors.Snapshot)
+    monkeypatch.setattr(live_vectors.Snapshot, "vectors_of", None)
+    assert state.sample.shape == (SAMPLE, 4)
+    assert {row.tobytes() for row in state.sample} == {row.tobytes() for row in whole.sample}
+
+
+# ---- another model becomes active
+
+
+def test_a_search_follows_the_active_model(writer: Writer, catalog: Catalog) -> None:
+    """As after `clipkit use` in another process; a model that was named stays."""
+    fill(writer)
+    writer.register("fake-2", "other")
+    writer.add("drive", [1, 0, 0, 0], encoder_id="fake-2")
+    writer.add("swim", [0.8, 0, 0.6, 0], encoder_id="fake-2")
+    opened: list[str] = []
+
+    def open_active(row: EncoderRow) -> FakeEncoder:
+        opened.append(row.encoder_id)
+        return FakeEncoder(row.encoder_id, row.spec)
+
+    searcher = Searcher(catalog, FakeEncoder(), open_active=open_active)
+    named = Searcher(catalog, FakeEncoder())
+    assert names(searcher.search("dog", k=1)) == ["run"] and not opened
+    page = searcher.search("dog", k=1)
+    writer.catalog.activate_encoder("fake-2")
+    writer.catalog.commit()
+    result = searcher.search("dog")
+    assert (names(result), result.total, opened) == (["drive", "swim"], 2, ["fake-2"])
+    assert names(searcher.similar(key("drive"))) == ["swim"]
+    with pytest.raises(InputError, match=r"the cursor belongs to another search or to another mod"):
+        searcher.search("dog", k=1, cursor=page.cursor)
+    assert names(named.search("dog", k=1)) == ["run"]
+    writer.catalog.activate_encoder("fake-1")
+    writer.catalog.commit()
+    assert names(searcher.search("dog", k=1)) == ["run"] and opened == ["fake-2", "fake-1"]

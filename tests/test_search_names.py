@@ -22,10 +22,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipkit.catalog import Catalog, Filters
+from clipkit.picture_set import PictureSet
 from clipkit.query import Query, Term
-from clipkit.search import Searcher
-from clipkit.search import searcher as searcher_module
-from clipkit.search.name_matches import COVERAGE_POWER, NAME_WEIGHT, match_names, spellings
+from clipkit.search import Searcher, comparison
+from clipkit.search.name_matches import (
+    COVERAGE_POWER,
+    NAME_WEIGHT,
+    NAMED_COVERAGE,
+    NameMatches,
+    match_names,
+    spellings,
+)
 
 
 def library(writer: Writer, *, folders: dict[str, int]) -> None:
@@ -38,6 +45,13 @@ def library(writer: Writer, *, folders: dict[str, int]) -> None:
             dog = 0.05 if folder == list(folders)[-1] else 1.0
             writer.add(f"/home/photos/{folder}/{number}", [dog, 1 + number / total, 0, 0])
             number += 1
+
+
+def covered(matches: NameMatches) -> dict[int, float]:
+    """The coverage of each picture that has any, by num."""
+    pictures = [block.pictures.nums for block in matches.blocks(1, 1)]
+    nums = np.concatenate([np.empty(0, np.int64), *pictures])
+    return dict(zip(nums.tolist(), matches.coverage(nums).tolist(), strict=True))
 
 
 def folders_of(searcher: Searcher, query: str, k: int = 6) -> list[str]:
@@ -73,8 +87,7 @@ def test_the_bonus_by_hand(writer: Writer, catalog: Catalog) -> None:
         writer.add(f"p{number}", [1, 0, 0, 0])
     query = Query(terms=(Term("a red car on a road"),))
     found = match_names(catalog, query, pictures=10, others=0)
-    assert found.nums.tolist() == [first, second]
-    assert found.coverage == pytest.approx([0.4, 2 / 3])
+    assert covered(found) == pytest.approx({first: 0.4, second: 2 / 3})
     assert found.words_of(first) == ()  # 0.4 is not the half of what is asked for
     assert found.words_of(second) == ("red", "car", "road")
     assert found.words_of(second) == ("red", "car", "road")
@@ -83,7 +96,7 @@ def test_the_bonus_by_hand(writer: Writer, catalog: Catalog) -> None:
     by_hand = [0.1 * NAME_WEIGHT * share**COVERAGE_POWER for share in (2 / 3, 0, 0.4)]
     assert bonus == pytest.approx(by_hand)
     half = match_names(catalog, query, pictures=10, others=1.0)
-    assert half.coverage == pytest.approx([0.2, 1 / 3])
+    assert covered(half) == pytest.approx({first: 0.2, second: 1 / 3})
 
 
 def test_words_of_most_paths_and_words_that_say_nothing_do_not_matter(
@@ -92,7 +105,7 @@ def test_words_of_most_paths_and_words_that_say_nothing_do_not_matter(
     library(writer, folders={"the pictures": 3, "b": 3})
     for text in ("home", "photos", "a photo of the picture", "the", "a of", "!", "b"):
         found = match_names(catalog, Query(terms=(Term(text),)), pictures=6, others=0)
-        assert not len(found.nums), text
+        assert not covered(found), text
     assert folders_of(searcher, "dog home photos") == folders_of(searcher, "dog")
 
 
@@ -121,7 +134,7 @@ def test_pictures_that_no_name_can_lift_are_left_out_and_none_else(
 ) -> None:
     """The k best of 400 are those of a ranking of all 400, whatever is compared first.
     Captions have some of four words; one of five pictures has the vector of the one before."""
-    monkeypatch.setattr(searcher_module, "FIRST_NAMED", first_named)
+    monkeypatch.setattr(comparison, "FIRST_NAMED", first_named)
     draw = np.random.default_rng(0)
     vector = draw.normal(size=4)
     for number in range(400):
@@ -135,6 +148,66 @@ def test_pictures_that_no_name_can_lift_are_left_out_and_none_else(
     like = key("p7")
     every = names(searcher.similar(like, query, k=400))
     assert len(every) == 399 and names(searcher.similar(like, query, k=10)) == every[:10]
+
+
+# ---- against the definition
+
+
+def reference(
+    postings: list[tuple[list[int], float]],
+) -> dict[int, float]:
+    """The coverage by num as it was computed before: an array over all nums."""
+    coverage = np.zeros(3000)
+    for nums, share in postings:
+        coverage[nums] += share
+    return {int(num): float(coverage[num]) for num in np.flatnonzero(coverage)}
+
+
+@given(
+    postings=st.lists(
+        st.tuples(
+            st.one_of(
+                st.lists(st.integers(1, 2999), min_size=1, max_size=20, unique=True),
+                st.integers(1, 40).map(lambda step: list(range(step, 2900, step))),
+            ),
+            st.sampled_from([0.05, 0.1, 0.25]),
+        ),
+        max_size=20,
+    ),
+    first=st.integers(1, 50),
+    growth=st.integers(1, 4),
+)
+def test_coverage_and_blocks_are_what_an_array_over_all_pictures_says(
+    postings: list[tuple[list[int], float]], first: int, growth: int
+) -> None:
+    words = [(f"w{at}", PictureSet(nums), share) for at, (nums, share) in enumerate(postings)]
+    matches = NameMatches(tuple(words))
+    expected = reference(postings)
+    some = np.random.default_rng(0).permutation(3000)
+    assert matches.coverage(some).tolist() == [expected.get(int(num), 0.0) for num in some]
+    blocks = list(matches.blocks(first, growth))
+    held = [num for block in blocks for num in block.pictures]
+    assert sorted(held) == sorted(expected)
+    last = 99.0
+    for at, block in enumerate(blocks):
+        values = [expected[num] for num in block.pictures]
+        assert max(values) == block.coverage <= last
+        assert block.even == (min(values) == max(values))
+        assert len(values) <= first * growth**at or block.even
+        last = min(values)
+    for num in some[:50].tolist():
+        named = [name for name, nums, _ in words if num in nums]
+        enough = expected.get(num, 0) > NAMED_COVERAGE
+        assert matches.words_of(num) == (tuple(named) if enough else ())
+
+
+def test_words_of_half_of_all_pictures_are_not_read(writer: Writer, catalog: Catalog) -> None:
+    """Of ten pictures, five are called "half": it counts 1 - 2 * 5 / 10 = 0, whoever has it."""
+    for number in range(10):
+        writer.add(f"/{'half' if number < 5 else 'x'}/{number}", [1, 0, 0, 0])
+    query = Query(terms=(Term("half"),))
+    assert not covered(match_names(catalog, query, pictures=10, others=0))
+    assert len(covered(match_names(catalog, query, pictures=11, others=0))) == 5
 
 
 @pytest.mark.parametrize(
@@ -161,7 +234,8 @@ def test_any_text_can_be_looked_up(tmp_path_factory: pytest.TempPathFactory, tex
         with Catalog.open(folder, write=True):
             pass
     with Catalog.open(folder) as catalog:
-        assert not len(match_names(catalog, Query(terms=(Term(text),)), pictures=1, others=0).nums)
+        query = Query(terms=(Term(text),))
+        assert not covered(match_names(catalog, query, pictures=1, others=0))
 
 
 # ---- phrases

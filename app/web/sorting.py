@@ -185,7 +185,7 @@ class Sorter:
             if (cached := self._sortings.get(key)) is not None:
                 self._sortings.move_to_end(key)
                 return cached
-        if not len(live.nums):
+        if not live.pictures:
             raise InputError(
                 f"no picture of this library has a vector of model {model.spec}; "
                 "add pictures first, or start the page with the model of the index"
@@ -195,8 +195,8 @@ class Sorter:
             words = request.words + (BACKGROUND if request.floor else ())
             rows = class_vectors(model, words, request.templates, session)
             scale, most = session.logit_scale(model), len(request.words)
-            classes, values = _two_best(live, rows, scale, most)
-            sorting = Sorting(key, request, (), (), 0, 0.0, live.nums, *classes, *values)
+            nums, classes, values = _two_best(live, rows, scale, most)
+            sorting = Sorting(key, request, (), (), 0, 0.0, nums, *classes, *values)
             with self._catalog() as catalog:
                 sorting = _with_groups(sorting, catalog)
             sorting = replace(sorting, seconds=time.perf_counter() - begun)
@@ -256,14 +256,15 @@ class Sorter:
 
 def _two_best(
     live: LiveVectors, rows: Float32, scale: float, most: int
-) -> tuple[npt.NDArray[np.int16], Float32]:
-    """Return the two most probable of the first `most` classes (C, D) for each of the N live pictures,
-    and their probabilities among all C, (2, N) each."""
-    size = len(live.nums)
+) -> tuple[Int64, npt.NDArray[np.int16], Float32]:
+    """Return the nums (N,) of all pictures, the two most probable of the first `most` classes (C, D) for
+    each, and their probabilities among all C, (2, N) both."""
+    size, start = len(live.pictures), 0
+    all_nums = np.empty(size, np.int64)
     classes, values = np.empty((2, size), np.int16), np.empty((2, size), np.float32)
-    start = 0
     for nums, vectors in live.blocks(BLOCK):
         block = slice(start, start + len(nums))
+        all_nums[block] = nums
         probabilities = classify(vectors, rows, logit_scale=scale)[:, :most]
         each = np.arange(len(probabilities))
         for rank in (0, 1):
@@ -271,7 +272,7 @@ def _two_best(
             values[rank, block] = probabilities[each, best]
             probabilities[each, best] = -1.0
         start = block.stop
-    return classes, values
+    return all_nums, classes, values
 
 
 def _with_groups(sorting: Sorting, catalog: Catalog) -> Sorting:

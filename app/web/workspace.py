@@ -42,7 +42,7 @@ from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import Example, Query, parse
-from clipkit.search import Empty, Searcher, SearchHit, SearchResult
+from clipkit.search import Empty, Searcher, SearchHit
 from clipkit.search.query_encoder import encoder_mismatch
 from clipkit.wording import printable
 
@@ -139,7 +139,7 @@ class Contents:
         row would take too long."""
         if self.catalog is None or self.pictures > NEWEST_UP_TO:
             return ()
-        nums = self.catalog.newest(NEWEST)
+        nums, _ = self.catalog.listed("date", limit=NEWEST)
         rows = self.catalog.rows(nums)
         return tuple(rows[num] for num in nums if num in rows)
 
@@ -203,20 +203,6 @@ def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.pla
     if platform == "win32":
         return ["explorer", f"/select,{path}" if folder else str(path)]
     return ["xdg-open", str(path.parent if folder else path)]
-
-
-def _paged(
-    answer: Callable[..., SearchResult], request: SearchRequest, *arguments: Any, **options: Any
-) -> tuple[SearchResult, str | None]:
-    """Return a page of hits, and the cursor of the next one, by asking for all hits up to its end."""
-    try:
-        start = int(request.cursor or 0)
-    except ValueError:
-        raise InputError(f"{request.cursor!r} is no cursor; use that of the page before") from None
-    end = start + request.limit
-    result = answer(*arguments, k=end, **options)
-    more = str(end) if len(result.hits) == end < result.total else None
-    return replace(result, hits=result.hits[start:]), more
 
 
 class Workspace:
@@ -325,14 +311,14 @@ class Workspace:
         filters = self._filters(request, contents)
         query = parse(request.words)
         query = replace(query, sort=query.sort or request.sort)
+        page: dict[str, Any] = {"k": request.limit, "cursor": request.cursor}
         words = None
         if request.similar:
-            found = _paged(searcher.similar, request, request.similar, query, filters=filters)
+            result = searcher.similar(request.similar, query, filters=filters, **page)
         else:
             query, image = self._with_images(catalog, query, request.images)
-            found = _paged(searcher.search, request, query, image=image, filters=filters)
+            result = searcher.search(query, image=image, filters=filters, **page)
             words = None if request.images else marked_words(query)
-        result, cursor = found
         corrections = self._readable() if words else None
         return SearchAnswer(
             hits=result.hits,
@@ -342,7 +328,7 @@ class Workspace:
             words=words if corrections else None,
             marks=corrections.of(words) if corrections and words else {},
             notes=result.notes,
-            cursor=cursor,
+            cursor=result.cursor,
             # The best are put in order of date or name; without words, all that pass a filter are.
             stable=query.sort in (None, "score") or not result.hits or result.hits[0].score is None,
         )

@@ -15,14 +15,18 @@ all lie in. So the cosine decides between pictures with the same words, and alon
 from __future__ import annotations
 
 import itertools
+import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 
-from clipkit.arrays import Int64
+from clipkit.arrays import Float64, Int64
 from clipkit.catalog import Catalog
+from clipkit.picture_set import PictureSet
 from clipkit.query import Query
 
 # Both measured by tests/bench/bench_folder_names.py. The weight finds pictures that the model does not
@@ -58,50 +62,98 @@ _IRREGULAR = tuple(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Pictures of near coverage: see `NameMatches.blocks`."""
+
+    pictures: PictureSet
+    coverage: float  # the greatest of them
+    even: bool  # all have this coverage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class NameMatches:
-    """The pictures that have words of a query in their names."""
+    """The words of a query that some pictures have in their names, and those pictures.
 
-    words: tuple[tuple[str, Int64], ...]  # each word, and the nums that have it, sorted
-    nums: Int64  # (M,) of all these pictures, sorted
-    coverage: npt.NDArray[np.float64]  # (M,) from 0 to 1, greater than 0
+    Nothing is computed for all pictures at once, as a word may be in the names of half a million.
+    """
 
-    def bonus(self, nums: Int64, spread: float) -> npt.NDArray[np.float64]:
+    words: tuple[tuple[str, PictureSet, float], ...] = ()  # word, who has it, its share of coverage
+
+    def coverage(self, nums: Int64) -> Float64:
+        """Return the coverage of each of `nums` (N,), in any order, from 0 to 1."""
+        coverage = np.zeros(len(nums))
+        for _, pictures, share in self.words:
+            coverage += share * pictures.has(nums)
+        return coverage
+
+    def bonus(self, nums: Int64, spread: float) -> Float64:
         """Return what is added to the cosine of each of `nums` (N,); 0 for one without a match."""
-        bonus = np.zeros(len(nums))
-        if len(self.nums):
-            at = np.minimum(np.searchsorted(self.nums, nums), len(self.nums) - 1)
-            same = self.nums[at] == nums
-            bonus[same] = NAME_WEIGHT * spread * self.coverage[at[same]] ** COVERAGE_POWER
-        return bonus
+        return lift(self.coverage(nums), spread)
 
     def words_of(self, num: int) -> tuple[str, ...]:
         """Return the words of the query that a picture has in its names, if these are what it is asked
         for: not "red" of "a red car"."""
-        at = np.searchsorted(self.nums, num)
-        if at == len(self.nums) or self.nums[at] != num or self.coverage[at] <= NAMED_COVERAGE:
+        if self.coverage(np.array([num]))[0] <= NAMED_COVERAGE:
             return ()
-        return tuple(
-            word for word, nums in self.words if num in nums[np.searchsorted(nums, num) :][:1]
-        )
+        return tuple(word for word, pictures, _ in self.words if num in pictures)
+
+    def blocks(self, first: int, growth: int) -> Iterator[Block]:
+        """Divide all pictures that have any of the words into blocks of falling coverage.
+
+        Block i holds up to `first` * `growth` ** i of them, or more that all have one coverage.
+        """
+        if not self.words:
+            return
+        nums = reduce(operator.or_, (pictures for _, pictures, _ in self.words)).nums
+        codes = np.zeros(len(nums), np.uint32)  # (M,) bit i is set for those that have word i
+        for bit, (_, pictures, _) in enumerate(self.words):
+            if 8 * len(pictures) < len(nums):
+                codes[np.searchsorted(nums, pictures.nums)] |= np.uint32(1 << bit)
+            else:
+                codes |= pictures.has(nums).astype(np.uint32) << np.uint32(bit)
+        if len(self.words) <= 16:
+            counts = np.bincount(codes)
+            levels = np.flatnonzero(counts)
+            counts = counts[levels]
+        else:
+            levels, counts = np.unique(codes, return_counts=True)
+        coverage = np.zeros(len(levels))
+        for bit, (_, _, share) in enumerate(self.words):
+            coverage += share * (levels >> bit & 1)
+        order = np.argsort(-coverage, kind="stable").tolist()
+        start = 0
+        while start < len(order):
+            stop, size = start + 1, int(counts[order[start]])
+            while stop < len(order) and size + counts[order[stop]] <= first:
+                size += int(counts[order[stop]])
+                stop += 1
+            some = order[start:stop]
+            chosen = codes == levels[some[0]] if len(some) == 1 else np.isin(codes, levels[some])
+            best, least = coverage[some[0]], coverage[some[-1]]
+            yield Block(PictureSet.of_sorted(nums[chosen]), float(best), bool(best == least))
+            start, first = stop, first * growth
+
+
+def lift(coverage: npt.ArrayLike, spread: float) -> Float64:
+    """Return what a coverage adds to the cosine, elementwise."""
+    return np.asarray(NAME_WEIGHT * spread * np.asarray(coverage) ** COVERAGE_POWER)
 
 
 def match_names(catalog: Catalog, query: Query, *, pictures: int, others: float) -> NameMatches:
     """Look up the query's texts in the names of the catalog's live pictures, of which there are
     `pictures`. `others` is the weight of the query's example pictures, of which names say nothing."""
     weights = _content_words(query)
-    matches = catalog.having([spellings(word) for word in weights]) if weights else []
+    if not weights:
+        return NameMatches()
+    matches = catalog.having([spellings(word) for word in weights])
     texts = sum(term.weight for term in query.terms)
-    total = sum(weights.values()) * (texts + others) / texts if weights else 0.0
+    total = sum(weights.values()) * (texts + others) / texts
     specific = []
-    for (word, weight), nums in zip(weights.items(), matches, strict=True):
-        share = weight / total * max(0.0, 1 - 2 * len(nums) / max(pictures, 1))
-        if share and len(nums):
-            specific.append((word, nums, share))
-    coverage = np.zeros(max((int(nums[-1]) + 1 for _, nums, _ in specific), default=0))
-    for _, nums, share in specific:
-        coverage[nums] += share  # by num: nums are small integers
-    union = np.flatnonzero(coverage)
-    return NameMatches(tuple((word, nums) for word, nums, _ in specific), union, coverage[union])
+    for (word, weight), having in zip(weights.items(), matches, strict=True):
+        share = weight / total * max(0.0, 1 - 2 * len(having) / max(pictures, 1))
+        if share and len(having):
+            specific.append((word, having, share))
+    return NameMatches(tuple(specific))
 
 
 def _content_words(query: Query) -> dict[str, float]:

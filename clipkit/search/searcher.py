@@ -3,11 +3,16 @@
 1. Filters and phrases come first: only pictures that pass them are ranked, and `total` counts them.
 2. Words, examples and exclusions are encoded as one vector (query_encoder.py); pictures rank by
    their cosine to it, and the higher the more of the words are in their names (name_matches.py).
-   With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal rank.
+   With phrases, this ranking (weight 1) and each phrase's are fused by reciprocal rank; a phrase of
+   so many pictures that the catalog does not rank them only filters.
 3. Ties go by image_id.
-4. `sort:` orders the hits. With words or examples the k best are chosen first, then sorted. Without,
-   all pictures that pass are sorted: by the phrases' ranks, or else by date, the newest first.
-5. Where no picture passes, the answer says which filter or phrase leaves none (empty.py).
+4. `sort:` orders the hits. With words or examples the k best are chosen first, then sorted: each page
+   holds the next k best. Without, all pictures that pass are sorted: by the phrases' ranks, or else by
+   date, the newest first.
+5. A page ends with a cursor, from which the next goes on, to the last picture that passes (ranking.py).
+   A state of the library has one order, so pages neither double nor lose a picture. Where the library
+   has changed in between, the next page goes on after the last picture shown.
+6. Where no picture passes, the answer says which filter or phrase leaves none (empty.py).
 
 Filters, phrases, `similar` and examples that are in the library need no encoder: it is loaded by
 the first query that has something to encode.
@@ -15,38 +20,40 @@ the first query that has something to encode.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from clipkit import strength
-from clipkit.arrays import Float32, Int64
-from clipkit.catalog import Catalog, Filters, PictureRow
+from clipkit.arrays import Float32
+from clipkit.catalog import Catalog, EncoderRow, Filters, PictureRow
 from clipkit.errors import InputError
 from clipkit.lazy_encoder import Encoder
+from clipkit.picture_set import PictureSet
 from clipkit.query import Query, parse
+from clipkit.search import cursor as cursors
+from clipkit.search.comparison import Comparison, PhraseRanking, reciprocal_rank_fusion
+from clipkit.search.cursor import Cursor
 from clipkit.search.empty import Empty, explain_empty
-from clipkit.search.live_vectors import LiveVectors, follow
-from clipkit.search.name_matches import NameMatches, match_names
+from clipkit.search.live_vectors import Follower, LiveVectors, SnapshotDamaged
+from clipkit.search.name_matches import match_names
 from clipkit.search.query_encoder import QueryEncoder, encoder_mismatch
+from clipkit.search.ranking import Ranking
 from clipkit.text_towers import unreadable_words
 
 NOTHING_STANDS_OUT = "Nothing clearly shows this. These pictures are the nearest."
 BUILTIN_IS_SMALL = (
     "The built-in model is small: the README names larger ones under Use other models."
 )
-FIRST_NAMED = 1_000  # pictures with words of the query in their names that are always compared
-RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
 
-# (weight, nums, a key for each, the best least): equal keys are a tie
-Ranking = tuple[float, Int64, npt.NDArray[np.floating]]
+Example = Image.Image | bytes | Float32  # RGB, a file's bytes, or a unit vector (D,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +65,7 @@ class SearchHit:
     clipkit.strength), and where the query holds an example picture.
     """
 
-    rank: int  # from 1
+    rank: int  # from 1, going on from page to page
     score: float | None  # cosine
     strength: str | None  # the band of `probability`: "strong", "fair" or "weak"
     picture: PictureRow
@@ -70,14 +77,17 @@ class SearchHit:
 class SearchResult:
     hits: tuple[SearchHit, ...]
     total: int  # exact: all pictures that pass filters and phrases
-    seconds: Mapping[str, float]  # by stage: "load" (new vectors), "encode", "search", "rows"
-    notes: tuple[str, ...] = ()  # sentences for the user about the whole result
+    # by stage: "load" (new vectors), "encode", "filter" (and names), "scan", "rows"
+    seconds: Mapping[str, float]
+    notes: tuple[str, ...] = ()  # sentences for the user about the whole result; of the first page
     empty: Empty | None = None  # why no picture passes filters and phrases
+    cursor: str | None = None  # with which the next page is asked for; None on the last
 
 
 class _Clock:
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("load", "encode", "search", "rows"), 0.0)
+        stages = ("load", "encode", "filter", "scan", "rows")
+        self.seconds = dict.fromkeys(stages, 0.0)
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -86,14 +96,60 @@ class _Clock:
         self._last = now
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One page of a search."""
+
+    query: Query
+    k: int
+    image: Example | None
+    filters: Filters | None
+    like: str | None  # image_id of an example that is left out of the results
+    cursor: str | None
+
+    @property
+    def compares(self) -> bool:
+        query = self.query
+        return bool(query.terms or query.exclude or query.examples or self.examples)
+
+    @property
+    def examples(self) -> bool:
+        """Whether there is an example beside those of the query."""
+        return self.image is not None or self.like is not None
+
+    def fingerprint(self, encoder_id: str) -> str:
+        """Return a text that is the same for all pages of a search, and for no other search."""
+        image: object = self.image
+        if image is not None:
+            data = image.tobytes() if isinstance(image, Image.Image | np.ndarray) else self.image
+            image = hashlib.blake2b(data, digest_size=16).hexdigest()  # type: ignore[arg-type]
+        filters = self.filters or Filters()
+        return cursors.fingerprint(self.query, filters, self.like, image, encoder_id)
+
+    def read_cursor(self, search: str) -> Cursor | None:
+        """Return the cursor, if there is one. Raises InputError if it is of another search."""
+        return None if self.cursor is None else cursors.read(self.cursor, search)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Model:
+    """The encoder of a search, and the id of its vectors if that was named."""
+
+    encoder: Encoder
+    encoder_id: str | None
+    queries: QueryEncoder
+
+
 class Searcher:
     """Searches one catalog with one encoder; threads may share it.
 
     `catalog` is one opened for reading; the next query sees what an indexer has committed.
     `encoder` is loaded by the first query that needs it. `encoder_id` names the vectors to search
     before that; without it, and with an encoder whose id only loading tells, they are those of the
-    catalog's one encoder. With `files=False`, an example `+FILE` is refused, for callers on whose
-    behalf this machine must not read its files.
+    catalog's one encoder. With `open_active`, given where no model was named, a query follows the
+    catalog's active encoder, which another process may change: `open_active` opens it. With
+    `files=False`, an example `+FILE` is refused, for callers on whose behalf this machine must not read
+    its files.
     """
 
     def __init__(
@@ -103,32 +159,35 @@ class Searcher:
         *,
         encoder_id: str | None = None,
         files: bool = True,
+        open_active: Callable[[EncoderRow], Encoder] | None = None,
     ) -> None:
         self.catalog = catalog
-        self._encoder = encoder
-        self._queries = QueryEncoder(encoder)
-        self._encoder_id = encoder_id
+        self._model = _Model(encoder, encoder_id, QueryEncoder(encoder))
         self._files = files
+        self._open_active = open_active
+        self._active_id: str | None = None  # the last active encoder that was followed
+        self._switching = threading.Lock()
         self._calibrations: dict[str, strength.Calibration | None] = {}
-        self._live: LiveVectors | None = None
-        self._following = threading.Lock()
+        self._follower = Follower(catalog)
 
     def search(
         self,
         query: str | Query = "",
         *,
         k: int = 24,
-        image: Image.Image | bytes | Float32 | None = None,
+        image: Example | None = None,
         filters: Filters | None = None,
+        cursor: str | None = None,
     ) -> SearchResult:
-        """Return the k best pictures for a query, with `image` (RGB, a file's bytes, or a vector) as
-        one more example and `filters` in addition to the query's own.
+        """Return the k best pictures for a query, with `image` (RGB, a file's bytes, or a unit vector)
+        as one more example and `filters` in addition to the query's own.
 
+        With the `cursor` of a result, return the page after it: give all else as before, but for k.
         Raises QueryError, ImageError (an example cannot be read), EncoderMismatch (the catalog has
         vectors of other encoders only), ModelError (a vector that is not finite), InputError.
         """
         query = parse(query) if isinstance(query, str) else query
-        return self._answer(query, k, image, filters)
+        return self._answer(_Request(query, k, image, filters, None, cursor))
 
     def similar(
         self,
@@ -137,6 +196,7 @@ class Searcher:
         *,
         k: int = 24,
         filters: Filters | None = None,
+        cursor: str | None = None,
     ) -> SearchResult:
         """Return the k pictures nearest to one of the library, without itself, or nearest to it and a
         query together. Needs no encoder without a query's words.
@@ -144,96 +204,96 @@ class Searcher:
         Raises InputError if the library has no such picture, else what `search` does.
         """
         query = parse(query) if isinstance(query, str) else query
-        return self._answer(query, k, None, filters, like=image_id)
-
-    def _answer(
-        self,
-        query: Query,
-        k: int,
-        image: Image.Image | bytes | Float32 | None,
-        filters: Filters | None,
-        *,
-        like: str | None = None,  # image_id of an example that is left out of the results
-    ) -> SearchResult:
-        if k < 1:
-            raise InputError(f"k is {k}; it must be at least 1, the number of pictures to show")
-        clock = _Clock()
-        allowed, rankings = self._passing(query, filters)
-        clock.lap("search")
-        examples = image is not None or like is not None
-        if not (query.terms or query.exclude or query.examples or examples):
-            result = self._listed(allowed, rankings, k, query.sort, clock)
-        else:
-            live = self.live()
-            clock.lap("load")
-            without = None
-            if like is not None:
-                without = self.catalog.has_picture(like)
-                image = live.unit_vector(without)
-                if image is None:
-                    raise InputError(f"no picture {like!r} in this library; search for it by words")
-            if not len(live.nums):
-                return SearchResult((), 0, clock.seconds)
-            vector = self._queries.vector(query, image, live=live, files=self._files)
-            clock.lap("encode")
-            others = sum(example.weight for example in query.examples) + examples
-            names = match_names(self.catalog, query, pictures=len(live.nums), others=others)
-            result = self._ranked(
-                live, vector, allowed, rankings, names, k, query.sort, clock, without=without,
-                calibrated=bool(query.terms) and not (query.examples or examples),
-            )  # fmt: skip
-            result = replace(result, notes=self._notes(query, result))
-        if result.total:
-            return result
-        empty = explain_empty(query, filters, count=self._count, catalog=self.catalog)
-        return replace(result, empty=empty)
-
-    # ---- vectors and filters
+        return self._answer(_Request(query, k, None, filters, image_id, cursor))
 
     def live(self) -> LiveVectors:
         """Return the vectors as of now. Raises EncoderMismatch if all are of other encoders."""
-        with self._following:
-            encoder_id = self._searched_id()
-            old = self._live if self._live and self._live.encoder_id == encoder_id else None
-            self._live = live = follow(self.catalog, encoder_id, old)
-        if not len(live.nums):
-            self._check_others(encoder_id)
+        return self._live(self._current_model())
+
+    def _answer(self, request: _Request) -> SearchResult:
+        if request.k < 1:
+            raise InputError(
+                f"k is {request.k}; it must be at least 1, the number of pictures to show"
+            )
+        clock = _Clock()
+        if request.compares:
+            model = self._current_model()
+            live = self._live(model)
+            clock.lap("load")
+            try:
+                result = self._compared(request, model, live, clock)
+            except SnapshotDamaged as error:
+                live = self._follower.without_snapshot(live, error)
+                result = self._compared(request, model, live, clock)
+        else:
+            result = self._listed(request, clock)
+        if result.total or request.cursor is not None:
+            return result
+        empty = explain_empty(
+            request.query, request.filters, count=self._count, catalog=self.catalog
+        )
+        return replace(result, empty=empty)
+
+    # ---- the model and its vectors
+
+    def _current_model(self) -> _Model:
+        """Return the model to search with: another one if the catalog has made another active."""
+        if self._open_active is None:
+            return self._model
+        row = self.catalog.active_encoder()
+        with self._switching:
+            if row is not None and row.encoder_id != self._active_id:
+                if self._model.encoder.known_id != row.encoder_id:
+                    encoder = self._open_active(row)
+                    self._model = _Model(encoder, None, QueryEncoder(encoder))
+                self._active_id = row.encoder_id
+            return self._model
+
+    def _live(self, model: _Model) -> LiveVectors:
+        encoder_id = self._searched_id(model)
+        live = self._follower.current(encoder_id)
+        if not live.pictures:
+            self._check_others(model, encoder_id)
         return live
 
-    def _searched_id(self) -> str:
-        if self._encoder_id is not None:
-            return self._encoder_id
-        if self._encoder.known_id is None:
+    def _searched_id(self, model: _Model) -> str:
+        if model.encoder_id is not None:
+            return model.encoder_id
+        if model.encoder.known_id is None:
             encoders = self.catalog.encoders()
             if len(encoders) == 1:
                 return encoders[0].encoder_id
-        return self._encoder.encoder_id
+        return model.encoder.encoder_id
 
-    def _check_others(self, encoder_id: str) -> None:
+    def _check_others(self, model: _Model, encoder_id: str) -> None:
         specs = {row.encoder_id: row.spec for row in self.catalog.encoders()}
         others = [key for key in specs if key != encoder_id and len(self.catalog.live_nums(key))]
         if others:
             index = (specs[others[-1]], others[-1])
-            raise encoder_mismatch(index, (self._encoder.spec, encoder_id))
+            raise encoder_mismatch(index, (model.encoder.spec, encoder_id))
 
-    def _passing(self, query: Query, filters: Filters | None) -> tuple[Int64 | None, list[Ranking]]:
-        """Return the nums that pass the query's filters and phrases and `filters`, sorted (None: all),
-        and the phrases' rankings."""
+    # ---- filters
+
+    def _passing(
+        self, query: Query, filters: Filters | None
+    ) -> tuple[PictureSet | None, list[PhraseRanking]]:
+        """Return the pictures that pass the query's filters and phrases and `filters` (None: all), and
+        the rankings of the phrases that have one."""
         passing = None
-        rankings: list[Ranking] = []
+        rankings: list[PhraseRanking] = []
         for one in (self._catalog_filters(query), filters):
             if one is not None and one != Filters():
                 passing = _common(passing, self.catalog.matching(one))
         for phrase in query.phrases:
-            bm25 = self.catalog.phrase(phrase.text)
-            nums = np.fromiter(bm25.keys(), np.int64)
-            rankings.append((phrase.weight, nums, np.fromiter(bm25.values(), np.float64)))
-            passing = _common(passing, nums)
+            matches = self.catalog.phrase(phrase.text)
+            passing = _common(passing, matches.nums)
+            if matches.bm25 is not None:
+                rankings.append((phrase.weight, matches.nums.nums, matches.bm25))
         return passing, rankings
 
     def _count(self, query: Query, filters: Filters | None) -> int:
         passing, _ = self._passing(query, filters)
-        return self.catalog.stats().pictures if passing is None else len(passing)
+        return len(self.catalog.matching(Filters()) if passing is None else passing)
 
     def _catalog_filters(self, query: Query) -> Filters:
         """Convert the query's filters to the catalog's: a `folder:` that is not absolute is any folder
@@ -262,22 +322,22 @@ class Searcher:
 
     # ---- strength
 
-    def _calibration(self, encoder_id: str) -> strength.Calibration | None:
+    def _calibration(self, model: _Model, encoder_id: str) -> strength.Calibration | None:
         """Return the model's calibration, read once for each encoder."""
         if encoder_id not in self._calibrations:
-            self._calibrations[encoder_id] = strength.read(self._encoder.spec, encoder_id)
+            self._calibrations[encoder_id] = strength.read(model.encoder.spec, encoder_id)
         return self._calibrations[encoder_id]
 
-    def _notes(self, query: Query, result: SearchResult) -> tuple[str, ...]:
+    def _notes(self, spec: str, query: Query, hits: Sequence[SearchHit]) -> tuple[str, ...]:
         """Return what a user should know about the result: words that the model cannot read, and
         that nothing stands out."""
-        spec, notes = self._encoder.spec, []
+        notes = []
         texts = [term.text for term in (*query.terms, *query.exclude)]
         if unread := unreadable_words(spec, texts):
             listed = ", ".join(f"“{word}”" for word in unread)
             knows = " knows English; it" if spec == "builtin" else ""
             notes.append(f"The model {spec}{knows} does not know {listed}.")
-        if result.hits and all(hit.strength == "weak" and not hit.named for hit in result.hits):
+        if hits and all(hit.strength == "weak" and not hit.named for hit in hits):
             notes.append(NOTHING_STANDS_OUT)
             if spec == "builtin":
                 notes.append(BUILTIN_IS_SMALL)
@@ -285,188 +345,126 @@ class Searcher:
 
     # ---- ranking
 
-    def _ranked(
-        self,
-        live: LiveVectors,
-        vector: Float32,
-        allowed: Int64 | None,
-        rankings: Sequence[Ranking],
-        names: NameMatches,
-        k: int,
-        sort: str | None,
-        clock: _Clock,
-        *,
-        without: int | None,
-        calibrated: bool,
+    def _compared(
+        self, request: _Request, model: _Model, live: LiveVectors, clock: _Clock
     ) -> SearchResult:
-        if allowed is not None:
-            allowed = _common(allowed, live.nums)
-        searched = live.nums if allowed is None else allowed
-        total = len(searched)
-        if without is not None:
-            at = np.searchsorted(searched, without)
-            total -= int(np.isin(without, searched[at : at + 1]))
-        sample = live.sample @ vector
-        spread = float(sample.std(dtype=np.float64))
-        if rankings:
-            nums, scores = live.search(vector, len(searched), allowed=allowed)
-        else:
-            wanted = k + (without is not None)
-            nearest = _nearest(live, vector, wanted, allowed)
-            nums, scores = _with_named(live, vector, wanted, nearest, allowed, names, spread)
-        nums, scores = nums[nums != without], scores[nums != without]
-        keys = scores + names.bonus(nums, spread)
-        if rankings:
-            keys = reciprocal_rank_fusion([(1.0, nums, -keys), *rankings], nums)
-        clock.lap("search")
-        rows = self._best_rows(nums, keys, k)
-        if sort in ("date", "name"):
-            rows = _sorted(rows, sort)
-        by_num = dict(zip(nums.tolist(), scores.tolist(), strict=True))
-        cosines = [by_num[row.num] for row in rows]
-        probabilities: Sequence[float | None] = [None] * len(rows)
-        calibration = self._calibration(live.encoder_id) if calibrated else None
+        """Rank the pictures that pass by their vectors, and return a page of them."""
+        query = request.query
+        search = request.fingerprint(live.encoder_id)
+        cursor = request.read_cursor(search)
+        if not live.pictures:
+            return SearchResult((), 0, clock.seconds)
+        ranking = live.rankings.get(search)
+        if ranking is None:
+            ranking = self._ranking(request, model, live, clock)
+        nums, scores, rows, following = self._page(ranking, cursor, search, request.k, clock)
+        live.rankings.keep(search, ranking)
+        present = [at for at, num in enumerate(nums) if num in rows]
+        if query.sort in ("date", "name"):
+            present.sort(key=lambda at: rows[nums[at]].image_id)
+            named = {at: _sort_key(rows[nums[at]], query.sort) for at in present}
+            present.sort(key=lambda at: named[at], reverse=query.sort == "date")
+        cosines = [scores[at] for at in present]
+        probabilities: Sequence[float | None] = [None] * len(present)
+        calibrated = query.terms and not (query.examples or request.examples)
+        calibration = self._calibration(model, live.encoder_id) if calibrated else None
         if calibration is not None:
             # of the whole library: a filter, which hides other pictures, does not make one more right
-            probabilities = calibration.probabilities(cosines, len(live.nums)).tolist()
+            probabilities = calibration.probabilities(cosines, len(live.pictures)).tolist()
+        shown = cursor.shown if cursor else 0
         hits = tuple(
             SearchHit(
                 rank,
-                score,
+                scores[at],
                 None if p is None else strength.band(p),
-                row,
+                rows[nums[at]],
                 p,
-                names.words_of(row.num),
+                ranking.names.words_of(nums[at]),
             )
-            for rank, (row, score, p) in enumerate(
-                zip(rows, cosines, probabilities, strict=True), 1
-            )
+            for rank, (at, p) in enumerate(zip(present, probabilities, strict=True), shown + 1)
         )
+        notes = self._notes(model.encoder.spec, query, hits) if cursor is None else ()
         clock.lap("rows")
-        return SearchResult(hits, total, clock.seconds)
+        return SearchResult(hits, ranking.total, clock.seconds, notes, cursor=following)
 
-    def _listed(
-        self,
-        allowed: Int64 | None,
-        rankings: Sequence[Ranking],
-        k: int,
-        sort: str | None,
-        clock: _Clock,
-    ) -> SearchResult:
+    def _ranking(
+        self, request: _Request, model: _Model, live: LiveVectors, clock: _Clock
+    ) -> Ranking:
+        """Encode the query and look up what passes and whose names have its words."""
+        query, image, without = request.query, request.image, None
+        if request.like is not None:
+            without = self.catalog.has_picture(request.like)
+            image = live.unit_vector(without)
+            if image is None:
+                raise InputError(
+                    f"no picture {request.like!r} in this library; search for it by words"
+                )
+        clock.lap("scan")
+        vector = model.queries.vector(query, image, live=live, files=self._files)
+        clock.lap("encode")
+        passing, phrases = self._passing(query, request.filters)
+        others = sum(example.weight for example in query.examples) + request.examples
+        names = match_names(self.catalog, query, pictures=len(live.pictures), others=others)
+        clock.lap("filter")
+        spread = float((live.sample @ vector).std(dtype=np.float64))
+        comparison = Comparison(live, vector, passing, without, names, spread, phrases)
+        return Ranking(comparison.pictures, comparison.best, self.catalog.image_ids, names)
+
+    def _listed(self, request: _Request, clock: _Clock) -> SearchResult:
         """List pictures by filters and phrases alone."""
-        nums = self.catalog.matching(Filters()) if allowed is None else allowed
-        clock.lap("search")
-        if rankings and sort in (None, "score"):
-            rows = self._best_rows(nums, reciprocal_rank_fusion(rankings, nums), k)
-        elif sort == "name":
-            rows = _sorted(self.catalog.rows(nums.tolist()).values(), sort)[:k]
+        sort = request.query.sort
+        search = request.fingerprint("")
+        cursor = request.read_cursor(search)
+        passing, phrases = self._passing(request.query, request.filters)
+        pictures = self.catalog.matching(Filters()) if passing is None else passing
+        clock.lap("filter")
+        if phrases and sort in (None, "score"):
+            nums = pictures.nums
+            keys = reciprocal_rank_fusion(phrases, nums)
+            every = nums, np.zeros(len(nums), np.float32), keys
+            ranking = Ranking(pictures, lambda _: every, self.catalog.image_ids)
+            order, _, rows, following = self._page(ranking, cursor, search, request.k, clock)
         else:
-            newest = self.catalog.newest(k, among=allowed)
-            by_num = self.catalog.rows(newest)
-            rows = [by_num[num] for num in newest if num in by_num]
-        hits = tuple(SearchHit(rank, None, None, row) for rank, row in enumerate(rows, 1))
-        clock.lap("rows")
-        return SearchResult(hits, len(nums), clock.seconds)
-
-    def _best_rows(self, nums: Int64, keys: npt.NDArray[np.float64], k: int) -> list[PictureRow]:
-        """Return the rows of the k greatest keys, by (-key, image_id)."""
-        if len(nums) > k:  # with all that tie with the last one: image_id decides among them
-            chosen = keys >= np.partition(keys, len(keys) - k)[len(keys) - k]
-            nums, keys = nums[chosen], keys[chosen]
-        rows = self.catalog.rows(nums.tolist())
-        order = sorted(
-            (-key, rows[num].image_id, num)
-            for num, key in zip(nums.tolist(), keys.tolist(), strict=True)
-            if num in rows  # it may have been removed since
+            by = "name" if sort == "name" else "date"
+            after = cursor.position if cursor else None
+            limit = min(request.k, max(1, len(pictures)))
+            order, position = self.catalog.listed(by, among=passing, after=after, limit=limit)
+            rows = self.catalog.rows(order)
+            shown = (cursor.shown if cursor else 0) + len(order)
+            following = Cursor(search, shown, position=position).text() if position else None
+        shown = cursor.shown if cursor else 0
+        present = (rows[num] for num in order if num in rows)
+        hits = tuple(
+            SearchHit(rank, None, None, row) for rank, row in enumerate(present, shown + 1)
         )
-        return [rows[num] for _, _, num in order[:k]]
+        clock.lap("rows")
+        return SearchResult(hits, len(pictures), clock.seconds, cursor=following)
+
+    def _page(
+        self, ranking: Ranking, cursor: Cursor | None, search: str, k: int, clock: _Clock
+    ) -> tuple[list[int], list[float], dict[int, PictureRow], str | None]:
+        """Return nums, scores and rows of the k pictures after the cursor, and the next cursor."""
+        start = 0
+        if cursor is not None:
+            num = self.catalog.has_picture(cursor.image_id)
+            start = ranking.after(cursor.place, cursor.key, cursor.image_id, num)
+        stop = min(start + k, ranking.total)
+        nums, scores, keys = ranking.page(start, stop)
+        clock.lap("scan")
+        rows = self.catalog.rows(nums.tolist())  # without those that were removed since
+        following = None
+        if len(nums) and stop < ranking.total:
+            last = int(nums[-1])
+            image_id = rows[last].image_id if last in rows else self.catalog.image_ids([last])[last]
+            shown = (cursor.shown if cursor else 0) + len(rows)
+            following = Cursor(search, shown, stop, float(keys[-1]), image_id).text()
+        return nums.tolist(), scores.tolist(), rows, following
 
 
-def _nearest(
-    live: LiveVectors, vector: Float32, k: int, allowed: Int64 | None
-) -> tuple[Int64, Float32]:
-    """Return the k nearest and all that tie with the last of them."""
-    limit = k + 8
-    while True:
-        nums, scores = live.search(vector, limit, allowed=allowed)
-        if len(nums) < limit or scores[-1] < scores[k - 1]:
-            return nums, scores
-        limit *= 4
+def _sort_key(row: PictureRow, sort: str) -> str:
+    return Path(row.path).name.casefold() if sort == "name" else row.dated or ""
 
 
-def _with_named(
-    live: LiveVectors,
-    vector: Float32,
-    k: int,
-    nearest: tuple[Int64, Float32],
-    allowed: Int64 | None,
-    names: NameMatches,
-    spread: float,
-) -> tuple[Int64, Float32]:
-    """Return the nearest and, of the others in `allowed` (sorted; None: all), those that their names
-    may lift to the k best.
-
-    Their cosines are at most the least of the nearest, so they are compared in blocks of falling
-    bonus until that is too little: the first block whole, of the others as many as can still win. An
-    approximate index may miss one of these as it may any other picture.
-    """
-    nums, scores = nearest
-    least = scores.min(initial=1.0)
-    threshold = _kth(scores + names.bonus(nums, spread), k)
-    bonus = names.bonus(names.nums, spread)
-    can_win = bonus + least >= threshold
-    named, bonus = names.nums[can_win], bonus[can_win]
-    passing = ~np.isin(named, nums) & np.isin(named, live.nums if allowed is None else allowed)
-    named, bonus = named[passing], bonus[passing]
-    order = np.argsort(-bonus)
-    start, size = 0, FIRST_NAMED
-    while start < len(order) and (most := bonus[order[start]]) + least >= threshold:
-        block = np.sort(named[order[start : start + size]])
-        limit = len(block) if start == 0 else k + 8
-        while True:
-            more, cosines = live.search(vector, limit, allowed=block)
-            both = np.concatenate([nums, more]), np.concatenate([scores, cosines])
-            threshold = _kth(both[1] + names.bonus(both[0], spread), k)
-            if limit >= len(block) or cosines[-1] + most < threshold:
-                break
-            limit *= 4
-        nums, scores = both
-        start, size = start + size, 16 * size
-    return nums, scores
-
-
-def _kth(keys: npt.NDArray[np.floating], k: int) -> float:
-    """Return the k-th greatest key; minus infinity if there are fewer."""
-    return float(np.partition(keys, len(keys) - k)[len(keys) - k]) if len(keys) >= k else -np.inf
-
-
-def _sorted(rows: Iterable[PictureRow], sort: str) -> list[PictureRow]:
-    """Sort by name or date (newest first, undated rows last). Ties go by image_id."""
-    rows = sorted(rows, key=lambda row: row.image_id)
-    if sort == "name":
-        return sorted(rows, key=lambda row: Path(row.path).name.casefold())
-    return sorted(rows, key=lambda row: row.dated or "", reverse=True)
-
-
-def _common(allowed: Int64 | None, nums: Int64) -> Int64:
-    """Return those of the unique `nums` that are in `allowed` (None: all), sorted."""
-    if allowed is None:
-        return np.sort(nums)
-    return np.intersect1d(allowed, nums, assume_unique=True)
-
-
-def reciprocal_rank_fusion(rankings: Sequence[Ranking], nums: Int64) -> npt.NDArray[np.float64]:
-    """Return a key for each of `nums` (N,), the greater the better: sum of weight / (RRF_K + rank).
-
-    `rankings` are (weight, nums, their keys, the best least). Ranks count from 1 among `nums`, skipping
-    all others, and equal keys share the best rank of them: they leave it to the other rankings which
-    comes first. A num that is not in a ranking gets nothing from it.
-    """
-    order = np.argsort(nums)
-    keys = np.zeros(len(nums))
-    for weight, ranking, its_keys in rankings:
-        asked = np.isin(ranking, nums)
-        ranked, its_keys = ranking[asked], its_keys[asked]
-        positions = order[np.searchsorted(nums, ranked, sorter=order)]
-        keys[positions] += weight / (RRF_K + 1 + np.searchsorted(np.sort(its_keys), its_keys))
-    return keys.round(12)  # so that 1/61 + 1/62 and 1/62 + 1/61 tie exactly
+def _common(passing: PictureSet | None, pictures: PictureSet) -> PictureSet:
+    """Return those of `pictures` that are in `passing` (None: all)."""
+    return pictures if passing is None else passing & pictures
