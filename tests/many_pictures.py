@@ -32,5 +32,4 @@ def fill(folder: Path, count: int) -> None:
             catalog.put_thumbnail(name, buffer.getvalue())
             nums.append(num)
         catalog.add_vectors(encoder_id, np.array(nums), vectors)
-        catalog.activate_encoder(encoder_id)
         catalog.commit()
