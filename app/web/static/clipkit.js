@@ -565,6 +565,12 @@
   setInterval(ages, 30_000);
 
   // ------------------------------------------------------------------ Gradio's side
+  // The page can be used before Gradio's first answer, which would stop the ticks that a later event began: events wait
+  // for it. It has no status line where the index cannot be read, so not for ever.
+  const first_status = async () => {
+    for (let n = 0; n < 250 && !$("#status .status"); n += 1) await sleep(20);
+  };
+
   window.clipkit = {
     does, // panel.js adds to it
     search: (words) => send({ words, ...filters() }),
@@ -574,7 +580,7 @@
     unanswered,
     // Called when the search form is on the page; `fire` sends an event to Python.
     attach(element, fire) {
-      trigger = fire;
+      trigger = (name, data) => first_status().then(() => fire(name, data));
       themed();
       viewer.attach();
       new MutationObserver(take_classified).observe($("#classified"), { childList: true, subtree: true });
