@@ -211,13 +211,13 @@ def test_the_same_question_is_answered_from_memory_until_the_library_changes(
 
 def test_without_pictures_or_vectors_a_sentence_says_so(tmp_path: Path, library: Path) -> None:
     nothing = Workspace(tmp_path / "none", Model())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no pictures to sort yet"):
+    with pytest.raises(InputError, match="there are no pictures yet"):
         Sorter(nothing).sort(request("red, blue"))
     assert not (tmp_path / "none").exists()
     other = Model()
     other.encoder_id = other.known_id = "0" * 16  # type: ignore[misc]
     other.spec = "another"
-    with pytest.raises(InputError, match="has a vector of model another"):
+    with pytest.raises(InputError, match="the search is with another"):
         Sorter(Workspace(library, other)).sort(request("red, blue"))  # type: ignore[arg-type]
 
 

@@ -23,8 +23,8 @@ _GRADIO = re.compile(
     r"|gradio_api/(queue/(join|data)|reset|cancel|startup-events|heartbeat/\w+))"
 )
 _OWN = re.compile(
-    r"/(health|favicon\.ico|queries|results|(thumbnails|pictures|details|queries|open|show)/[^/]+"
-    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
+    r"/(healthz?|readyz|api/v1/[\w./-]+|start|favicon\.ico|queries|(thumbnails|pictures|details|queries|open|show)/[^/]+"
+    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections\.jsonl"
     r"|folders(/(browse|forget))?|models(/(active|use|fill|drop))?|teach/(start|cancel|use|keep|undo|dismiss))"
 )
 _INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)

@@ -1,10 +1,10 @@
 """The page: Gradio's blocks, events and queue around our own HTML.
 
 The only module that knows Gradio. The page is HTML components whose values render.py makes;
-clipkit.js sends events ("ask", "evaluate", "index", "stop", "dismiss", "refresh") and
-shows what comes back. No event
+clipkit.js sends events ("evaluate", "index", "stop", "dismiss", "refresh") and shows what comes back;
+searches do not come this way, but through api.py. No event
 takes a component as its input and no component handles files, so that Gradio never resolves a path
-that a browser sends; api.py lets none of its file routes through. Pictures go out by content hash.
+that a browser sends; guard.py lets none of its file routes through. Pictures go out by content hash.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from app.web import render
-from app.web.api import STATIC, create_app
+from app.web.api import FAULT, create_app
 from app.web.folders import path_of
 from app.web.indexing import Run
-from app.web.requests import SearchRequest
+from app.web.routes import STATIC
 from app.web.saved_reports import SavedReports
 from app.web.sorting import Group, Sorter, Sorting, SortRequest
 from app.web.workspace import Contents, Workspace
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 EXAMPLES = ("birthday cake", "a red car", "penguin", "someone playing guitar", "a house in snow")
 QUEUE = 64  # events that may wait; more are refused
 TICK_SECONDS = 0.7  # between updates while something changes by itself
-FAULT = "Unexpected error; see the terminal for details"
 
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -46,7 +45,7 @@ SETTINGS = {
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",
 }
 # Gradio lets Python listen to the events whose names stand in quotes here.
-ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop' 'dismiss' 'refresh'"
+ON_LOAD = "clipkit.attach(element, trigger); // 'evaluate' 'index' 'stop' 'dismiss' 'refresh'"
 
 
 class Page:
@@ -57,25 +56,14 @@ class Page:
         workspace: Workspace,
         sorter: Sorter,
         reports: SavedReports,
-        examples: Sequence[str] = EXAMPLES,
     ) -> None:
         self.workspace = workspace
         self.sorter = sorter
         self.reports = reports
-        self.examples = tuple(examples)
         self._filters: tuple[Contents, str] | None = None  # the last drawn
 
-    def load(self) -> tuple[str, str, str, str]:
-        """Return status, filters, run and start page."""
-        try:
-            contents = self.workspace.contents()
-            start = self._start(contents)
-            return self.status(contents), self._filters_of(contents), self.run(), start
-        except ClipkitError as error:
-            return "", "", self.run(), render.failure(str(error))
-
     def tick(self) -> tuple[str, str, str]:
-        """Return what changes by itself: status, filters and run.
+        """Return what a page shows first and what changes by itself: status, filters and run.
 
         While the catalog stays as it is, this costs one look at its change counter.
         """
@@ -94,19 +82,11 @@ class Page:
     def run(self) -> str:
         return render.run(self.workspace.run)
 
-    def search(self, data: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the results of one search, or the reason why there are none, and the status."""
-        ticket = str(data.get("ticket", ""))
-        try:
-            contents = self.workspace.contents()
-        except ClipkitError as error:
-            return render.failure(str(error), ticket=ticket), ""
-        # The status comes second: the first search loads the model.
-        return self._results(data, contents, ticket), self.status(contents)
-
     def sort(self, data: Mapping[str, Any]) -> tuple[str, str]:
         """Return the Classify page, with the result if the browser sent words, and the status.
 
+        The page is a <template> in an element of its own name: clipkit.js takes it from there into the
+        results, which Gradio does not know.
         "group" is the number of the one group to show, and "k" how many of its pictures.
         """
         fields = {key: str(data.get(key) or "") for key in ("words", "choice", "floor", "ticket")}
@@ -123,7 +103,8 @@ class Page:
         page = render.sort_page(
             fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error
         )
-        return page, self.status()
+        ticket = fields["ticket"] if fields["ticket"].isdecimal() else "0"
+        return f"<answer-{ticket}><template>{page}</template></answer-{ticket}>", self.status()
 
     def _group(self, sorting: Sorting, data: Mapping[str, Any]) -> Group | None:
         """Return the group that the browser asks for alone, with as many of its pictures as it wants."""
@@ -147,31 +128,6 @@ class Page:
         except ClipkitError as error:
             return render.run(Run(folders=(str(folder),), error=str(error), over=True))
         return ""
-
-    def _results(self, data: Mapping[str, Any], contents: Contents, ticket: str) -> str:
-        try:
-            request = SearchRequest.from_page(data)
-            if request.is_empty or not contents.pictures:
-                return self._start(contents, ticket)
-            answer = self.workspace.search(request, contents)
-            corrections = self.workspace.status(contents).corrections
-            return render.results(request, answer, ticket=ticket, total_corrections=corrections)
-        except ClipkitError as error:
-            return render.failure(str(error), ticket=ticket)
-        except Exception:  # the person reads a sentence, the terminal has the traceback
-            log.exception("a search failed")
-            return render.failure(FAULT, ticket=ticket)
-
-    def _start(self, contents: Contents, ticket: str = "") -> str:
-        """Return what is shown before the first search."""
-        status = self.workspace.status(contents)
-        if not status.pictures:
-            may_index = self.workspace.may_index
-            return render.part("empty", stage=status.stage, may_index=may_index, ticket=ticket)
-        newest = contents.newest
-        return render.part(
-            "home", status=status, examples=self.examples, newest=newest, ticket=ticket
-        )
 
     def _filters_of(self, contents: Contents) -> str:
         if self._filters is None or self._filters[0] is not contents:
@@ -204,7 +160,9 @@ def build(page: Page) -> gr.Blocks:
         filters = gr.HTML("", elem_id="filters", **plain)
         refusal = gr.HTML("", elem_id="refusal", **plain)
         run = gr.HTML("", elem_id="run", **plain)
-        results = gr.HTML("", elem_id="results", **plain)
+        # What clipkit.js shows: it alone changes what is in there.
+        gr.HTML('<div class="answers"></div>', elem_id="results", **plain)
+        classified = gr.HTML("", elem_id="classified", **plain)
         timer = gr.Timer(TICK_SECONDS, active=False)
 
         def next_timer() -> gr.Timer:
@@ -222,14 +180,6 @@ def build(page: Page) -> gr.Blocks:
                 or workspace.model.state == "loading"
                 or workspace.teacher.working
             )
-
-        def on_load() -> tuple[Any, ...]:
-            timer = next_timer()
-            return *page.load(), timer
-
-        def on_ask(event: gr.EventData) -> tuple[Any, ...]:
-            timer = next_timer()
-            return *page.search(_data(event)), page.run(), timer
 
         def on_evaluate(event: gr.EventData) -> tuple[Any, ...]:
             timer = next_timer()
@@ -253,10 +203,15 @@ def build(page: Page) -> gr.Blocks:
             return *page.tick(), timer
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
-        ask.ask(on_ask, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
+        blocks.load(on_tick, None, [status, filters, run, timer], **quiet)
+        # No limit of Gradio's: Workspace.classifying refuses at once what would fill the queue.
         ask.evaluate(
-            on_evaluate, None, [results, status, run, timer], trigger_mode="always_last", **quiet
+            on_evaluate,
+            None,
+            [classified, status, run, timer],
+            trigger_mode="always_last",
+            concurrency_limit=None,
+            **quiet,
         )
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
@@ -283,8 +238,8 @@ def make_app(
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     sorter, reports = Sorter(workspace), SavedReports()
     return gr.mount_gradio_app(
-        create_app(workspace, sorter=sorter, reports=reports, host=host),
-        build(Page(workspace, sorter, reports, examples)),
+        create_app(workspace, sorter=sorter, reports=reports, host=host, examples=examples),
+        build(Page(workspace, sorter, reports)),
         path="/",
         # Plain Font objects: a font given as a string is fetched from Gradio's own set.
         theme=gr.themes.Base(
@@ -296,7 +251,7 @@ def make_app(
         footer_links=[],
         run_history=False,
         # Gradio may take no upload and read nothing from the disk: its file routes had several path
-        # traversals (CVE-2024-1561, CVE-2024-47164 and others). api.py closes these routes as well.
+        # traversals (CVE-2024-1561, CVE-2024-47164 and others). guard.py closes these routes as well.
         max_file_size="1b",
         allowed_paths=[],
         blocked_paths=[os.path.abspath(os.sep)],

@@ -131,6 +131,16 @@ class LiveVectors:
                     rows.append(part.index.vectors_of(own))
         return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
 
+    def blocks(self, rows: int) -> Iterator[tuple[Int64, Float32]]:
+        """Yield nums (M,) and vectors (M, D) of all pictures, up to `rows` at a time, by num within each
+        part. Raises SnapshotDamaged."""
+        for part in self.parts:
+            alive = part.alive.nums
+            for start in range(0, len(alive), rows):
+                nums = alive[start : start + rows]
+                with self._damage_named(part):
+                    yield nums, part.index.vectors_of(nums)
+
     def unit_vector(self, num: int | None) -> Float32 | None:
         """Return the unit vector (D,) of a picture; None if it is not among these."""
         rows = self.vectors_of(np.array([] if num is None else [num], dtype=np.int64))
