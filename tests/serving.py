@@ -1,6 +1,7 @@
-"""A real server in a process of its own, for tests that attack it: `with serving(folder) as server: ...`.
+"""A real server in a process of its own: `with serving(folder) as server: ...`.
 
-It searches by colours (tests/colours.py) and is otherwise `clipkit app`. Run as a program, it is that process.
+It searches by colours (tests/colours.py) and is otherwise `clipkit app`. Run as a program, this module
+is that process.
 """
 
 from __future__ import annotations
@@ -96,7 +97,6 @@ def serving(
     folder: Path,
     *,
     limits: Mapping[str, float] | None = None,
-    environment: Mapping[str, str] = {},
     **options: Any,
 ) -> Iterator[Server]:
     """Serve the index in `folder`/index. `limits` replace constants by their full name; `options` are
@@ -104,14 +104,17 @@ def serving(
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     settings = json.dumps({"folder": str(folder), "limits": dict(limits or {}), "options": options})
-    with subprocess.Popen(
-        [sys.executable, __file__, settings],
-        stdout=subprocess.PIPE,
-        stderr=(folder / "stderr.txt").open("w"),
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), **environment},
-    ) as process:
+    with (
+        (folder / "stderr.txt").open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, __file__, settings],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
+        ) as process,
+    ):
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r"https?://\S+", line)
