@@ -32,7 +32,7 @@ def page(browser: Any) -> Iterator[Any]:  # noqa: F811
 def test_the_printed_link_logs_in_and_the_token_leaves_the_address(
     server: Server, page: Any
 ) -> None:
-    assert server.address.endswith(f"/photos/login#{SECRET}")
+    assert server.address.endswith(f"/photos/login#token={SECRET}")
     page.goto(server.address)
     page.wait_for_selector("#results [data-view]")
     assert page.url == f"http://127.0.0.1:{server.port}/photos/"

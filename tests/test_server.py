@@ -132,7 +132,7 @@ def test_tls(tmp_path: Path) -> None:
     files = {"certificate": str(certificate), "key": str(key)}
     with serving(library(tmp_path), token=True, **files) as server:
         assert server.address.startswith("https://127.0.0.1:")
-        base, _, token = server.address.partition("login#")
+        base, _, token = server.address.partition("login#token=")
         trusted = ssl.create_default_context(cafile=str(certificate))
         with httpx.Client(base_url=base, verify=trusted) as client:
             assert client.get("/health").status_code == 401
@@ -193,7 +193,7 @@ def test_behind_a_proxy_below_a_prefix(tmp_path: Path, strip: bool) -> None:
         "access_log": str(log),
     }
     with serving(library(tmp_path), **opening) as server:
-        address, _, token = server.address.partition("/photos/login#")
+        address, _, token = server.address.partition("/photos/login#token=")
         client = TestClient(
             proxy("/photos", address, strip=strip),
             base_url="https://photos.example.org",

@@ -150,7 +150,7 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         scheme = "https" if tls else "http"
         address = f"{scheme}://{name}:{listener.getsockname()[1]}{opening.root_path}/"
-        link = address if token is None else f"{address}login#{quote(token, safe='')}"
+        link = address if token is None else f"{address}login#token={quote(token, safe='')}"
         print(f"clipkit is at {link}  (Ctrl-C ends it)", flush=True)
         if token is None and opening.reaches_out(host):
             print("Anybody who can reach this address can search: --no-token.", file=sys.stderr)
