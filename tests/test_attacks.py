@@ -110,7 +110,7 @@ def test_no_event_reads_a_file_or_an_address(server: Server, tmp_path: Path, rec
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
     targets = ["/dev/zero", "/etc/shadow", str(pipe), str(secret), recorder, f"file://{secret}"]
-    for index in range(12):  # there are fewer events than that
+    for index in range(12):  # there are fewer events than that; test_page_cost.py looks at each
         target = targets[index % len(targets)]
         for body in bodies(target):
             status, said = server.post(
@@ -150,26 +150,6 @@ def test_no_event_reads_a_file_or_an_address(server: Server, tmp_path: Path, rec
 )
 def test_an_event_that_is_none_is_refused(server: Server, body: bytes) -> None:
     assert server.post("/gradio_api/queue/join", body, EVIL)[0] == 400
-
-
-def test_the_page_has_no_event_with_an_input(tmp_path: Path) -> None:
-    """What the guard lets through could name no file either: Gradio resolves inputs only."""
-    import asyncio
-
-    from app.web.page import Page, build
-    from app.web.saved_reports import SavedReports
-    from app.web.sorting import Sorter
-    from app.web.workspace import Workspace
-
-    workspace = Workspace(tmp_path / "index", ColourModel())  # type: ignore[arg-type]
-
-    async def made() -> Any:
-        return build(Page(workspace, Sorter(workspace), SavedReports()))
-
-    events = asyncio.run(made()).fns.values()
-    workspace.close()
-    assert len(events) >= 6
-    assert [event.inputs for event in events if event.inputs] == []
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,13 @@ HOST = "http://127.0.0.1:7860"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     """With an index run in progress and an event stream open: the run stops at a commit, the scratch
     folder goes, and so does that of a server that was killed. SIGTERM used to skip all that."""
-    for at in range(3_000):
+    for at in range(1_500):
         paint(tmp_path / "photos" / f"{at}.png", "red", number=at)
     left = tmp_path / "scratch" / f"{SCRATCH}killed"
     left.mkdir(parents=True)
@@ -182,7 +184,7 @@ def proxy(prefix: str, upstream: str, *, strip: bool) -> Any:
     return app
 
 
-@pytest.mark.parametrize("strip", [True, False])
+@pytest.mark.parametrize("strip", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_behind_a_proxy_below_a_prefix(tmp_path: Path, strip: bool) -> None:
     """The page, static files, events and cookies work; the client that counts is the proxy's."""
     log = tmp_path / "access.jsonl"
