@@ -321,9 +321,9 @@ def test_a_picture_that_unfolds_is_refused_or_bounded(server: Server) -> None:
     assert server.searches()
 
 
-def test_large_pictures_are_decoded_one_by_one(server: Server) -> None:
-    """48 megapixels with transparency, 200 kB: 190 MB decoded, and as RGB 140 MB more. Twelve at once
-    would need 4 GB."""
+def test_large_pictures_are_decoded_two_at_a_time(server: Server) -> None:
+    """48 megapixels with transparency, 200 kB: 192 MB for each of up to four copies on the way to RGB.
+    Two at a time need up to 1.5 GB beside the process's own 0.5 GB, eight at a time 6 GB."""
     picture = png_bytes((8_000, 6_000), 8, 6, zlib.compress(bytes(6_000 * (1 + 4 * 8_000)), 9))
     too_large = png_bytes((10_000, 10_000), 8, 6, b"")
     with ThreadPoolExecutor(12) as clients:
@@ -331,7 +331,7 @@ def test_large_pictures_are_decoded_one_by_one(server: Server) -> None:
         done = list(clients.map(lambda data: server.post("/queries", data, EVIL)[0], sent))
         assert server.searches()
     assert set(done[:8]) <= {200, 503} and set(done[8:]) <= {422, 503} and 200 in done
-    assert server.peak_megabytes() < 1_300
+    assert server.peak_megabytes() < 2_000
 
 
 @pytest.mark.parametrize(
