@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from schemathesis import GenerationMode
 
 from app.web.api import create_app
+from app.web.guard import Rules
 from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
@@ -38,7 +39,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with Catalog.open(folder / "index", write=True) as catalog:
         index_folders(catalog, [folder / "photos"], encoder=model)
     workspace = Workspace(folder / "index", model)  # type: ignore[arg-type]
-    yield create_app(workspace, host="testserver")  # the name that Schemathesis asks
+    names = Rules.names_of("testserver")  # the name that Schemathesis asks
+    yield create_app(workspace, rules=Rules(names=names))
     workspace.close()
 
 

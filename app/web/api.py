@@ -10,7 +10,6 @@ import base64
 import binascii
 import logging
 import re
-import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
@@ -28,14 +27,14 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.corrections import Mark
 from app.web import render, schemas
-from app.web.guard import Guard
+from app.web.guard import Guard, Rules
 from app.web.models import models_router
 from app.web.pictures import QUERY_MEGABYTES, ServerBusy, UnknownPictureError
 from app.web.requests import SearchRequest
 from app.web.routes import FRESH, page_router, picture_response, read_body
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
-from app.web.workspace import PictureGoneError, Side, Workspace, facts
+from app.web.workspace import NotAllowedError, PictureGoneError, Side, Workspace, facts
 from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
 from clipkit.search import SearchHit
@@ -372,18 +371,16 @@ def create_app(
     *,
     sorter: Sorter | None = None,
     reports: SavedReports | None = None,
-    host: str = "127.0.0.1",
+    rules: Rules | None = None,
     examples: Sequence[str] = (),
 ) -> FastAPI:
-    """Return the app with the API and the page's routes. `host` is the name on which the server listens.
+    """Return the app with the API and the page's routes inside the guard; `rules` say who may ask.
 
-    A request's Host must be that name, this machine's or a numeric address, so that a page elsewhere
-    cannot reach the server under a name of its own (DNS rebinding). `examples` are searches that the
-    start page offers.
+    `examples` are searches that the start page offers.
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
     sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
-    app.add_middleware(Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
+    app.add_middleware(Guard, rules=rules or Rules(names=Rules.names_of("localhost")))
     app.include_router(api_router(workspace))
     app.include_router(page_router(workspace, sorter=sorter, reports=reports, examples=examples))
 
@@ -432,6 +429,8 @@ def _sentence(error: Mapping[str, Any]) -> str:
 
 
 def _status(error: ClipkitError) -> int:
+    if isinstance(error, NotAllowedError):
+        return 403
     if isinstance(error, ServerBusy):
         return 503
     if isinstance(error, PictureGoneError):

@@ -4,7 +4,8 @@ The only module that knows Gradio. The page is HTML components whose values rend
 clipkit.js sends events ("evaluate", "index", "stop", "dismiss", "refresh") and shows what comes back;
 searches do not come this way, but through api.py. No event
 takes a component as its input and no component handles files, so that Gradio never resolves a path
-that a browser sends; guard.py lets none of its file routes through. Pictures go out by content hash.
+that a browser sends; guard.py lets none of its file routes through, nor an event with an input.
+Pictures go out by content hash.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,7 @@ import gradio as gr
 from app.web import render
 from app.web.api import FAULT, create_app
 from app.web.folders import path_of
+from app.web.guard import Rules
 from app.web.indexing import Run
 from app.web.routes import STATIC
 from app.web.saved_reports import SavedReports
@@ -35,6 +39,12 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = ("birthday cake", "a red car", "penguin", "someone playing guitar", "a house in snow")
 QUEUE = 64  # events that may wait; more are refused
+SORTINGS_EACH = 2  # of one client at a time, of all that Workspace.classifying lets in
+TURNS_TAKEN = (
+    f"{SORTINGS_EACH} classifications from this address are in progress; wait for one to end"
+)
+UNREAD = 30  # messages for a page that does not fetch them
+SESSIONS = 4_000  # of which Gradio's queue remembers something; it keeps the messages of 2,000
 TICK_SECONDS = 0.7  # between updates while something changes by itself
 
 SETTINGS = {
@@ -80,18 +90,27 @@ class Page:
             return ""
 
     def run(self) -> str:
-        return render.run(self.workspace.run)
+        return "" if self.workspace.read_only else render.run(self.workspace.run)
 
-    def sort(self, data: Mapping[str, Any]) -> tuple[str, str]:
+    def change_run(self, change: Callable[[], None]) -> str:
+        """Stop or dismiss the run and return it; the reason if the page may not."""
+        try:
+            change()
+        except ClipkitError as error:
+            return render.run(Run(folders=(), error=str(error), over=True))
+        return self.run()
+
+    def sort(self, data: Mapping[str, Any], *, error: str = "") -> tuple[str, str]:
         """Return the Classify page, with the result if the browser sent words, and the status.
 
         The page is a <template> in an element of its own name: clipkit.js takes it from there into the
         results, which Gradio does not know.
-        "group" is the number of the one group to show, and "k" how many of its pictures.
+        "group" is the number of the one group to show, and "k" how many of its pictures. With `error`
+        nothing is sorted: the page says why.
         """
         fields = {key: str(data.get(key) or "") for key in ("words", "choice", "floor", "ticket")}
-        sorting, error, only = None, "", None
-        if fields["words"].strip():
+        sorting, only = None, None
+        if fields["words"].strip() and not error:
             try:
                 sorting = self.sorter.sort(SortRequest.from_page(data))
                 only = self._group(sorting, data)
@@ -112,7 +131,8 @@ class Page:
         groups = [one for one in sorting.groups if one.number == group and group is not None]
         if not groups or not isinstance(k, int) or k < 1:
             return None
-        return replace(groups[0], best=self.sorter.best(sorting, groups[0].number, k))
+        most = min(k, render.GROUP_MOST)
+        return replace(groups[0], best=self.sorter.best(sorting, groups[0].number, most))
 
     def index(self, data: Mapping[str, Any]) -> str:
         """Start to index a folder, typed or chosen by its key; return the reason if it cannot, else
@@ -136,11 +156,47 @@ class Page:
         return self._filters[1]
 
 
+class Turns:
+    """Count long work in progress, so that one client does not keep all others waiting."""
+
+    def __init__(self) -> None:
+        self._clients: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def begin(self, client: str) -> bool:
+        """Count one more, unless the client has SORTINGS_EACH already; return whether it was counted."""
+        with self._lock:
+            if self._clients[client] >= SORTINGS_EACH:
+                return False
+            self._clients[client] += 1
+            return True
+
+    def end(self, client: str) -> None:
+        """Count one less."""
+        with self._lock:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
+
+
+def forget_unread(blocks: gr.Blocks, session: str) -> None:
+    """Forget messages for a page that does not fetch them: Gradio would keep them until it ends."""
+    queue = blocks._queue
+    messages = queue.pending_messages_per_session.get(session)
+    if messages is not None and messages.qsize() > UNREAD:
+        while not messages.empty():
+            messages.get_nowait()
+    if len(queue.pending_event_ids_session) > SESSIONS:
+        for known in list(queue.pending_event_ids_session):
+            if known not in queue.pending_messages_per_session:
+                del queue.pending_event_ids_session[known]
+
+
 def build(page: Page) -> gr.Blocks:
     """Return the page and its events, not yet served. Sets Gradio's environment variables, as there
     is no other way to configure these."""
     os.environ.update(SETTINGS)
-    workspace = page.workspace
+    workspace, turns = page.workspace, Turns()
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = "".join(
         f'<script src="ui/{name}?v={_version(name)}"></script>'
@@ -181,9 +237,15 @@ def build(page: Page) -> gr.Blocks:
                 or workspace.teacher.working
             )
 
-        def on_evaluate(event: gr.EventData) -> tuple[Any, ...]:
-            timer = next_timer()
-            return *page.sort(_data(event)), page.run(), timer
+        def on_evaluate(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+            timer, data = next_timer(), _data(event)
+            client = request.client.host if request.client else ""
+            if not turns.begin(client):
+                return *page.sort(data, error=TURNS_TAKEN), page.run(), timer
+            try:
+                return *page.sort(data), page.run(), timer
+            finally:
+                turns.end(client)
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
@@ -191,12 +253,10 @@ def build(page: Page) -> gr.Blocks:
             return refused, page.run(), page.status(), timer
 
         def on_stop() -> str:
-            workspace.stop()
-            return page.run()
+            return page.change_run(workspace.stop)
 
         def on_dismiss() -> str:
-            workspace.dismiss()
-            return page.run()
+            return page.change_run(workspace.dismiss)
 
         def on_tick() -> tuple[Any, ...]:
             timer = next_timer()
@@ -231,15 +291,18 @@ def _version(name: str) -> str:
 
 
 def make_app(
-    workspace: Workspace, *, host: str = "127.0.0.1", examples: Sequence[str] = EXAMPLES
+    workspace: Workspace, *, rules: Rules | None = None, examples: Sequence[str] = EXAMPLES
 ) -> FastAPI:
-    """Return page and API as one ASGI app."""
+    """Return page and API as one ASGI app; `rules` say who may ask."""
     style = f'<link rel="stylesheet" href="ui/clipkit.css?v={_version("clipkit.css")}">'
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     sorter, reports = Sorter(workspace), SavedReports()
+    blocks = build(Page(workspace, sorter, reports))
+    rules = rules or Rules(names=Rules.names_of("localhost"))
+    rules = replace(rules, on_event=lambda session: forget_unread(blocks, session))
     return gr.mount_gradio_app(
-        create_app(workspace, sorter=sorter, reports=reports, host=host, examples=examples),
-        build(Page(workspace, sorter, reports)),
+        create_app(workspace, sorter=sorter, reports=reports, rules=rules, examples=examples),
+        blocks,
         path="/",
         # Plain Font objects: a font given as a string is fetched from Gradio's own set.
         theme=gr.themes.Base(

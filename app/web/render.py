@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from clipkit.search import SearchHit
 
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
+GROUP_MOST = 6_000  # pictures of a whole group that one page may show; the CSV has all
 GROUP_PAGE = 120  # pictures of a whole group of the Classify page, and the step of "show more"
 MOST_LOADED = 240  # pictures that the page loads at once while it is scrolled
 SIDES = (640, 1280, 1920, 3840)  # choices of the longer side, in pixels
@@ -175,6 +176,7 @@ def sort_page(
         floors=FLOORS,
         only=only,
         group_page=GROUP_PAGE,
+        group_most=GROUP_MOST,
         close_lead=CLOSE,
         sorting=sorting,
         error=error,

@@ -63,6 +63,10 @@ class PictureGoneError(InputError):
     """The picture is in the catalog, but its file was deleted or has other content now."""
 
 
+class NotAllowedError(InputError):
+    """The page is read-only."""
+
+
 @dataclass(frozen=True, slots=True)
 class FolderRow:
     """A folder of the library. `key` stands for its path in a page: it survives whatever bytes the
@@ -215,7 +219,8 @@ def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.pla
 
 
 class Workspace:
-    """See the module. `may_index` says whether folders may be indexed from the page.
+    """See the module. `may_index` says whether folders may be indexed from the page; with `read_only`
+    nothing may be changed from it: no marks, no indexing, no forgetting, no file opened.
 
     With `follows`, the model is that which is active in the index, from the next request on after a
     switch, by whomever; else `model` until the page switches. `open_model` returns the model of a spec,
@@ -228,6 +233,7 @@ class Workspace:
         model: LazyEncoder,
         *,
         may_index: bool = True,
+        read_only: bool = False,
         limits: Limits | None = None,
         follows: bool = False,
         open_model: Callable[[str | None], LazyEncoder] | None = None,
@@ -237,7 +243,8 @@ class Workspace:
         self._follows = follows
         self._followed = -1  # the change counter for which the active model was looked up
         self._open_model = open_model or (lambda spec: open_encoder(folder, spec))
-        self.may_index = may_index
+        self.may_index = may_index and not read_only
+        self.read_only = read_only
         self.limits = limits or Limits()
         # Two large pictures are some 1.5 GB while they are decoded.
         self._decoding = Places("decoding pictures", 2, waiting=16, seconds=20)
@@ -344,7 +351,7 @@ class Workspace:
             query, image = self._with_images(catalog, query, request.images)
             result = searcher.search(query, image=image, filters=filters, **page)
             words = None if request.images else marked_words(query)
-        corrections = self._readable() if words else None
+        corrections = self._readable() if words and not self.read_only else None
         return SearchAnswer(
             hits=result.hits,
             total=result.total,
@@ -534,6 +541,7 @@ class Workspace:
 
         Raises InputError where `may_show_files` is False, UnknownPictureError, PictureGoneError.
         """
+        self._check_may_write()
         if not self.may_show_files:
             raise InputError("this page cannot open files: they are on another machine's screen")
         path, _ = self._file(self._row(picture_id)[1])
@@ -562,6 +570,7 @@ class Workspace:
     def mark(self, mark: Mark) -> int:
         """Store a mark and return how many corrections there are then. Raises UnknownPictureError and
         what Corrections.put raises."""
+        self._check_may_write()
         self._row(mark.picture)
         self.corrections.put(mark)
         return self.corrections.total()
@@ -595,10 +604,13 @@ class Workspace:
         self._indexer.start(folders, self.model)
 
     def stop(self) -> None:
+        """Stop the run in progress. Raises NotAllowedError."""
+        self._check_may_write()
         self._indexer.stop()
 
     def dismiss(self) -> None:
-        """Show the last run no more, on any page."""
+        """Show the last run no more, on any page. Raises NotAllowedError."""
+        self._check_may_write()
         self._indexer.dismiss()
 
     # ---- models
@@ -683,6 +695,13 @@ class Workspace:
         with Catalog.open(self.folder, write=True) as catalog:
             return catalog.remove_root(path)
 
+    def _check_may_write(self) -> None:
+        if self.read_only:
+            raise NotAllowedError(
+                "this page is read-only; start clipkit app without --read-only to change anything"
+            )
+
     def _check_may_index(self) -> None:
+        self._check_may_write()
         if not self.may_index:
             raise InputError("this page may not index folders; on the server: clipkit index FOLDER")
