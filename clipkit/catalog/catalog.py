@@ -300,6 +300,14 @@ class Catalog:
         with self._reading() as db:
             return queries.read_vectors(db, encoder_id, after_seq)
 
+    def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
+        """Count the encoder's vectors with seq > `after_seq`, of dead pictures too; no vector is read."""
+        # +encoder: walk from that seq; the index on encoder leads through all of its vectors
+        sql = "SELECT count(*) FROM vectors WHERE +encoder = ? AND seq > ?"
+        with self._store.connection() as db:
+            key, _ = queries.encoder_key(db, encoder_id)
+            return int(db.execute(sql, (key, after_seq)).fetchone()[0])
+
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
         """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""
         with self._store.connection() as db:
@@ -395,6 +403,11 @@ class Catalog:
         with self._store.connection() as db:
             rows = db.execute("SELECT path, reason, message FROM skipped ORDER BY path")
             return [SkippedRow(os.fsdecode(path), *why) for path, *why in rows]
+
+    def skips(self) -> dict[str, int]:
+        """Count the files that could not be indexed, by reason."""
+        with self._store.connection() as db:
+            return dict(db.execute("SELECT reason, count(*) FROM skipped GROUP BY reason"))
 
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
         """Return the folders with the most places below them, roots included, with that number."""
