@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
 from collections import Counter
@@ -50,6 +52,26 @@ ModelOption = Annotated[
         show_default="the index's own; builtin for a new index",
     ),
 ]
+OTHERS = "Serving others"  # a panel of options
+
+
+def _prefix(text: str) -> str:
+    """Return the prefix of --root-path without the slash at its end. Raises InputError."""
+    prefix = text.rstrip("/")
+    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix) or ".." in prefix:
+        raise InputError(
+            f"--root-path is {text!r}; it must be a path that begins with /, such as /photos"
+        )
+    return prefix
+
+
+_root_path: Any = typer.Option(
+    "--root-path",
+    metavar="PREFIX",
+    parser=_prefix,
+    help="The path below which a reverse proxy serves the page.",
+    rich_help_panel=OTHERS,
+)
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -220,12 +242,89 @@ def app(
         int, number("--port", help="Port to listen on; 0: any free port.", low=0, high=65535)
     ] = 7860,
     open_browser: Annotated[bool, typer.Option("--open", help="Open a browser.")] = False,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="Let the page change nothing: search only.")
+    ] = False,
+    token: Annotated[
+        bool | None,
+        typer.Option(
+            "--token/--no-token",
+            help="Ask for a token; it is printed with the address.",
+            show_default="only where others can reach the page",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Take the token from a file. CLIPKIT_TOKEN gives it as well.",
+            show_default="a new one",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="A name by which the page is opened; may be repeated.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST",
+            help="Address or network of a reverse proxy, whose X-Forwarded-For counts.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    root_path: Annotated[str, _root_path] = "",
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="PEM certificate, for https.", rich_help_panel=OTHERS),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its key.", rich_help_panel=OTHERS)
+    ] = None,
+    access_log: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Log each request as a line of JSON; -: standard error.",
+            rich_help_panel=OTHERS,
+        ),
+    ] = None,
+    log_queries: Annotated[
+        bool,
+        typer.Option(
+            "--log-queries", help="With addresses and words in the log.", rich_help_panel=OTHERS
+        ),
+    ] = False,
+    max_requests: Annotated[
+        int,
+        number(
+            "--max-requests",
+            help="Answered at a time, a fifth of them for one client.",
+            low=5,
+            high=1000,
+            panel=OTHERS,
+        ),
+    ] = 40,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
 ) -> None:
-    """Serve the search page, to this machine only unless --host is given."""
-    from app.web.server import serve
+    """Serve the search page, to this machine only unless --host is given.
 
+    Where others can reach the page, it asks for a token, which the printed link carries, and it does
+    not index folders. Others can reach it with another --host, and behind a reverse proxy, which
+    --allow-host, --proxy and --root-path tell of.
+    """
+    from app.web.server import Opening, serve
+
+    for name, value in (("--proxy", proxy), ("--allow-host", allow_host)):
+        for one in value or ():
+            _check_address(name, one)
     serve(
         index_folder(index),
         model=model,
@@ -234,7 +333,48 @@ def app(
         open_browser=open_browser,
         device=device,
         precision=precision,
+        opening=Opening(
+            token=token,
+            secret=_secret(token_file),
+            read_only=read_only,
+            names=tuple(allow_host or ()),
+            root_path=root_path,
+            proxies=tuple(proxy or ()),
+            certificate=tls_cert,
+            key=tls_key,
+            access_log=access_log,
+            log_queries=log_queries,
+            places=max_requests,
+        ),
     )
+
+
+def _secret(file: Path | None) -> str | None:
+    """Return the token that the user chose, without the white space around it."""
+    if file is None:
+        return os.environ.get("CLIPKIT_TOKEN", "").strip() or None
+    try:
+        return file.expanduser().read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read the token file {file}: {reason}") from None
+
+
+def _check_address(name: str, text: str) -> None:
+    """Check that --proxy is an address or a network, and --allow-host a bare name. Raises InputError."""
+    if name == "--proxy":
+        try:
+            ipaddress.ip_network(text, strict=False)
+        except ValueError:
+            raise InputError(
+                f"--proxy is {text!r}; it must be an address or a network, such as 127.0.0.1 or "
+                "10.0.0.0/8"
+            ) from None
+    elif not re.fullmatch(r"[\w-]+(\.[\w-]+)*\.?", text):
+        raise InputError(
+            f"--allow-host is {text!r}; it must be a name without scheme and port, such as "
+            "photos.example.org"
+        )
 
 
 def status(
@@ -362,7 +502,15 @@ def add_commands(cli: Commands) -> None:
         ),
         cls=SearchCommand,
     )(search)
-    cli.command(epilog=examples("clipkit app --open", "clipkit app --index .demo/gallery"))(app)
+    cli.command(
+        epilog=examples(
+            "clipkit app --open",
+            "clipkit app --index .demo/gallery",
+            "clipkit app --host 0.0.0.0 --read-only",
+            "clipkit app --allow-host photos.example.org --proxy 127.0.0.1",
+            "clipkit app --host 0.0.0.0 --tls-cert cert.pem --tls-key key.pem",
+        )
+    )(app)
     cli.command(
         epilog=examples("clipkit status", "clipkit status --skipped", "clipkit status --json")
     )(status)

@@ -35,10 +35,11 @@ def number(
     kind: Callable[[str], float] = int,
     default: str | None = None,
     more: bool = False,
+    panel: str | None = None,
     **limits: float,
 ) -> Any:
     """Return a numeric option. `default` says in words what is done without it, `limits` are those
-    of `check_limits`, `more` puts it into that panel."""
+    of `check_limits`, `more` puts it into that panel, `panel` into another one."""
 
     def parse(text: str) -> float:
         try:
@@ -55,7 +56,7 @@ def number(
         parser=parse,
         help=help,
         show_default=default or True,
-        rich_help_panel=MORE if more else None,
+        rich_help_panel=MORE if more else panel,
     )
 
 

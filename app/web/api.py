@@ -25,7 +25,6 @@ checks. Errors are JSON: {"error": one sentence}. The page itself is Gradio's, m
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Iterable
 from dataclasses import asdict
 from importlib import resources
@@ -39,11 +38,11 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from app.corrections import MARK_BYTES, Mark
 from app.web import render
-from app.web.guard import FOREVER, Guard
+from app.web.guard import FOREVER, Guard, Rules
 from app.web.requests import QUERY_MEGABYTES, REQUEST_BYTES, SearchRequest, UnknownPictureError
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
-from app.web.workspace import PictureGoneError, Workspace
+from app.web.workspace import NotAllowedError, PictureGoneError, Workspace
 from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
 
@@ -68,16 +67,12 @@ def create_app(
     *,
     sorter: Sorter | None = None,
     reports: SavedReports | None = None,
-    host: str = "127.0.0.1",
+    rules: Rules | None = None,
 ) -> FastAPI:
-    """Return the app with the routes above. `host` is the name on which the server listens.
-
-    A request's Host must be that name, this machine's or a numeric address, so that a page elsewhere
-    cannot reach the server under a name of its own (DNS rebinding).
-    """
+    """Return the app with the routes above, inside the guard; `rules` say who may ask."""
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
     sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
-    app.add_middleware(Guard, names={host.lower(), "localhost", socket.gethostname().lower()})
+    app.add_middleware(Guard, rules=rules or Rules(names=Rules.names_of("localhost")))
 
     @app.exception_handler(ClipkitError)
     def refused(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001
@@ -224,6 +219,8 @@ def _download(pieces: Iterable[str | bytes], mime: str, name: str) -> Response:
 
 
 def _status(error: ClipkitError) -> int:
+    if isinstance(error, NotAllowedError):
+        return 403
     if isinstance(error, PictureGoneError):
         return 410
     if isinstance(error, UnknownPictureError | UnknownReportError | UnknownSortingError):

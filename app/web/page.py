@@ -4,7 +4,8 @@ The only module that knows Gradio. The page is HTML components whose values rend
 clipkit.js sends events ("ask", "evaluate", "index", "stop", "dismiss", "refresh") and
 shows what comes back. No event
 takes a component as its input and no component handles files, so that Gradio never resolves a path
-that a browser sends; api.py lets none of its file routes through. Pictures go out by content hash.
+that a browser sends; guard.py lets none of its file routes through, nor an event with an input.
+Pictures go out by content hash.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import gradio as gr
 
 from app.web import render
 from app.web.api import STATIC, create_app
 from app.web.folders import path_of
+from app.web.guard import Rules
 from app.web.indexing import Run
 from app.web.requests import SearchRequest
 from app.web.saved_reports import SavedReports
@@ -35,6 +39,10 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = ("birthday cake", "a red car", "penguin", "someone playing guitar", "a house in snow")
 QUEUE = 64  # events that may wait; more are refused
+SORTINGS = 2  # at a time; they take seconds to minutes
+SORTINGS_EACH = 2  # of one client, waiting ones included
+UNREAD = 30  # messages for a page that does not fetch them
+SESSIONS = 4_000  # of which Gradio's queue remembers something; it keeps the messages of 2,000
 TICK_SECONDS = 0.7  # between updates while something changes by itself
 FAULT = "Unexpected error; see the terminal for details"
 
@@ -92,7 +100,15 @@ class Page:
             return ""
 
     def run(self) -> str:
-        return render.run(self.workspace.run)
+        return "" if self.workspace.read_only else render.run(self.workspace.run)
+
+    def change_run(self, change: Callable[[], None]) -> str:
+        """Stop or dismiss the run and return it; the reason if the page may not."""
+        try:
+            change()
+        except ClipkitError as error:
+            return render.run(Run(folders=(), error=str(error), over=True))
+        return self.run()
 
     def search(self, data: Mapping[str, Any]) -> tuple[str, str]:
         """Return the results of one search, or the reason why there are none, and the status."""
@@ -104,14 +120,15 @@ class Page:
         # The status comes second: the first search loads the model.
         return self._results(data, contents, ticket), self.status(contents)
 
-    def sort(self, data: Mapping[str, Any]) -> tuple[str, str]:
+    def sort(self, data: Mapping[str, Any], *, error: str | None = None) -> tuple[str, str]:
         """Return the Classify page, with the result if the browser sent words, and the status.
 
-        "group" is the number of the one group to show, and "k" how many of its pictures.
+        "group" is the number of the one group to show, and "k" how many of its pictures. With `error`
+        nothing is sorted: the page says why.
         """
         fields = {key: str(data.get(key) or "") for key in ("words", "choice", "floor", "ticket")}
-        sorting, error, only = None, "", None
-        if fields["words"].strip():
+        sorting, only = None, None
+        if fields["words"].strip() and error is None:
             try:
                 sorting = self.sorter.sort(SortRequest.from_page(data))
                 only = self._group(sorting, data)
@@ -121,7 +138,7 @@ class Page:
                 log.exception("sorting failed")
                 error = FAULT
         page = render.sort_page(
-            fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error
+            fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error or ""
         )
         return page, self.status()
 
@@ -180,11 +197,47 @@ class Page:
         return self._filters[1]
 
 
+class Turns:
+    """Take turns at long work, so that one client cannot keep everybody else waiting."""
+
+    def __init__(self) -> None:
+        self._present: Counter[str] = Counter()
+        self._threads = anyio.CapacityLimiter(SORTINGS)
+
+    async def take(self, client: str, work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
+        """Do the work in a thread. Raises InputError if the client has SORTINGS_EACH in progress."""
+        if self._present[client] >= SORTINGS_EACH:
+            raise InputError(
+                f"{SORTINGS_EACH} classifications from this address are in progress; "
+                "wait for one of them to end"
+            )
+        self._present[client] += 1
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=self._threads)
+        finally:
+            self._present[client] -= 1
+            if not self._present[client]:
+                del self._present[client]
+
+
+def forget_unread(blocks: gr.Blocks, session: str) -> None:
+    """Forget messages for a page that does not fetch them: Gradio would keep them until it ends."""
+    queue = blocks._queue
+    messages = queue.pending_messages_per_session.get(session)
+    if messages is not None and messages.qsize() > UNREAD:
+        while not messages.empty():
+            messages.get_nowait()
+    if len(queue.pending_event_ids_session) > SESSIONS:
+        for known in list(queue.pending_event_ids_session):
+            if known not in queue.pending_messages_per_session:
+                del queue.pending_event_ids_session[known]
+
+
 def build(page: Page) -> gr.Blocks:
     """Return the page and its events, not yet served. Sets Gradio's environment variables, as there
     is no other way to configure these."""
     os.environ.update(SETTINGS)
-    workspace = page.workspace
+    workspace, turns = page.workspace, Turns()
     plain: dict[str, Any] = {"apply_default_css": False, "js_on_load": None}
     script = "".join(
         f'<script src="ui/{name}?v={_version(name)}"></script>'
@@ -228,9 +281,14 @@ def build(page: Page) -> gr.Blocks:
             timer = next_timer()
             return *page.search(_data(event)), page.run(), timer
 
-        def on_evaluate(event: gr.EventData) -> tuple[Any, ...]:
-            timer = next_timer()
-            return *page.sort(_data(event)), page.run(), timer
+        async def on_evaluate(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+            timer, data = next_timer(), _data(event)
+            client = request.client.host if request.client else ""
+            try:
+                drawn = await turns.take(client, lambda: page.sort(data))
+            except InputError as error:
+                drawn = page.sort(data, error=str(error))
+            return *drawn, page.run(), timer
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
@@ -238,12 +296,10 @@ def build(page: Page) -> gr.Blocks:
             return refused, page.run(), page.status(), timer
 
         def on_stop() -> str:
-            workspace.stop()
-            return page.run()
+            return page.change_run(workspace.stop)
 
         def on_dismiss() -> str:
-            workspace.dismiss()
-            return page.run()
+            return page.change_run(workspace.dismiss)
 
         def on_tick() -> tuple[Any, ...]:
             timer = next_timer()
@@ -253,7 +309,12 @@ def build(page: Page) -> gr.Blocks:
         blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
         ask.ask(on_ask, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
         ask.evaluate(
-            on_evaluate, None, [results, status, run, timer], trigger_mode="always_last", **quiet
+            on_evaluate,
+            None,
+            [results, status, run, timer],
+            trigger_mode="always_last",
+            concurrency_limit=None,  # they wait in Turns, not in the queue that all events share
+            **quiet,
         )
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
         ask.stop(on_stop, None, [run], **quiet)
@@ -273,15 +334,18 @@ def _version(name: str) -> str:
 
 
 def make_app(
-    workspace: Workspace, *, host: str = "127.0.0.1", examples: Sequence[str] = EXAMPLES
+    workspace: Workspace, *, rules: Rules | None = None, examples: Sequence[str] = EXAMPLES
 ) -> FastAPI:
-    """Return page and API as one ASGI app."""
+    """Return page and API as one ASGI app; `rules` say who may ask."""
     style = f'<link rel="stylesheet" href="ui/clipkit.css?v={_version("clipkit.css")}">'
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     sorter, reports = Sorter(workspace), SavedReports()
+    blocks = build(Page(workspace, sorter, reports, examples))
+    rules = rules or Rules(names=Rules.names_of("localhost"))
+    rules = replace(rules, on_event=lambda session: forget_unread(blocks, session))
     return gr.mount_gradio_app(
-        create_app(workspace, sorter=sorter, reports=reports, host=host),
-        build(Page(workspace, sorter, reports, examples)),
+        create_app(workspace, sorter=sorter, reports=reports, rules=rules),
+        blocks,
         path="/",
         # Plain Font objects: a font given as a string is fetched from Gradio's own set.
         theme=gr.themes.Base(
@@ -293,7 +357,7 @@ def make_app(
         footer_links=[],
         run_history=False,
         # Gradio may take no upload and read nothing from the disk: its file routes had several path
-        # traversals (CVE-2024-1561, CVE-2024-47164 and others). api.py closes these routes as well.
+        # traversals (CVE-2024-1561, CVE-2024-47164 and others). guard.py closes these routes as well.
         max_file_size="1b",
         allowed_paths=[],
         blocked_paths=[os.path.abspath(os.sep)],

@@ -45,6 +45,10 @@ class PictureGoneError(InputError):
     """The picture is in the catalog, but its file was deleted or has other content now."""
 
 
+class NotAllowedError(InputError):
+    """The page is read-only."""
+
+
 @dataclass(frozen=True, slots=True)
 class FolderRow:
     """A folder of the library. `key` stands for its path in a page: it survives whatever bytes the
@@ -148,7 +152,8 @@ def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.pla
 
 
 class Workspace:
-    """See the module. `may_index` says whether folders may be indexed from the page."""
+    """See the module. `may_index` says whether folders may be indexed from the page; with `read_only`
+    nothing may be changed from it: no marks, no indexing, no forgetting, no file opened."""
 
     def __init__(
         self,
@@ -156,11 +161,13 @@ class Workspace:
         model: LazyEncoder,
         *,
         may_index: bool = True,
+        read_only: bool = False,
         limits: Limits | None = None,
     ) -> None:
         self.folder = folder
         self.model = model
-        self.may_index = may_index
+        self.may_index = may_index and not read_only
+        self.read_only = read_only
         self.limits = limits or Limits()
         self.dropped = DroppedPictures(limits=self.limits)
         self.corrections = Corrections(folder)
@@ -233,7 +240,7 @@ class Workspace:
             picture = self.dropped[request.picture] if request.picture else None
             result = searcher.search(query, k=request.k, image=picture, filters=filters)
             words = None if picture else marked_words(query)
-        corrections = self._readable() if words else None
+        corrections = self._readable() if words and not self.read_only else None
         return SearchAnswer(
             hits=result.hits,
             total=result.total,
@@ -325,6 +332,7 @@ class Workspace:
 
         Raises InputError where `may_show_files` is False, UnknownPictureError, PictureGoneError.
         """
+        self._check_may_write()
         if not self.may_show_files:
             raise InputError("this page cannot open files: they are on another machine's screen")
         path, _ = self._file(self._row(picture_id)[1])
@@ -353,6 +361,7 @@ class Workspace:
     def mark(self, mark: Mark) -> int:
         """Store a mark and return how many corrections there are then. Raises UnknownPictureError and
         what Corrections.put raises."""
+        self._check_may_write()
         self._row(mark.picture)
         self.corrections.put(mark)
         return self.corrections.total()
@@ -386,10 +395,13 @@ class Workspace:
         self._indexer.start(folders)
 
     def stop(self) -> None:
+        """Stop the run in progress. Raises NotAllowedError."""
+        self._check_may_write()
         self._indexer.stop()
 
     def dismiss(self) -> None:
-        """Show the last run no more, on any page."""
+        """Show the last run no more, on any page. Raises NotAllowedError."""
+        self._check_may_write()
         self._indexer.dismiss()
 
     def roots(self) -> list[Root]:
@@ -426,6 +438,13 @@ class Workspace:
         with Catalog.open(self.folder, write=True) as catalog:
             return catalog.remove_root(path)
 
+    def _check_may_write(self) -> None:
+        if self.read_only:
+            raise NotAllowedError(
+                "this page is read-only; start clipkit app without --read-only to change anything"
+            )
+
     def _check_may_index(self) -> None:
+        self._check_may_write()
         if not self.may_index:
             raise InputError("this page may not index folders; on the server: clipkit index FOLDER")
