@@ -104,14 +104,17 @@ def serving(
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
     settings = json.dumps({"folder": str(folder), "limits": dict(limits or {}), "options": options})
-    with subprocess.Popen(
-        [sys.executable, __file__, settings],
-        stdout=subprocess.PIPE,
-        stderr=(folder / "stderr.txt").open("w"),
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), **environment},
-    ) as process:
+    with (
+        (folder / "stderr.txt").open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, __file__, settings],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), **environment},
+        ) as process,
+    ):
         assert process.stdout is not None
         line = process.stdout.readline()
         found = re.search(r"https?://\S+", line)

@@ -14,6 +14,7 @@
     GET  /sortings/{key}.csv the pictures as they were sorted into words
     POST /corrections        {"picture": id, "query": words, "right": true, false or null to unmark}
     GET  /corrections.jsonl  all marks of results, for `clipkit data build`
+    GET  /metrics            what Prometheus scrapes (app.web.metrics)
     GET  /folders            the indexed folders, as HTML for the folders panel
     POST /folders/browse     a folder's key as the request's body -> the folders inside it, as HTML
     POST /folders/forget     the same -> the indexed folders without it, as HTML
@@ -26,7 +27,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from typing import Annotated
 
@@ -39,6 +40,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from app.corrections import MARK_BYTES, Mark
 from app.web import render
 from app.web.guard import FOREVER, Guard, Rules
+from app.web.metrics import Metrics
 from app.web.requests import QUERY_MEGABYTES, REQUEST_BYTES, SearchRequest, UnknownPictureError
 from app.web.saved_reports import SavedReports, UnknownReportError
 from app.web.sorting import Sorter, UnknownSortingError
@@ -72,7 +74,12 @@ def create_app(
     """Return the app with the routes above, inside the guard; `rules` say who may ask."""
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
     sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
-    app.add_middleware(Guard, rules=rules or Rules(names=Rules.names_of("localhost")))
+    rules = rules or Rules(names=Rules.names_of("localhost"))
+    metrics = Metrics(workspace, rules.load)
+    workspace.observers.append(metrics.searched)
+    app.include_router(metrics.router)
+    rules = replace(rules, observers=(*rules.observers, metrics.answered))
+    app.add_middleware(Guard, rules=rules)
 
     @app.exception_handler(ClipkitError)
     def refused(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001

@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Response
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -25,6 +27,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from app.web.limits import Load
 from app.web.workspace import Workspace
 from clipkit import __version__
 from clipkit.catalog import Catalog
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 METHODS = ("GET", "HEAD", "POST", "DELETE", "PUT")
-STREAM = "/queue/data"  # Gradio's event stream lasts as long as the page is open: that is no latency
+STREAM = (
+    "/queue/data"  # Gradio's event stream lasts as long as the page is open: that is no latency
+)
 # Requests that were refused for what they are, not for what they ask: by status, whatever the route ...
 REJECTIONS = {
     401: "no_token",
@@ -58,7 +63,7 @@ STAGES = ("load", "encode", "filter", "scan", "search", "rescore", "rows")
 class Metrics:
     """The metrics of one app, in a registry of its own. Threads may share it."""
 
-    def __init__(self, workspace: Workspace) -> None:
+    def __init__(self, workspace: Workspace, load: Load) -> None:
         disable_created_metrics()  # a second series beside every counter, which nothing here uses
         self.registry = registry = CollectorRegistry()
         self._requests = Histogram(
@@ -92,6 +97,9 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        for name, what in (("active", "at work"), ("waiting", "that wait for a place")):
+            requests = Gauge(f"clipkit_http_requests_{name}", f"Requests {what}", registry=registry)
+            requests.set_function(partial(getattr, load, name))
         ProcessCollector(registry=registry)
         registry.register(_LibraryCollector(workspace))
         self.router = APIRouter()
@@ -187,7 +195,9 @@ def _index_families(catalog: Catalog) -> Iterator[GaugeMetricFamily]:
         newest = datetime.fromisoformat(stats.newest).timestamp()
         yield gauge("index_last_added_timestamp_seconds", "When a picture was last added", newest)
     yield labelled("index_skipped_files", "Files not indexed", "reason", catalog.skips())
-    rows = {printable(row.spec): catalog.stats(row.encoder_id).vectors for row in catalog.encoders()}
+    rows = {
+        printable(row.spec): catalog.stats(row.encoder_id).vectors for row in catalog.encoders()
+    }
     yield labelled("model_vectors", "Pictures with a vector of a model", "model", rows)
     if active is None:
         return

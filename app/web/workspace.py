@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
@@ -30,7 +30,7 @@ from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.query import parse
-from clipkit.search import Empty, Searcher, SearchHit
+from clipkit.search import Empty, Searcher, SearchHit, SearchResult
 from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ class Workspace:
         self.corrections = Corrections(folder)
         self._indexer = Indexer(folder, model, limits=self.limits)
         self._lock = threading.Lock()
+        self.observers: list[Callable[[SearchResult], None]] = []  # called after every search
         self._opened: tuple[Catalog, Searcher] | None = None
         self._contents = Contents(None, 0)
 
@@ -240,6 +241,8 @@ class Workspace:
             picture = self.dropped[request.picture] if request.picture else None
             result = searcher.search(query, k=request.k, image=picture, filters=filters)
             words = None if picture else marked_words(query)
+        for observe in self.observers:
+            observe(result)
         corrections = self._readable() if words and not self.read_only else None
         return SearchAnswer(
             hits=result.hits,

@@ -301,7 +301,7 @@ class Catalog:
             return queries.read_vectors(db, encoder_id, after_seq)
 
     def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
-        """Count the encoder's vectors with seq > `after_seq`, of dead pictures too; no vector is read."""
+        """Count the encoder's vectors with seq > `after_seq`, also of dead pictures; none is read."""
         # +encoder: walk from that seq; the index on encoder leads through all of its vectors
         sql = "SELECT count(*) FROM vectors WHERE +encoder = ? AND seq > ?"
         with self._store.connection() as db:
