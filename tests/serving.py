@@ -1,6 +1,7 @@
-"""A real server in a process of its own, for tests that attack it: `with serving(folder) as server: ...`.
+"""A real server in a process of its own: `with serving(folder) as server: ...`.
 
-It searches by colours (tests/colours.py) and is otherwise `clipkit app`. Run as a program, it is that process.
+It searches by colours (tests/colours.py) and is otherwise `clipkit app`. Run as a program, this module
+is that process.
 """
 
 from __future__ import annotations
@@ -96,7 +97,6 @@ def serving(
     folder: Path,
     *,
     limits: Mapping[str, float] | None = None,
-    environment: Mapping[str, str] = {},
     **options: Any,
 ) -> Iterator[Server]:
     """Serve the index in `folder`/index. `limits` replace constants by their full name; `options` are
@@ -112,7 +112,7 @@ def serving(
             stderr=errors,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
         ) as process,
     ):
         assert process.stdout is not None

@@ -58,7 +58,7 @@ OTHERS = "Serving others"  # a panel of options
 def _prefix(text: str) -> str:
     """Return the prefix of --root-path without the slash at its end. Raises InputError."""
     prefix = text.rstrip("/")
-    if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix) or ".." in prefix:
+    if text and (not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix) or ".." in prefix):
         raise InputError(
             f"--root-path is {text!r}; it must be a path that begins with /, such as /photos"
         )

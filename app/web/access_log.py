@@ -10,6 +10,7 @@ import logging
 import logging.handlers
 import queue
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,15 +57,14 @@ class AccessLog:
         if self._queries:
             line |= {"path": answered.path, "query": answered.query}
         record = logging.makeLogRecord({"msg": json.dumps(line)})
-        try:
+        with suppress(queue.Full):
             self._lines.put_nowait(record)
-        except queue.Full:
-            pass
 
     def close(self) -> None:
         """Write what is left."""
         self._thread.stop()
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
 
 class _Quiet(logging.Handler):

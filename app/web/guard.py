@@ -211,6 +211,8 @@ class Guard:
                 f"the address is longer than {PATH_BYTES:,} bytes, or {QUERY_BYTES:,} after its ?"
             )
             raise Refused(414, sentence, close=True)
+        if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > HEADER_BYTES:
+            raise Refused(431, f"the headers are larger than {HEADER_BYTES:,} bytes", close=True)
         if "transfer-encoding" in headers and "content-length" in headers:
             sentence = "a request has a Content-Length or a Transfer-Encoding, not both"
             raise Refused(400, sentence, close=True)
@@ -499,7 +501,7 @@ class _Request:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
-                    headers[name] = value
+                    headers.setdefault(name, value)
                 headers["Content-Security-Policy"] = policy
                 if assets and message["status"] == 200:
                     headers["Cache-Control"] = FOREVER

@@ -107,7 +107,11 @@ class Login:
     def page(self, *, failed: bool = False) -> Response:
         """Return the login page, with the status of a page that is refused."""
         html = self._html_failed if failed else self._html
-        headers = {"Cache-Control": "no-store", "WWW-Authenticate": "Bearer"}
+        headers = {
+            "Cache-Control": "no-store",
+            "WWW-Authenticate": "Bearer",
+            "Referrer-Policy": "same-origin",  # else the form is sent with "Origin: null"
+        }
         return HTMLResponse(html, 401, headers=headers)
 
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import filelock
 import h11
@@ -34,7 +35,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.web.access_log import AccessLog
 from app.web.guard import HEADER_BYTES, PLACES, Rules
 from app.web.login import LEAST_TOKEN
-from app.web.page import EXAMPLES, make_app
 from app.web.workspace import Workspace
 from clipkit.errors import InputError
 from clipkit.library import open_encoder
@@ -101,7 +101,7 @@ def serve(
     device: str = "auto",
     precision: str = "auto",
     photos: Sequence[Path] = (),
-    examples: Sequence[str] = EXAMPLES,
+    examples: Sequence[str] | None = None,
     opening: Opening | None = None,
 ) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
@@ -120,8 +120,11 @@ def serve(
         read_only=opening.read_only,
     )
     with _listen(host, port) as listener, _scratch() as scratch, _log(opening) as observers:
-        # Gradio's folder for uploads: ours alone, empty, and gone with the server.
+        # Gradio's folder for uploads: ours alone, empty, and gone with the server. It is read when
+        # Gradio is imported.
         os.environ["GRADIO_TEMP_DIR"] = str(scratch)
+        from app.web.page import EXAMPLES, make_app
+
         rules = Rules(
             names=Rules.names_of(host, opening.names),
             token=token,
@@ -131,7 +134,7 @@ def serve(
             observers=observers,
         )
         config = uvicorn.Config(
-            make_app(workspace, rules=rules, examples=examples),
+            make_app(workspace, rules=rules, examples=examples or EXAMPLES),
             http=_Connection,
             ws="none",
             log_level="error",
@@ -147,7 +150,7 @@ def serve(
         name = f"[{host}]" if ":" in host else host
         scheme = "https" if tls else "http"
         address = f"{scheme}://{name}:{listener.getsockname()[1]}{opening.root_path}/"
-        link = address if token is None else f"{address}login#{token}"
+        link = address if token is None else f"{address}login#token={quote(token, safe='')}"
         print(f"clipkit is at {link}  (Ctrl-C ends it)", flush=True)
         if token is None and opening.reaches_out(host):
             print("Anybody who can reach this address can search: --no-token.", file=sys.stderr)
