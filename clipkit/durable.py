@@ -1,4 +1,8 @@
-"""Write files and folders so that a reader, a crash or a power cut never meets half of one."""
+"""Write files and folders so that a reader, a crash or a power cut never meets half of one.
+
+Durable data reaches the disk through `write`, `fsync`, `rename` and `sync_folder` alone, called as
+`durable.write(...)`: a test that replaces these four can make any one of them fail.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
+
+
+def write(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of `data`. Raises OSError from the disk."""
+    file.write(data)
+
+
+def fsync(file: BinaryIO) -> None:
+    """Put what was written to `file` on the disk. Raises OSError from the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file, which may replace another one, or a folder. Raises OSError from the disk."""
+    os.replace(old, new)
 
 
 def write_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
@@ -16,8 +37,8 @@ def write_whole(path: Path, data: bytes, *, sync: bool = True) -> None:
     `sync=False` leaves out the two fsyncs, for files that are built again after a power cut.
     Raises OSError from the disk.
     """
-    with whole_file(path, sync=sync) as temporary:
-        temporary.write_bytes(data)
+    with whole_file(path, sync=sync) as temporary, temporary.open("wb") as file:
+        write(file, data)
 
 
 @contextmanager
@@ -32,8 +53,8 @@ def whole_file(path: Path, *, sync: bool = True) -> Iterator[Path]:
         yield temporary
         if sync:
             with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
+                fsync(file)
+        rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -54,7 +75,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         sync_folder(temporary)
-        temporary.rename(folder)
+        rename(temporary, folder)
         sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # present only after an error

@@ -187,7 +187,7 @@ def test_old_snapshots_are_deleted_but_for_the_last(writer: Writer) -> None:
 def test_a_snapshot_is_built_when_enough_is_new(
     writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipkit.index.snapshot.SNAPSHOT_FROM", 4)
+    monkeypatch.setattr("clipkit.index.building.SNAPSHOT_FROM", 4)
     fill(writer)
     assert refresh_snapshot(writer.catalog, "fake-1") is not None
     for number in range(3):
@@ -207,7 +207,7 @@ def test_a_damaged_snapshot_is_never_searched(
     fill(writer)
     refresh_snapshot(writer.catalog, "fake-1", force=True)
     folder = snapshot_folder(catalog)
-    vectors = folder / "vectors.npy"
+    vectors = folder / "ids.npy"
     if damage == "byte":
         data = bytearray(vectors.read_bytes())
         data[-3] ^= 0x40

@@ -33,6 +33,7 @@ from clipkit import __version__
 from clipkit.catalog import Catalog
 from clipkit.errors import ClipkitError
 from clipkit.index import read_manifest
+from clipkit.index.building import RECALL_GOAL
 from clipkit.search import SearchResult
 from clipkit.wording import printable
 
@@ -214,14 +215,15 @@ def _index_families(catalog: Catalog) -> Iterator[GaugeMetricFamily]:
     try:
         manifest = read_manifest(folder)
         built = (folder / "manifest.json").stat().st_mtime
-        size = sum(file.stat().st_size for file in folder.iterdir())
     except (ClipkitError, OSError):
         return  # it is not searched either
     yield gauge("snapshot_vectors", "Vectors of the snapshot", manifest.size)
-    yield gauge("snapshot_size_bytes", "Bytes of the snapshot on the disk", size)
+    yield gauge("snapshot_size_bytes", "Bytes of the snapshot on the disk", manifest.bytes)
     yield gauge("snapshot_created_timestamp_seconds", "When the snapshot was made", built)
-    recall = manifest.measured.recall_at_10
+    yield gauge("snapshot_build_seconds", "How long making it took", manifest.build_seconds)
+    recall = manifest.recall_at_10
     yield gauge("snapshot_recall_ratio", "Its measured recall@10 against exact search", recall)
+    yield gauge("snapshot_recall_goal_ratio", "The recall@10 that is to be reached", RECALL_GOAL)
 
 
 def gauge(name: str, what: str, value: float) -> GaugeMetricFamily:

@@ -301,12 +301,14 @@ class Catalog:
             return queries.read_vectors(db, encoder_id, after_seq)
 
     def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
-        """Count the encoder's vectors with seq > `after_seq`, also of dead pictures; none is read."""
-        # +encoder: walk from that seq; the index on encoder leads through all of its vectors
-        sql = "SELECT count(*) FROM vectors WHERE +encoder = ? AND seq > ?"
-        with self._store.connection() as db:
-            key, _ = queries.encoder_key(db, encoder_id)
-            return int(db.execute(sql, (key, after_seq)).fetchone()[0])
+        """Count the encoder's vectors of live pictures with seq > `after_seq`."""
+        with self._reading() as db:
+            sql = (
+                "SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ?"
+                f" AND num NOT IN ({queries.DEAD})"
+            )
+            args = (queries.encoder_key(db, encoder_id)[0], after_seq)
+            return int(db.execute(sql, args).fetchone()[0])
 
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
         """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""

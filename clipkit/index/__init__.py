@@ -1,30 +1,34 @@
 """Nearest neighbours: unit vectors in, ids and exact cosines out.
 
-Every kind (kinds.py, the only module that imports Faiss) stores the vectors as half-precision codes,
-rows sorted by id, and one function computes every score from those codes, so a score does not depend
-on the kind, the batch or the number of threads. A kind adds a fast way to candidates.
+Two classes search alike. A `VectorIndex` (vector_index.py) holds half-precision vectors in memory, in
+any of the kinds of kinds.py, the only module that imports Faiss. A `Snapshot` (snapshot.py) is an
+immutable folder on disk: its codes are loaded, its vectors memory-mapped, so that a million pictures
+take 80 MB. building.py makes and opens the snapshot that a catalog points to.
 
-`search` guarantees for every kind: the ids are in this index and allowed, min(k, size, allowed) of
-them, sorted by (-score, id). The exact kind returns the k best by that order, also when equal scores
-straddle rank k. The others do so among the candidates that they find; how many of the true ten they
-find was measured on these vectors when the index was built (`Measured`).
+Rows are sorted by id, and one function computes every score from the half-precision rows, so a score
+does not depend on the kind, the batch or the number of threads. A kind adds a fast way to candidates.
 
-On disk an index is an immutable folder: `ids.npy`, `vectors.npy` (both open with numpy.load),
-`candidates.faiss` where the kind has a structure, and `manifest.json`. snapshot.py builds and loads
-the one that a catalog points to.
+`search` guarantees: the ids are in this index and allowed, min(k, size, allowed) of them, sorted by
+(-score, id). The exact kind returns the k best by that order, also when equal scores straddle rank k.
+The others do so among the candidates that they find; how many of the true ten they find was measured
+on these vectors when the index was built.
 """
 
+from clipkit.index.building import load_snapshot, refresh_snapshot
 from clipkit.index.kinds import KINDS, Kind
-from clipkit.index.snapshot import load_snapshot, refresh_snapshot
-from clipkit.index.vector_index import Measured, VectorIndex, read_manifest, typical_queries
+from clipkit.index.snapshot import Manifest, Snapshot, read_manifest, sampling_hash
+from clipkit.index.vector_index import Measured, VectorIndex, typical_queries
 
 __all__ = [
     "KINDS",
     "Kind",
+    "Manifest",
     "Measured",
+    "Snapshot",
     "VectorIndex",
     "load_snapshot",
     "read_manifest",
     "refresh_snapshot",
+    "sampling_hash",
     "typical_queries",
 ]

@@ -1,10 +1,10 @@
-"""Index kinds: the Faiss structures that propose candidates, and the store of the vectors themselves.
+"""Index kinds: the Faiss structures that propose candidates, and the store of vectors in memory.
 
 The only module that imports Faiss (measured with 1.15.1). `KINDS` is the extension point: a kind is a
-structure that quickly proposes rows to score; the scores are computed from the codes.
+structure that quickly proposes rows to score; the scores are computed from the half-precision rows.
 
-    exact    no structure: Faiss scans all codes (ScalarQuantizer fp16)
-    rabitq   one bit per dimension, scanned flat (RaBitQ fast-scan, arXiv 2405.12497)
+    exact    no structure: all rows are scored
+    rabitq   one bit per dimension, all scanned (RaBitQ fast-scan, arXiv 2405.12497)
     ivf      the same bits in inverted lists, of which the nearest few are scanned
     hnsw     a neighbour graph over the codes (arXiv 1603.09320)
 
@@ -18,7 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
 
 import faiss as _faiss
 import numpy as np
@@ -35,6 +37,7 @@ VERSION = f"faiss {faiss.__version__}"
 CHUNK = 65_536  # rows decoded at a time when building
 # Rows decoded at a time when scoring: 1 MB of float32 at 512 dimensions stays in cache.
 _BLOCK = 512
+_TRAINING = 64  # vectors per list of the k-means: all of them are in memory at once
 
 
 @contextmanager
@@ -50,6 +53,38 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+@cache
+def _codec(dim: int) -> Any:
+    return faiss.IndexScalarQuantizer(
+        dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    )
+
+
+def decoded(halves: npt.NDArray[np.float16]) -> Floats:
+    """Return contiguous half-precision rows (M, D) as float32: exact, and twice as fast as numpy."""
+    with threads(1):
+        rows: Floats = _codec(halves.shape[1]).sa_decode(halves.view(np.uint8))
+    return rows
+
+
+def cosines(vectors: Floats, query: Floats, out: Floats) -> None:
+    """Write the cosines of `vectors` (M, D) with one query (D,) to `out` (M,).
+
+    einsum without BLAS sums every row in the same order, at any position, so equal vectors get
+    equal scores; a BLAS product does not guarantee that.
+    """
+    np.einsum("ij,j->i", vectors, query, out=out)
+
+
+def best(ids: Ids, rows: Ids, scores: Floats, k: int) -> Hits:
+    """Return the k best of `rows`, which have these scores, by (-score, id); ids are sorted."""
+    if k < len(scores):  # keep everything that ties with rank k, then sort only that
+        enough = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
+        scores, rows = scores[enough], rows[enough]
+    order = np.lexsort((rows, -scores))[:k]  # rows are sorted by id: row order is id order
+    return ids[rows[order]], scores[order]
 
 
 def selecting(mask: Mask) -> Any:
@@ -68,6 +103,7 @@ class Store:
         size = len(ids)
         self.ids = ids
         self.dim = dim
+        self.size = size
         self.flat = faiss.IndexScalarQuantizer(
             dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         )
@@ -91,31 +127,25 @@ class Store:
         rows = np.random.default_rng(seed).choice(size, min(count, size), replace=False)
         return self.decode(np.sort(rows))
 
-    def scores(self, query: Floats, rows: Ids | None) -> Floats:
-        """Return the cosines, float32 (M,), of `rows` (None: all) with one query.
+    def chunks(self) -> Iterator[Floats]:
+        """Yield all rows in order, float32 (M, D), some thousand at a time."""
+        for start in range(0, len(self.ids), CHUNK):
+            yield self.decode(slice(start, start + CHUNK))
 
-        einsum without BLAS sums every row in the same order, at any position, so equal vectors get
-        equal scores; a BLAS product does not guarantee that.
-        """
+    def scores(self, query: Floats, rows: Ids | None) -> Floats:
+        """Return the cosines, float32 (M,), of `rows` (None: all) with one query."""
         count = len(self.ids) if rows is None else len(rows)
         out = np.empty(count, np.float32)
         with threads(1):  # blocks are too small for more than one
             for start in range(0, count, _BLOCK):
                 part = slice(start, start + _BLOCK)
-                decoded = self.decode(part if rows is None else rows[part])
-                np.einsum("ij,j->i", decoded, query, out=out[part])
+                cosines(self.decode(part if rows is None else rows[part]), query, out[part])
         return out
 
     def best(self, query: Floats, rows: Ids | None, k: int) -> Hits:
         """Return the k best of `rows` (None: all) by (-score, id)."""
         scores = self.scores(query, rows)
-        if rows is None:
-            rows = np.arange(len(scores))
-        if k < len(scores):  # keep everything that ties with rank k, then sort only that
-            enough = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
-            scores, rows = scores[enough], rows[enough]
-        order = np.lexsort((rows, -scores))[:k]  # rows are sorted by id: row order is id order
-        return self.ids[rows[order]], scores[order]
+        return best(self.ids, np.arange(len(scores)) if rows is None else rows, scores, k)
 
     def scan(self, queries: Floats, k: int, count: int, selector: Any) -> list[Ids | None]:
         """Return, per query, rows that certainly include the k best of the `count` selected ones.
@@ -131,77 +161,120 @@ class Store:
         return [rows if sure else None for rows, sure in zip(candidates, certain, strict=True)]
 
 
+class Vectors(Protocol):
+    """What a structure is built over: a store in memory, or the rows of a snapshot on disk."""
+
+    dim: int
+    size: int
+
+    def drawn(self, count: int, seed: int) -> Floats:
+        """Draw `count` rows (all if there are fewer) without replacement: float32 (M, D)."""
+
+    def chunks(self) -> Iterator[Floats]:
+        """Yield all rows in order, float32 (M, D), some thousand at a time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A source of candidates. `build(store, seed)` makes the Faiss structure over the store's rows;
-    `search(structure, queries, count, settings)` returns rows int64 (Q, count), -1 for none; `levels`
-    are its settings from fast to thorough, tried until the recall goal is met: "refine" candidates are
-    scored per hit, the other keys are the kind's own.
+    """A source of candidates.
+
+    `build(vectors, seed)` makes the Faiss structure over all rows. `search(structure, queries, count,
+    settings)` returns rows int64 (Q, count), -1 for none. `levels` are the settings from fast to
+    thorough, tried until the recall goal is met: in memory, "refine" candidates are scored per hit; the
+    other keys are the kind's own.
+    A kind that can serve a snapshot reads the vectors by `drawn` and `chunks` alone and has `scan`,
+    which takes a selector (see `selecting`; None: all) too and returns rows and the estimated cosines,
+    float32 (Q, count), by which they are sorted, the highest first.
     """
 
-    build: Callable[[Store, int], Any]
+    build: Callable[[Any, int], Any]
     search: Callable[[Any, Floats, int, Mapping[str, Any]], Ids]
     levels: tuple[Mapping[str, int], ...]
+    scan: Callable[[Any, Floats, int, Mapping[str, Any], Any], Hits] | None = None
 
 
-def _add_all(structure: Any, store: Store) -> Any:
-    for start in range(0, len(store.ids), CHUNK):
-        structure.add(store.decode(slice(start, start + CHUNK)))
+def write_structure(structure: Any, write: Callable[[bytes], int]) -> None:
+    """Serialise a structure through `write`; an exception of it is raised again as it was."""
+    failed: list[BaseException] = []
+
+    def piece(data: bytes) -> int:
+        try:
+            return write(data)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    try:
+        faiss.write_index(structure, faiss.PyCallbackIOWriter(piece, 1 << 20))
+    except BaseException:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def structure_bytes(structure: Any) -> int:
+    """Return the size in bytes of a structure, without the vectors that it shares with a store."""
+    return len(faiss.serialize_index(structure, faiss.IO_FLAG_SKIP_STORAGE))
+
+
+def read_structure(path: Path) -> Any:
+    """Read a structure from a file that was checked: Faiss's reader trusts it."""
+    return faiss.read_index(str(path))
+
+
+def _in_lists(vectors: Vectors, seed: int, lists: int) -> Any:
+    """Make an empty structure of one-bit codes in `lists` lists, after a random rotation.
+
+    Real embeddings have a few dimensions far larger than the others, on which a sign per dimension
+    wastes bits: rotating raised recall@10 of thin-margin queries on such synthetic data from 0.34 to
+    0.66. A Hadamard rotation is as good as one by a random matrix, and as it uses no BLAS, its result
+    does not depend on the number of threads; it pads the dimensions to a power of two.
+    """
+    rotation = faiss.HadamardRotation(vectors.dim, seed)
+    coarse = faiss.IndexFlatIP(rotation.d_out)
+    inverted = faiss.IndexIVFRaBitQFastScan(
+        coarse, rotation.d_out, lists, faiss.METRIC_INNER_PRODUCT
+    )
+    inverted.cp.seed, inverted.cp.spherical = seed, True
+    inverted.cp.max_points_per_centroid = _TRAINING
+    sample = vectors.drawn(max(_TRAINING * lists, CHUNK // 4), seed)
+    if lists == 1:
+        # the mean itself, of which codes of the residuals lose least; k-means would normalise it
+        coarse.add(rotation.apply(sample).mean(axis=0, keepdims=True))
+    structure = faiss.IndexPreTransform(rotation, inverted)
+    structure.referenced_objects = [rotation, inverted, coarse]
+    structure.train(sample)
     return structure
 
 
-def _rotated(structure: Any, seed: int) -> Any:
-    """Rotate at random before one-bit coding.
-
-    Real embeddings have a few dimensions far larger than the others, on which a sign per dimension
-    wastes bits. Recall@10 of thin-margin queries on such synthetic data rose from 0.34 to 0.66.
-    """
-    rotation = faiss.RandomRotationMatrix(structure.d, structure.d)
-    with threads(1):  # a small QR decomposition, which contended threads slow down tenfold
-        rotation.init(seed)
-    return faiss.IndexPreTransform(rotation, structure)
+def _build_rabitq(vectors: Vectors, seed: int) -> Any:
+    # One list: a flat index of these codes takes no selector.
+    return _add_all(_in_lists(vectors, seed, 1), vectors)
 
 
-def serialized(structure: Any) -> npt.NDArray[np.uint8]:
-    """Serialise a structure without the codes that it shares with the store."""
-    data: npt.NDArray[np.uint8] = faiss.serialize_index(structure, faiss.IO_FLAG_SKIP_STORAGE)
-    return data
+def _build_ivf(vectors: Vectors, seed: int) -> Any:
+    lists = 2 ** round(np.log2(max(1, vectors.size) ** 0.5))
+    lists = max(2, min(lists, vectors.size // 39))  # Faiss warns under 39 vectors per list
+    return _add_all(_in_lists(vectors, seed, lists), vectors)
 
 
-def revive(data: npt.NDArray[np.uint8], store: Store) -> Any:
-    """Deserialise a structure from verified bytes: Faiss's reader trusts them."""
-    structure = faiss.deserialize_index(data, faiss.IO_FLAG_SKIP_STORAGE)
-    return _share_codes(structure, store) if isinstance(structure, faiss.IndexHNSW) else structure
+def _add_all(structure: Any, vectors: Vectors) -> Any:
+    for chunk in vectors.chunks():
+        structure.add(chunk)
+    return structure
 
 
-def _build_rabitq(store: Store, seed: int) -> Any:
-    structure = _rotated(faiss.IndexRaBitQFastScan(store.dim, faiss.METRIC_INNER_PRODUCT), seed)
-    structure.train(store.drawn(CHUNK, seed))
-    return _add_all(structure, store)
+def _scan_lists(
+    structure: Any, queries: Floats, count: int, settings: Mapping[str, Any], selector: Any
+) -> Hits:
+    lists = faiss.SearchParametersIVF(nprobe=settings.get("nprobe", 1), sel=selector)
+    params = faiss.SearchParametersPreTransform(index_params=lists)
+    estimates, rows = structure.search(queries, count, params=params)
+    return rows, estimates
 
 
-def _search_rabitq(structure: Any, queries: Floats, count: int, _: Mapping[str, Any]) -> Ids:
-    rows: Ids = structure.search(queries, count)[1]
-    return rows
-
-
-def _build_ivf(store: Store, seed: int) -> Any:
-    lists = 2 ** round(np.log2(2 * len(store.ids) ** 0.5))
-    lists = max(1, min(lists, len(store.ids) // 39))  # Faiss warns under 39 vectors per list
-    coarse = faiss.IndexFlatIP(store.dim)
-    inverted = faiss.IndexIVFRaBitQFastScan(coarse, store.dim, lists, faiss.METRIC_INNER_PRODUCT)
-    inverted.cp.seed, inverted.cp.spherical = seed, True
-    inverted.cp.max_points_per_centroid = 128
-    structure = _rotated(inverted, seed)
-    structure.train(store.drawn(128 * lists, seed))
-    return _add_all(structure, store)
-
-
-def _search_ivf(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
-    inverted = faiss.SearchParametersIVF(nprobe=settings["nprobe"])
-    params = faiss.SearchParametersPreTransform(index_params=inverted)
-    rows: Ids = structure.search(queries, count, params=params)[1]
-    return rows
+def _search_lists(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
+    return _scan_lists(structure, queries, count, settings, None)[0]
 
 
 def _build_hnsw(store: Store, _: int) -> Any:  # Faiss seeds the levels itself
@@ -211,10 +284,6 @@ def _build_hnsw(store: Store, _: int) -> Any:  # Faiss seeds the levels itself
     structure = faiss.IndexHNSW(codes, 32)
     structure.hnsw.efConstruction = 80
     _add_all(structure, store)  # since Faiss 1.15 the same graph on any number of threads
-    return _share_codes(structure, store)
-
-
-def _share_codes(structure: Any, store: Store) -> Any:
     structure.storage = store.flat
     structure.own_fields = False
     structure.referenced_objects = [store.flat]  # and frees the codes it was built with
@@ -229,9 +298,17 @@ def _search_hnsw(structure: Any, queries: Floats, count: int, settings: Mapping[
 
 KINDS: dict[str, Kind | None] = {
     "exact": None,  # no candidates: all codes are scanned
-    "rabitq": Kind(_build_rabitq, _search_rabitq, tuple({"refine": r} for r in (16, 32, 64, 128))),
+    "rabitq": Kind(
+        _build_rabitq,
+        _search_lists,
+        tuple({"refine": r} for r in (16, 32, 64, 128)),
+        _scan_lists,
+    ),
     "ivf": Kind(
-        _build_ivf, _search_ivf, tuple({"nprobe": n, "refine": n} for n in (32, 64, 128, 256))
+        _build_ivf,
+        _search_lists,
+        tuple({"nprobe": n, "refine": n} for n in (32, 64, 128, 256)),
+        _scan_lists,
     ),
     "hnsw": Kind(
         _build_hnsw,

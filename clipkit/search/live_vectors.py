@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog
-from clipkit.index import VectorIndex, load_snapshot
+from clipkit.index import Snapshot, VectorIndex, load_snapshot
+from clipkit.picture_set import PictureSet
 
 SAMPLE = 2_000  # pictures from which a query's scores by chance are estimated
 FEW_DEAD = 1_000  # dead rows that are cheaper to skip among the hits than to mask in the search
@@ -29,7 +30,7 @@ FEW_DEAD = 1_000  # dead rows that are cheaper to skip among the hits than to ma
 class Part:
     """An index, and which of its vectors are alive: those of live pictures without a newer vector."""
 
-    index: VectorIndex
+    index: VectorIndex | Snapshot
     nums: Int64  # (N,) of all its vectors, sorted
     alive: Int64  # (M,) of those that are alive, sorted
 
@@ -109,7 +110,7 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
         parts, from_snapshot, last_seq = list(old.parts), old.from_snapshot, old.last_seq
     else:
         loaded = load_snapshot(catalog, encoder_id, pointer)
-        parts = [Part(*loaded, alive=loaded[1])] if loaded else []
+        parts = [Part(loaded, loaded.ids, alive=loaded.ids)] if loaded else []
         from_snapshot = bool(parts)
         last_seq = pointer.last_seq if pointer and parts else 0
     new = catalog.vectors(encoder_id, after_seq=last_seq)
@@ -165,7 +166,8 @@ def _search_part(
         mask, dead = part.alive, 0
     if k == 0 or (mask is not None and not len(mask)):
         return np.empty(0, np.int64), np.empty(0, np.float32)
-    nums, scores = part.index.search(vector[None, :], k + dead, allowed=mask)[0]
+    only = None if mask is None else PictureSet.of_sorted(mask)
+    nums, scores = part.index.search(vector[None, :], k + dead, allowed=only)[0]
     if dead:
         alive = np.isin(nums, part.alive)
         nums, scores = nums[alive], scores[alive]
