@@ -187,6 +187,7 @@ def measure(checkout: Path, base: Path, scratch: Path, args: argparse.Namespace)
                 if indexing.poll() is not None:
                     raise RuntimeError("the index run ended at once")
                 time.sleep(0.5)
+        time.sleep(args.warm_up)
         before, answers, words = server.pictures_now(), Answers(), list(queries())
         clients = [Client(number, server, answers, words) for number in range(CLIENTS)]
         began = time.monotonic()
@@ -241,6 +242,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="an index, of which copies are served")
     parser.add_argument("--against", type=Path, help="an older checkout, measured too")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--warm-up", type=float, default=30.0, help="seconds; it loads the model")
     parser.add_argument("--no-indexing", action="store_true", help="without an index run")
     parser.add_argument("--scratch", type=Path, default=CACHE / "serving")
     args = parser.parse_args()
