@@ -16,7 +16,6 @@ import errno
 import json
 import logging
 import os
-import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 FILE, LOCK = "corrections.jsonl", "corrections.lock"
 MOST_LETTERS = Rules().max_chars  # of a marked query: no longer caption is built into a dataset
 MOST_BYTES = 64_000_000  # of the file: some 400,000 marks
-MARK_BYTES = 64_000  # of a mark as it is sent
 LOCK_SECONDS = 10.0  # another process holds the lock for a few milliseconds
 EXPORTED_AT_ONCE = 500
 
@@ -57,31 +55,18 @@ class Correction:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A mark as a browser sends it; `right` None removes it."""
+    """A mark to store; `right` None removes it."""
 
     picture: str
     query: str  # normalised
     right: bool | None
 
     @classmethod
-    def from_json(cls, data: bytes) -> Self:
-        """Read {"picture": image_id, "query": text of the search box, "right": true, false or null}.
+    def of_query(cls, picture: str, text: str, right: bool | None) -> Self:
+        """Return the mark of a picture for what stands in the search box.
 
-        Raises QueryError and InputError, also for a query that is not of words alone.
+        Raises QueryError, and InputError for a query that is not of words alone.
         """
-        try:
-            fields = parse_object(data)
-        except ValueError as error:
-            raise InputError(f"a mark is one JSON object: {error}") from None
-        picture, text, right = (fields.get(name) for name in ("picture", "query", "right"))
-        if not isinstance(picture, str) or not re.fullmatch("[0-9a-f]{32}", picture):
-            raise InputError(
-                f"picture is {picture!r:.80}; a picture is named by its content hash, 32 hex digits"
-            )
-        if not isinstance(text, str):
-            raise InputError(f"query is {text!r:.80}; it must be the text of the search")
-        if "right" not in fields or not (right is None or isinstance(right, bool)):
-            raise InputError(f"right is {right!r:.80}; it must be true, false, or null to unmark")
         query = marked_words(parse(text))
         if query is None:
             raise InputError(

@@ -67,8 +67,8 @@ class Server:
 
     def searches(self, client: str = "127.0.0.9") -> bool:
         """Whether another client's search is answered."""
-        status, answer = self.post("/results", {"words": "red"}, client)
-        return status == 200 and b'class="hit' in answer
+        status, answer = self.post("/api/v1/search", {"query": "red"}, client)
+        return status == 200 and b'"rank"' in answer
 
 
 def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:

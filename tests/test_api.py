@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.web.api import create_app
-from app.web.requests import DroppedPictures, UnknownPictureError
+from app.web.pictures import DroppedPictures, Places, UnknownPictureError
 from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
@@ -205,7 +205,7 @@ def test_an_upload_is_cut_off_at_the_limit(
     """The limit counts what comes, not what the Content-Length says."""
     paint(photos / "a.png", "red")
     client = serve()
-    monkeypatch.setattr("app.web.api.QUERY_MEGABYTES", 1)
+    monkeypatch.setattr("app.web.routes.QUERY_MEGABYTES", 1)
     taken = 0
 
     def endless() -> Iterator[bytes]:
@@ -229,11 +229,14 @@ def test_a_picture_beyond_the_pixel_limit_is_refused(serve: Served, photos: Path
 def test_dropped_pictures_are_forgotten_oldest_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def picture(shade: int) -> bytes:
         out = io.BytesIO()
-        Image.new("L", (8, 8), shade).save(out, "BMP")  # 1,142 bytes: two fit into 2.5 kB
+        Image.new("L", (8, 8), shade).save(
+            out, "BMP"
+        )  # 1,142 bytes, with 650 of a sample: two fit into 4.5 kB
         return out.getvalue()
 
-    monkeypatch.setattr("app.web.requests.HELD_MEGABYTES", 0.0025)
-    dropped = DroppedPictures(limits=Limits())
+    monkeypatch.setattr("app.web.pictures.HELD_MEGABYTES", 0.0045)
+    decoding = Places("decoding", 1, waiting=0, seconds=0)
+    dropped = DroppedPictures(limits=Limits(), decoding=decoding)
     first, second, third = (dropped.add(picture(shade)) for shade in (1, 2, 3))
     with pytest.raises(UnknownPictureError, match="drop it again"):
         dropped[first]

@@ -60,7 +60,7 @@ def test_what_draws_the_status_sets_the_timer(tmp_path: Path) -> None:
     ]
     workspace.close()
     drawn = [outputs for outputs in events if "status" in outputs]
-    assert len(drawn) >= 6 and all("Timer" in outputs for outputs in drawn), drawn
+    assert len(drawn) == 5 and all("Timer" in outputs for outputs in drawn), drawn
 
 
 def file_routes(path: str) -> list[str]:

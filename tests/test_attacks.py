@@ -226,7 +226,7 @@ def test_gradios_other_routes_are_closed(server: Server, path: str) -> None:
         "http://127.0.0.1/etc/passwd",
         "*",
         "/" + "a" * 2_000,
-        "/results?" + "a" * 5_000,
+        "/api/v1/search?" + "a" * 5_000,
     ],
 )
 def test_no_path_leads_out(server: Server, path: str) -> None:
@@ -252,7 +252,9 @@ def flood(server: Server, head: bytes, piece: bytes) -> tuple[int, int]:
         return answer(connection)[0], sent
 
 
-@pytest.mark.parametrize("path", ["/results", "/gradio_api/queue/join", "/corrections", "/queries"])
+@pytest.mark.parametrize(
+    "path", ["/api/v1/search", "/gradio_api/queue/join", "/api/v1/marks", "/queries"]
+)
 def test_a_gigabyte_is_refused_by_its_length(server: Server, path: str) -> None:
     before = server.peak_megabytes()
     head = request("POST", path, content_length=str(GIGABYTE))
@@ -263,7 +265,14 @@ def test_a_gigabyte_is_refused_by_its_length(server: Server, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "most"), [("/results", 1), ("/gradio_api/queue/join", 0.3), ("/queries", 64)]
+    ("path", "most"),
+    [
+        ("/api/v1/search", 90),  # pictures in base64
+        ("/api/v1/similar", 4),
+        ("/folders/forget", 1),
+        ("/gradio_api/queue/join", 0.3),
+        ("/queries", 64),
+    ],
 )
 def test_a_gigabyte_in_chunks_is_refused_at_the_limit(
     server: Server, path: str, most: float
@@ -282,7 +291,9 @@ def test_a_gigabyte_in_chunks_is_refused_at_the_limit(
 def test_a_body_longer_than_it_says_is_no_second_request(server: Server) -> None:
     """The rest is read as the next request, and refused as one."""
     smuggled = b"GET /corrections.jsonl HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n"
-    raw = request("POST", "/results", b"{}" + smuggled, content_length="2", connection="keep-alive")
+    raw = request(
+        "POST", "/api/v1/search", b"{}" + smuggled, content_length="2", connection="keep-alive"
+    )
     status, said = server.ask(raw, EVIL)
     assert status == 200
     assert said.count(b"HTTP/1.1 ") == 2 and b"HTTP/1.1 400" in said
@@ -306,7 +317,7 @@ def test_a_body_longer_than_it_says_is_no_second_request(server: Server) -> None
     ],
 )
 def test_what_servers_read_differently_is_refused(server: Server, head: bytes) -> None:
-    raw = b"POST /results HTTP/1.1\r\nhost: 127.0.0.1\r\n" + head + b"\r\n0\r\n\r\n"
+    raw = b"POST /api/v1/search HTTP/1.1\r\nhost: 127.0.0.1\r\n" + head + b"\r\n0\r\n\r\n"
     status, said = server.ask(raw, EVIL)
     assert status in (400, 431, 501), said
     assert said.count(b"HTTP/1.1 ") == 1
@@ -328,6 +339,43 @@ def test_a_picture_that_unfolds_is_refused_or_bounded(server: Server) -> None:
     assert {status for status, _ in done} <= {422, 503} and 422 in {status for status, _ in done}
     assert server.peak_megabytes() - before < 100
     assert server.searches()
+
+
+def test_large_pictures_are_decoded_one_by_one(server: Server) -> None:
+    """48 megapixels with transparency, 200 kB: 190 MB decoded, and as RGB 140 MB more. Twelve at once
+    would need 4 GB."""
+    picture = png_bytes((8_000, 6_000), 8, 6, zlib.compress(bytes(6_000 * (1 + 4 * 8_000)), 9))
+    too_large = png_bytes((10_000, 10_000), 8, 6, b"")
+    with ThreadPoolExecutor(12) as clients:
+        sent = [picture + bytes([n]) for n in range(8)] + [too_large] * 4  # not known from before
+        done = list(clients.map(lambda data: server.post("/queries", data, EVIL)[0], sent))
+        assert server.searches()
+    assert set(done) <= {200, 422, 503} and done[-4:] == [422] * 4
+    assert 200 in done
+    assert server.peak_megabytes() < 1_300
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/v1/search", {"query": "red", "limit": 10**9}),
+        ("/api/v1/search", {"query": "red", "limit": 10**400}),
+        ("/api/v1/search", {"query": "red", "limit": -1}),
+        ("/api/v1/search", {"query": "red", "cursor": "9" * 5_000}),
+        ("/api/v1/search", {"query": "red " * 100_000}),
+        ("/api/v1/search", {"query": "", "images": ["AAAA"] * 100_000}),
+        ("/api/v1/similar", {"image_id": "0" * 32, "limit": 10**9}),
+        ("/api/v1/embed/text", {"texts": ["x"] * 100_000}),
+        ("/api/v1/marks?limit=1000000000", None),
+        (f"/api/v1/pictures/{'0' * 32}/thumbnail?size=1000000000", None),
+    ],
+)
+def test_huge_numbers_are_refused(server: Server, path: str, body: object) -> None:
+    started, before = time.monotonic(), server.peak_megabytes()
+    status, said = server.get(path, EVIL) if body is None else server.post(path, body, EVIL)
+    assert status in (400, 404, 413, 422), said[:300]
+    assert b'{"error":' in said and b"Traceback" not in said
+    assert time.monotonic() - started < 20 and server.peak_megabytes() - before < 100
 
 
 # ---- slow clients and many of them
@@ -422,7 +470,7 @@ def test_event_streams_of_one_client_are_few(server: Server) -> None:
 )
 def test_dns_rebinding_is_refused(server: Server, host: str) -> None:
     assert server.get("/", EVIL, host=host)[0] == 400
-    assert server.post("/results", {"words": "red"}, EVIL, host=host)[0] == 400
+    assert server.post("/api/v1/search", {"query": "red"}, EVIL, host=host)[0] == 400
 
 
 @pytest.mark.parametrize(
@@ -438,8 +486,8 @@ def test_dns_rebinding_is_refused(server: Server, host: str) -> None:
 def test_other_sites_pages_may_not_post(server: Server, headers: dict[str, str]) -> None:
     for path in (
         "/queries",
-        "/results",
-        "/corrections",
+        "/api/v1/search",
+        "/api/v1/marks",
         "/folders/forget",
         "/gradio_api/queue/join",
     ):
@@ -460,7 +508,7 @@ def test_forwarding_headers_of_strangers_change_nothing(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/health", "/results", "/metrics", "/ui/clipkit.js", "/nothing"]
+    "path", ["/", "/health", "/api/v1/search", "/metrics", "/ui/clipkit.js", "/nothing"]
 )
 def test_without_the_token_nothing_is_answered(guarded: Server, path: str) -> None:
     for headers in (

@@ -64,6 +64,7 @@ VALUES = {
     "R,R,...": ("0", "2"),
     "KIND,...": ("nonesuch",),
     "NAME,...": ("nonesuch",),
+    "PREFIX": ("nonesuch", "/a/../b"),
 }
 # Free names, which only the data or the network can refuse.
 FREE = "--image-column --caption-column --script --split --train-split --name --trackers".split()

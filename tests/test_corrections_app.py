@@ -16,11 +16,10 @@ from data_samples import read_dataset
 from starlette.testclient import TestClient
 
 from app.corrections import Mark
+from app.web import render
 from app.web.api import create_app
-from app.web.page import Page
-from app.web.requests import SearchRequest, UnknownPictureError
-from app.web.saved_reports import SavedReports
-from app.web.sorting import Sorter
+from app.web.pictures import UnknownPictureError
+from app.web.requests import SearchRequest
 from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
@@ -91,8 +90,8 @@ def test_only_a_text_query_has_something_to_mark(workspace: Workspace, photos: P
     dropped = workspace.dropped.add((photos / "red 0.png").read_bytes())
     for request in (
         SearchRequest(similar=red),
-        SearchRequest(picture=dropped),
-        SearchRequest(picture=dropped, words="red"),
+        SearchRequest(images=(dropped,)),
+        SearchRequest(images=(dropped,), words="red"),
         SearchRequest(words="path:photos"),
         SearchRequest(words=f"red +{red}"),
     ):
@@ -164,10 +163,14 @@ def test_exported_is_only_what_is_still_there(workspace: Workspace, photos: Path
 
 
 def test_a_hit_of_a_text_query_has_a_check_and_a_cross(workspace: Workspace, photos: Path) -> None:
-    page = Page(workspace, Sorter(workspace), SavedReports())
     red = name_of(photos / "red 0.png")
     workspace.mark(Mark(red, "red", False))
-    html, _ = page.search({"words": "red path:photos"})
+
+    def page(**request: Any) -> str:
+        search = SearchRequest(**request)
+        return render.results(search, workspace.search(search), workspace.status())
+
+    html = page(words="red path:photos")
     assert html.count('data-do="mark"') == 8  # four hits
     (tile,) = re.findall(rf'<li [^>]*data-id="{red}".*?</li>', html)
     assert re.findall(r'data-right="(\w+)" aria-pressed="(\w+)"', tile) == [
@@ -177,34 +180,33 @@ def test_a_hit_of_a_text_query_has_a_check_and_a_cross(workspace: Workspace, pho
     assert re.search('aria-label="Result [12] is wrong for “red”"', tile)
     assert 'data-query="red"' in html and "1 correction<" in html
     for other in ({"similar": red}, {"words": "path:photos"}, {"words": "red -blue"}):
-        html, _ = page.search(other)
+        html = page(**other)
         assert 'class="hit' in html and 'data-do="mark"' not in html and 'data-query=""' in html
 
 
 def test_the_start_page_offers_the_export_once_there_is_something(
-    workspace: Workspace, photos: Path
+    client: TestClient, photos: Path
 ) -> None:
-    page = Page(workspace, Sorter(workspace), SavedReports())
-    assert "corrections.jsonl" not in page.load()[3]
-    workspace.mark(Mark(name_of(photos / "red 0.png"), "red", True))
-    assert '<span class="total">1 correction</span>' in page.load()[3]
-    assert 'href="corrections.jsonl" download' in page.load()[3]
+    assert "corrections.jsonl" not in client.get("/start").text
+    send(client, name_of(photos / "red 0.png"), "red", True)
+    assert '<span class="total">1 correction</span>' in client.get("/start").text
+    assert 'href="corrections.jsonl" download' in client.get("/start").text
 
 
 # ---- HTTP
 
 
 def send(client: TestClient, picture: str, query: str, right: bool | None, **options: Any) -> Any:
-    body = {"picture": picture, "query": query, "right": right}
-    return client.post("/corrections", json=body, **options)
+    body = {"image_id": picture, "query": query, "right": right}
+    return client.post("/api/v1/marks", json=body, **options)
 
 
 def test_marks_come_and_go_over_http(client: TestClient, photos: Path) -> None:
     red = name_of(photos / "red 0.png")
     told = send(client, red, "  Red   car sort:date", True)
     assert told.status_code == 200
-    assert told.json() == {"picture": red, "query": "Red car", "right": True, "corrections": 1}
-    assert send(client, red, "red CAR", False).json()["corrections"] == 1
+    assert told.json() == {"image_id": red, "query": "Red car", "right": True, "total": 1}
+    assert send(client, red, "red CAR", False).json()["total"] == 1
     answer = client.get("/corrections.jsonl")
     assert answer.headers["content-type"] == "application/x-ndjson"
     assert answer.headers["cache-control"] == "no-store"
@@ -214,7 +216,7 @@ def test_marks_come_and_go_over_http(client: TestClient, photos: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", at)
     picture = str(photos / "copy" / "red.png")  # the first of its places by name
     assert row == {"picture": picture, "query": "red CAR", "right": False, "image_id": red}
-    assert send(client, red, "red car", None).json()["corrections"] == 0
+    assert send(client, red, "red car", None).json()["total"] == 0
     assert client.get("/corrections.jsonl").text == ""
 
 
@@ -224,16 +226,16 @@ def test_what_is_no_picture_of_ours_cannot_be_marked(client: TestClient) -> None
     assert answer.json() == {"error": f"no picture {ONE} in this library"}
     for picture in ("../../etc/passwd", "", "A" * 32):
         answer = send(client, picture, "red", True)
-        assert answer.status_code == 400 and "32 hex digits" in answer.json()["error"]
+        assert answer.status_code == 422 and "image_id is" in answer.json()["error"]
 
 
 def test_a_mark_that_is_none_is_a_sentence(client: TestClient, photos: Path) -> None:
     red = name_of(photos / "red 0.png")
-    for body, status in ((b"", 400), (b"[", 400), (b"\xff", 400), (b" " * 64_001, 413)):
-        answer = client.post("/corrections", content=body)
+    for body, status in ((b"", 422), (b"[", 422), (b"\xff", 400), (b" " * 4_000_001, 413)):
+        headers = {"Content-Type": "application/json"}
+        answer = client.post("/api/v1/marks", content=body, headers=headers)
         assert answer.status_code == status and len(answer.json()["error"]) > 15
     assert send(client, red, "dog -leash", True).status_code == 400
-    assert client.get("/corrections").status_code == 405
 
 
 def test_only_our_own_page_may_mark(client: TestClient, photos: Path, index: Path) -> None:

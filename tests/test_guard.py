@@ -219,12 +219,13 @@ async def echo(_scope: Any, receive: Any, send: Any) -> None:
 
 
 def test_bodies_arrive_whole_or_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_LIMITS", ())
     monkeypatch.setattr(guard, "BODY_LIMIT", 10)
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.05)
 
     async def scenario() -> None:
         guarded = made(echo)
-        post = {"path": "/results", "method": "POST"}
+        post = {"path": "/api/v1/marks", "method": "POST"}
         assert (await ask(guarded, body=[b"abc", b"def"], **post)).body == b"abcdef"
         assert (await ask(guarded, body=[], **post)).body == b""
         long = await ask(guarded, body=[b"a" * 6, b"b" * 5], **post)
@@ -387,8 +388,8 @@ def answered(**changes: Any) -> Answered:
     values = {
         "client": "10.0.0.1",
         "method": "POST",
-        "route": "/results",
-        "path": "/results",
+        "route": "/api/v1/marks",
+        "path": "/api/v1/marks",
         "query": None,
         "status": 200,
         "bytes": 12,
@@ -408,7 +409,7 @@ def test_the_log_has_a_line_of_json_for_each_request(tmp_path: Path) -> None:
     assert line == {
         "client": "10.0.0.1",
         "method": "POST",
-        "route": "/results",
+        "route": "/api/v1/marks",
         "status": 200,
         "bytes": 12,
         "ms": 250.0,
@@ -452,7 +453,7 @@ def test_routes_are_logged_and_words_only_if_wanted() -> None:
         await ask(guarded, "/thumbnails/abc")
         await ask(guarded, "/etc/passwd")
         words = json.dumps({"query": "a red car"}).encode()
-        await ask(guarded, "/results", method="POST", body=[words])
+        await ask(guarded, "/api/v1/marks", method="POST", body=[words])
         return seen
 
     seen = asyncio.run(scenario(False))

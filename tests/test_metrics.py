@@ -125,7 +125,7 @@ def test_rejections_count_by_reason(workspace: Workspace) -> None:
     assert client.get("/metrics").status_code == 401
     assert client.get("/nothing", headers=header).status_code == 404
     large = b"x" * 2_000_000
-    assert client.post("/corrections", content=large, headers=header).status_code == 413
+    assert client.post("/api/v1/marks", content=large, headers=header).status_code == 413
     found = scraped(client, **header)["clipkit_http_rejections_total"]
     counts = {dict(labels)["reason"]: count for labels, count in found.items()}
     assert counts == dict.fromkeys(REASONS, 0) | {"no_token": 2, "no_route": 1, "too_large": 1}
@@ -190,7 +190,7 @@ def test_a_search_counts_with_its_stages(workspace: Workspace) -> None:
 
 
 def search(client: TestClient, words: str) -> None:
-    assert client.post("/results", json={"words": words}).status_code == 200
+    assert client.post("/api/v1/search", json={"query": words}).status_code == 200
 
 
 def test_every_stage_of_a_real_search_is_known(workspace: Workspace) -> None:
@@ -281,7 +281,7 @@ def test_indexing_and_marks(workspace: Workspace, tmp_path: Path) -> None:
     assert value(found, "indexing_files_skipped") == 1
     assert sum(found["clipkit_index_skipped_files"].values()) == 2
     red = image_id((tmp_path / "photos" / "red.png").read_bytes())
-    client.post("/corrections", json={"picture": red, "query": "red", "right": True})
+    client.post("/api/v1/marks", json={"image_id": red, "query": "red", "right": True})
     assert value(scraped(client), "marks") == 1
 
 
@@ -414,7 +414,7 @@ def test_a_real_prometheus_scrapes_a_real_server(index: Path, tmp_path: Path) ->
     with serving(tmp_path, secret=SECRET, token=True) as server:
         assert server.get("/metrics")[0] == 401
         header = {"authorization": f"Bearer {SECRET}"}
-        assert server.post("/results", {"words": "red"}, **header)[0] == 200
+        assert server.post("/api/v1/search", {"query": "red"}, **header)[0] == 200
         with prometheus(program, tmp_path / "prometheus", target=server.port) as ask:
             # the second scrape has counted the first
             until(lambda: ask(f'{LATENCY}_count{{route="/metrics",status="200"}}'))

@@ -16,6 +16,7 @@ from colours import ColourModel, paint
 from starlette.testclient import TestClient
 
 from app.web import render
+from app.web.api import create_app
 from app.web.page import Page, build, make_app
 from app.web.saved_reports import SavedReports
 from app.web.sorting import Sorter
@@ -39,6 +40,7 @@ class Events:
         self.statements = [] if statements is None else statements
         self.workspace = Workspace(index, ColourModel())  # type: ignore[arg-type]
         page = Page(self.workspace, Sorter(self.workspace), SavedReports(index / "reports"))
+        self.client = TestClient(create_app(self.workspace), base_url="http://127.0.0.1:7860")
 
         async def built() -> gradio.Blocks:
             return build(page)
@@ -49,8 +51,17 @@ class Events:
     def send(self, event: str, **data: Any) -> int:
         """Run an event as Gradio does; return the number of SQL statements."""
         before = len(self.statements)
-        arguments = () if event in ("on_load", "on_tick") else (gradio.EventData(None, data),)
+        arguments = () if event == "on_tick" else (gradio.EventData(None, data),)
         self.answer = self.events[event](*arguments)
+        return len(self.statements) - before
+
+    def search(self, address: str = "search", **body: Any) -> int:
+        """Search as the page does; return the number of SQL statements."""
+        before = len(self.statements)
+        headers = {"Accept": "text/html"}
+        answer = self.client.post(f"/api/v1/{address}", json=body, headers=headers)
+        assert answer.status_code == 200, answer.text
+        self.html = answer.text
         return len(self.statements) - before
 
 
@@ -87,27 +98,27 @@ def page(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Events]:
 def test_a_search_takes_at_most_fifteen_statements(page: Events) -> None:
     """BEGIN and ROLLBACK count. The version that looked up each hit again and drew the whole page
     for its status took 184 + 158."""
-    page.send("on_load")
-    first = page.send("on_ask", words="red", ticket="1")
-    assert page.answer[0].count('<li class="hit') == 24
-    assert "332 pictures" in page.answer[0] and "332 pictures" in page.answer[1]
-    second = page.send("on_ask", words="blue path:party", ticket="2")
+    page.send("on_tick")
+    first = page.search(query="red")
+    assert page.html.count('<li class="hit') == 24
+    assert "332 pictures" in page.html and "332 pictures" in page.answer[0]
+    second = page.search(query="blue path:party")
     folder = next(row for row in page.workspace.contents().folders if row.path.endswith("party"))
-    narrowed = page.send("on_ask", words="green", folder=folder.key, after="2001-01-01")
-    assert page.answer[0].count('<li class="hit') > 0
+    narrowed = page.search(query="green", filters={"folder": folder.key, "after": "2001-01-01"})
+    assert page.html.count('<li class="hit') > 0
     picture = page.workspace.contents().newest[0].image_id
-    similar = page.send("on_ask", similar=picture)
-    assert page.answer[0].count('<li class="hit') == 24
-    phrase = page.send("on_ask", words='red "cake"')
+    similar = page.search("similar", image_id=picture)
+    assert page.html.count('<li class="hit') == 24
+    phrase = page.search(query='red "cake"')
     assert max(second, narrowed, similar, phrase) <= 15, (second, narrowed, similar, phrase)
     assert 0 < first <= 25  # with loading all vectors, once
 
 
 def test_the_status_costs_no_more_than_a_look_at_the_change_counter(page: Events) -> None:
-    page.send("on_load")
+    page.send("on_tick")
     assert page.statements
-    for event, data in [("on_load", {}), ("on_tick", {}), ("on_ask", {}), ("on_evaluate", {})]:
-        assert page.send(event, **data) <= 3, event  # BEGIN, SELECT, ROLLBACK
+    for event in ("on_tick", "on_evaluate"):
+        assert page.send(event) <= 3, event  # BEGIN, SELECT, ROLLBACK
 
 
 def test_a_tick_sees_what_an_indexer_has_committed(
@@ -150,8 +161,6 @@ def test_no_event_takes_a_component_as_its_input(page: Events) -> None:
     """Gradio resolves files that a browser names in the inputs of an event (FileData, a path): an
     event without inputs has nothing to resolve."""
     assert set(page.events) == {
-        "on_load",
-        "on_ask",
         "on_evaluate",
         "on_index",
         "on_stop",
@@ -177,7 +186,7 @@ def test_a_file_named_in_an_event_is_not_touched(
     file = {"path": str(secret), "meta": {"_type": "gradio.FileData"}, "orig_name": "s.txt"}
     with TestClient(asyncio.run(made()), base_url="http://127.0.0.1:7860") as client:
         functions = client.get("/config").json()["dependencies"]
-        assert len(functions) == 8
+        assert len(functions) == 7
         for function in functions:
             payload = {"data": [file], "fn_index": function["id"], "session_hash": "x"}
             answer = client.post("/gradio_api/queue/join", json=payload)

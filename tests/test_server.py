@@ -115,7 +115,7 @@ def test_the_log_of_a_server_has_no_words(tmp_path: Path) -> None:
         server.process.wait(30)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["method"], line["route"], line["status"]) for line in lines] == [
-        ("POST", "/results", 200),
+        ("POST", "/api/v1/search", 200),
         ("GET", "-", 404),
         ("GET", "/thumbnails/{image_id}", 404),
     ]
@@ -213,10 +213,10 @@ def test_behind_a_proxy_below_a_prefix(tmp_path: Path, strip: bool) -> None:
         assert client.post("/photos/gradio_api/queue/join", json=event).status_code == 200
         stream = client.get("/photos/gradio_api/queue/data?session_hash=abc")
         assert "process_completed" in stream.text
-        found = client.post("/photos/results", json={"words": "red"})
-        assert found.text.count('class="hit') == 3
+        found = client.post("/photos/api/v1/search", json={"query": "red"})
+        assert len(found.json()["hits"]) == 3
         elsewhere = client.post(
-            "/photos/results", json={}, headers={"origin": "https://evil.example"}
+            "/photos/api/v1/search", json={}, headers={"origin": "https://evil.example"}
         )
         assert elsewhere.status_code == 403
         assert client.get("/photos/health", headers={"host": "evil.example"}).status_code == 400
@@ -240,10 +240,10 @@ def read_only(tmp_path: Path) -> Iterator[tuple[Workspace, str]]:
 def test_a_read_only_page_changes_nothing(read_only: tuple[Workspace, str]) -> None:
     workspace, picture = read_only
     client = TestClient(create_app(workspace), base_url=HOST)
-    mark = {"picture": picture, "query": "red", "right": True}
+    mark = {"image_id": picture, "query": "red", "right": True}
     root = b"/".hex()
     for path, sent in (
-        ("/corrections", json.dumps(mark)),
+        ("/api/v1/marks", json.dumps(mark)),
         ("/folders/forget", root),
         ("/folders/browse", ""),
         (f"/open/{picture}", ""),
@@ -263,7 +263,8 @@ def test_a_read_only_page_shows_no_controls_that_change_anything(
 ) -> None:
     workspace, _ = read_only
     client = TestClient(create_app(workspace), base_url=HOST)
-    found = client.post("/results", json={"words": "red"}).text
+    wanted = {"accept": "text/html"}
+    found = client.post("/api/v1/search", json={"query": "red"}, headers=wanted).text
     assert found.count('class="hit') == 3 and 'data-do="mark"' not in found
     assert "data-do" not in client.get("/folders").text
 

@@ -211,7 +211,7 @@ def test_the_same_question_is_answered_from_memory_until_the_library_changes(
 
 def test_without_pictures_or_vectors_a_sentence_says_so(tmp_path: Path, library: Path) -> None:
     nothing = Workspace(tmp_path / "none", Model())  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no pictures to sort yet"):
+    with pytest.raises(InputError, match="there are no pictures yet"):
         Sorter(nothing).sort(request("red, blue"))
     assert not (tmp_path / "none").exists()
     other = Model()

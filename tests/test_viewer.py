@@ -313,7 +313,12 @@ def test_more_results_that_come_too_late_are_dropped(site: Site, visit: Open) ->
     page = visit(site[0])
     ask(page, "red")
     held: list[Any] = []
-    page.route("**/results", lambda route: held.append(route))
+
+    def hold(route: Any) -> None:
+        later = "cursor" in route.request.post_data_json
+        held.append(route) if later else route.continue_()
+
+    page.route("**/api/v1/search", hold)
     load_began = "scrollTo(0, document.documentElement.scrollHeight)"
     page.evaluate(load_began)
     while not held:
@@ -321,7 +326,7 @@ def test_more_results_that_come_too_late_are_dropped(site: Site, visit: Open) ->
     page.evaluate("scrollTo(0, 0)")
     ask(page, "blue")
     blue = cards(page)
-    with page.expect_response("**/results"):
+    with page.expect_response("**/api/v1/search"):
         held[0].continue_()
     page.wait_for_timeout(200)
     assert cards(page)[:24] == blue[:24] and len(cards(page)) == len(blue)

@@ -22,7 +22,8 @@ import pytest
 from colours import ColourModel, paint
 from PIL import Image
 
-from app.web.requests import SearchRequest, UnknownPictureError
+from app.web.pictures import UnknownPictureError
+from app.web.requests import SearchRequest
 from app.web.server import _listen
 from app.web.workspace import Workspace
 from clipkit import Library, lazy_encoder
@@ -202,7 +203,7 @@ def test_a_forgotten_picture_is_a_sentence(workspace: Workspace, photos: Path) -
     workspace.index([str(photos)])
     finished(workspace)
     with pytest.raises(UnknownPictureError, match="drop it again"):
-        workspace.search(SearchRequest(picture="0" * 32))
+        workspace.search(SearchRequest(images=("0" * 32,)))
     with pytest.raises(InputError, match="no picture"):
         workspace.search(SearchRequest(similar="0" * 32))
 

@@ -43,7 +43,8 @@ BODY_LIMITS = (
     (re.compile(r"/gradio_api/.*"), 256_000),
     (re.compile(r"/login"), 4_000),
     (re.compile(r"/queries"), 64 * MEGABYTE + 1),  # the route itself refuses what is above 64 MB
-    (re.compile(r"/api/v1/(search|similar|similarity|embed/image|queries)"), 90 * MEGABYTE),
+    (re.compile(r"/api/v1/(search|similarity|embed/image)"), 90 * MEGABYTE),
+    (re.compile(r"/api/v1/(similar|embed/text|marks)"), 4 * MEGABYTE + 1),
 )
 HEADER_BYTES = 16_384  # request line and headers; app.web.server sets it
 PATH_BYTES, QUERY_BYTES = 1_024, 4_096
@@ -63,9 +64,9 @@ _GRADIO = re.compile(
     r"/(|theme\.css|(assets|static/(js|fonts|img))/[\w.\-/]+|gradio_api/queue/(join|data))"
 )
 _OWN = re.compile(
-    r"/(health|healthz|readyz|metrics|favicon\.ico|queries|results|api/v1/[\w./\-]+"
+    r"/(healthz?|readyz|metrics|start|favicon\.ico|queries|api/v1/[\w./\-]+"
     r"|(thumbnails|pictures|details|queries|open|show)/[^/]+"
-    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections(\.jsonl)?"
+    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections\.jsonl"
     r"|folders(/(browse|forget))?)"
 )
 _OPEN = ("/healthz", "/readyz")  # without a token and without a place

@@ -1,8 +1,8 @@
 """The page: Gradio's blocks, events and queue around our own HTML.
 
 The only module that knows Gradio. The page is HTML components whose values render.py makes;
-clipkit.js sends events ("ask", "evaluate", "index", "stop", "dismiss", "refresh") and
-shows what comes back. No event
+clipkit.js sends events ("evaluate", "index", "stop", "dismiss", "refresh") and shows what comes back;
+searches do not come this way, but through api.py. No event
 takes a component as its input and no component handles files, so that Gradio never resolves a path
 that a browser sends; guard.py lets none of its file routes through, nor an event with an input.
 Pictures go out by content hash.
@@ -13,20 +13,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import anyio
 import gradio as gr
 
 from app.web import render
-from app.web.api import STATIC, create_app
+from app.web.api import FAULT, create_app
 from app.web.folders import path_of
 from app.web.guard import Rules
 from app.web.indexing import Run
-from app.web.requests import SearchRequest
+from app.web.routes import STATIC
 from app.web.saved_reports import SavedReports
 from app.web.sorting import Group, Sorter, Sorting, SortRequest
 from app.web.workspace import Contents, Workspace
@@ -39,12 +39,13 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = ("birthday cake", "a red car", "penguin", "someone playing guitar", "a house in snow")
 QUEUE = 64  # events that may wait; more are refused
-SORTINGS = 2  # at a time; they take seconds to minutes
-SORTINGS_EACH = 2  # of one client, waiting ones included
+SORTINGS_EACH = 2  # of one client at a time, of all that Workspace.classifying lets in
+TURNS_TAKEN = (
+    f"{SORTINGS_EACH} classifications from this address are in progress; wait for one to end"
+)
 UNREAD = 30  # messages for a page that does not fetch them
 SESSIONS = 4_000  # of which Gradio's queue remembers something; it keeps the messages of 2,000
 TICK_SECONDS = 0.7  # between updates while something changes by itself
-FAULT = "Unexpected error; see the terminal for details"
 
 SETTINGS = {
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -54,7 +55,7 @@ SETTINGS = {
     "GRADIO_ANALYTICS_MAX_EVENTS": "1",
 }
 # Gradio lets Python listen to the events whose names stand in quotes here.
-ON_LOAD = "clipkit.attach(element, trigger); // 'ask' 'evaluate' 'index' 'stop' 'dismiss' 'refresh'"
+ON_LOAD = "clipkit.attach(element, trigger); // 'evaluate' 'index' 'stop' 'dismiss' 'refresh'"
 
 
 class Page:
@@ -65,25 +66,14 @@ class Page:
         workspace: Workspace,
         sorter: Sorter,
         reports: SavedReports,
-        examples: Sequence[str] = EXAMPLES,
     ) -> None:
         self.workspace = workspace
         self.sorter = sorter
         self.reports = reports
-        self.examples = tuple(examples)
         self._filters: tuple[Contents, str] | None = None  # the last drawn
 
-    def load(self) -> tuple[str, str, str, str]:
-        """Return status, filters, run and start page."""
-        try:
-            contents = self.workspace.contents()
-            start = self._start(contents)
-            return self.status(contents), self._filters_of(contents), self.run(), start
-        except ClipkitError as error:
-            return "", "", self.run(), render.failure(str(error))
-
     def tick(self) -> tuple[str, str, str]:
-        """Return what changes by itself: status, filters and run.
+        """Return what a page shows first and what changes by itself: status, filters and run.
 
         While the catalog stays as it is, this costs one look at its change counter.
         """
@@ -110,25 +100,17 @@ class Page:
             return render.run(Run(folders=(), error=str(error), over=True))
         return self.run()
 
-    def search(self, data: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the results of one search, or the reason why there are none, and the status."""
-        ticket = str(data.get("ticket", ""))
-        try:
-            contents = self.workspace.contents()
-        except ClipkitError as error:
-            return render.failure(str(error), ticket=ticket), ""
-        # The status comes second: the first search loads the model.
-        return self._results(data, contents, ticket), self.status(contents)
-
-    def sort(self, data: Mapping[str, Any], *, error: str | None = None) -> tuple[str, str]:
+    def sort(self, data: Mapping[str, Any], *, error: str = "") -> tuple[str, str]:
         """Return the Classify page, with the result if the browser sent words, and the status.
 
+        The page is a <template> in an element of its own name: clipkit.js takes it from there into the
+        results, which Gradio does not know.
         "group" is the number of the one group to show, and "k" how many of its pictures. With `error`
         nothing is sorted: the page says why.
         """
         fields = {key: str(data.get(key) or "") for key in ("words", "choice", "floor", "ticket")}
         sorting, only = None, None
-        if fields["words"].strip() and error is None:
+        if fields["words"].strip() and not error:
             try:
                 sorting = self.sorter.sort(SortRequest.from_page(data))
                 only = self._group(sorting, data)
@@ -138,9 +120,10 @@ class Page:
                 log.exception("sorting failed")
                 error = FAULT
         page = render.sort_page(
-            fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error or ""
+            fields, reports=self.reports.rows(), sorting=sorting, only=only, error=error
         )
-        return page, self.status()
+        ticket = fields["ticket"] if fields["ticket"].isdecimal() else "0"
+        return f"<answer-{ticket}><template>{page}</template></answer-{ticket}>", self.status()
 
     def _group(self, sorting: Sorting, data: Mapping[str, Any]) -> Group | None:
         """Return the group that the browser asks for alone, with as many of its pictures as it wants."""
@@ -148,7 +131,8 @@ class Page:
         groups = [one for one in sorting.groups if one.number == group and group is not None]
         if not groups or not isinstance(k, int) or k < 1:
             return None
-        return replace(groups[0], best=self.sorter.best(sorting, groups[0].number, k))
+        most = min(k, render.GROUP_MOST)
+        return replace(groups[0], best=self.sorter.best(sorting, groups[0].number, most))
 
     def index(self, data: Mapping[str, Any]) -> str:
         """Start to index a folder, typed or chosen by its key; return the reason if it cannot, else
@@ -165,31 +149,6 @@ class Page:
             return render.run(Run(folders=(str(folder),), error=str(error), over=True))
         return ""
 
-    def _results(self, data: Mapping[str, Any], contents: Contents, ticket: str) -> str:
-        try:
-            request = SearchRequest.from_page(data)
-            if request.is_empty or not contents.pictures:
-                return self._start(contents, ticket)
-            answer = self.workspace.search(request, contents)
-            corrections = self.workspace.status(contents).corrections
-            return render.results(request, answer, ticket=ticket, total_corrections=corrections)
-        except ClipkitError as error:
-            return render.failure(str(error), ticket=ticket)
-        except Exception:  # the person reads a sentence, the terminal has the traceback
-            log.exception("a search failed")
-            return render.failure(FAULT, ticket=ticket)
-
-    def _start(self, contents: Contents, ticket: str = "") -> str:
-        """Return what is shown before the first search."""
-        status = self.workspace.status(contents)
-        if not status.pictures:
-            may_index = self.workspace.may_index
-            return render.part("empty", stage=status.stage, may_index=may_index, ticket=ticket)
-        newest = contents.newest
-        return render.part(
-            "home", status=status, examples=self.examples, newest=newest, ticket=ticket
-        )
-
     def _filters_of(self, contents: Contents) -> str:
         if self._filters is None or self._filters[0] is not contents:
             drawn = render.filters(contents.folders, contents.facets, contents.roots)
@@ -198,26 +157,26 @@ class Page:
 
 
 class Turns:
-    """Take turns at long work, so that one client cannot keep everybody else waiting."""
+    """Count long work in progress, so that one client does not keep all others waiting."""
 
     def __init__(self) -> None:
-        self._present: Counter[str] = Counter()
-        self._threads = anyio.CapacityLimiter(SORTINGS)
+        self._clients: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
-    async def take(self, client: str, work: Callable[[], tuple[str, str]]) -> tuple[str, str]:
-        """Do the work in a thread. Raises InputError if the client has SORTINGS_EACH in progress."""
-        if self._present[client] >= SORTINGS_EACH:
-            raise InputError(
-                f"{SORTINGS_EACH} classifications from this address are in progress; "
-                "wait for one of them to end"
-            )
-        self._present[client] += 1
-        try:
-            return await anyio.to_thread.run_sync(work, limiter=self._threads)
-        finally:
-            self._present[client] -= 1
-            if not self._present[client]:
-                del self._present[client]
+    def begin(self, client: str) -> bool:
+        """Count one more, unless the client has SORTINGS_EACH already; return whether it was counted."""
+        with self._lock:
+            if self._clients[client] >= SORTINGS_EACH:
+                return False
+            self._clients[client] += 1
+            return True
+
+    def end(self, client: str) -> None:
+        """Count one less."""
+        with self._lock:
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]
 
 
 def forget_unread(blocks: gr.Blocks, session: str) -> None:
@@ -257,7 +216,9 @@ def build(page: Page) -> gr.Blocks:
         filters = gr.HTML("", elem_id="filters", **plain)
         refusal = gr.HTML("", elem_id="refusal", **plain)
         run = gr.HTML("", elem_id="run", **plain)
-        results = gr.HTML("", elem_id="results", **plain)
+        # What clipkit.js shows: it alone changes what is in there.
+        gr.HTML('<div class="answers"></div>', elem_id="results", **plain)
+        classified = gr.HTML("", elem_id="classified", **plain)
         timer = gr.Timer(TICK_SECONDS, active=False)
 
         def next_timer() -> gr.Timer:
@@ -273,22 +234,15 @@ def build(page: Page) -> gr.Blocks:
                 active=fading or workspace.indexing or workspace.model.state == "loading"
             )
 
-        def on_load() -> tuple[Any, ...]:
-            timer = next_timer()
-            return *page.load(), timer
-
-        def on_ask(event: gr.EventData) -> tuple[Any, ...]:
-            timer = next_timer()
-            return *page.search(_data(event)), page.run(), timer
-
-        async def on_evaluate(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
+        def on_evaluate(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
             timer, data = next_timer(), _data(event)
             client = request.client.host if request.client else ""
+            if not turns.begin(client):
+                return *page.sort(data, error=TURNS_TAKEN), page.run(), timer
             try:
-                drawn = await turns.take(client, lambda: page.sort(data))
-            except InputError as error:
-                drawn = page.sort(data, error=str(error))
-            return *drawn, page.run(), timer
+                return *page.sort(data), page.run(), timer
+            finally:
+                turns.end(client)
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
@@ -306,14 +260,14 @@ def build(page: Page) -> gr.Blocks:
             return *page.tick(), timer
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        blocks.load(on_load, None, [status, filters, run, results, timer], **quiet)
-        ask.ask(on_ask, None, [results, status, run, timer], trigger_mode="always_last", **quiet)
+        blocks.load(on_tick, None, [status, filters, run, timer], **quiet)
+        # No limit of Gradio's: Workspace.classifying refuses at once what would fill the queue.
         ask.evaluate(
             on_evaluate,
             None,
-            [results, status, run, timer],
+            [classified, status, run, timer],
             trigger_mode="always_last",
-            concurrency_limit=None,  # they wait in Turns, not in the queue that all events share
+            concurrency_limit=None,
             **quiet,
         )
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
@@ -340,11 +294,11 @@ def make_app(
     style = f'<link rel="stylesheet" href="ui/clipkit.css?v={_version("clipkit.css")}">'
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     sorter, reports = Sorter(workspace), SavedReports()
-    blocks = build(Page(workspace, sorter, reports, examples))
+    blocks = build(Page(workspace, sorter, reports))
     rules = rules or Rules(names=Rules.names_of("localhost"))
     rules = replace(rules, on_event=lambda session: forget_unread(blocks, session))
     return gr.mount_gradio_app(
-        create_app(workspace, sorter=sorter, reports=reports, rules=rules),
+        create_app(workspace, sorter=sorter, reports=reports, rules=rules, examples=examples),
         blocks,
         path="/",
         # Plain Font objects: a font given as a string is fetched from Gradio's own set.

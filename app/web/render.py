@@ -28,13 +28,15 @@ from clipkit.wording import count, duration, percent, printable, reason_text
 if TYPE_CHECKING:
     from app.web.indexing import Run
     from app.web.saved_reports import ReportRow
-    from app.web.workspace import FolderRow, SearchAnswer
+    from app.web.workspace import FolderRow, SearchAnswer, Status
     from clipkit.catalog import Facets, PictureRow
     from clipkit.embed import Summary
     from clipkit.search import SearchHit
 
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
+GROUP_MOST = 6_000  # pictures of a whole group that one page may show; the CSV has all
 GROUP_PAGE = 120  # pictures of a whole group of the Classify page, and the step of "show more"
+MOST_LOADED = 240  # pictures that the page loads at once while it is scrolled
 SIDES = (640, 1280, 1920, 3840)  # choices of the longer side, in pixels
 
 
@@ -123,33 +125,27 @@ def help_panel() -> str:
     return part("help", syntax=SYNTAX, keys=keys, choices=CHOICES)
 
 
-def results(
-    request: SearchRequest, answer: SearchAnswer, *, ticket: str, total_corrections: int
-) -> str:
-    """Return the gallery of one search, from `request.offset` on; `ticket` is the number by which the
-    page knows its answer."""
+def results(request: SearchRequest, answer: SearchAnswer, status: Status) -> str:
+    """Return one page of results. Later pages are larger: whoever scrolls far waits seldom."""
     first_weak = len(answer.hits)
     while first_weak and _is_weak(answer.hits[first_weak - 1]):
         first_weak -= 1
+    shown = answer.hits[-1].rank if answer.hits else 0
+    step = min(max(PAGE_SIZE, shown // 4), MOST_LOADED)
     return part(
         "results",
         request=request,
         answer=answer,
-        ticket=ticket,
         query=as_query(answer.words) if answer.words else "",
-        first_weak=first_weak - request.offset,
-        page_size=PAGE_SIZE,
-        total_corrections=total_corrections,
+        first_weak=first_weak,
+        shown=shown,
+        more=min(step, answer.total - shown) if answer.cursor else 0,
+        status=status,
     )
 
 
 def _is_weak(hit: SearchHit) -> bool:
     return hit.strength == "weak" and not hit.named
-
-
-def failure(sentence: str, *, ticket: str = "") -> str:
-    """Return an error in place of results."""
-    return part("failure", sentence=sentence, ticket=ticket)
 
 
 def run(run: Run | None) -> str:
@@ -179,6 +175,7 @@ def sort_page(
         floors=FLOORS,
         only=only,
         group_page=GROUP_PAGE,
+        group_most=GROUP_MOST,
         close_lead=CLOSE,
         sorting=sorting,
         error=error,

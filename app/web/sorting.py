@@ -27,6 +27,7 @@ from eval.zero_shot import class_vectors, classify
 
 if TYPE_CHECKING:
     from app.web.workspace import Workspace
+    from clipkit.search.live_vectors import LiveVectors
 
 LEAST_WORDS, MOST_WORDS = 2, 200
 MOST_LETTERS = 200  # of one word
@@ -170,29 +171,34 @@ class Sorter:
         self._lock = threading.Lock()
 
     def sort(self, request: SortRequest) -> Sorting:
-        """Sort all pictures. Raises InputError if none has a vector of this model, and ModelError."""
+        """Sort all pictures.
+
+        Raises InputError if none has a vector of this model, ModelError, and ServerBusy while too many
+        others sort.
+        """
         begun = time.perf_counter()
         model = self._workspace.model
-        with self._catalog() as catalog:
-            parts = (request, model.encoder_id, catalog.change_counter())
-            key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
-            with self._lock:
-                if (cached := self._sortings.get(key)) is not None:
-                    self._sortings.move_to_end(key)
-                    return cached
-            stored = catalog.vectors(model.encoder_id)
-            if not len(stored.nums):
-                raise InputError(
-                    f"no picture of this library has a vector of model {model.spec}; "
-                    "add pictures first, or start the page with the model of the index"
-                )
+        live = self._workspace.searcher().live()
+        parts = (request, model.encoder_id, live.changes)
+        key = hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+        with self._lock:
+            if (cached := self._sortings.get(key)) is not None:
+                self._sortings.move_to_end(key)
+                return cached
+        if not len(live.nums) or live.encoder_id != model.encoder_id:
+            raise InputError(
+                f"no picture of this library has a vector of model {model.spec}; "
+                "add pictures first, or start the page with the model of the index"
+            )
+        with self._workspace.classifying.take():
             session = Session()
             words = request.words + (BACKGROUND if request.floor else ())
             rows = class_vectors(model, words, request.templates, session)
             scale, most = session.logit_scale(model), len(request.words)
-            classes, values = _two_best(stored.vectors, rows, scale, most)
-            sorting = Sorting(key, request, (), (), 0, 0.0, stored.nums, *classes, *values)
-            sorting = _with_groups(sorting, catalog)
+            classes, values = _two_best(live, rows, scale, most)
+            sorting = Sorting(key, request, (), (), 0, 0.0, live.nums, *classes, *values)
+            with self._catalog() as catalog:
+                sorting = _with_groups(sorting, catalog)
             sorting = replace(sorting, seconds=time.perf_counter() - begun)
         with self._lock:
             self._sortings[key] = sorting
@@ -249,21 +255,22 @@ class Sorter:
 
 
 def _two_best(
-    vectors: npt.NDArray[np.float16], rows: Float32, scale: float, most: int
+    live: LiveVectors, rows: Float32, scale: float, most: int
 ) -> tuple[npt.NDArray[np.int16], Float32]:
-    """Return the two most probable of the first `most` classes (C, D) for each of the vectors (N, D),
+    """Return the two most probable of the first `most` classes (C, D) for each of the N live pictures,
     and their probabilities among all C, (2, N) each."""
-    size = len(vectors)
+    size = len(live.nums)
     classes, values = np.empty((2, size), np.int16), np.empty((2, size), np.float32)
-    for start in range(0, size, BLOCK):
-        block = slice(start, start + BLOCK)
-        some = vectors[block].astype(np.float32)
-        probabilities = classify(some, rows, logit_scale=scale)[:, :most]
+    start = 0
+    for nums, vectors in live.blocks(BLOCK):
+        block = slice(start, start + len(nums))
+        probabilities = classify(vectors, rows, logit_scale=scale)[:, :most]
         each = np.arange(len(probabilities))
         for rank in (0, 1):
             classes[rank, block] = best = probabilities.argmax(axis=1)
             values[rank, block] = probabilities[each, best]
             probabilities[each, best] = -1.0
+        start = block.stop
     return classes, values
 
 

@@ -1,8 +1,8 @@
 """The state behind the page: one index folder, one model, at most one indexing run.
 
-page.py and api.py call it; it knows neither Gradio nor FastAPI. Threads may share it. Pictures are
-named by content hash only, also to open a picture's file on the screen. The only paths that a request
-may carry are those of folders, to index, to forget or (app.web.folders) to list.
+page.py, api.py and routes.py call it; it knows neither Gradio nor FastAPI. Threads may share it.
+Pictures are named by content hash only, also to open a picture's file on the screen. The only paths
+that a request may carry are those of folders, to index, to forget or (app.web.folders) to list.
 """
 
 from __future__ import annotations
@@ -16,27 +16,42 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
+
 from app.corrections import Corrections, Mark, export, marked_words
 from app.web.folders import Listing, Root, browsable, listing, path_of
 from app.web.indexing import Indexer, Run
-from app.web.requests import DroppedPictures, SearchRequest, UnknownPictureError
+from app.web.pictures import (
+    DroppedPictures,
+    Places,
+    Recent,
+    ServerBusy,
+    UnknownPictureError,
+    query_limits,
+)
+from app.web.requests import SearchRequest
+from clipkit.arrays import Float32
 from clipkit.catalog import Catalog, CatalogStats, Facets, Filters, PictureRow
-from clipkit.errors import ClipkitError, ImageError, InputError
+from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.lazy_encoder import LazyEncoder
-from clipkit.query import parse
+from clipkit.query import Example, Query, parse
 from clipkit.search import Empty, Searcher, SearchHit, SearchResult
+from clipkit.search.query_encoder import encoder_mismatch
 from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
 
 FOLDERS_SHOWN = 500  # choices of the folder filter
-THUMBNAIL_SIDE = 320
+THUMBNAIL_SIDE = 320  # of those that the index stores
+SENT_MEGABYTES = 64  # re-encoded pictures in memory
+VECTORS_MEGABYTES = 4  # vectors of pictures that came with requests
 NEWEST = 18  # pictures on the start page
 NEWEST_UP_TO = 20_000  # pictures in a library whose start page lists its newest
 
@@ -70,7 +85,15 @@ class SearchAnswer:
     words: str | None = None  # what a mark of a hit says is shown; None: hits cannot be marked
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
     notes: tuple[str, ...] = ()  # SearchResult.notes
-    stable: bool = True  # a larger k only adds hits after these
+    cursor: str | None = None  # where the next page begins; None after the last hit
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two that `similarity` compares."""
+
+    kind: str  # "image_id", "image" (a file's bytes) or "text"
+    value: str | bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +165,40 @@ class Status:
         return "ready" if self.pictures else "indexing" if self.indexing else "empty"
 
 
+def facts(row: PictureRow) -> dict[str, Any]:
+    """Return what the catalog knows of a picture, for JSON; every text is printable."""
+    return {
+        "image_id": row.image_id,
+        "name": printable(PurePath(row.path).name),
+        "path": printable(row.path),
+        "places": [printable(place) for place in row.places],
+        "width": row.width,
+        "height": row.height,
+        "format": row.format,
+        "bytes": row.bytes,
+        "taken_at": row.taken_at,
+        "dated": row.dated,
+        "camera": printable(row.camera) if row.camera else None,
+        "captions": [printable(caption) for caption in row.captions],
+        "tags": [printable(tag) for tag in row.tags],
+    }
+
+
+def _is_there(row: PictureRow) -> bool:
+    """Return whether a file of the picture's size is in one of its places, without reading it."""
+    for place in row.places:
+        with suppress(OSError):
+            if os.stat(place).st_size == row.bytes:
+                return True
+    return False
+
+
+def _finite(vectors: Float32) -> Float32:
+    if not np.isfinite(vectors).all():
+        raise ModelError("the model gives vectors that are not finite; its weights are damaged")
+    return vectors
+
+
 def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.platform) -> list[str]:
     """Return the command that opens a file, or the folder around it, on this machine's screen."""
     if platform == "darwin":
@@ -149,6 +206,20 @@ def desktop_command(path: Path, *, folder: bool = False, platform: str = sys.pla
     if platform == "win32":
         return ["explorer", f"/select,{path}" if folder else str(path)]
     return ["xdg-open", str(path.parent if folder else path)]
+
+
+def _paged(
+    answer: Callable[..., SearchResult], request: SearchRequest, *arguments: Any, **options: Any
+) -> tuple[SearchResult, str | None]:
+    """Return a page of hits, and the cursor of the next one, by asking for all hits up to its end."""
+    try:
+        start = int(request.cursor or 0)
+    except ValueError:
+        raise InputError(f"{request.cursor!r} is no cursor; use that of the page before") from None
+    end = start + request.limit
+    result = answer(*arguments, k=end, **options)
+    more = str(end) if len(result.hits) == end < result.total else None
+    return replace(result, hits=result.hits[start:]), more
 
 
 class Workspace:
@@ -169,7 +240,13 @@ class Workspace:
         self.may_index = may_index and not read_only
         self.read_only = read_only
         self.limits = limits or Limits()
-        self.dropped = DroppedPictures(limits=self.limits)
+        # Two large pictures are some 1.5 GB while they are decoded.
+        self._decoding = Places("decoding pictures", 2, waiting=16, seconds=20)
+        self._encoding = Places("encoding", 2, waiting=16, seconds=20)
+        self.classifying = Places("classifying pictures", 2, waiting=2, seconds=60)
+        self.dropped = DroppedPictures(limits=self.limits, decoding=self._decoding)
+        self._sent: Recent[bytes] = Recent(SENT_MEGABYTES)
+        self._vectors: Recent[Float32] = Recent(VECTORS_MEGABYTES)
         self.corrections = Corrections(folder)
         self._indexer = Indexer(folder, model, limits=self.limits)
         self._lock = threading.Lock()
@@ -208,6 +285,27 @@ class Workspace:
             self._contents = contents = Contents(catalog, changes)
         return contents
 
+    def searcher(self) -> Searcher:
+        """Return the searcher. Raises InputError if there is no index yet."""
+        opened = self._open()
+        if opened is None:
+            raise InputError("there are no pictures yet; add a folder of them first")
+        return opened[1]
+
+    @property
+    def space_id(self) -> str | None:
+        """Whose vectors can be compared with the model's; None while only loading it would tell."""
+        return getattr(self.model, "space_id", None)
+
+    def check_ready(self) -> None:
+        """Raise ServerBusy unless words can be searched for now: the model is loaded, and the index
+        opens if there is one. Loads nothing."""
+        if self.model.state != "ready":
+            raise ServerBusy(
+                f"the model {self.model.spec} is {self.model.state}; it is not ready yet"
+            )
+        self.contents()
+
     def status(self, contents: Contents | None = None) -> Status:
         """Return the status as of `contents`, by default those of now."""
         contents = contents or self.contents()
@@ -230,17 +328,18 @@ class Workspace:
         opened = self._open()
         if opened is None:
             return SearchAnswer((), 0, 0.0)
-        _, searcher = opened
+        catalog, searcher = opened
         filters = self._filters(request, contents)
-        words = None
         query = parse(request.words)
         query = replace(query, sort=query.sort or request.sort)
+        words = None
         if request.similar:
-            result = searcher.similar(request.similar, query, k=request.k, filters=filters)
+            found = _paged(searcher.similar, request, request.similar, query, filters=filters)
         else:
-            picture = self.dropped[request.picture] if request.picture else None
-            result = searcher.search(query, k=request.k, image=picture, filters=filters)
-            words = None if picture else marked_words(query)
+            query, image = self._with_images(catalog, query, request.images)
+            found = _paged(searcher.search, request, query, image=image, filters=filters)
+            words = None if request.images else marked_words(query)
+        result, cursor = found
         for observe in self.observers:
             observe(result)
         corrections = self._readable() if words and not self.read_only else None
@@ -252,9 +351,89 @@ class Workspace:
             words=words if corrections else None,
             marks=corrections.of(words) if corrections and words else {},
             notes=result.notes,
-            # The k best are put in order of date or name, all that pass a filter already are.
-            stable=query.sort in (None, "score") or not result.hits or result.hits[0].score is None,
+            cursor=cursor,
         )
+
+    def _with_images(
+        self, catalog: Catalog, query: Query, images: Sequence[str | bytes]
+    ) -> tuple[Query, Float32 | None]:
+        """Return the query with those of the `images` that are in the library as examples, and the sum
+        (D,) of the others' vectors."""
+        examples, vectors = list(query.examples), []
+        for image in images:
+            name = image if isinstance(image, str) else image_id(image)
+            if catalog.has_picture(name) is not None:
+                examples.append(Example(name))
+            else:
+                vectors.append(self._vector_of(self.dropped[name] if image is name else image))
+        if vectors:
+            self._check_model()
+        total = np.sum(vectors, axis=0, dtype=np.float32) if vectors else None
+        return replace(query, examples=tuple(examples)), total
+
+    def _check_model(self) -> None:
+        """Raise EncoderMismatch if the vectors in the index are not the model's."""
+        model, live = self.model, self.searcher().live()
+        if live.encoder_id != model.encoder_id:
+            raise encoder_mismatch((live.spec, live.encoder_id), (model.spec, model.encoder_id))
+
+    def _vector_of(self, data: bytes) -> Float32:
+        """Return the unit vector (D,) of a picture that came with a request.
+
+        Raises ImageError, ModelError and ServerBusy.
+        """
+        key = f"{self.model.encoder_id} {image_id(data)}"
+        vector = self._vectors.get(key)
+        if vector is None:
+            (vector,) = self.embed_pictures([data])
+            self._vectors.put(key, vector, vector.nbytes)
+        return vector
+
+    # ---- vectors
+
+    def embed_texts(self, texts: Sequence[str]) -> Float32:
+        """Return unit vectors (N, D). Raises ModelError and ServerBusy."""
+        with self._encoding.take():
+            return _finite(self.model.encode_texts(texts))
+
+    def embed_pictures(self, pictures: Sequence[bytes]) -> Float32:
+        """Return unit vectors (N, D) of pictures, each a file's bytes.
+
+        Raises ImageError, ModelError and ServerBusy.
+        """
+        towers = self.model.towers()
+        limits, prepared = query_limits(self.limits), []
+        for data in pictures:
+            with self._decoding.take():
+                rgb = decode(data, target=towers.preferred_side, limits=limits).rgb
+                prepared.append(towers.preprocess(rgb))
+        with self._encoding.take():
+            return _finite(towers.encode_images(prepared))
+
+    def similarity(self, *sides: Side) -> float:
+        """Return the cosine of two sides. Raises ClipkitError."""
+        if {side.kind for side in sides} not in (
+            {"image_id"},
+            {"image", "text"},
+            {"image"},
+            {"text"},
+        ):
+            self._check_model()
+        one, other = (self._vector_of_side(side) for side in sides)
+        return float(np.clip(one @ other, -1.0, 1.0))
+
+    def _vector_of_side(self, side: Side) -> Float32:
+        if side.kind == "text":
+            return self.embed_texts([str(side.value)])[0]
+        if isinstance(side.value, bytes):
+            return self._vector_of(side.value)
+        _, row = self._row(side.value)
+        stored = self.searcher().live().unit_vector(row.num)
+        if stored is None:
+            raise InputError(
+                f"picture {side.value} has no vector of the model {self.model.spec} yet"
+            )
+        return stored
 
     def _readable(self) -> Corrections | None:
         """Return the corrections; None if their file cannot be read, as searching works without."""
@@ -270,6 +449,8 @@ class Workspace:
         if request.folder:
             rows = (contents or self.contents()).folders
             folders = tuple(row.path for row in rows if row.key == request.folder)
+            if os.path.isabs(request.folder):
+                folders = (request.folder,)
             if not folders:
                 raise InputError("this folder has no pictures any more; choose another one")
         return Filters(
@@ -284,38 +465,52 @@ class Workspace:
 
     # ---- pictures, by content hash
 
-    def thumbnail(self, picture_id: str) -> bytes:
-        """Return a small JPEG; one that is missing is made from the file and stored."""
+    def thumbnail(self, picture_id: str, size: int = THUMBNAIL_SIDE) -> bytes:
+        """Return a JPEG whose longer side is at most `size`.
+
+        One of THUMBNAIL_SIDE that is missing is made from the file and stored in the index, another
+        is kept in memory. Raises UnknownPictureError, PictureGoneError, ServerBusy.
+        """
         catalog, row = self._row(picture_id)
+        if size < THUMBNAIL_SIDE:
+            return self._resized(picture_id, size, lambda: self.thumbnail(picture_id))
+        if size > THUMBNAIL_SIDE:
+            return self._resized(picture_id, size, lambda: self._bytes(row))
         jpeg = catalog.thumbnail(picture_id)
         if jpeg is None:
-            picture = decode(self._bytes(row), target=THUMBNAIL_SIDE, limits=self.limits)
-            jpeg = thumbnail(picture.rgb)
+            jpeg = self._shrink(self._bytes(row), size)
             catalog.put_thumbnail(picture_id, jpeg)
         return jpeg
 
+    def _resized(self, picture_id: str, size: int, source: Callable[[], bytes]) -> bytes:
+        key = f"{picture_id} {size}"
+        jpeg = self._sent.get(key)
+        if jpeg is None:
+            jpeg = self._shrink(source(), size)
+            self._sent.put(key, jpeg, len(jpeg))
+        return jpeg
+
+    def _shrink(self, data: bytes, size: int) -> bytes:
+        with self._decoding.take():
+            return thumbnail(decode(data, target=size, limits=self.limits).rgb, side=size)
+
     def picture(self, picture_id: str) -> tuple[bytes, str]:
-        """Return (bytes, MIME type), encoded anew for any browser and without metadata."""
+        """Return (bytes, MIME type), encoded anew for any browser and without metadata.
+
+        Raises UnknownPictureError, PictureGoneError, ServerBusy.
+        """
         _, row = self._row(picture_id)
-        return encode_for_web(self._bytes(row), limits=self.limits)
+        jpeg = self._sent.get(picture_id)
+        if jpeg is None or not _is_there(row):
+            data = self._bytes(row)
+            with self._decoding.take():
+                jpeg, _ = encode_for_web(data, limits=self.limits)
+            self._sent.put(picture_id, jpeg, len(jpeg))
+        return jpeg, "image/jpeg"
 
     def details(self, picture_id: str) -> dict[str, Any]:
         """Return what the catalog knows of a picture, for JSON; every text is printable."""
-        _, row = self._row(picture_id)
-        return {
-            "image_id": row.image_id,
-            "name": printable(PurePath(row.path).name),
-            "places": [printable(place) for place in row.places],
-            "width": row.width,
-            "height": row.height,
-            "format": row.format,
-            "bytes": row.bytes,
-            "taken_at": row.taken_at,
-            "dated": row.dated,
-            "camera": printable(row.camera) if row.camera else None,
-            "captions": [printable(caption) for caption in row.captions],
-            "tags": [printable(tag) for tag in row.tags],
-        }
+        return facts(self._row(picture_id)[1])
 
     def _row(self, picture_id: str) -> tuple[Catalog, PictureRow]:
         opened = self._open()

@@ -10,7 +10,7 @@ A snapshot that is lost, damaged or another encoder's is never searched: the cat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,6 +88,14 @@ class LiveVectors:
             for part in self.parts
         ]
         return np.concatenate(rows) if rows else np.empty((0, 0), np.float32)
+
+    def blocks(self, rows: int) -> Iterator[tuple[Int64, Float32]]:  # for Classify
+        """Yield nums (M,) and vectors (M, D) of all live pictures, up to `rows` at a time, by num."""
+        for start in range(0, len(self.nums), rows):
+            nums = self.nums[start : start + rows]
+            ours = [np.intersect1d(p.alive, nums, assume_unique=True) for p in self.parts]
+            vectors = [p.index.vectors_of(o) for p, o in zip(self.parts, ours, strict=True)]
+            yield nums, np.concatenate(vectors)[np.argsort(np.concatenate(ours))]
 
     def unit_vector(self, num: int | None) -> Float32 | None:
         """Return the unit vector (D,) of a picture; None if it is not among these."""

@@ -118,11 +118,11 @@ class Searcher:
         query: str | Query = "",
         *,
         k: int = 24,
-        image: Image.Image | bytes | None = None,
+        image: Image.Image | bytes | Float32 | None = None,
         filters: Filters | None = None,
     ) -> SearchResult:
-        """Return the k best pictures for a query, with `image` (RGB, or a file's bytes) as one more
-        example and `filters` in addition to the query's own.
+        """Return the k best pictures for a query, with `image` (RGB, a file's bytes, or a vector) as
+        one more example and `filters` in addition to the query's own.
 
         Raises QueryError, ImageError (an example cannot be read), EncoderMismatch (the catalog has
         vectors of other encoders only), ModelError (a vector that is not finite), InputError.
@@ -164,7 +164,7 @@ class Searcher:
         if not (query.terms or query.exclude or query.examples or examples):
             result = self._listed(allowed, rankings, k, query.sort, clock)
         else:
-            live = self._current()
+            live = self.live()
             clock.lap("load")
             without = None
             if like is not None:
@@ -190,7 +190,7 @@ class Searcher:
 
     # ---- vectors and filters
 
-    def _current(self) -> LiveVectors:
+    def live(self) -> LiveVectors:
         """Return the vectors as of now. Raises EncoderMismatch if all are of other encoders."""
         with self._following:
             encoder_id = self._searched_id()

@@ -13,7 +13,6 @@
   let current = empty();
   let ticket = 0;
   let classified = {}; // what the Classify page was last asked
-  let arriving = true; // nothing has been shown yet
 
   // ------------------------------------------------------------------ theme
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -44,7 +43,6 @@
   history.scrollRestoration = "manual";
   const CLASSIFY = "classify"; // in an address: words of the Classify page
   const CLASSIFIED = ["choice", "floor", "group"]; // in its address, too
-  const MOST_RESTORED = 2400; // cards that Back brings again: many more would take the browser seconds
   let here = null; // address of the page that is shown or awaited, without the viewer
   let landing = null; // {y, view} of the entry whose answer is awaited
 
@@ -139,7 +137,7 @@
     }
     if (viewer.is_open()) viewer.close();
     if (state.evaluate) evaluate(state.evaluate, { from: state });
-    else send({ ...state.question, k: Math.min(state.k || 0, MOST_RESTORED) }, { from: state });
+    else send({ ...state.question, k: state.k || 0 }, { from: state });
   };
 
   // The Classify page replaces the results. `from` is the entry of the history, if it has one.
@@ -162,7 +160,103 @@
     $("#ask [name=words]").value = current.words;
     narrow();
     sample();
-    trigger("ask", { ...rest, ...(k ? { k } : {}), ticket: String(ticket) });
+    answer(rest, k, ticket);
+  };
+
+  // ---- the API. A page of results is HTML: cards, and a button with the cursor of the next page.
+  const LEAST = 24;
+  const MOST = 2400; // cards in one answer
+
+  const fetch_html = async (address, options) => {
+    const answer = await fetch(address, { cache: "no-store", ...options });
+    if (!answer.ok) throw new Error((await answer.json()).error);
+    return new DOMParser().parseFromString(await answer.text(), "text/html").body.firstElementChild;
+  };
+
+  const fetch_page = ({ words, picture, similar, sort, ...narrowed }, page) => {
+    const filters = Object.fromEntries(Object.entries(narrowed).filter(([, value]) => value));
+    if (/^\d+$/.test(filters.size)) filters.size = Number(filters.size);
+    const subject = similar ? { image_id: similar } : { images: picture ? [picture] : [] };
+    return fetch_html(similar ? "api/v1/similar" : "api/v1/search", {
+      method: "POST",
+      headers: { "Content-Type": "application/json", Accept: "text/html" },
+      body: JSON.stringify({ query: words, ...subject, filters, sort: sort || null, ...page }),
+    });
+  };
+
+  // Add the cards of the next page, without those that the page has: the library may have changed.
+  const join = (root, next) => {
+    const grid = $(".grid", root);
+    const known = new Set($$(".hit", grid).map((card) => card.dataset.id));
+    const tiles = $$(".grid > li", next).filter((tile) => !known.has(tile.dataset.id));
+    if (tiles[0]?.matches(".divider") && grid.lastElementChild.matches(".weak")) tiles.shift();
+    if (tiles.length) $(".shown", root).textContent = $(".shown", next).textContent;
+    grid.append(...tiles);
+    $(".more", root).replaceWith(...$$(".more", next));
+    return tiles;
+  };
+
+  // Ask for the first k cards, or one page of them.
+  const fetch_results = async (question, k) => {
+    const root = await fetch_page(question, { limit: Math.min(Math.max(k, LEAST), MOST) });
+    for (let button; (button = $("[data-do=more]", root)); ) {
+      const left = k - $$(".hit", root).length;
+      if (left <= 0) break;
+      const page = { limit: Math.min(left, MOST), cursor: button.dataset.cursor };
+      if (!join(root, await fetch_page(question, page)).length) break;
+    }
+    return root;
+  };
+
+  const failure = (sentence) => {
+    const root = document.createElement("div");
+    root.className = "results failure";
+    root.role = "alert";
+    root.dataset.view = "results";
+    root.append(document.createElement("p"));
+    root.firstElementChild.textContent = sentence;
+    return root;
+  };
+
+  // Show the answer to a search, or the start page without one. A server that does not answer is waited for.
+  const answer = async (question, k, mine) => {
+    let root = null;
+    while (!root && mine === ticket) {
+      try {
+        const start = !FIELDS.some((key) => question[key]);
+        root = await (start ? fetch_html("start") : fetch_results(question, k));
+      } catch (error) {
+        if (!(error instanceof TypeError)) root = failure(error.message);
+        else await check_server().then(() => sleep(1000));
+      }
+    }
+    if (mine === ticket) show(root);
+  };
+
+  const show = (root) => {
+    $("#results .answers").replaceChildren(root);
+    document.body.dataset.view = root.dataset.view;
+    delete document.body.dataset.busy;
+    land();
+    tend();
+    // The status line is drawn anew once it is out of date: the first search loads the model.
+    const status = $("#status .status")?.dataset;
+    const { model, pictures } = root.dataset;
+    if (pictures && status && (model !== status.model || pictures !== status.pictures)) trigger("refresh", {});
+  };
+
+  const tend = () => {
+    rove();
+    viewer.draw_selection();
+    watch_end();
+    ages();
+    renew();
+  };
+
+  // The Classify page comes by Gradio, which knows only the element that it is taken from.
+  const take_classified = () => {
+    const sent = $("#classified template")?.content.firstElementChild;
+    if (sent && Number(sent.dataset.ticket) === ticket && document.body.dataset.busy) show(document.importNode(sent, true));
   };
 
   // The picture of the search, shown in the search box as a small removable sample.
@@ -184,30 +278,6 @@
     send(from_address().question, { from: {} });
   };
 
-  const answered = () => {
-    const root = $("#results [data-view]");
-    if (!root) return;
-    document.body.dataset.view = root.dataset.view;
-    if (arriving) {
-      // Not before: the start page is still to come until now, and would replace an answer.
-      arriving = false;
-      const { question } = from_address();
-      $("#ask").classList.toggle("open", NARROW.some((name) => question?.[name]));
-      if (location.hash.length > 1 || history.state?.y) return back(history.state);
-      here = "";
-      if (matchMedia("(hover: hover)").matches) $("#ask [name=words]").focus({ preventScroll: true });
-    }
-    if (Number(root.dataset.ticket) === ticket) {
-      delete document.body.dataset.busy;
-      land();
-    }
-    rove();
-    viewer.draw_selection();
-    watch_end();
-    ages();
-    renew();
-  };
-
   const land = () => {
     if (!landing) return;
     const { y, view } = landing;
@@ -223,25 +293,16 @@
 
   const load_more = async (button) => {
     const [mine, root] = [ticket, button.closest("[data-view]")];
-    const { k, offset, whole } = button.dataset;
-    if (whole) return send({ ...current, k: Number(k) }, { from: { ...history.state, y: null } });
+    const { cursor, limit } = button.dataset;
+    const { k, ...question } = current;
     const focused = button === document.activeElement;
     try {
-      const answer = await fetch("results", {
-        method: "POST",
-        headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ ...current, k: Number(k), offset: Number(offset) }),
-      });
-      if (!answer.ok) throw new Error((await answer.json()).error);
-      const added = new DOMParser().parseFromString(await answer.text(), "text/html");
+      const next = await fetch_page(question, { cursor, limit: Number(limit) });
       if (mine !== ticket || !root.isConnected) return;
-      const known = new Set(cards().map((card) => card.dataset.id));
-      const tiles = $$(".grid > li", added).filter((tile) => !known.has(tile.dataset.id));
-      $(".grid", root).append(...tiles);
-      $(".shown", root).textContent = $(".shown", added).textContent;
-      $(".more", root).replaceWith(...$$(".more", added));
-      current.k = Number(k);
+      const tiles = join(root, next);
+      current.k = cards().length;
       note({ k: current.k });
+      tend();
       if (focused) $(".open", tiles[0] || root)?.focus();
     } catch (error) {
       notice(unanswered(error));
@@ -265,7 +326,7 @@
   const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
   const answers = async () => {
     try {
-      return (await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(10_000) })).ok;
+      return (await fetch("healthz", { cache: "no-store", signal: AbortSignal.timeout(10_000) })).ok;
     } catch {
       return false;
     }
@@ -509,11 +570,15 @@
       trigger = fire;
       themed();
       viewer.attach();
-      new MutationObserver(answered).observe($("#results"), { childList: true, subtree: true });
+      new MutationObserver(take_classified).observe($("#classified"), { childList: true, subtree: true });
       new MutationObserver(narrow).observe($("#filters"), { childList: true, subtree: true });
       new MutationObserver(() => (ages(), renew())).observe($("#status"), { childList: true, subtree: true, attributes: true });
       addEventListener("popstate", (event) => back(event.state));
-      answered();
+      const { question } = from_address();
+      $("#ask").classList.toggle("open", NARROW.some((name) => question?.[name]));
+      if (location.hash.length > 1 || history.state?.y) return back(history.state);
+      send({}, { from: {} });
+      if (matchMedia("(hover: hover)").matches) $("#ask [name=words]").focus({ preventScroll: true });
     },
   };
 })();

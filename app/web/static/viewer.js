@@ -252,14 +252,14 @@ const clipkit_viewer = ({ $, $$, cards, more, can_load_more, similar_to, notice,
   };
 
   const keep_mark = async (mark) => {
-    const answer = await fetch("corrections", {
+    const answer = await fetch("api/v1/marks", {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(mark),
     });
     const payload = await answer.json();
     if (!answer.ok) throw new Error(payload.error);
-    show_total(payload.corrections);
+    show_total(payload.total);
   };
 
   // Shown at once; undone if the server did not store it. The same mark again takes it back.
@@ -269,7 +269,7 @@ const clipkit_viewer = ({ $, $$, cards, more, can_load_more, similar_to, notice,
     const after = right === before ? null : right;
     show_mark(marked, after);
     marking = marking
-      .then(() => keep_mark({ picture: marked.id, query: marked.query, right: after }))
+      .then(() => keep_mark({ image_id: marked.id, query: marked.query, right: after }))
       .then(() => notice(""))
       .catch((error) => {
         show_mark(marked, before);
