@@ -75,6 +75,11 @@ class PictureSet:
         at = np.searchsorted(self.nums, nums)
         return np.asarray(self.nums[np.minimum(at, self._size - 1)] == nums)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return sum(one.nbytes for one in (self._nums, self._mask) if one is not None)
+
     def __len__(self) -> int:
         return self._size
 

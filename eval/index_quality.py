@@ -1,4 +1,4 @@
-"""Index quality: recall, latency, memory, build and load time of every index kind on given vectors.
+"""Index quality: recall, latency, memory and build time of every index kind on given vectors.
 
 Recall@K is measured against the exact kind on the same half-precision codes, tie-aware: a hit that
 scores what the true K-th scores is no miss. Latency is of `VectorIndex.search` as the app calls it:
@@ -9,11 +9,9 @@ Percentiles and intervals are over queries: they do not cover how busy the machi
 from __future__ import annotations
 
 import copy
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ import numpy.typing as npt
 
 from clipkit.arrays import Float32, Float64, Int64
 from clipkit.errors import InputError
-from clipkit.index import KINDS, VectorIndex, typical_queries
+from clipkit.index import KINDS, VectorIndex, snapshot_kind, typical_queries
 from clipkit.metrics import Interval, mean_interval, statistic_interval
 from clipkit.wording import percent
 from eval.features import Stopped, fingerprint
@@ -35,7 +33,7 @@ _WARM_UP = 10  # queries before timing
 _NOTE = (
     "Recall against the exact kind on the same codes; the lowest of the groups of queries decides which "
     "setting is recommended. p50, p95, p99: one query, one thread, k = {k}; "
-    "the batch uses all cores; loading is from a warm disk cache. A kind that would have to scan over "
+    "the batch uses all cores. A kind that would have to scan over "
     "an eighth of the vectors scans them all instead, so in small libraries its recall is 1."
 )
 
@@ -72,7 +70,7 @@ def evaluate_index(
     total = sum(len(_levels(kind)) for kind in kinds)
 
     session.on_progress("building the index that clipkit index would", 0, total)
-    auto = VectorIndex.build(ids, vectors, seed=seed)
+    auto = VectorIndex.build(ids, vectors, kind=snapshot_kind(size), seed=seed)
     exact = auto if auto.kind == "exact" else VectorIndex.build(ids, vectors, kind="exact")
     truth = {k: np.array([s[k - 1] for _, s in exact.search(queries, k)]) for k in ks}
     automatic = _name(auto)
@@ -105,11 +103,11 @@ def evaluate_index(
         f"Recommended: {reason}.",
         f"clipkit index chooses {automatic} by itself: {same}.",
     ]
-    results.metrics = _intervals(outcomes, run.times, size, seed)
+    results.metrics = _intervals(outcomes, size, seed)
     results.samples = {
         f"{o.name}/recall@{k}": hits for o in outcomes for k, hits in o.recall.items()
     }
-    table, further = _settings_tables(outcomes, run.times, judged)
+    table, further = _settings_tables(outcomes, judged)
     results.tables = [_goal_table(outcomes, recall_goals, judged), table, further]
     results.headline = [
         f"{best.name}/{figure}" for figure in (f"recall@{judged}", "p50_ms", "p95_ms")
@@ -220,9 +218,6 @@ class Outcome:
         return float(np.quantile(self.ms, 0.95))
 
 
-Times = Mapping[str, tuple[float, float]]  # per kind, seconds to save and to load
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Run:
     """The queries of a run, how to time them, and the outcomes so far."""
@@ -236,7 +231,6 @@ class _Run:
     total: int  # settings
     results: Results
     outcomes: list[Outcome] = field(default_factory=list)
-    times: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     def check_stop(self) -> None:
         """Raise Stopped if the session is stopped."""
@@ -244,7 +238,7 @@ class _Run:
             raise Stopped("stopped while measuring the index kinds")
 
     def measure(self, kind: str, index: VectorIndex) -> None:
-        """Measure every setting of one kind, and the seconds it takes to save and to load."""
+        """Measure every setting of one kind."""
         if index.kind != kind:
             self.results.warnings.append(
                 f"{index.size} vectors are too few for {kind}: it would search exactly"
@@ -254,12 +248,6 @@ class _Run:
             done = len(self.outcomes)
             self.session.on_progress(f"measuring {_name(setting)}", done, self.total)
             self.outcomes.append(self._outcome(setting))
-        try:
-            self.times[kind] = _save_and_load(index)
-        except OSError as error:
-            self.results.warnings.append(
-                f"{kind} could not be saved to the temporary folder: {error}"
-            )
 
     def _outcome(self, index: VectorIndex) -> Outcome:
         self.check_stop()
@@ -314,15 +302,6 @@ def _seconds(call: Callable[..., object], *arguments: object) -> float:
     return time.perf_counter() - started
 
 
-def _save_and_load(index: VectorIndex) -> tuple[float, float]:
-    """Return the seconds of both, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="clipkit-index-") as parent:
-        folder = Path(parent) / "index"
-        started = time.perf_counter()
-        index.save(folder, encoder_id="", last_seq=0)
-        return time.perf_counter() - started, _seconds(VectorIndex.load, folder)
-
-
 def _blocks(*arrays: npt.NDArray[Any]) -> Iterator[bytes]:
     """Yield the arrays' types, shapes and bytes, a few megabytes at a time."""
     for array in arrays:
@@ -368,9 +347,7 @@ def recommend(outcomes: Sequence[Outcome], goal: float) -> tuple[Outcome, str]:
 # ---- metrics, tables, plot
 
 
-def _intervals(
-    outcomes: Sequence[Outcome], times: Times, size: int, seed: int
-) -> dict[str, Interval]:
+def _intervals(outcomes: Sequence[Outcome], size: int, seed: int) -> dict[str, Interval]:
     """Return recall and p50 with intervals over queries; what was measured once has no bounds."""
 
     metrics: dict[str, Interval] = {}
@@ -388,14 +365,11 @@ def _intervals(
         metrics[f"{o.name}/batched_per_second"] = Interval.without_bounds(o.batched, count)
         metrics[f"{o.kind}/bytes"] = Interval.without_bounds(o.bytes, size)
         metrics[f"{o.kind}/build_seconds"] = Interval.without_bounds(o.build_seconds, size)
-    for kind, (saving, loading) in times.items():
-        metrics[f"{kind}/save_seconds"] = Interval.without_bounds(saving, size)
-        metrics[f"{kind}/load_seconds"] = Interval.without_bounds(loading, size)
     return metrics
 
 
 def _settings_tables(
-    outcomes: Sequence[Outcome], times: Times, judged: int
+    outcomes: Sequence[Outcome], judged: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a table of what decides between the settings, and one of everything else."""
     ks = list(outcomes[0].recall)
@@ -408,14 +382,13 @@ def _settings_tables(
         "note": _NOTE.format(k=judged),
         "first": True,
     }
-    more = ["setting", *(f"recall@{k}" for k in ks), "p99 ms", "batched/s", "save s", "load s"]
+    more = ["setting", *(f"recall@{k}" for k in ks), "p99 ms", "batched/s"]
     others = [
         [
             o.name,
             *(float(o.recall[k].mean()) for k in ks),
             float(np.quantile(o.ms, 0.99)),
             o.batched,
-            *times.get(o.kind, (None, None)),
         ]
         for o in outcomes
     ]

@@ -88,10 +88,10 @@ class Writer:
             bytes=1000,
             taken_at=taken_at,
             camera=camera,
-            captions=captions,
-            tags=tags,
         )
-        self.catalog.add_place(num, path(name), size=1000, mtime_ns=num * 10**9)
+        self.catalog.add_place(
+            num, path(name), size=1000, mtime_ns=num * 10**9, captions=captions, tags=tags
+        )
         if vector is not None:
             self.catalog.add_vectors(encoder_id, np.array([num]), unit([vector]))
         if commit:

@@ -10,24 +10,27 @@ from pathlib import Path
 import pytest
 from catalogs import DIM, ENCODER, add, folder, image_id, reader, writer  # noqa: F401
 
-from clipkit.catalog import Catalog, Filters, queries, store
+from clipkit.catalog import Catalog, Filters, store
 from clipkit.errors import ClipkitError, IndexDamaged, InputError
 
 
 def everything(catalog: Catalog) -> None:
     """Call every way of reading."""
     nums = catalog.matching(Filters())
-    catalog.rows(nums.tolist())
+    catalog.rows(nums)
     catalog.matching(Filters(after="1999", paths=("a",), cameras=("a",), tags=("a",)))
     catalog.vectors(ENCODER)
     catalog.live_nums(ENCODER)
-    catalog.known_files("/", encoder_id=ENCODER)
+    list(catalog.known_files("/", encoder_id=ENCODER))
     catalog.phrase("cat")
     catalog.having([["cat", "p"]])
     catalog.stats(ENCODER)
     catalog.folders()
     catalog.facets()
-    catalog.newest(10)
+    catalog.listed("date", limit=10)
+    catalog.listed("name", limit=10)
+    for _ in catalog.vector_chunks(ENCODER):
+        pass
     catalog.active_encoder()
     for root in catalog.roots():
         catalog.places_below(root)
@@ -206,25 +209,3 @@ def test_a_newer_catalog_is_refused_naming_both_versions(folder: Path, write: bo
     known = len(store.MIGRATIONS)
     with pytest.raises(InputError, match=rf"version 99; this clipkit knows versions up to {known}"):
         Catalog.open(folder, write=write)
-
-
-def test_an_index_of_the_first_schema_learns_its_folder_names(folder: Path) -> None:
-    """A picture in two folders, one of whose names is not UTF-8, is found by both afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "MIGRATIONS", store.MIGRATIONS[:1])
-        patch.setattr(queries, "settle", settle_first_schema)
-        with Catalog.open(folder, write=True) as catalog:
-            catalog.register_encoder(ENCODER, spec="s", config_json="{}", dim=DIM)
-            num = add(catalog, 1, "/p/inlineSkate/1.jpg", "/q/caf\udce9 bar/2.jpg")
-            add(catalog, 2, "/p/other/2.jpg")
-    assert version_of(folder) == 1
-    with Catalog.open(folder) as catalog:
-        assert version_of(folder) == len(store.MIGRATIONS)
-        for phrase in ("skate", "bar", "inlineskate"):
-            assert list(catalog.phrase(phrase)) == [num], phrase
-
-
-def settle_first_schema(db: sqlite3.Connection, nums: set[int], **_: object) -> None:
-    for num in nums:
-        db.execute("UPDATE pictures SET live = 1 WHERE num = ?", (num,))
-        db.execute("INSERT INTO texts VALUES ('', '', '')")

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
-from catalogs import NOON_2020, SECOND, add, folder, reader, writer  # noqa: F401
+from catalogs import NOON_2020, SECOND, add, folder, found, reader, writer  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipkit.catalog import Catalog, Filters
 from clipkit.errors import InputError
+from clipkit.picture_set import PictureSet
 
 # ---- phrases
 
 
 @pytest.mark.parametrize(
-    ("phrase", "found"),
+    ("phrase", "has"),
     [
         ("redcar", True),  # a word of the name ...
         ("marcelo", True),
@@ -41,13 +41,13 @@ from clipkit.errors import InputError
         ("!!!", False),
     ],
 )
-def test_a_phrase_finds_names_captions_and_tags(writer: Catalog, phrase: str, found: bool) -> None:
+def test_a_phrase_finds_names_captions_and_tags(writer: Catalog, phrase: str, has: bool) -> None:
     captions = ["Café au lait", "the end"]
     num = add(
         writer, 1, "/p/redcar_marcelo.jpg", "/q/BirthdayParty2023.jpg", captions=captions,
         tags=["New York", "red"],
     )  # fmt: skip
-    assert list(writer.phrase(phrase)) == ([num] if found else [])
+    assert found(writer, phrase) == ([num] if has else [])
 
 
 def test_phrases_come_best_first(writer: Catalog) -> None:
@@ -56,18 +56,17 @@ def test_phrases_come_best_first(writer: Catalog) -> None:
     short = add(writer, 2, "/p/y.jpg", captions=["a cat"])
     for number in range(3, 9):  # else "cat" is in half of all texts and weighs nothing
         add(writer, number, f"/p/z{number}.jpg")
-    assert list(writer.phrase("cat")) == [short, long]
-    assert next(iter(writer.phrase("cat"))) == short
+    assert found(writer, "cat") == [short, long]
 
 
 def test_no_text_is_an_operator(writer: Catalog) -> None:
     num = add(writer, 1, "/p/cat.jpg", captions=["salt AND pepper"])
     add(writer, 2, "/p/dog.jpg", captions=["salt, pepper"])
-    assert list(writer.phrase("salt AND pepper")) == [num]
+    assert found(writer, "salt AND pepper") == [num]
     assert (
-        list(writer.phrase("names:cat"))
-        == list(writer.phrase("cat*dog"))
-        == list(writer.phrase('cat" OR "dog'))
+        found(writer, "names:cat")
+        == found(writer, "cat*dog")
+        == found(writer, 'cat" OR "dog')
         == []
     )
 
@@ -82,12 +81,12 @@ def test_any_text_can_be_asked_for(writer: Catalog, reader: Catalog) -> None:
     @settings(max_examples=300)
     @given(ANY_TEXT | st.text('"*^(){}:+-ANDORNEARnames \0', max_size=30))
     def check(text: str) -> None:
-        assert set(reader.phrase(text)) <= {1}
-        assert set(reader.matching(Filters(paths=(text,), tags=(text,))).tolist()) <= {1}
-        assert set(reader.matching(Filters(cameras=(text,), formats=(text,))).tolist()) <= {1}
+        assert set(found(reader, text)) <= {1}
+        assert set(reader.matching(Filters(paths=(text,), tags=(text,)))) <= {1}
+        assert set(reader.matching(Filters(cameras=(text,), formats=(text,)))) <= {1}
 
     check()
-    assert list(reader.phrase("cat " * 50_000)) == []
+    assert found(reader, "cat " * 50_000) == []
 
 
 def test_any_text_can_be_kept(writer: Catalog) -> None:
@@ -96,11 +95,11 @@ def test_any_text_can_be_kept(writer: Catalog) -> None:
     @settings(max_examples=100)
     @given(st.lists(ANY_TEXT, max_size=4))
     def check(texts: list[str]) -> None:
-        writer.set_texts(num, captions=texts, tags=texts)
+        writer.set_place_texts("/p/cat.jpg", captions=texts, tags=texts)
         row = writer.rows([num])[num]
         assert row.captions == row.tags
         for tag in row.tags:
-            assert writer.matching(Filters(tags=(tag,))).tolist() == [num]
+            assert list(writer.matching(Filters(tags=(tag,)))) == [num]
 
     check()
 
@@ -116,10 +115,10 @@ def test_the_newest_come_first_and_the_dead_not_at_all(writer: Catalog) -> None:
     twin = add(writer, 4, "/p/twin.jpg", taken_at="2024-05-01T00:00:00")
     add(writer, 5, taken_at="2025-05-01T00:00:00")  # has no place
     twins = sorted((new, twin), key=lambda num: writer.rows([num])[num].image_id)
-    assert writer.newest(10) == [*twins, file_dated, old]
-    assert writer.newest(1) == twins[:1]
-    assert writer.newest(10, among=np.array([old, new])) == [new, old]
-    assert writer.newest(10, among=np.array([], np.int64)) == []
+    assert writer.listed("date", limit=10) == ([*twins, file_dated, old], None)
+    assert writer.listed("date", limit=1)[0] == twins[:1]
+    assert writer.listed("date", among=PictureSet([old, new]), limit=10) == ([new, old], None)
+    assert writer.listed("date", among=PictureSet(), limit=10) == ([], None)
 
 
 def test_dates_after_is_inclusive_and_before_exclusive(writer: Catalog) -> None:
@@ -129,7 +128,7 @@ def test_dates_after_is_inclusive_and_before_exclusive(writer: Catalog) -> None:
     add(writer, 4, "/p/4", mtime_ns=NOON_2020)  # no EXIF date: its file's
 
     def between(after: str | None, before: str | None) -> list[int]:
-        return writer.matching(Filters(after=after, before=before)).tolist()
+        return list(writer.matching(Filters(after=after, before=before)))
 
     assert between("2023", None) == [2, 3]
     assert between("2022-12-31", None) == [1, 2, 3]
@@ -163,7 +162,7 @@ def test_filters_by_place(writer: Catalog) -> None:
     add(writer, 5, "/p/100_/d.jpg", "/r/trips/e.jpg")
 
     def match(**fields: tuple[str, ...]) -> list[int]:
-        return writer.matching(Filters(**fields)).tolist()  # type: ignore[arg-type]
+        return list(writer.matching(Filters(**fields)))  # type: ignore[arg-type]
 
     assert match(paths=("trips",)) == [1, 2, 3, 5]
     assert match(paths=("trips", "old")) == [2]  # all of them
@@ -186,7 +185,7 @@ def test_filters_by_facts(writer: Catalog) -> None:
     add(writer, 3, "/p/3", width=640, height=640, tags=["STRASSE", "night"])
 
     def match(**fields: Any) -> list[int]:
-        return writer.matching(Filters(**fields)).tolist()
+        return list(writer.matching(Filters(**fields)))
 
     assert match() == [1, 2, 3]
     assert match(cameras=("canon",)) == match(cameras=("80d",)) == [1]
@@ -239,7 +238,7 @@ def test_a_whole_camera_and_the_longer_side(writer: Catalog) -> None:
     """ "iPhone 12" is a part of "iPhone 12 Pro", and not it; 900 is the height of the second."""
     first = add(writer, 1, "/p/1.jpg", camera="iPhone 12")
     second = add(writer, 2, "/p/2.jpg", camera="iPhone 12 Pro", width=600, height=900)
-    assert writer.matching(Filters(cameras=("iphone 12",))).tolist() == [first, second]
-    assert writer.matching(Filters(camera="iPhone 12")).tolist() == [first]
-    assert writer.matching(Filters(min_side=900)).tolist() == [second]
-    assert writer.matching(Filters(min_side=901)).tolist() == []
+    assert list(writer.matching(Filters(cameras=("iphone 12",)))) == [first, second]
+    assert list(writer.matching(Filters(camera="iPhone 12"))) == [first]
+    assert list(writer.matching(Filters(min_side=900))) == [second]
+    assert list(writer.matching(Filters(min_side=901))) == []

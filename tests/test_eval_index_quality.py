@@ -15,7 +15,7 @@ import pytest
 from bench.bench_index import clustered
 
 from clipkit.errors import InputError
-from clipkit.index import KINDS, Kind, VectorIndex, vector_index
+from clipkit.index import KINDS, Kind, building, vector_index
 from clipkit.index.kinds import Ids, Store
 from eval.features import Stopped
 from eval.index_quality import Outcome, evaluate_index, made_queries, recommend, scatter
@@ -60,8 +60,7 @@ USES_FAKE = pytest.mark.usefixtures("fake")
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kind "fake" that finds five hits and no more."""
-    monkeypatch.setattr(vector_index, "serialized", lambda _: np.empty(0, np.uint8))
-    monkeypatch.setattr(vector_index, "revive", lambda _, store: store)
+    monkeypatch.setattr(vector_index, "structure_bytes", lambda _: 0)
     kind = Kind(lambda store, _: store, half_wrong, ({"effort": 1, "refine": 1},))
     monkeypatch.setitem(KINDS, "fake", kind)
 
@@ -83,9 +82,8 @@ def test_every_kind_and_setting_is_measured(ids: Ids, rows: Any) -> None:
     # fp16 codes and int64 ids
     assert report.metrics["exact/bytes"].value == N * (2 * DIM + 8)
     for kind in KINDS:
-        for what in ("build", "save", "load"):
-            seconds = report.metrics[f"{kind}/{what}_seconds"]
-            assert 0 < seconds.value < 60 and math.isnan(seconds.low), "measured once: no interval"
+        seconds = report.metrics[f"{kind}/build_seconds"]
+        assert 0 < seconds.value < 60 and math.isnan(seconds.low), "measured once: no interval"
     for name in column(report, "p50 ms"):
         p50, p95, p99 = (report.metrics[f"{name}/{p}_ms"].value for p in ("p50", "p95", "p99"))
         assert 0 < p50 <= p95 <= p99
@@ -151,7 +149,7 @@ def test_the_worst_group_of_queries_decides(
 def test_what_clipkit_index_would_take_is_built_once(
     monkeypatch: pytest.MonkeyPatch, ids: Ids, rows: Any
 ) -> None:
-    monkeypatch.setattr(vector_index, "_EXACT_TO", 1000)
+    monkeypatch.setattr(building, "SNAPSHOT_FROM", 1000)
     way, built = KINDS["rabitq"], []
     assert way is not None
 
@@ -214,7 +212,6 @@ def test_stopping_keeps_what_was_measured(ids: Ids, rows: Any) -> None:
     measured = ["exact", "rabitq refine=16", "rabitq refine=32"]
     assert list(column(report, "p50 ms")) == measured
     assert report.warnings[-1].startswith("stopped after 3 of 15 settings")
-    assert column(report, "load s")["rabitq refine=16"] is None, "it was not saved any more"
 
 
 def test_stopping_before_anything_is_measured(ids: Ids, rows: Any) -> None:
@@ -222,18 +219,6 @@ def test_stopping_before_anything_is_measured(ids: Ids, rows: Any) -> None:
     stop.set()
     with pytest.raises(Stopped):
         quick(ids, rows, session=Session(stop=stop))
-
-
-def test_a_full_disk_costs_only_the_saving(
-    monkeypatch: pytest.MonkeyPatch, ids: Ids, rows: Any
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(VectorIndex, "save", full)
-    report = quick(ids, rows, kinds=("exact",))
-    assert "No space left" in report.warnings[0] and "exact/load_seconds" not in report.metrics
-    assert column(report, "load s") == {"exact": None}
 
 
 # ---- recommendation

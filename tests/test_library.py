@@ -270,8 +270,8 @@ def test_a_model_that_is_gone_leaves_the_index_to_another(
         library.search("a red car")
     with Catalog.open(made_with_a_run, write=True) as catalog:
         catalog.register_encoder("more", spec="builtin", config_json="{}", dim=2)
-        nums = catalog.live_nums(catalog.encoders()[0].encoder_id)[:3]
-        catalog.add_vectors("more", nums, np.ones((3, 2), np.float32))
+        nums = catalog.live_nums(catalog.encoders()[0].encoder_id).nums[:3]
+        catalog.add_vectors("more", nums, np.full((3, 2), 0.5**0.5, np.float32))
     with (
         clipkit.Library.open(made_with_a_run) as library,
         pytest.raises(ModelError, match=r"pictures here: --model builtin \(3 pictures\)$"),

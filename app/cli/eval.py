@@ -522,7 +522,7 @@ def index(
     *,
     shared: Common,
 ) -> Result:
-    """Measure recall, latency, memory, build and load time of every index kind on your vectors."""
+    """Measure recall, latency, memory and build time of every index kind on your vectors."""
     from clipkit.index import KINDS
     from eval.index_quality import evaluate_index
 

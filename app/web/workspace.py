@@ -142,7 +142,7 @@ class Contents:
         row would take too long."""
         if self.catalog is None or self.pictures > NEWEST_UP_TO:
             return ()
-        nums = self.catalog.newest(NEWEST)
+        nums, _ = self.catalog.listed("date", limit=NEWEST)
         rows = self.catalog.rows(nums)
         return tuple(rows[num] for num in nums if num in rows)
 

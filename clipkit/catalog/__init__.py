@@ -12,18 +12,21 @@ number of places (absolute paths). A picture without a place is dead: its rows s
 which comes back costs nothing, but no search, filter or count sees it. Paths are `str` as
 `os.fsdecode` gives them, stored as bytes: names that are not UTF-8 survive.
 
-catalog.py is the public class; store.py holds the file, its schema and the lock; queries.py the SQL
-for filters, phrases, counts and vectors; rows.py the types. vector_store.py is a file of its own:
+catalog.py is the public class; store.py holds the file and the lock, schema.py its tables; filters.py
+decides which pictures pass, from the columns in memory of columns.py; texts.py finds phrases and words
+and renews what is derived; vectors.py has encoders and vectors, queries.py the other SQL, rows.py the
+types. vector_store.py is a file of its own:
 vectors that evaluation and training compute once. No other package uses SQL.
 """
 
 from clipkit.catalog.catalog import Catalog
-from clipkit.catalog.queries import Filters
+from clipkit.catalog.filters import Filters
 from clipkit.catalog.rows import (
     CatalogStats,
     EncoderRow,
     Facets,
     KnownFile,
+    Phrase,
     PictureRow,
     SkippedRow,
     SnapshotPointer,
@@ -37,6 +40,7 @@ __all__ = [
     "Facets",
     "Filters",
     "KnownFile",
+    "Phrase",
     "PictureRow",
     "SkippedRow",
     "SnapshotPointer",

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipkit.arrays import Int64
-from clipkit.catalog import queries
-from clipkit.catalog.queries import Filters
+from clipkit.catalog import queries, texts, vectors
+from clipkit.catalog.columns import Columns
+from clipkit.catalog.filters import Filters, check, matching
 from clipkit.catalog.rows import (
     AnyPath,
     CatalogStats,
     EncoderRow,
     Facets,
     KnownFile,
+    Phrase,
     PictureRow,
     SkippedRow,
     SnapshotPointer,
@@ -29,10 +30,16 @@ from clipkit.catalog.rows import (
     below,
     clean,
     fold_path,
+    folder_of,
     lines,
-    tag_keys,
+    name_of,
 )
-from clipkit.catalog.store import Connection, Store, Thumbnails
+from clipkit.catalog.store import DEAD, Connection, Store, Thumbnails, joined_nums
+from clipkit.picture_set import PictureSet
+
+T = TypeVar("T")
+
+_PAGE = 4096  # known files that are read at once
 
 
 class Catalog:
@@ -49,6 +56,8 @@ class Catalog:
         self.folder = folder
         self._store = store
         self._thumbnails = Thumbnails(folder / "thumbnails.sqlite")
+        self._columns = Columns()
+        self._computed: dict[object, tuple[int, Any]] = {}  # at which change counter, what
         self._forget()
 
     def _forget(self) -> None:
@@ -56,7 +65,9 @@ class Catalog:
         self._touched: set[int] = set()  # nums whose derived values are to be renewed
         self._new: set[int] = set()  # nums first added in this transaction
         self._made: dict[str, bytes] = {}  # thumbnails, written in one go after the commit
+        self._purged: list[str] = []  # image_ids, whose thumbnails go after the commit
         self._changed = False
+        self._shrink = False
 
     @classmethod
     def open(cls, folder: AnyPath, *, write: bool = False) -> Self:
@@ -90,37 +101,78 @@ class Catalog:
             self._settle(db)
             yield db
 
+    @contextmanager
+    def _in_memory(self) -> Iterator[Connection]:
+        """As `_reading`, with the columns in memory brought to the same state."""
+        with self._columns.lock, self._reading() as db:
+            self._columns.follow(db, self._store.generation, own=self._store.writable)
+            yield db
+
+    def _per_change(self, db: Connection, key: object, compute: Callable[[], T]) -> T:
+        """Return `compute()`, or what it returned for this key at the same change counter."""
+        if self._store.writable:
+            return compute()
+        state = self._store.change_counter(db)
+        known = self._computed.get(key)
+        if known is None or known[0] != state:
+            known = self._computed[key] = state, compute()
+        value: T = known[1]
+        return value
+
     # ---- writing: files and pictures
 
     def add_root(self, root: AnyPath) -> None:
         """Add an indexed folder. A place belongs to every root above it."""
         with self._store.transaction() as db:
-            added = db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _root(root)[:1]).rowcount
+            added = db.execute("INSERT OR IGNORE INTO roots VALUES (?)", _span(root)[:1]).rowcount
             self._changed |= bool(added)  # folders are listed and searched from their roots
 
     def remove_root(self, root: AnyPath) -> int:
-        """Remove a folder and all places below it; return how many places."""
+        """Remove a folder and all places below it, and purge; return how many places."""
+        span = _span(root)
+        below_it = "path >= ? AND path < ?"
         with self._store.transaction() as db:
-            removed = db.execute("DELETE FROM roots WHERE path = ?", _root(root)[:1]).rowcount
+            removed = db.execute("DELETE FROM roots WHERE path = ?", span[:1]).rowcount
             self._changed |= bool(removed)
-            return len(self.remove_places(self.known_files(root)))
+            db.execute(f"DELETE FROM skipped WHERE {below_it}", span)
+            rows = db.execute(f"DELETE FROM places WHERE {below_it} RETURNING num", span).fetchall()
+            db.execute("DELETE FROM text_fingerprints WHERE folder >= ? AND folder < ?", span)
+            if rows:
+                self._touch(*(num for (num,) in rows))
+            self.purge()
+            return len(rows)
 
-    def known_files(self, root: AnyPath, *, encoder_id: str | None = None) -> dict[str, KnownFile]:
-        """Return every file of the catalog below `root`, by path; with `encoder_id`, a file whose
-        picture has no vector of that encoder is "pending" instead of "ok"."""
-        with self._store.connection() as db:
-            return queries.known_files(db, _root(root), encoder_id)
+    def known_files(
+        self, root: AnyPath, *, encoder_id: str | None = None
+    ) -> Iterator[tuple[str, KnownFile]]:
+        """Yield every file of the catalog below `root`, in the order of the paths' bytes.
+
+        With `encoder_id`, a file whose picture has no vector of that encoder is "pending" instead
+        of "ok". A place whose file could not be read the last time (`add_skipped` with `keep_place`)
+        is "skipped" and has its picture's num. The catalog may change meanwhile: a file that is added
+        before the path that was yielded last is not seen, one behind it is.
+        """
+        low, high = _span(root)
+        has_vector = None if encoder_id is None else self.live_nums(encoder_id)
+        while True:
+            with self._store.connection() as db:
+                rows = queries.known_files(db, low, high, _PAGE)
+            yield from (queries.known_file(row, has_vector) for row in rows)
+            if len(rows) < _PAGE:
+                return
+            low = rows[-1][0] + b"\0"  # the least path that is greater
 
     def places_below(self, folder: AnyPath) -> int:
         """Count the places below `folder`: those that an unmounted disk would seem to delete."""
-        sql = "SELECT count(*) FROM places WHERE path >= ? AND path < ?"
         with self._store.connection() as db:
-            return int(db.execute(sql, _root(folder)).fetchone()[0])
+            return queries.places_below(db, _span(folder))
 
     def has_picture(self, image_id: str) -> int | None:
-        """Return the num of the picture with this content, dead or alive; None if it is unknown."""
+        """Return the num of the picture with this content, dead or alive; None if it is unknown or was
+        purged."""
+        sql = "SELECT num FROM pictures WHERE image_id = ? AND format"
         with self._store.connection() as db:
-            row = db.execute("SELECT num FROM pictures WHERE image_id = ?", (image_id,)).fetchone()
+            row = db.execute(sql, (image_id,)).fetchone()
             return row[0] if row else None
 
     def is_live(self, num: int) -> bool:
@@ -139,58 +191,106 @@ class Catalog:
         bytes: int,
         taken_at: str | None = None,
         camera: str | None = None,
-        captions: Sequence[str] = (),
-        tags: Sequence[str] = (),
         thumbnail: bytes | None = None,
     ) -> int:
-        """Add a picture and return its num; with a known `image_id`, change only the thumbnail."""
+        """Add a picture and return its num; with a known `image_id`, change only the thumbnail. One
+        that was purged comes back under its old num with these facts."""
         with self._store.transaction() as db:
             if thumbnail is not None:
                 self._made[image_id] = thumbnail
-            num = self.has_picture(image_id)
-            if num is None:
-                now = datetime.now(UTC).isoformat(timespec="seconds")
-                camera = clean(camera) if camera else None
-                cursor = db.execute(
-                    "INSERT INTO pictures (image_id, width, height, format, bytes, taken_at, camera,"
-                    " added_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                    (image_id, width, height, format, bytes, taken_at, camera, now),
-                )
-                num = int(cursor.lastrowid or 0)
-                self._new.add(num)
-                self.set_texts(num, captions=captions, tags=tags)
-            return num
+            if (known := self.has_picture(image_id)) is not None:
+                return known
+            codes = [texts.label(db, clean(text)) if text else None for text in (format, camera)]
+            facts = (width, height, bytes, *codes, taken_at, int(time.time()), image_id)
+            names = "width, height, bytes, format, camera, taken_at, added"
+            marks = ", ".join("?" * 7)
+            sql = f"UPDATE pictures SET ({names}) = ({marks}) WHERE image_id = ? RETURNING num"
+            row = db.execute(sql, facts).fetchone()
+            if row is None:
+                sql = f"INSERT INTO pictures ({names}, image_id) VALUES ({marks}, ?) RETURNING num"
+                row = db.execute(sql, facts).fetchone()
+                self._new.add(row[0])
+            return int(row[0])
 
-    def set_texts(self, num: int, *, captions: Sequence[str], tags: Sequence[str]) -> None:
-        """Replace a picture's captions and tags; nothing is written if they are the same."""
-        new = (lines(captions), lines(tags))
-        with self._store.transaction() as db:
-            sql = "SELECT captions, tags FROM pictures WHERE num = ?"
-            if db.execute(sql, (num,)).fetchone() != new:
-                sql = "UPDATE pictures SET captions = ?, tags = ?, tag_keys = ? WHERE num = ?"
-                db.execute(sql, (*new, tag_keys(new[1]), num))
-                self._touch(num)
+    def add_place(
+        self,
+        num: int,
+        path: AnyPath,
+        *,
+        size: int,
+        mtime_ns: int,
+        captions: Sequence[str] = (),
+        tags: Sequence[str] = (),
+    ) -> bool:
+        """Record that the picture `num` is at `path` (absolute), with the captions and tags that
+        this file has, in place of what was there; return whether the picture is new there.
 
-    def add_place(self, num: int, path: AnyPath, *, size: int, mtime_ns: int) -> bool:
-        """Record that the picture `num` is at `path` (absolute), in place of any other; return whether
-        that is new."""
+        A picture's captions and tags are those of all its places, in the order of the paths' bytes.
+        """
         raw = os.fsencode(path)
+        folder = folder_of(raw)
         with self._store.transaction() as db:
             old = db.execute("SELECT num FROM places WHERE path = ?", (raw,)).fetchone()
             db.execute("DELETE FROM skipped WHERE path = ?", (raw,))
-            sql = "INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?)"
-            db.execute(sql, (raw, num, size, mtime_ns, fold_path(os.fsdecode(path))))
+            number = queries.folder_id(db, folder, fold_path(folder))
+            db.execute(
+                "INSERT INTO places VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET"
+                " num = excluded.num, size = excluded.size, mtime_ns = excluded.mtime_ns,"
+                " captions = excluded.captions, tags = excluded.tags",
+                (raw, num, size, mtime_ns, number, name_of(raw), lines(captions), lines(tags)),
+            )
             self._touch(num, *(old or ()))
             return bool(old != (num,))
 
-    def add_skipped(
-        self, path: AnyPath, *, size: int, mtime_ns: int, reason: str, message: str
+    def set_place_texts(
+        self, path: AnyPath, *, captions: Sequence[str], tags: Sequence[str]
     ) -> None:
-        """Record that the file at `path` cannot be indexed, until it is added or removed."""
+        """Replace the captions and tags of the file at `path`; nothing is written if they are the same
+        or the path is not a place."""
+        raw, new = os.fsencode(path), (lines(captions), lines(tags))
         with self._store.transaction() as db:
-            self.remove_places([path])
+            sql = "SELECT num, captions, tags FROM places WHERE path = ?"
+            row = db.execute(sql, (raw,)).fetchone()
+            if row is not None and row[1:] != new:
+                sql = "UPDATE places SET captions = ?, tags = ? WHERE path = ?"
+                db.execute(sql, (*new, raw))
+                self._touch(row[0])
+
+    def text_fingerprint(self, folder: AnyPath) -> str | None:
+        """Return what `set_text_fingerprint` noted for a folder; None if nothing."""
+        sql = "SELECT fingerprint FROM text_fingerprints WHERE folder = ?"
+        with self._store.connection() as db:
+            row = db.execute(sql, _span(folder)[:1]).fetchone()
+            return row[0] if row else None
+
+    def set_text_fingerprint(self, folder: AnyPath, fingerprint: str | None) -> None:
+        """Note the state of the files with captions in a folder, as of which its places' texts are;
+        None forgets it."""
+        row = (_span(folder)[0], fingerprint)
+        with self._store.transaction() as db:
+            if fingerprint is None:
+                db.execute("DELETE FROM text_fingerprints WHERE folder = ?", row[:1])
+            else:
+                db.execute("INSERT OR REPLACE INTO text_fingerprints VALUES (?, ?)", row)
+
+    def add_skipped(
+        self,
+        path: AnyPath,
+        *,
+        size: int,
+        mtime_ns: int,
+        reason: str,
+        message: str,
+        keep_place: bool = False,
+    ) -> None:
+        """Record that the file at `path` cannot be indexed, until it is added or removed. With
+        `keep_place`, a picture that was there stays in the search: its file cannot be read now, but
+        may be again."""
+        with self._store.transaction() as db:
+            if not keep_place:
+                self.remove_places([path])
             row = (os.fsencode(path), size, mtime_ns, clean(reason), clean(message))
-            db.execute("INSERT INTO skipped VALUES (?, ?, ?, ?, ?)", row)
+            db.execute("INSERT OR REPLACE INTO skipped VALUES (?, ?, ?, ?, ?)", row)
 
     def remove_places(self, paths: Iterable[AnyPath]) -> list[int]:
         """Remove deleted files, skipped ones too; return the num of each removed place."""
@@ -205,50 +305,75 @@ class Catalog:
                 self._touch(*removed)
         return removed
 
+    def purge(self) -> int:
+        """Remove all that is kept of dead pictures: vectors, facts and thumbnails (captions and tags
+        went with their places); return how many pictures that were.
+
+        Their nums and image_ids stay, so that no num is ever used again. The next commit gives the
+        disk space back.
+        """
+        with self._store.transaction() as db:
+            self._settle(db)
+            purged = queries.purge(db)
+            self._purged += purged
+            self._changed |= bool(purged)
+            return len(purged)
+
     # ---- writing: encoders, vectors, snapshots
 
-    def register_encoder(self, encoder_id: str, *, spec: str, config_json: str, dim: int) -> None:
-        """Add an encoder, whose vectors can then be stored; a known one is left as it is.
+    def register_encoder(
+        self, encoder_id: str, *, spec: str, config_json: str, dim: int, space_id: str | None = None
+    ) -> None:
+        """Add an encoder, whose vectors can then be stored; of a known one, only a `space_id` that was
+        not told before is noted.
 
-        The active encoder stays what it is; the first of an index becomes it.
+        Encoders of one space share their vectors and snapshot. The active encoder stays what it is;
+        the first of an index becomes it.
         """
-        newest = (
-            "INSERT OR IGNORE INTO meta SELECT 'active', id FROM encoders ORDER BY id DESC LIMIT 1"
-        )
         with self._store.transaction() as db:
-            db.execute(newest)  # of an index made before there was an active one
-            sql = "INSERT OR IGNORE INTO encoders VALUES (NULL, ?, ?, ?, ?)"
-            db.execute(sql, (encoder_id, spec, config_json, dim))
-            db.execute(newest)
+            before = vectors.encoders(db)
+            vectors.register(db, encoder_id, spec, config_json, dim, space_id)
+            self._changed |= vectors.encoders(db) != before
 
     def activate_encoder(self, encoder_id: str) -> None:
         """Make an encoder the active one; one that is not registered changes nothing."""
         with self._store.transaction() as db:
+            before = vectors.active_encoder(db)
             sql = (
                 "INSERT OR REPLACE INTO meta SELECT 'active', id FROM encoders WHERE encoder_id = ?"
             )
             db.execute(sql, (encoder_id,))
+            self._changed |= vectors.active_encoder(db) != before
+
+    def drop_encoder(self, encoder_id: str) -> int:
+        """Remove an encoder and return how many vectors went with it: none while another encoder of its
+        space uses them. Raises InputError for the active encoder and for one not registered."""
+        with self._store.transaction() as db:
+            removed = vectors.drop(db, encoder_id)
+            self._changed = self._shrink = True
+            return removed
 
     def move_encoder(self, encoder_id: str, spec: str) -> None:
         """Record the spec by which an encoder is found now; one not registered changes nothing."""
         with self._store.transaction() as db:
             db.execute("UPDATE encoders SET spec = ? WHERE encoder_id = ?", (spec, encoder_id))
 
-    def add_vectors(self, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]) -> None:
-        """Store vectors (N, D) of the pictures `nums` (N,) in half precision, under new seqs.
+    def add_vectors(self, encoder_id: str, nums: Int64, rows: npt.NDArray[np.floating]) -> None:
+        """Store unit vectors (N, D) of the pictures `nums` (N,) in half precision, under new seqs.
 
-        Raises InputError if the encoder is not registered, the shape is wrong or a value is not
-        finite.
+        Raises InputError if the encoder is not registered, the shape is wrong, a value is not finite
+        or a vector is not of length 1.
         """
         with self._store.transaction() as db:
-            queries.add_vectors(db, encoder_id, nums, vectors)
+            vectors.add(db, encoder_id, nums, rows)
             self._changed = True
 
     def point_to_snapshot(self, encoder_id: str, *, name: str, last_seq: int) -> None:
-        """Make snapshots/`name` the current one and commit, all in one transaction."""
+        """Make snapshots/`name` the current one of the encoder's space and commit, all in one
+        transaction."""
         with self._store.transaction() as db:
             sql = "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)"
-            db.execute(sql, (encoder_id, name, last_seq))
+            db.execute(sql, (vectors.owner_name(db, encoder_id), name, last_seq))
             self._changed = True  # so that searchers change over
             self.commit()
 
@@ -262,7 +387,11 @@ class Catalog:
                 db.execute("UPDATE meta SET value = value + 1 WHERE key = 'changes'")
             db.execute("COMMIT")
             self._thumbnails.put(self._made)
+            self._thumbnails.remove(self._purged)
+            shrink = self._shrink or bool(self._purged)
             self._forget()
+            if shrink:
+                self._store.shrink()
 
     def _touch(self, *nums: int) -> None:
         self._touched.update(nums)
@@ -270,26 +399,26 @@ class Catalog:
 
     def _settle(self, db: Connection) -> None:
         if self._touched:
-            queries.settle(db, self._touched, new=self._new)
+            texts.settle(db, self._touched, new=self._new)
             self._touched.clear()
 
     # ---- reading: vectors
 
     def encoders(self) -> list[EncoderRow]:
         """Return the registered encoders, the oldest first."""
-        sql = "SELECT encoder_id, spec, config, dim FROM encoders ORDER BY id"
         with self._store.connection() as db:
-            return [EncoderRow(*row) for row in db.execute(sql)]
+            return vectors.encoders(db)
 
     def active_encoder(self) -> EncoderRow | None:
         """Return the encoder that answers where no other is named; None in an empty index."""
-        sql = (
-            "SELECT encoder_id, spec, config, dim FROM encoders"
-            " ORDER BY id = (SELECT value FROM meta WHERE key = 'active') DESC, id DESC LIMIT 1"
-        )
         with self._store.connection() as db:
-            row = db.execute(sql).fetchone()
-            return EncoderRow(*row) if row else None
+            return vectors.active_encoder(db)
+
+    def vector_owner(self, encoder_id: str) -> str:
+        """Return the encoder under whose id the vectors and the snapshot of an encoder's space are
+        kept; itself, if it is not registered."""
+        with self._store.connection() as db:
+            return vectors.owner_name(db, encoder_id)
 
     def vectors(self, encoder_id: str, *, after_seq: int = 0) -> StoredVectors:
         """Return the encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.
@@ -298,7 +427,14 @@ class Catalog:
         came back gets a new seq: it can be in an older snapshot and here, so use each num once.
         """
         with self._reading() as db:
-            return queries.read_vectors(db, encoder_id, after_seq)
+            return vectors.newer(db, encoder_id, after_seq)
+
+    def vector_chunks(self, encoder_id: str, *, rows: int = 65_536) -> Iterator[StoredVectors]:
+        """Yield the encoder's vectors of live pictures in the order of num, up to `rows` at a time, all
+        of one committed state and each with the same `last_seq`. A catalog that writes should not do
+        this while it has other work: its threads wait until the last chunk was taken."""
+        with self._reading() as db:
+            yield from vectors.chunks(db, encoder_id, rows)
 
     def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
         """Count the encoder's vectors of live pictures with seq > `after_seq`."""
@@ -314,27 +450,34 @@ class Catalog:
         """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""
         with self._store.connection() as db:
             sql = "SELECT vector FROM vectors WHERE encoder = ? AND num = ?"
-            row = db.execute(sql, (queries.encoder_key(db, encoder_id)[0], num)).fetchone()
+            row = db.execute(sql, (vectors.owner_of(db, encoder_id)[0], num)).fetchone()
             return np.frombuffer(row[0], "<f2") if row else None
 
-    def live_nums(self, encoder_id: str) -> Int64:
-        """Return the nums of the live pictures that have a vector of this encoder, sorted."""
-        sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({queries.DEAD})"
+    def live_nums(self, encoder_id: str) -> PictureSet:
+        """Return the live pictures that have a vector of this encoder."""
+        sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
         with self._reading() as db:
-            return queries.joined_nums(db, sql, (queries.encoder_key(db, encoder_id)[0],))
+            owner = vectors.owner_of(db, encoder_id)[:1]
+            return PictureSet.of_sorted(joined_nums(db, sql, owner))
+
+    def dead(self) -> PictureSet:
+        """Return the pictures without a place."""
+        with self._reading() as db:
+            sql = "SELECT group_concat(num) FROM pictures WHERE NOT live"
+            return PictureSet.of_sorted(joined_nums(db, sql))
 
     def snapshot(self, encoder_id: str) -> SnapshotPointer | None:
-        """Return the encoder's current snapshot, or None."""
+        """Return the current snapshot of the encoder's space, or None."""
         sql = "SELECT name, last_seq FROM snapshots WHERE encoder_id = ?"
         with self._store.connection() as db:
-            row = db.execute(sql, (encoder_id,)).fetchone()
+            row = db.execute(sql, (vectors.owner_name(db, encoder_id),)).fetchone()
             return SnapshotPointer(*row) if row else None
 
     def change_counter(self) -> int:
-        """Return a number that rises with every commit after which a search or a count may differ."""
+        """Return a number that differs after every commit after which a search or a count may differ,
+        and after another file has taken the place of catalog.sqlite. It only rises."""
         with self._store.connection() as db:
-            row = db.execute("SELECT value FROM meta WHERE key = 'changes'").fetchone()
-            return int(row[0])
+            return self._store.change_counter(db)
 
     # ---- reading: pictures
 
@@ -348,37 +491,48 @@ class Catalog:
         num = self.has_picture(image_id)
         return None if num is None else self.rows([num]).get(num)
 
-    def matching(self, filters: Filters) -> Int64:
-        """Return the nums of the live pictures that pass, sorted, with or without vectors. Raises
-        InputError for a malformed date or an unknown orientation."""
-        with self._reading() as db:
-            return queries.matching(db, filters)
+    def matching(self, filters: Filters) -> PictureSet:
+        """Return the live pictures that pass, with or without vectors. Raises InputError for a
+        malformed date or an unknown orientation."""
+        check(filters)
+        with self._in_memory() as db:
+            return matching(db, self._columns, filters)
 
-    def newest(self, limit: int, *, among: Int64 | None = None) -> list[int]:
-        """Return the nums of the last dated live pictures (of `among`), the newest first and those
-        without a date last."""
-        chosen = "" if among is None else "AND num IN (SELECT value FROM json_each(?))"
-        args = [] if among is None else [json.dumps(among.tolist())]
-        sql = f"SELECT num FROM pictures WHERE live {chosen} ORDER BY dated DESC, image_id LIMIT ?"
-        with self._reading() as db:
-            return [num for (num,) in db.execute(sql, (*args, min(limit, 2**63 - 1)))]
+    def listed(
+        self,
+        sort: str,
+        *,
+        among: PictureSet | None = None,
+        after: object | None = None,
+        limit: int,
+    ) -> tuple[list[int], object | None]:
+        """Return the next `limit` live pictures (of `among`) and the position after them, None at the
+        end.
 
-    def phrase(self, text: str) -> dict[int, float]:
-        """Return the live pictures with this phrase in file name, folder, caption or tag: the bm25 by
-        num, the best first. It is negative, and 0 where only a folder has the phrase.
+        `sort` is "date" (the newest first, those without a date last) or "name" (of the file at the
+        shortest path, in its folded form); equal ones go by image_id. `after` is the position that an
+        earlier call returned, which JSON can hold. Raises InputError for any other.
+        """
+        with self._reading() as db:
+            return queries.listed(db, sort, among, after, limit)
+
+    def phrase(self, text: str) -> Phrase:
+        """Return the live pictures with this phrase in file name, folder, caption or tag, and their
+        bm25: negative, 0 where only a folder has the phrase, and None where more than 20,000 pictures
+        have it, which are all equal then.
 
         Any text is valid and none is an operator. Words match whole, whatever their letter case and
         diacritics, except that a `*` at the end leaves the end of the last word open; scripts written
-        without spaces match by their whole runs only.
+        without spaces match within their runs.
         """
         with self._reading() as db:
-            return queries.phrase(db, text)
+            return texts.phrase(db, text)
 
-    def having(self, words: Sequence[Iterable[str]]) -> list[Int64]:
-        """Return for each word, given as its spellings, the nums of the live pictures that have one of
-        them in file name, folder, caption or tag, sorted."""
-        with self._reading() as db:
-            return queries.having(db, words)
+    def having(self, words: Sequence[Iterable[str]]) -> list[PictureSet]:
+        """Return for each word, given as its spellings, the live pictures that have one of them in file
+        name, folder, caption or tag."""
+        with self._in_memory() as db:
+            return texts.having(db, self._columns, words)
 
     def thumbnail(self, image_id: str) -> bytes | None:
         """Return the stored thumbnail, a small JPEG, or None."""
@@ -398,7 +552,14 @@ class Catalog:
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
         """Count what is live."""
         with self._reading() as db:
-            return queries.stats(db, encoder_id)
+            pictures, size, newest = self._per_change(
+                db, "pictures", lambda: queries.picture_counts(db)
+            )
+            count = self._per_change(
+                db, ("vectors", encoder_id), lambda: queries.vector_count(db, encoder_id)
+            )
+            places, skipped = queries.file_counts(db)
+            return CatalogStats(pictures, count, places, skipped, size, queries.roots(db), newest)
 
     def skipped(self) -> list[SkippedRow]:
         """Return the files that could not be indexed, sorted by path."""
@@ -414,13 +575,17 @@ class Catalog:
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
         """Return the folders with the most places below them, roots included, with that number."""
         with self._reading() as db:
-            return queries.folders(db, limit)
+            return list(
+                self._per_change(db, ("folders", limit), lambda: queries.folders(db, limit))
+            )
 
     def facets(self, limit: int = 200) -> Facets:
         """Return the `limit` most frequent formats, cameras and tags of the live pictures."""
         with self._reading() as db:
-            return queries.facets(db, limit)
+            return self._per_change(db, ("facets", limit), lambda: queries.facets(db, limit))
 
 
-def _root(folder: AnyPath) -> tuple[bytes, bytes]:
+def _span(folder: AnyPath) -> tuple[bytes, bytes]:
+    """Return the range of stored paths below a folder; its first is the folder's own, with the
+    separator at its end."""
     return below(os.path.abspath(folder))

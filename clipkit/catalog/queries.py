@@ -1,246 +1,79 @@
-"""The catalog's queries, as functions over a connection, and the derived values that make them fast.
-
-Derived per picture, and renewed by `settle` in the transaction that changes what they depend on:
-
-    live    it has a place
-    dated   taken_at, else when its oldest present file was last modified
-    texts   the FTS5 row (of live pictures only): words of the file names, captions, tags
-    folder_texts   likewise: words of the names of the folders that the files are in
-"""
+"""The catalog's other queries, as functions over a connection: files, folders, rows, lists, counts."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from clipkit.arrays import Int64
-from clipkit.catalog.rows import (
-    BREAK,
-    ISO_DATE,
-    CatalogStats,
-    Facets,
-    KnownFile,
-    PictureRow,
-    StoredVectors,
-    below,
-    clean,
-    fold,
-    fold_path,
-    folder_text,
-    local_time,
-    name_words,
-    split_paths,
-    tag_keys,
-)
-from clipkit.catalog.store import Connection
-from clipkit.errors import IndexDamaged, InputError
+from clipkit.catalog.rows import Facets, KnownFile, PictureRow
+from clipkit.catalog.store import DEAD, Connection
+from clipkit.catalog.texts import union
+from clipkit.catalog.vectors import owner_of
+from clipkit.errors import InputError
+from clipkit.picture_set import PictureSet
 
-DEAD = "SELECT num FROM pictures WHERE NOT live"  # few, so NOT IN (dead) costs less than IN (live)
-_ORIENTATIONS = {
-    "landscape": "width > height",
-    "portrait": "width < height",
-    "square": "width = height",
-}
+_PAGE = 4096  # rows of a list that are read at once
 
 
-@dataclass(frozen=True, slots=True)
-class Filters:
-    """Conditions on pictures, all of which must hold.
-
-    `after` (inclusive) and `before` (exclusive) are ISO date prefixes, "2023", "2023-05" or
-    "2023-05-01", each meaning the start of that period. A picture without an EXIF date counts as
-    taken when its oldest present file was last modified (local time).
-    Any of `folders` (the place lies below it; one that is not absolute may be anywhere in the
-    path), `cameras` (substring) and `formats` (whole, as Pillow names them: "jpeg") may hold; all
-    of `paths` (substring of the place) and `tags` (whole) must. `folders` and `paths` must hold for
-    one and the same place. Letter case and Unicode form matter for absolute `folders` only.
-    """
-
-    after: str | None = None
-    before: str | None = None
-    paths: tuple[str, ...] = ()
-    folders: tuple[str, ...] = ()
-    cameras: tuple[str, ...] = ()
-    formats: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    min_width: int = 0
-    min_height: int = 0
-    min_side: int = 0  # of the longer side
-    camera: str | None = None  # whole, as stored
-    orientation: str | None = None  # "landscape", "portrait" or "square"
-
-
-def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
-    """Update the derived values of the pictures `nums`; those in `new` were never committed.
-
-    This is one pass in the order of nums, since FTS5 flushes a segment whenever rowids go backwards.
-    """
-    for num in sorted(nums):
-        was_live, taken_at, captions, tags = db.execute(
-            "SELECT live, taken_at, captions, tags FROM pictures WHERE num = ?", (num,)
-        ).fetchone()
-        places = db.execute("SELECT path, mtime_ns FROM places WHERE num = ?", (num,)).fetchall()
-        dated = taken_at
-        if places:
-            dated = taken_at or local_time(min(mtime_ns for _, mtime_ns in places))
-            paths = [os.fsdecode(path) for path, _ in places]
-            db.execute(
-                "INSERT OR REPLACE INTO texts (rowid, names, captions, tags) VALUES (?, ?, ?, ?)",
-                (num, *(text.replace("\n", BREAK) for text in (name_words(paths), captions, tags))),
-            )
-            sql = "INSERT OR REPLACE INTO folder_texts (rowid, folders) VALUES (?, ?)"
-            db.execute(sql, (num, folder_text(paths)))
-        else:
-            db.execute("DELETE FROM texts WHERE rowid = ?", (num,))
-            db.execute("DELETE FROM folder_texts WHERE rowid = ?", (num,))
-        sql = "UPDATE pictures SET live = ?, dated = ? WHERE num = ?"
-        db.execute(sql, (bool(places), dated, num))
-        if places and not was_live and num not in new:
-            # live again: a snapshot made meanwhile left it out, so its vectors count as new
-            db.execute(
-                "INSERT OR REPLACE INTO vectors (num, encoder, vector)"
-                " SELECT num, encoder, vector FROM vectors WHERE num = ?",
-                (num,),
-            )
-
-
-def joined_nums(db: Connection, sql: str, args: Iterable[object]) -> Int64:
-    """Return the nums of a query for one group_concat, sorted."""
-    # numpy parses one string five times faster than SQLite returns an integer per row
-    joined = db.execute(sql, tuple(args)).fetchone()[0]
-    return np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","))
-
-
-def matching(db: Connection, filters: Filters) -> Int64:
-    """See Catalog.matching."""
-    where = ["live"]
-    args: list[object] = []
-
-    def need(condition: str, *values: object) -> None:
-        where.append(condition)
-        args.extend(values)
-
-    for sign, date in ((">=", filters.after), ("<", filters.before)):
-        if date is not None:
-            if not ISO_DATE.fullmatch(date):
-                raise InputError(
-                    f"{date!r} is not a date; use the form 2023, 2023-05 or 2023-05-01"
-                )
-            need(f"dated {sign} ?", date)
-    if filters.cameras:
-        # few distinct ones: compared in Python, which folds the case of all Unicode
-        sql = "SELECT DISTINCT camera FROM pictures WHERE live AND camera IS NOT NULL"
-        wanted = [fold(camera) for camera in filters.cameras]
-        cameras = [c for (c,) in db.execute(sql) if any(w in fold(c) for w in wanted)]
-        need("camera IN (SELECT value FROM json_each(?))", json.dumps(cameras))
-    if filters.formats:
-        formats = [clean(name).upper() for name in filters.formats]
-        need("upper(format) IN (SELECT value FROM json_each(?))", json.dumps(formats))
-    if filters.min_width:
-        need("width >= ?", filters.min_width)
-    if filters.min_height:
-        need("height >= ?", filters.min_height)
-    if filters.min_side:
-        need("max(width, height) >= ?", filters.min_side)
-    if filters.camera is not None:
-        need("camera = ?", clean(filters.camera))
-    if filters.orientation is not None:
-        if filters.orientation not in _ORIENTATIONS:
-            choices = ", ".join(_ORIENTATIONS)
-            raise InputError(f"orientation {filters.orientation!r} is not one of {choices}")
-        need(_ORIENTATIONS[filters.orientation])
-    for tag in filters.tags:
-        need("instr(tag_keys, ?)", tag_keys(" ".join(tag.split())))
-    if filters.paths or filters.folders:  # one place must fulfil both
-        place = ["instr(folded, ?)"] * len(filters.paths)
-        values: list[object] = [fold_path(path) for path in filters.paths]
-        if filters.folders:
-            ways = []
-            for folder in filters.folders:
-                absolute = os.path.isabs(folder)
-                ways.append("path >= ? AND path < ?" if absolute else "instr(folded, ?)")
-                part = fold_path(os.path.normpath(folder))
-                values += below(folder) if absolute else [f"/{part}/"]
-            place.append(f"({' OR '.join(ways)})")
-        need(f"num IN (SELECT num FROM places WHERE {' AND '.join(place)})", *values)
-    sql = f"SELECT group_concat(num) FROM pictures WHERE {' AND '.join(where)}"
-    return joined_nums(db, sql, args)
-
-
-def phrase(db: Connection, text: str) -> dict[int, float]:
-    """See Catalog.phrase."""
-    prefix = "*" if text.rstrip().endswith("*") else ""
-    sql = (
-        "SELECT num, min(rank) AS best FROM (SELECT rowid AS num, rank FROM texts WHERE texts MATCH ?1"
-        " UNION ALL SELECT rowid, 0 FROM folder_texts WHERE folder_texts MATCH ?1)"
-        " GROUP BY num ORDER BY best, num"
-    )
-    return dict(db.execute(sql, (_quoted(text) + prefix,)))
-
-
-def having(db: Connection, words: Sequence[Iterable[str]]) -> list[Int64]:
-    """See Catalog.having."""
-    sql = (
-        "SELECT (SELECT group_concat(num) FROM ("
-        "SELECT rowid AS num FROM texts WHERE texts MATCH word.value UNION ALL"
-        " SELECT rowid FROM folder_texts WHERE folder_texts MATCH word.value))"
-        " FROM json_each(?) AS word ORDER BY word.key"
-    )
-    matches = [" OR ".join(map(_quoted, spellings)) for spellings in words]
-    found = []
-    for (joined,) in db.execute(sql, (json.dumps(matches),)):
-        # two ascending runs, which a stable sort only merges; np.unique takes five times as long
-        nums = np.sort(np.fromstring(joined or "", dtype=np.int64, sep=","), kind="stable")
-        found.append(nums[np.diff(nums, prepend=-1) > 0])
-    return found
-
-
-def _quoted(text: str) -> str:
-    return '"' + clean(text).replace('"', '""') + '"'  # inside quotes FTS5 knows no operators
+# ---- files
 
 
 def known_files(
-    db: Connection, span: tuple[bytes, bytes], encoder_id: str | None
-) -> dict[str, KnownFile]:
-    """Return the places and skipped files in a range of paths."""
-    has_vector, args = "1", tuple[Any, ...]()
-    if encoder_id is not None:
-        args = (encoder_key(db, encoder_id)[0],)
-        vectors = db.execute("SELECT count(*) FROM vectors WHERE encoder = ?", args).fetchone()
-        if vectors == db.execute("SELECT count(*) FROM pictures").fetchone():
-            args = ()  # every picture has one: nothing to look up
-        else:
-            has_vector = "EXISTS (SELECT 1 FROM vectors WHERE encoder = ? AND num = places.num)"
-    where = "WHERE path >= ? AND path < ?"
-    places = db.execute(
-        f"SELECT path, size, mtime_ns, num, {has_vector} FROM places {where}", (*args, *span)
+    db: Connection, low: bytes, high: bytes, limit: int
+) -> list[tuple[bytes, int, int, int | None, int]]:
+    """Return up to `limit` places and skipped files from the path `low` on, below `high`: path, size,
+    mtime_ns, num, and whether the file was skipped."""
+    sql = (
+        "SELECT places.path, coalesce(skipped.size, places.size),"
+        " coalesce(skipped.mtime_ns, places.mtime_ns), num, skipped.path IS NOT NULL"
+        " FROM places LEFT JOIN skipped ON skipped.path = places.path"
+        " WHERE places.path >= ?1 AND places.path < ?2"
+        " UNION ALL SELECT path, size, mtime_ns, NULL, 1 FROM skipped"
+        " WHERE path >= ?1 AND path < ?2"
+        " AND NOT EXISTS (SELECT 1 FROM places WHERE places.path = skipped.path)"
+        " ORDER BY 1 LIMIT ?3"
     )
-    files = {
-        os.fsdecode(path): KnownFile(size, mtime_ns, "ok" if done else "pending", num)
-        for path, size, mtime_ns, num, done in places
-    }
-    for path, size, mtime_ns in db.execute(
-        f"SELECT path, size, mtime_ns FROM skipped {where}", span
-    ):
-        files[os.fsdecode(path)] = KnownFile(size, mtime_ns, "skipped", None)
-    return files
+    return db.execute(sql, (low, high, limit)).fetchall()
+
+
+def known_file(
+    row: tuple[bytes, int, int, int | None, int], has_vector: PictureSet | None
+) -> tuple[str, KnownFile]:
+    path, size, mtime_ns, num, skipped = row
+    state = "ok"
+    if skipped:
+        state = "skipped"
+    elif has_vector is not None and num is not None and num not in has_vector:
+        state = "pending"
+    return os.fsdecode(path), KnownFile(size, mtime_ns, state, num)
+
+
+def places_below(db: Connection, span: tuple[bytes, bytes]) -> int:
+    sql = "SELECT coalesce(sum(places), 0) FROM folders WHERE path >= ? AND path < ?"
+    return int(db.execute(sql, span).fetchone()[0])
+
+
+def folder_id(db: Connection, path: bytes, folded: str) -> int:
+    """Return the id of a folder, whose path ends with a separator; a new one is added."""
+    row = db.execute("SELECT id FROM folders WHERE path = ?", (path,)).fetchone()
+    if row is None:
+        sql = "INSERT INTO folders (path, folded) VALUES (?, ?)"
+        return int(db.execute(sql, (path, folded)).lastrowid or 0)
+    return int(row[0])
 
 
 def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
     """Return the folders with the most places: roots, folders below them, and their counts."""
     sep = os.sep.encode()
-    direct = Counter(path.rpartition(sep)[0] for (path,) in db.execute("SELECT path FROM places"))
     tops = {path.rstrip(sep) for (path,) in db.execute("SELECT path FROM roots")}
     total: Counter[bytes] = Counter()
-    for folder, count in direct.items():
-        parts = folder.split(sep)
+    for path, count in db.execute("SELECT path, places FROM folders WHERE places"):
+        parts = path[:-1].split(sep)
         chain = [sep.join(parts[:end]) for end in range(len(parts), 0, -1)]
         depth = max((i for i, parent in enumerate(chain) if parent in tops), default=0)
         for parent in chain[: depth + 1]:
@@ -249,108 +82,150 @@ def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
     return [(os.fsdecode(folder or sep), count) for folder, count in best]
 
 
-def facets(db: Connection, limit: int) -> Facets:
-    """See Catalog.facets. The index of live pictures holds all three columns: no row is read."""
-
-    def counts(column: str) -> Counter[str]:
-        sql = f"SELECT {column}, count(*) FROM pictures WHERE live GROUP BY {column}"
-        return Counter({value: count for value, count in db.execute(sql) if value})
-
-    tags: Counter[str] = Counter()
-    for keys, count in counts("tag_keys").items():
-        tags.update(dict.fromkeys(filter(None, keys.split("\n")), count))
-    most = (
-        sorted(values.items(), key=lambda item: (-item[1], item[0]))[:limit]
-        for values in (counts("format"), counts("camera"), tags)
-    )
-    return Facets(*map(tuple, most))
-
-
-def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
-    """Return the rows of those of these pictures that are live, by num."""
-    rows = db.execute(
-        "SELECT num, image_id, (SELECT group_concat(hex(path)) FROM places WHERE num = pictures.num),"
-        " width, height, format, bytes, taken_at, dated, camera, added_at, captions, tags"
-        " FROM pictures WHERE live AND num IN (SELECT value FROM json_each(?))",
-        (json.dumps([int(num) for num in nums]),),
-    )
-    result: dict[int, PictureRow] = {}
-    for num, image_id, joined, *facts, captions, tags in rows:
-        places = sorted(split_paths(joined))
-        path = min(places, key=lambda path: (len(path), path))
-        facts += [tuple(filter(None, text.split("\n"))) for text in (captions, tags)]
-        result[num] = PictureRow(num, image_id, path, tuple(places), *facts)
-    return result
-
-
 def roots(db: Connection) -> tuple[str, ...]:
     stored = [os.fsdecode(root) for (root,) in db.execute("SELECT path FROM roots ORDER BY path")]
     return tuple(root.rstrip(os.sep) or os.sep for root in stored)
 
 
-def stats(db: Connection, encoder_id: str | None) -> CatalogStats:
-    pictures, size, newest = db.execute(
-        "SELECT count(*), coalesce(sum(bytes), 0), max(added_at) FROM pictures WHERE live"
-    ).fetchone()
-    sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
-    sql = f"SELECT ({sql}), (SELECT count(*) FROM places), (SELECT count(*) FROM skipped)"
-    vectors, places, skipped = db.execute(sql, (encoder_key(db, encoder_id)[0],)).fetchone()
-    return CatalogStats(pictures, vectors, places, skipped, size, roots(db), newest)
+# ---- pictures
 
 
-# ---- vectors: half-precision blobs, each under a seq that only ever rises
-
-
-def encoder_key(db: Connection, encoder_id: str | None) -> tuple[int | None, int]:
-    """Return the encoder's row id and dim, or (None, 0), which match no vector, if it is not
-    registered."""
-    sql = "SELECT id, dim FROM encoders WHERE encoder_id = ?"
-    row: tuple[int, int] | None = db.execute(sql, (encoder_id,)).fetchone()
-    return row or (None, 0)
-
-
-def add_vectors(
-    db: Connection, encoder_id: str, nums: Int64, vectors: npt.NDArray[np.floating]
-) -> None:
-    """See Catalog.add_vectors; vectors that the pictures have are replaced."""
-    key, dim = encoder_key(db, encoder_id)
-    if key is None:
-        raise InputError(f"encoder {encoder_id} is not registered in this catalog")
-    if vectors.shape != (len(nums), dim):
-        raise InputError(f"vectors have shape {vectors.shape}; expected {(len(nums), dim)}")
-    with np.errstate(over="ignore"):  # an overflow is refused below
-        halves = np.ascontiguousarray(vectors, dtype="<f2")
-    if not np.isfinite(halves).all():
-        raise InputError("vectors hold values that are not finite in half precision")
-    db.executemany(
-        "INSERT OR REPLACE INTO vectors (num, encoder, vector) VALUES (?, ?, ?)",
-        ((int(num), key, row.tobytes()) for num, row in zip(nums, halves, strict=True)),
-    )
-
-
-def read_vectors(db: Connection, encoder_id: str, after_seq: int) -> StoredVectors:
-    """See Catalog.vectors."""
-    key, dim = encoder_key(db, encoder_id)
-    # room for at least as many rows as will come; the count takes time, so only for a large gap
-    room = max(0, db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0] - after_seq)
-    if room > 10_000:
-        sql = "SELECT count(*) FROM vectors WHERE encoder = ?"
-        room = min(room, db.execute(sql, (key,)).fetchone()[0])
-    nums, vectors = np.empty(room, np.int64), np.empty((room, dim), np.float16)
-    done, last_seq = 0, after_seq
-    # +encoder: walk in the order of seq; through the index, SQLite would sort all the blobs
+def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
+    """Return the rows of those of these pictures that are live, by num."""
     rows = db.execute(
-        "SELECT seq, num, vector FROM vectors"
-        f" WHERE +encoder = ? AND seq > ? AND num NOT IN ({DEAD}) ORDER BY seq",
-        (key, after_seq),
+        "SELECT pictures.num, image_id, width, height, (SELECT text FROM labels WHERE id = format),"
+        " bytes, taken_at, dated, (SELECT text FROM labels WHERE id = camera),"
+        " strftime('%Y-%m-%dT%H:%M:%S+00:00', added, 'unixepoch'), path, captions, tags"
+        " FROM pictures JOIN places USING (num)"
+        " WHERE live AND num IN (SELECT value FROM json_each(?)) ORDER BY pictures.num, path",
+        (json.dumps([int(num) for num in nums]),),
     )
-    while chunk := rows.fetchmany(512):  # few enough to stay in the processor's cache
-        seqs, some, blobs = zip(*chunk, strict=True)
-        data = b"".join(blobs)
-        if len(data) != len(chunk) * dim * 2:
-            raise IndexDamaged(f"vectors {seqs[0]} to {seqs[-1]} are not of {dim} dimensions")
-        upto = done + len(chunk)
-        nums[done:upto] = some
-        vectors[done:upto] = np.frombuffer(data, "<f2").reshape(-1, dim)
-        done, last_seq = upto, seqs[-1]
-    return StoredVectors(nums[:done], vectors[:done], last_seq)
+    gathered: dict[int, tuple[list[Any], list[tuple[bytes, str, str]]]] = {}
+    for num, *facts, path, captions, tags in rows:
+        gathered.setdefault(num, (facts, []))[1].append((path, captions, tags))
+    result: dict[int, PictureRow] = {}
+    for num, ((image_id, *facts), places) in gathered.items():
+        paths = [path for path, *_ in places]
+        shortest = os.fsdecode(min(paths, key=lambda path: (len(path), path)))
+        texts = (tuple(filter(None, text.split("\n"))) for text in union(places))
+        result[num] = PictureRow(
+            num, image_id, shortest, tuple(map(os.fsdecode, paths)), *facts, *texts
+        )
+    return result
+
+
+_SORTS = {"date": "newest", "name": "name"}  # the index pictures_by_{sort} is in this order
+
+
+def listed(
+    db: Connection, sort: str, among: PictureSet | None, after: object | None, limit: int
+) -> tuple[list[int], list[Any] | None]:
+    """See Catalog.listed."""
+    if sort not in _SORTS:
+        raise InputError(f"sort {sort!r} is not one of {', '.join(_SORTS)}")
+    key = _SORTS[sort]
+    position = _position(sort, after)
+    page: list[int] = []
+    if not limit or (among is not None and not len(among)):
+        return page, None
+    while True:
+        where, args = (
+            ("", []) if position is None else (f"AND ({key}, image_id) > (?, ?)", position)
+        )
+        rows = db.execute(
+            f"SELECT num, {key}, image_id FROM pictures INDEXED BY pictures_by_{sort}"
+            f" WHERE live {where} ORDER BY {key}, image_id LIMIT ?",
+            (*args, min(max(limit, 256), _PAGE)),
+        ).fetchall()
+        if not rows:
+            return page, None
+        passing = list(range(len(rows)))
+        if among is not None:
+            nums = np.fromiter((num for num, *_ in rows), np.int64, len(rows))
+            passing = np.flatnonzero(among.has(nums)).tolist()
+        for at in passing:
+            page.append(rows[at][0])
+            if len(page) == limit:
+                return page, list(rows[at][1:])
+        position = list(rows[-1][1:])
+
+
+def _position(sort: str, after: object | None) -> list[Any] | None:
+    """Check a position of a list, which may come from outside."""
+    if after is None:
+        return None
+    if isinstance(after, list | tuple) and len(after) == 2 and isinstance(after[1], str):
+        key = after[0]
+        if (type(key) is int and abs(key) < 2**63) if sort == "date" else isinstance(key, str):
+            return list(after)
+    raise InputError(f"{after!r} is no position in a list by {sort}; begin again without one")
+
+
+# ---- counts
+
+
+def picture_counts(db: Connection) -> tuple[int, int, str | None]:
+    """Return how many pictures are live, their bytes, and when the last was added."""
+    counts: tuple[int, int, str | None] = db.execute(
+        "SELECT count(*), coalesce(sum(bytes), 0),"
+        " strftime('%Y-%m-%dT%H:%M:%S+00:00', max(added), 'unixepoch')"
+        " FROM pictures INDEXED BY pictures_facts WHERE live"
+    ).fetchone()
+    return counts
+
+
+def vector_count(db: Connection, encoder_id: str | None) -> int:
+    """Return how many live pictures have a vector of an encoder."""
+    sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
+    return int(db.execute(sql, (owner_of(db, encoder_id)[0],)).fetchone()[0])
+
+
+def file_counts(db: Connection) -> tuple[int, int]:
+    """Return the number of places and of skipped files."""
+    counts: tuple[int, int] = db.execute(
+        "SELECT (SELECT coalesce(sum(places), 0) FROM folders), (SELECT count(*) FROM skipped)"
+    ).fetchone()
+    return counts
+
+
+def facets(db: Connection, limit: int) -> Facets:
+    """See Catalog.facets."""
+    labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
+
+    def most(sql: str) -> tuple[tuple[str, int], ...]:
+        counts = [(labels[key], count) for key, count in db.execute(sql)]
+        return tuple(sorted(counts, key=lambda item: (-item[1], item[0]))[:limit])
+
+    facts = "FROM pictures INDEXED BY pictures_facts WHERE live"
+    return Facets(
+        most(f"SELECT format, count(*) {facts} GROUP BY format"),
+        most(f"SELECT camera, count(*) {facts} AND camera IS NOT NULL GROUP BY camera"),
+        most("SELECT tag, count(*) FROM picture_tags GROUP BY tag"),
+    )
+
+
+# ---- what is left of dead pictures
+
+
+def purge(db: Connection) -> list[str]:
+    """Remove what is kept of dead pictures, but their num and image_id; return the image_ids."""
+    gone = [
+        i for (i,) in db.execute(f"SELECT image_id FROM pictures WHERE num IN ({DEAD}) AND format")
+    ]
+    if not gone:
+        return []
+    for (encoder,) in db.execute("SELECT id FROM encoders").fetchall():
+        db.execute(f"DELETE FROM vectors WHERE encoder = ? AND num IN ({DEAD})", (encoder,))
+    db.execute(
+        "UPDATE pictures SET width = 0, height = 0, bytes = 0, format = NULL, camera = NULL,"
+        " taken_at = NULL, added = 0, dated = NULL, newest = 0, name = '' WHERE NOT live AND format"
+    )
+    db.execute("DELETE FROM folders WHERE NOT places")
+    db.execute("DELETE FROM text_fingerprints WHERE folder NOT IN (SELECT path FROM folders)")
+    db.execute(
+        "DELETE FROM labels WHERE id NOT IN (SELECT format FROM pictures WHERE format"
+        " UNION SELECT camera FROM pictures WHERE camera UNION SELECT tag FROM picture_tags)"
+    )
+    # labels and folders have gone: what readers hold of them in memory is read anew
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
+    return gone

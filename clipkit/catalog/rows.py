@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from clipkit.arrays import Int64
+from clipkit.picture_set import PictureSet
 
 AnyPath = str | os.PathLike[str]
 
@@ -28,7 +29,7 @@ class KnownFile(NamedTuple):
     size: int
     mtime_ns: int
     state: str  # "ok"; "skipped"; "pending": its picture has no vector of the encoder yet
-    num: int | None  # its picture; None if skipped
+    num: int | None  # its picture; None if it never was one
 
 
 class StoredVectors(NamedTuple):
@@ -42,6 +43,16 @@ class EncoderRow(NamedTuple):
     spec: str
     config_json: str
     dim: int
+    space_id: str | None = None  # encoders of one space share their vectors; None if not told yet
+
+
+class Phrase(NamedTuple):
+    """The pictures that have a phrase, and how well each fits it."""
+
+    nums: PictureSet
+    bm25: (
+        npt.NDArray[np.float64] | None
+    )  # (N,) in the order of nums.nums, the best least; None: a tie
 
 
 class SkippedRow(NamedTuple):
@@ -59,8 +70,8 @@ class SnapshotPointer(NamedTuple):
 class PictureRow:
     num: int
     image_id: str
-    path: str  # the shortest of the places, then the first by name
-    places: tuple[str, ...]  # sorted
+    path: str  # the shortest of the places, then the first
+    places: tuple[str, ...]  # in the order of the paths' bytes
     width: int
     height: int
     format: str
@@ -111,13 +122,68 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", clean(text)).casefold()
 
 
-def fold_path(path: str) -> str:
-    return fold(path).replace(os.sep, "/")
+def fold_path(path: str | bytes) -> str:
+    return fold(os.fsdecode(path)).replace(os.sep, "/")
 
 
-def tag_keys(tags: str) -> str:
-    """Fold tags, one a line, such that `tag_keys(tag) in tag_keys(tags)` finds a whole tag."""
-    return "".join(f"\n{' '.join(fold(tag).split())}\n" for tag in tags.split("\n"))
+def folder_of(path: bytes) -> bytes:
+    """Return the folder of a stored path, with the separator at its end."""
+    return path[: path.rindex(os.sep.encode()) + 1]
+
+
+def name_of(path: bytes) -> str:
+    """Return the folded name of the file at a stored path."""
+    return fold(os.fsdecode(path[path.rindex(os.sep.encode()) + 1 :]))
+
+
+def folded_tags(tags: str) -> list[str]:
+    """Return the distinct tags of lines in the form in which they are compared."""
+    return [tag for tag in dict.fromkeys(map(fold_tag, tags.split("\n"))) if tag]
+
+
+def fold_tag(tag: str) -> str:
+    return " ".join(fold(tag).split())
+
+
+def date_key(date: str | None) -> int:
+    """Return an integer that orders ISO dates and their prefixes as their texts do; 0 for other texts.
+
+    Two decimal digits each for month, day, hour, minute and second after the year. A time's parts
+    count from 1, so that a date comes before its midnight.
+    """
+    if not date or not ISO_DATE.fullmatch(date):
+        return 0
+    day, _, clock = date.partition("T")
+    parts = [int(part) for part in day.split("-")]
+    parts += [0] * (3 - len(parts)) + [int(part) + 1 for part in clock.split(":") if part]
+    key = 0
+    for part in (*parts, 0, 0, 0)[:6]:
+        key = key * 100 + part
+    return key
+
+
+# Scripts that are written without spaces, or (Hangul) whose words carry endings: Thai, Lao, Tibetan,
+# Myanmar, Khmer, kana, bopomofo, Han, Hangul, and their compatibility forms.
+_UNSPACED = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u318f\u31a0-\u31bf\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff"
+)
+_UNSPACED_RUN = re.compile(f"[{_UNSPACED}][{_UNSPACED}\u0300-\u036f]*")
+
+
+def has_unspaced(text: str) -> bool:
+    """Whether a text has characters of a script that is written without spaces."""
+    return not text.isascii() and _UNSPACED_RUN.search(text) is not None
+
+
+def spaced(text: str) -> str:
+    """Put spaces around each character of scripts that are written without, so that a phrase finds
+    any part of a run; unicode61 would keep the run as one word."""
+    if text.isascii():
+        return text
+    return _UNSPACED_RUN.sub(
+        lambda run: f" {' '.join(unicodedata.normalize('NFKC', run[0]))} ", text
+    )
 
 
 def split_paths(joined: str) -> list[str]:

@@ -6,73 +6,33 @@ what the rows mean; this module alone imports sqlite3.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 
-from clipkit.catalog.rows import folder_text, split_paths
+from clipkit.arrays import Int64
+from clipkit.catalog.schema import APPLICATION_ID, MIGRATIONS, add_functions
 from clipkit.errors import CatalogBusy, ClipkitError, IndexDamaged, InputError
 
 log = logging.getLogger(__name__)
 
 Connection = sqlite3.Connection
 
-APPLICATION_ID = 0x434C4B31  # "CLK1" in the file's header says whose SQLite file this is
+DEAD = "SELECT num FROM pictures WHERE NOT live"  # few, so NOT IN (dead) costs less than IN (live)
+_READ_ONLY = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+_GENERATION = 2**32  # added to the change counter each time that another file takes the place
 
 # ERROR: a table is missing, or its definition cannot be read
 UNUSABLE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR)
-
-# Entry i migrates a catalog from version i to i + 1. A released entry is never edited.
-MIGRATIONS: tuple[str, ...] = (
-    f"""
-    PRAGMA application_id = {APPLICATION_ID};
-    CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
-    INSERT INTO meta VALUES ('changes', 0), ('writer', 0);
-    CREATE TABLE roots (path BLOB PRIMARY KEY) WITHOUT ROWID;
-    -- live, dated and the row in texts follow from places, taken_at, captions and tags
-    CREATE TABLE pictures (
-        num INTEGER PRIMARY KEY, image_id TEXT NOT NULL UNIQUE, live INTEGER NOT NULL DEFAULT 0,
-        width INTEGER NOT NULL, height INTEGER NOT NULL, bytes INTEGER NOT NULL,
-        format TEXT NOT NULL, taken_at TEXT, dated TEXT, camera TEXT, added_at TEXT NOT NULL,
-        tag_keys TEXT NOT NULL DEFAULT '', tags TEXT NOT NULL DEFAULT '',
-        captions TEXT NOT NULL DEFAULT '');
-    -- every fact that filters and counts need: 15 ms for 100,000, against 100 ms for the table
-    CREATE INDEX pictures_facts ON pictures
-        (dated, camera, format, width, height, tag_keys, bytes, added_at) WHERE live;
-    CREATE INDEX pictures_dead ON pictures (num) WHERE NOT live;
-    CREATE TABLE places (
-        path BLOB PRIMARY KEY, num INTEGER NOT NULL REFERENCES pictures,
-        size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, folded TEXT NOT NULL) WITHOUT ROWID;
-    CREATE INDEX places_num ON places (num);
-    CREATE TABLE skipped (
-        path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-        reason TEXT NOT NULL, message TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE encoders (
-        id INTEGER PRIMARY KEY, encoder_id TEXT NOT NULL UNIQUE, spec TEXT NOT NULL,
-        config TEXT NOT NULL, dim INTEGER NOT NULL);
-    CREATE TABLE vectors (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, num INTEGER NOT NULL REFERENCES pictures,
-        encoder INTEGER NOT NULL REFERENCES encoders, vector BLOB NOT NULL, UNIQUE (encoder, num));
-    CREATE TABLE snapshots (
-        encoder_id TEXT PRIMARY KEY, name TEXT NOT NULL, last_seq INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE VIRTUAL TABLE texts USING fts5(
-        names, captions, tags, tokenize = 'unicode61 remove_diacritics 2');
-    """,
-    # A table of its own: the depth of a path must not count in the bm25 of the texts.
-    """
-    CREATE VIRTUAL TABLE folder_texts USING fts5(
-        folders, tokenize = 'unicode61 remove_diacritics 2');
-    INSERT INTO folder_texts (rowid, folders)
-        SELECT num, folder_text(group_concat(hex(path))) FROM places GROUP BY num;
-    """,
-)
 
 
 class Store:
@@ -87,6 +47,9 @@ class Store:
         self.path = folder / "catalog.sqlite"
         self._mutex = threading.RLock()
         self._idle: list[sqlite3.Connection] = []
+        self._immutable = False  # on media where SQLite cannot make the files that WAL needs
+        self._file: tuple[int, int] | None = None  # device and inode of what is open
+        self.generation = 0  # rises when another file takes the place of catalog.sqlite
         self._lock: filelock.BaseFileLock | None = None
         self._closed = False
         if not self.path.is_file():
@@ -106,8 +69,8 @@ class Store:
         no_index = InputError(f"no index at {folder}; create one with: clipkit index FOLDER")
         if not self.path.is_file():
             raise no_index
-        with self._translated(), closing(self._connect()) as db:
-            version = self._version(db)
+        self._file = self._on_disk()
+        version = self._read_version()
         if version == 0:  # a first writer died, or has not committed yet
             raise no_index
         if version < len(MIGRATIONS):  # only a writer may migrate
@@ -116,6 +79,42 @@ class Store:
     @property
     def writable(self) -> bool:
         return self._lock is not None
+
+    def change_counter(self, db: sqlite3.Connection) -> int:
+        row = db.execute("SELECT value FROM meta WHERE key = 'changes'").fetchone()
+        return int(row[0]) + self.generation * _GENERATION
+
+    def _on_disk(self) -> tuple[int, int] | None:
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return self._file  # it may be about to be replaced: answer from what is open
+        return found.st_dev, found.st_ino
+
+    def _read_version(self) -> int:
+        """Return the schema version of a file that is only read, on read-only media too."""
+        try:
+            with self._translated(), closing(self._connect()) as db:
+                return self._version(db)
+        except ClipkitError as error:
+            code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+            if code not in _READ_ONLY or os.access(self.path.parent, os.W_OK):
+                raise
+        wal = Path(f"{self.path}-wal")
+        if wal.is_file() and wal.stat().st_size:
+            raise ClipkitError(
+                f"{self.path} is on read-only media and has uncollected changes in {wal.name};"
+                " copy the folder to where it can be written, run clipkit status there, and copy it back"
+            )
+        self._immutable = True
+        with self._translated(), closing(self._connect()) as db:
+            version = self._version(db)
+        if 0 < version < len(MIGRATIONS):
+            raise InputError(
+                f"{self.path} is of an older clipkit and on read-only media; copy the index to where"
+                " it can be written and open it there"
+            )
+        return version
 
     def _take_lock(self, folder: Path) -> filelock.BaseFileLock:
         # flock, not a file whose existence counts: the system frees it when the process dies
@@ -141,8 +140,9 @@ class Store:
         return lock
 
     def _connect(self) -> sqlite3.Connection:
+        mode = "ro&immutable=1" if self._immutable else "rwc" if self.writable else "rw"
         db = sqlite3.connect(
-            f"{self.path.absolute().as_uri()}?mode={'rwc' if self.writable else 'rw'}",
+            f"{self.path.absolute().as_uri()}?mode={mode}",
             uri=True,
             timeout=30,
             isolation_level=None,  # transactions begin and end where this module says
@@ -174,9 +174,12 @@ class Store:
         if version == 0:
             # seven 512-d vectors a page; 4096 wastes a quarter
             db.execute("PRAGMA page_size = 8192")
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA journal_size_limit = 67108864")
-        db.create_function("folder_text", 1, lambda joined: folder_text(split_paths(joined)))
+        add_functions(db)
+        db.execute("PRAGMA foreign_keys = OFF")  # tables are replaced
+        db.execute("PRAGMA cache_size = -262144")  # kB
         for number, script in enumerate(MIGRATIONS[version:], version + 1):
             try:
                 db.executescript(
@@ -185,6 +188,8 @@ class Store:
             except sqlite3.Error:
                 db.rollback()
                 raise
+        db.execute("PRAGMA cache_size = -2000")
+        db.execute("PRAGMA foreign_keys = ON")
         db.execute("UPDATE meta SET value = ? WHERE key = 'writer'", (os.getpid(),))
 
     def close(self) -> None:
@@ -206,6 +211,7 @@ class Store:
                 yield self._idle[0]
             return
         with self._translated():
+            generation = self._follow_file()
             try:
                 db = self._idle.pop()
             except IndexError:
@@ -215,9 +221,27 @@ class Store:
                 yield db
             finally:
                 db.rollback()
-                self._idle.append(db)
+                with self._mutex:
+                    if generation == self.generation:
+                        self._idle.append(db)
+                    else:
+                        db.close()
                 if self._closed:
                     self.close()
+
+    def _follow_file(self) -> int:
+        """Let go of the file that was open if another one has taken its place."""
+        if self._on_disk() != self._file:
+            with self._mutex:
+                now = self._on_disk()
+                if now != self._file:
+                    while self._idle:
+                        self._idle.pop().close()
+                    self.generation += 1
+                    self._file = now
+                    self._immutable = False
+                    self._read_version()
+        return self.generation
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -228,6 +252,27 @@ class Store:
             if not db.in_transaction:
                 db.execute("BEGIN IMMEDIATE")
             yield db
+
+    def shrink(self) -> None:
+        """Give the disk space of deleted rows back, if it is a tenth of the file."""
+        with self.connection() as db:
+            free, pages, kind = (
+                db.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("freelist_count", "page_count", "auto_vacuum")
+            )
+            if free * 10 < pages:
+                return
+            try:
+                if kind == 2:
+                    db.execute("PRAGMA incremental_vacuum").fetchall()
+                else:
+                    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                    db.execute("VACUUM")
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except (
+                sqlite3.OperationalError
+            ) as error:  # the work is done; only space is not free yet
+                log.warning("%s keeps the space of deleted rows: %s", self.path, error)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -285,24 +330,42 @@ class Thumbnails:
             sql = "INSERT OR REPLACE INTO thumbnails VALUES (?, ?)"
             self._run(lambda db: db.executemany(sql, thumbnails.items()))
 
+    def remove(self, image_ids: Iterable[str]) -> None:
+        """Remove thumbnails and give their disk space back."""
+        ids = [(image_id,) for image_id in image_ids]
+        if ids and self._path.is_file():
+            self._run(lambda db: db.executemany("DELETE FROM thumbnails WHERE image_id = ?", ids))
+            self._run(lambda db: db.execute("VACUUM"))
+
     def close(self) -> None:
         with self._mutex:
             if self._db:
                 self._db.close()
             self._db = None
 
+    def _connect(self) -> sqlite3.Connection:
+        if self._path.is_file() and not os.access(self._path.parent, os.W_OK):
+            uri = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
+            return sqlite3.connect(uri, uri=True, check_same_thread=False)
+        db = sqlite3.connect(self._path, timeout=5, check_same_thread=False)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS thumbnails"
+                " (image_id TEXT PRIMARY KEY, data BLOB NOT NULL)"
+            )
+        except sqlite3.Error:
+            db.close()
+            raise
+        return db
+
     def _run(self, action: Callable[[sqlite3.Connection], sqlite3.Cursor]) -> list[Any]:
         for _ in range(2):  # a file that was damaged or moved is created and tried once more
             try:
                 with self._mutex:
                     if self._db is None:
-                        self._db = sqlite3.connect(self._path, timeout=5, check_same_thread=False)
-                        self._db.execute("PRAGMA journal_mode = WAL")
-                        self._db.execute("PRAGMA synchronous = NORMAL")
-                        self._db.execute(
-                            "CREATE TABLE IF NOT EXISTS thumbnails"
-                            " (image_id TEXT PRIMARY KEY, data BLOB NOT NULL)"
-                        )
+                        self._db = self._connect()
                     with self._db:
                         return action(self._db).fetchall()
             except sqlite3.Error as error:
@@ -313,3 +376,20 @@ class Thumbnails:
                             Path(f"{self._path}{suffix}").unlink()
                 log.warning("thumbnails at %s: %s", self._path, error)
         return []
+
+
+def parsed(joined: str | None) -> Int64:
+    """Return the integers of SQL's group_concat, in its order."""
+    return np.fromstring(joined or "", dtype=np.int64, sep=",")
+
+
+def joined_nums(db: Connection, sql: str, args: Iterable[object] = ()) -> Int64:
+    """Return the nums of a query for one group_concat, sorted."""
+    # numpy parses one string five times faster than SQLite returns an integer per row
+    nums = parsed(db.execute(sql, tuple(args)).fetchone()[0])
+    return nums if (nums[1:] > nums[:-1]).all() else np.sort(nums)
+
+
+def nums_json(nums: Iterable[int]) -> str:
+    """Return nums for SQL's json_each."""
+    return json.dumps(nums.tolist() if isinstance(nums, np.ndarray) else list(nums))

@@ -157,7 +157,7 @@ class _Run:
         changed: list[FoundFile] = []
         for root in roots:
             self.catalog.add_root(root)
-            indexed = self.catalog.known_files(root, encoder_id=self.encoder_id)
+            indexed = dict(self.catalog.known_files(root, encoder_id=self.encoder_id))
             files, unreadable = self._survey(root)
             if indexed and (root in unreadable or not files):
                 unavailable.append(root)
@@ -233,7 +233,7 @@ class _Run:
                 self.counts["unchanged"] += 1
                 if before.num is not None and item.texts_ns >= self.texts_read_ns:
                     texts = self.captions.for_picture(Path(path))
-                    self.catalog.set_texts(before.num, captions=texts.captions, tags=texts.tags)
+                    self.catalog.set_place_texts(path, captions=texts.captions, tags=texts.tags)
             elif before and same and before.state == "skipped":
                 self.counts["skipped_before"] += 1
             else:
@@ -277,7 +277,6 @@ class _Run:
         towers = self._towers()
         side = max(towers.preferred_side, THUMBNAIL_SIDE // 2)
         picture = images.decode(data, target=side, limits=self.limits)
-        texts = self.captions.for_picture(Path(file.path))
         facts = {
             "image_id": image_id,
             "width": picture.width,
@@ -286,8 +285,6 @@ class _Run:
             "bytes": file.size,
             "taken_at": picture.taken_at,
             "camera": picture.camera,
-            "captions": texts.captions,
-            "tags": texts.tags,
             "thumbnail": images.thumbnail(picture.rgb, side=THUMBNAIL_SIDE),
         }
         return towers.preprocess(picture.rgb), facts
@@ -328,7 +325,11 @@ class _Run:
         """Note a file of a picture: a new one, a copy, a moved file, a restored one, or one that is in
         the index already, which counts as `known`."""
         was_live = self.catalog.is_live(num)
-        is_new = self.catalog.add_place(num, file.path, size=file.size, mtime_ns=file.mtime_ns)
+        texts = self.captions.for_picture(Path(file.path))
+        is_new = self.catalog.add_place(
+            num, file.path, size=file.size, mtime_ns=file.mtime_ns,
+            captions=texts.captions, tags=texts.tags,
+        )  # fmt: skip
         self.counts["done"] += 1
         if not was_live:
             self.counts["added"] += 1

@@ -14,7 +14,7 @@ The others do so among the candidates that they find; how many of the true ten t
 on these vectors when the index was built.
 """
 
-from clipkit.index.building import load_snapshot, refresh_snapshot
+from clipkit.index.building import load_snapshot, refresh_snapshot, snapshot_kind
 from clipkit.index.kinds import KINDS, Kind
 from clipkit.index.snapshot import Manifest, Snapshot, read_manifest, sampling_hash
 from clipkit.index.vector_index import Measured, VectorIndex, typical_queries
@@ -30,5 +30,6 @@ __all__ = [
     "read_manifest",
     "refresh_snapshot",
     "sampling_hash",
+    "snapshot_kind",
     "typical_queries",
 ]

@@ -56,6 +56,13 @@ class _Stopped(Exception):
     """The build was asked to stop."""
 
 
+def snapshot_kind(size: int) -> str:
+    """Return the kind of index that a library of `size` vectors is searched with."""
+    if size < SNAPSHOT_FROM:
+        return "exact"  # without a snapshot
+    return "rabitq" if size <= _FLAT_TO else "ivf"
+
+
 def load_snapshot(
     catalog: Catalog, encoder_id: str, pointer: SnapshotPointer | None
 ) -> Snapshot | None:
@@ -290,7 +297,7 @@ def _choose(
     goal. If none does, the kind is exact: all rows are scored.
     """
     if kind == "auto":
-        kind = "rabitq" if rows.size <= _FLAT_TO else "ivf"
+        kind = snapshot_kind(max(rows.size, SNAPSHOT_FROM))
     approximate = KINDS[kind] if rows.size >= _SMALLEST else None
     if approximate is None:
         return "exact", {}, 1.0, 0, None

@@ -30,8 +30,8 @@ _BLOCK = (
     512  # rows decoded at a time when scoring: 1 MB of float32 at 512 dimensions stays in cache
 )
 # Rows read at random before their pages are given back to the system, which keeps them in its cache:
-# each maps 64 kB, so that some hundred searches would map all of a gigabyte. Costs 0.1 ms a search.
-_RESIDENT = 2_048
+# each maps its neighbours too, so that a hundred searches would map most of a gigabyte.
+_RESIDENT = 512
 _DENSE = 16  # from one row in 16 on, the file is read in order, which needs no page fault a row
 
 Halves = npt.NDArray[np.float16]

@@ -224,7 +224,7 @@ class Snapshot:
     ) -> Hits:
         """Search one query by the codes; `count` rows are allowed."""
         assert self._scan is not None
-        settings = self._settings(count)
+        settings = self._settings(count, filtered=selector is not None)
         limit = min(count, _MOST if k <= _SURE_K else max(_MOST_DEEP, 8 * k))
         depth = max(_DEPTH, 8 * k)
         while True:
@@ -248,13 +248,16 @@ class Snapshot:
         rows = np.sort(rows[: max(enough, len(first))])
         return best(self.ids, rows, self._rows.scores(query, rows), k)
 
-    def _settings(self, count: int) -> Mapping[str, Any]:
-        """Return the settings for a search in `count` allowed rows: a filter that leaves a tenth of
-        the rows leaves a tenth of them in a list, so that ten times as many lists hold as many."""
+    def _settings(self, count: int, *, filtered: bool) -> Mapping[str, Any]:
+        """Return the settings for a search in `count` allowed rows.
+
+        A filter that leaves a tenth of the rows leaves a tenth of them in a list, so ten times as many
+        lists hold as many; and what it leaves may lie in other lists than the nearest rows of all.
+        """
         settings = self.manifest.settings
-        if "nprobe" not in settings:
+        if not filtered or "nprobe" not in settings:
             return settings
-        return {**settings, "nprobe": -(-settings["nprobe"] * self.size // count)}
+        return {**settings, "nprobe": -(-4 * settings["nprobe"] * self.size // count)}
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def follow(catalog: Catalog, encoder_id: str, old: LiveVectors | None = None) ->
     # In this order, each read at a later state than the one before: a picture added in between is
     # loaded but not yet live, one removed is live but not loaded. Neither is returned until the next
     # call, which sees another change counter.
-    live = catalog.live_nums(encoder_id)
+    live = catalog.live_nums(encoder_id).nums
     pointer = catalog.snapshot(encoder_id)
     name = pointer.name if pointer else None
     if old is not None and old.snapshot == name:

@@ -89,7 +89,7 @@ def match_names(catalog: Catalog, query: Query, *, pictures: int, others: float)
     """Look up the query's texts in the names of the catalog's live pictures, of which there are
     `pictures`. `others` is the weight of the query's example pictures, of which names say nothing."""
     weights = _content_words(query)
-    matches = catalog.having([spellings(word) for word in weights]) if weights else []
+    matches = [found.nums for found in catalog.having([spellings(word) for word in weights])]
     texts = sum(term.weight for term in query.terms)
     total = sum(weights.values()) * (texts + others) / texts if weights else 0.0
     specific = []

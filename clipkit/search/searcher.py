@@ -31,6 +31,7 @@ from clipkit.arrays import Float32, Int64
 from clipkit.catalog import Catalog, Filters, PictureRow
 from clipkit.errors import InputError
 from clipkit.lazy_encoder import Encoder
+from clipkit.picture_set import PictureSet
 from clipkit.query import Query, parse
 from clipkit.search.empty import Empty, explain_empty
 from clipkit.search.live_vectors import LiveVectors, follow
@@ -223,11 +224,12 @@ class Searcher:
         rankings: list[Ranking] = []
         for one in (self._catalog_filters(query), filters):
             if one is not None and one != Filters():
-                passing = _common(passing, self.catalog.matching(one))
+                passing = _common(passing, self.catalog.matching(one).nums)
         for phrase in query.phrases:
-            bm25 = self.catalog.phrase(phrase.text)
-            nums = np.fromiter(bm25.keys(), np.int64)
-            rankings.append((phrase.weight, nums, np.fromiter(bm25.values(), np.float64)))
+            found = self.catalog.phrase(phrase.text)
+            nums = found.nums.nums
+            ranks = np.zeros(len(nums)) if found.bm25 is None else found.bm25
+            rankings.append((phrase.weight, nums, ranks))
             passing = _common(passing, nums)
         return passing, rankings
 
@@ -354,16 +356,16 @@ class Searcher:
         clock: _Clock,
     ) -> SearchResult:
         """List pictures by filters and phrases alone."""
-        nums = self.catalog.matching(Filters()) if allowed is None else allowed
+        nums = self.catalog.matching(Filters()).nums if allowed is None else allowed
         clock.lap("search")
         if rankings and sort in (None, "score"):
             rows = self._best_rows(nums, reciprocal_rank_fusion(rankings, nums), k)
-        elif sort == "name":
-            rows = _sorted(self.catalog.rows(nums.tolist()).values(), sort)[:k]
         else:
-            newest = self.catalog.newest(k, among=allowed)
-            by_num = self.catalog.rows(newest)
-            rows = [by_num[num] for num in newest if num in by_num]
+            among = None if allowed is None else PictureSet.of_sorted(allowed)
+            order = "name" if sort == "name" else "date"
+            page, _ = self.catalog.listed(order, among=among, limit=k)
+            by_num = self.catalog.rows(page)
+            rows = [by_num[num] for num in page if num in by_num]
         hits = tuple(SearchHit(rank, None, None, row) for rank, row in enumerate(rows, 1))
         clock.lap("rows")
         return SearchResult(hits, len(nums), clock.seconds)

@@ -1,0 +1,156 @@
+"""Filters: conditions on pictures, and which pictures fulfil them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipkit.catalog.columns import MOST_RESULTS, Columns, Places
+from clipkit.catalog.rows import ISO_DATE, below, clean, date_key, fold, fold_path, fold_tag
+from clipkit.catalog.store import Connection, joined_nums, nums_json
+from clipkit.errors import InputError
+from clipkit.picture_set import Mask, PictureSet
+
+ORIENTATIONS = {"landscape": np.greater, "portrait": np.less, "square": np.equal}
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Conditions on pictures, all of which must hold.
+
+    `after` (inclusive) and `before` (exclusive) are ISO date prefixes, "2023", "2023-05" or
+    "2023-05-01", each meaning the start of that period. A picture without an EXIF date counts as
+    taken when its oldest present file was last modified (local time).
+    Any of `folders` (the place lies below it; one that is not absolute may be anywhere in the
+    path), `cameras` (substring) and `formats` (whole, as Pillow names them: "jpeg") may hold; all
+    of `paths` (substring of the place) and `tags` (whole) must. `folders` and `paths` must hold for
+    one and the same place. Letter case and Unicode form matter for absolute `folders` only.
+    """
+
+    after: str | None = None
+    before: str | None = None
+    paths: tuple[str, ...] = ()
+    folders: tuple[str, ...] = ()
+    cameras: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    min_width: int = 0
+    min_height: int = 0
+    min_side: int = 0  # of the longer side
+    camera: str | None = None  # whole, as stored
+    orientation: str | None = None  # "landscape", "portrait" or "square"
+
+
+def check(filters: Filters) -> None:
+    """Raise InputError for a malformed date or an unknown orientation."""
+    for date in (filters.after, filters.before):
+        if date is not None and not ISO_DATE.fullmatch(date):
+            raise InputError(f"{date!r} is not a date; use the form 2023, 2023-05 or 2023-05-01")
+    if filters.orientation is not None and filters.orientation not in ORIENTATIONS:
+        choices = ", ".join(ORIENTATIONS)
+        raise InputError(f"orientation {filters.orientation!r} is not one of {choices}")
+
+
+def matching(db: Connection, columns: Columns, filters: Filters) -> PictureSet:
+    """See Catalog.matching; `columns` have followed `db`."""
+    found = columns.results.get(filters)
+    if found is None:
+        found = columns.results[filters] = _matching(db, columns, filters)
+        if len(columns.results) > MOST_RESULTS:
+            columns.results.popitem(last=False)
+    return found
+
+
+def _matching(db: Connection, columns: Columns, filters: Filters) -> PictureSet:
+    passing = columns.live(db).copy()
+
+    if filters.after is not None:
+        passing &= columns.fact(db, "dated") >= date_key(filters.after)
+    if filters.before is not None:
+        dated = columns.fact(db, "dated")
+        passing &= (dated < date_key(filters.before)) & (dated > 0)
+    if filters.cameras or filters.camera is not None:
+        labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
+        wanted = [fold(camera) for camera in filters.cameras]
+        if wanted:
+            cameras = [key for key, text in labels.items() if any(w in fold(text) for w in wanted)]
+            passing &= _one_of(columns.fact(db, "camera"), cameras)
+        if filters.camera is not None:
+            same = [key for key, text in labels.items() if text == clean(filters.camera)]
+            passing &= _one_of(columns.fact(db, "camera"), same)
+    if filters.formats:
+        names = {clean(name).upper() for name in filters.formats}
+        labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
+        formats = [key for key, text in labels.items() if text.upper() in names]
+        passing &= _one_of(columns.fact(db, "format"), formats)
+    if filters.min_width:
+        passing &= columns.fact(db, "width") >= filters.min_width
+    if filters.min_height:
+        passing &= columns.fact(db, "height") >= filters.min_height
+    if filters.min_side:
+        longer = np.maximum(columns.fact(db, "width"), columns.fact(db, "height"))
+        passing &= longer >= filters.min_side
+    if filters.orientation is not None:
+        compare = ORIENTATIONS[filters.orientation]
+        passing &= compare(columns.fact(db, "width"), columns.fact(db, "height"))
+    if filters.paths or filters.folders:  # one place must fulfil both
+        _keep(passing, _at_places(columns.places(db), filters))
+    result = PictureSet.of_mask(passing)
+    for tag in filters.tags:
+        result = result & _tagged(db, columns, fold_tag(tag))
+    return result
+
+
+def _one_of(codes: np.ndarray, wanted: list[int]) -> Mask:
+    """Return which codes (N,) are among a few wanted ones."""
+    flags = np.zeros(max(int(codes.max(initial=0)), *wanted, 0) + 1, np.bool_)
+    flags[wanted] = True
+    found: Mask = flags[codes]
+    return found
+
+
+def _keep(passing: Mask, also: Mask) -> None:
+    """Narrow `passing` to those in `also`, which may be shorter."""
+    size = min(len(passing), len(also))
+    passing[:size] &= also[:size]
+    passing[size:] = False
+
+
+def _at_places(places: Places, filters: Filters) -> Mask:
+    """Return by num which pictures have a place that fulfils both `paths` and `folders`."""
+    found = np.ones(len(places.nums), np.bool_)
+    for path in filters.paths:
+        found &= places.containing(fold_path(path))
+    if filters.folders:
+        spans, parts = [], []
+        for folder in filters.folders:
+            if os.path.isabs(folder):
+                spans.append(below(folder))
+            else:
+                parts.append(f"/{fold_path(os.path.normpath(folder))}/")
+        found &= places.in_folders(
+            lambda path, folded: (
+                any(low <= path < high for low, high in spans)
+                or any(part in folded for part in parts)
+            )
+        )
+    return places.of(found)
+
+
+def _tagged(db: Connection, columns: Columns, tag: str) -> PictureSet:
+    """Return the pictures with a folded tag."""
+    row = db.execute("SELECT id FROM labels WHERE text = ?", (tag,)).fetchone()
+    if row is None:
+        return PictureSet()
+    sql = "SELECT group_concat(num) FROM picture_tags WHERE tag = ?"
+    (found,) = columns.kept(
+        db,
+        [("tag", tag)],
+        lambda _: [PictureSet.of_sorted(joined_nums(db, sql, row))],
+        lambda _, nums: joined_nums(
+            db, f"{sql} AND num IN (SELECT value FROM json_each(?))", (*row, nums_json(nums))
+        ),
+    )
+    return found
