@@ -124,7 +124,7 @@ def test_rejections_count_by_reason(workspace: Workspace) -> None:
     assert client.get("/health").status_code == 401
     assert client.get("/metrics").status_code == 401
     assert client.get("/nothing", headers=header).status_code == 404
-    large = b"x" * 2_000_000
+    large = b"x" * 5_000_000
     assert client.post("/api/v1/marks", content=large, headers=header).status_code == 413
     found = scraped(client, **header)["clipkit_http_rejections_total"]
     counts = {dict(labels)["reason"]: count for labels, count in found.items()}

@@ -441,9 +441,9 @@ class Catalog:
         with self._reading() as db:
             sql = (
                 "SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ?"
-                f" AND num NOT IN ({queries.DEAD})"
+                f" AND num NOT IN ({DEAD})"
             )
-            args = (queries.encoder_key(db, encoder_id)[0], after_seq)
+            args = (vectors.owner_of(db, encoder_id)[0], after_seq)
             return int(db.execute(sql, args).fetchone()[0])
 
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
