@@ -350,8 +350,7 @@ def test_large_pictures_are_decoded_one_by_one(server: Server) -> None:
         sent = [picture + bytes([n]) for n in range(8)] + [too_large] * 4  # not known from before
         done = list(clients.map(lambda data: server.post("/queries", data, EVIL)[0], sent))
         assert server.searches()
-    assert set(done) <= {200, 422, 503} and done[-4:] == [422] * 4
-    assert 200 in done
+    assert set(done[:8]) <= {200, 503} and set(done[8:]) <= {422, 503} and 200 in done
     assert server.peak_megabytes() < 1_300
 
 

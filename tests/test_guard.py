@@ -203,6 +203,14 @@ def test_event_streams_end_with_the_server() -> None:
         reply = await asyncio.wait_for(open_stream, 5)
         assert reply.status == 200 and reply.ended
 
+        async def over(_scope: Any, _receive: Any, send: Any) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            await asyncio.Event().wait()
+
+        ended = await ask(Guard(over, rules=rules), "/gradio_api/queue/data")
+        assert ended.ended, "it had sent its end, and sends no second one"
+
     asyncio.run(scenario())
 
 

@@ -228,6 +228,15 @@ def test_more_is_offered_while_there_is_more() -> None:
     assert 'data-limit="240">Show 240 more' in results(hit(4_000), total=10_000)
 
 
+def test_where_more_results_change_the_order_the_page_asks_for_all() -> None:
+    """As long as one answer can hold them."""
+    answer = SearchAnswer((hit(),), 100, 0.1, stable=False, cursor="next")
+    html = render.results(SearchRequest(), answer, STATUS)
+    assert 'data-whole="25"' in html and "data-whole" not in results(hit())
+    answer = replace(answer, hits=(hit(2_400),), total=9_999)
+    assert "data-whole" not in render.results(SearchRequest(), answer, STATUS)
+
+
 def test_a_later_page_counts_from_the_first_result() -> None:
     html = results(hit(25), hit(26), cursor="x")
     assert '<span class="shown">26</span> of 100' in html and "Result 25: " in html

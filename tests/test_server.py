@@ -249,7 +249,8 @@ def test_a_read_only_page_changes_nothing(read_only: tuple[Workspace, str]) -> N
         (f"/open/{picture}", ""),
         (f"/show/{picture}", ""),
     ):
-        answer = client.post(path, content=sent)
+        json_body = {"content-type": "application/json"}
+        answer = client.post(path, content=sent, headers=json_body)
         assert answer.status_code == 403, path
         assert "read-only" in answer.json()["error"]
     for change in (workspace.stop, workspace.dismiss, lambda: workspace.index(["/"])):

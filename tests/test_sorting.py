@@ -217,7 +217,7 @@ def test_without_pictures_or_vectors_a_sentence_says_so(tmp_path: Path, library:
     other = Model()
     other.encoder_id = other.known_id = "0" * 16  # type: ignore[misc]
     other.spec = "another"
-    with pytest.raises(InputError, match="has a vector of model another"):
+    with pytest.raises(InputError, match="the search is with another"):
         Sorter(Workspace(library, other)).sort(request("red, blue"))  # type: ignore[arg-type]
 
 

@@ -362,7 +362,7 @@ class Guard:
             work.result()
         elif seconds:
             raise Refused(504, f"no answer within {seconds:.0f} s", close=True)
-        elif request.status:  # an event stream of a server that ends
+        elif request.status and not request.ended:  # an event stream of a server that ends
             await request.send({"type": "http.response.body", "body": b""})
 
     async def _page(self, request: _Request, end: _End) -> None:
@@ -428,7 +428,7 @@ class _Request:
         self.client = _client(scope)
         self.chunks: deque[bytes] | None = None  # of the body, once it was read
         self.body = b""  # of a small one, for the log
-        self.status, self.bytes = 0, 0
+        self.status, self.bytes, self.ended = 0, 0, False  # of the answer
         path: str = scope["path"]
         # A proxy passes the path on with the prefix or without.
         if root_path and (path == root_path or path.startswith(root_path + "/")):
@@ -487,6 +487,8 @@ class _Request:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
+        else:
+            self.ended = not message.get("more_body", False)
         self.bytes += len(message.get("body", b""))
         await self._send(message)
 

@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.ext import Extension
 
 from app.corrections import as_query
-from app.web.requests import PAGE_SIZE, SearchRequest
+from app.web.requests import MOST_HITS, PAGE_SIZE, SearchRequest
 from app.web.sorting import CLOSE, FLOORS, PHRASINGS, Group, Sorting
 from clipkit.query import CHOICES, KEYS, SYNTAX
 from clipkit.wording import count, duration, percent, printable, reason_text
@@ -140,6 +140,7 @@ def results(request: SearchRequest, answer: SearchAnswer, status: Status) -> str
         first_weak=first_weak,
         shown=shown,
         more=min(step, answer.total - shown) if answer.cursor else 0,
+        whole=not answer.stable and shown + step <= MOST_HITS,
         status=status,
     )
 

@@ -225,7 +225,7 @@ class Vectors(BaseModel):
 
     vectors: list[list[float]]
     encoder_id: str = Field(description="Hash of both towers")
-    space_id: str = Field(description="Vectors of one space_id can be compared")
+    space_id: str | None = Field(description="Vectors of one space_id can be compared")
     dim: int = Field(examples=[512])
 
 

@@ -185,7 +185,7 @@ class Sorter:
             if (cached := self._sortings.get(key)) is not None:
                 self._sortings.move_to_end(key)
                 return cached
-        if not len(live.nums) or live.encoder_id != model.encoder_id:
+        if not len(live.nums):
             raise InputError(
                 f"no picture of this library has a vector of model {model.spec}; "
                 "add pictures first, or start the page with the model of the index"

@@ -86,6 +86,7 @@ class SearchAnswer:
     marks: Mapping[str, bool] = field(default_factory=dict)  # right or wrong, by image_id
     notes: tuple[str, ...] = ()  # SearchResult.notes
     cursor: str | None = None  # where the next page begins; None after the last hit
+    stable: bool = True  # more hits come after these; else they would lie between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +353,8 @@ class Workspace:
             marks=corrections.of(words) if corrections and words else {},
             notes=result.notes,
             cursor=cursor,
+            # The best are put in order of date or name; without words, all that pass a filter are.
+            stable=query.sort in (None, "score") or not result.hits or result.hits[0].score is None,
         )
 
     def _with_images(

@@ -227,10 +227,16 @@
         root = await (start ? fetch_html("start") : fetch_results(question, k));
       } catch (error) {
         if (!(error instanceof TypeError)) root = failure(error.message);
-        else await check_server().then(() => sleep(1000));
+        else await sleep(400).then(check_server).then(() => sleep(600));
       }
     }
+    await styled();
     if (mine === ticket) show(root);
+  };
+
+  // The first answer may come before the style: places and sizes would then be other ones.
+  const styled = async () => {
+    while (!getComputedStyle(document.documentElement).getPropertyValue("--accent")) await sleep(20);
   };
 
   const show = (root) => {
@@ -293,7 +299,8 @@
 
   const load_more = async (button) => {
     const [mine, root] = [ticket, button.closest("[data-view]")];
-    const { cursor, limit } = button.dataset;
+    const { cursor, limit, whole } = button.dataset;
+    if (whole) return send({ ...current, k: Number(whole) }, { from: { ...history.state, y: null } });
     const { k, ...question } = current;
     const focused = button === document.activeElement;
     try {
