@@ -72,10 +72,8 @@ def load_snapshot(
     """
     if pointer is None:
         return None
-    folder = catalog.folder / "snapshots" / pointer.name
     try:
-        _check(folder, encoder_id, pointer)
-        return Snapshot.open(folder)
+        return Snapshot.open(_checked(catalog, encoder_id, pointer)[0])
     except (ClipkitError, OSError) as error:
         log.warning("snapshot not used, searching the catalog's vectors instead: %s", error)
         return None
@@ -88,6 +86,7 @@ def refresh_snapshot(
     force: bool = False,
     stop: threading.Event | None = None,
     on_progress: Progress | None = None,
+    point: Callable[[str, str, int], None] | None = None,
 ) -> Manifest | None:
     """Build a snapshot of what is committed and point the catalog, open for writing, to it, if due.
 
@@ -96,7 +95,8 @@ def refresh_snapshot(
     SNAPSHOT_SHARE of its rows are of removed pictures or replaced. Returns None if nothing was built.
 
     It may run in a thread beside the one that writes: it reads through a catalog of its own, in
-    bounded memory, and calls only `point_to_snapshot` of `catalog`. The previous snapshot stays for
+    bounded memory, and calls only `point_to_snapshot` of `catalog`, or `point(encoder_id, name,
+    last_seq)` instead, which may wait for a moment to commit. The previous snapshot stays for
     readers that are opening it now; older ones are deleted. Raises ClipkitError if the disk is full or
     fails; the previous snapshot then stays the current one.
     """
@@ -113,9 +113,9 @@ def refresh_snapshot(
             name = f"{int(names[-1]) + 1 if names else 1:06d}"
             manifest = build_snapshot(
                 folder / name,
-                _vector_chunks(reader, encoder_id),
-                encoder_id=encoder_id,
-                dim=_dim(reader, encoder_id),
+                reader.vector_chunks(encoder_id, rows=_CHUNK),
+                encoder_id=reader.vector_owner(encoder_id),
+                dim=next(row.dim for row in reader.encoders() if row.encoder_id == encoder_id),
                 total=len(reader.live_nums(encoder_id)),
                 stop=stop,
                 on_progress=on_progress,
@@ -127,7 +127,10 @@ def refresh_snapshot(
                 f"cannot write a snapshot to {folder}: {error.strerror or error}; it needs free disk "
                 "space and a writable folder; searches go on without a new one"
             ) from error
-        catalog.point_to_snapshot(encoder_id, name=name, last_seq=manifest.last_seq)
+        if point is not None:
+            point(encoder_id, name, manifest.last_seq)
+        else:
+            catalog.point_to_snapshot(encoder_id, name=name, last_seq=manifest.last_seq)
         pointers = [pointer, *(reader.snapshot(row.encoder_id) for row in reader.encoders())]
         in_use = {name, *(pointer.name for pointer in pointers if pointer)}
         for old in names:
@@ -136,15 +139,16 @@ def refresh_snapshot(
         return manifest
 
 
-def _check(folder: Path, encoder_id: str, pointer: SnapshotPointer) -> Manifest:
-    """Return the manifest of the snapshot that `pointer` names, after cheap checks."""
-    manifest = check_cheaply(folder)
-    if (manifest.encoder_id, manifest.last_seq) != (encoder_id, pointer.last_seq):
+def _checked(catalog: Catalog, encoder_id: str, pointer: SnapshotPointer) -> tuple[Path, Manifest]:
+    """Return the folder and the manifest of the snapshot that `pointer` names, after cheap checks."""
+    folder = catalog.folder / "snapshots" / pointer.name
+    manifest, owner = check_cheaply(folder), catalog.vector_owner(encoder_id)
+    if (manifest.encoder_id, manifest.last_seq) != (owner, pointer.last_seq):
         raise IndexDamaged(
             f"{folder} holds vectors of encoder {manifest.encoder_id} up to seq "
-            f"{manifest.last_seq}; the catalog says {encoder_id} and {pointer.last_seq}"
+            f"{manifest.last_seq}; the catalog says {owner} and {pointer.last_seq}"
         )
-    return manifest
+    return folder, manifest
 
 
 def _is_due(
@@ -154,7 +158,7 @@ def _is_due(
     if pointer is None:
         return total > 0 and (force or total >= SNAPSHOT_FROM)
     try:
-        manifest = _check(catalog.folder / "snapshots" / pointer.name, encoder_id, pointer)
+        _, manifest = _checked(catalog, encoder_id, pointer)
     except IndexDamaged as error:
         log.info("the snapshot is built again: %s", error)
         return total > 0 and (force or total >= SNAPSHOT_FROM)
@@ -165,18 +169,6 @@ def _is_due(
         or (newer >= SNAPSHOT_FROM and newer >= SNAPSHOT_SHARE * total)
         or (outdated > 0 and outdated >= SNAPSHOT_SHARE * manifest.size)
     )
-
-
-def _dim(catalog: Catalog, encoder_id: str) -> int:
-    return next(row.dim for row in catalog.encoders() if row.encoder_id == encoder_id)
-
-
-def _vector_chunks(catalog: Catalog, encoder_id: str) -> Iterator[StoredVectors]:
-    stored = catalog.vectors(encoder_id)
-    order = np.argsort(stored.nums)
-    for start in range(0, len(order), _CHUNK):
-        part = order[start : start + _CHUNK]
-        yield StoredVectors(stored.nums[part], stored.vectors[part], stored.last_seq)
 
 
 def build_snapshot(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ _SAMPLE = 200  # queries of the recall measurement
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Recall and speed of an index, measured when it was built on queries made of its own vectors.
+    """Recall and size of an index, measured when it was built; recall on queries made of its own vectors.
 
     `recall_at_10` is the lower of two means: over queries near a picture (find similar) and over
     queries as far from all pictures as texts are. The exact kind has 1.0 by definition, `queries` 0.
@@ -45,7 +45,6 @@ class Measured:
 
     recall_at_10: float
     queries: int
-    p50_ms: float  # one query, one thread, k = 10
     build_seconds: float
     bytes: int  # of codes, ids and structure
 
@@ -101,9 +100,11 @@ class VectorIndex:
         structure = None if approximate is None else approximate.build(store, seed)
         built = time.perf_counter() - started
 
-        exact = cls(store, "exact", None, settings, Measured(1.0, 0, 0.0, built, 0))
+        size_in_bytes = store.ids.nbytes + store.codes.nbytes
+        exact = cls(store, "exact", None, settings, Measured(1.0, 0, built, size_in_bytes))
         if approximate is None:
-            return exact._timed()
+            return exact
+        size_in_bytes += structure_bytes(structure)
         queries = sample_queries(store, seed)
         truth = [scores[-1] for _, scores in exact.search(queries, 10)]
         reached = 0.0
@@ -111,12 +112,12 @@ class VectorIndex:
             index = cls(store, kind, structure, {**settings, **level}, exact.measured)
             reached = recall([scores for _, scores in index.search(queries, 10)], truth)
             if reached >= recall_goal:
-                index.measured = replace(exact.measured, recall_at_10=reached, queries=len(queries))
-                return index._timed()
+                index.measured = Measured(reached, len(queries), built, size_in_bytes)
+                return index
         text = "%s reaches recall@10 %.3f on these vectors; the goal is %.3f; searching exactly"
         _log.warning(text, kind, reached, recall_goal)
         settings.update(given_up=kind, given_up_recall=reached)
-        return exact._timed()
+        return exact
 
     def search(self, queries: Floats, k: int, *, allowed: PictureSet | None = None) -> list[Hits]:
         """Return the k nearest vectors of each of `queries` (Q, D), finite.
@@ -185,20 +186,6 @@ class VectorIndex:
                 enough = len(rows) >= k
             candidates.append(rows if enough else None)
         return candidates
-
-    def _timed(self) -> VectorIndex:
-        """Measure the time of one search and the size in bytes; return self."""
-        queries = self._store.decode(slice(0, 16))
-        taken = [0.0]
-        for i in range(len(queries)):
-            started = time.perf_counter()
-            self.search(queries[i : i + 1], 10)
-            taken.append(time.perf_counter() - started)
-        size = self._store.ids.nbytes + self._store.codes.nbytes
-        if self._structure is not None:
-            size += structure_bytes(self._structure)
-        self.measured = replace(self.measured, p50_ms=float(np.median(taken)) * 1e3, bytes=size)
-        return self
 
 
 def _fill_store(ids: Ids, vectors: npt.NDArray[Any]) -> Store:
