@@ -60,6 +60,14 @@ class PictureSet:
             self._nums = np.flatnonzero(self._mask)
         return self._nums
 
+    def mask(self) -> Mask:
+        """Return bool (M,) by num, up to the greatest num at least; do not change it."""
+        if self._mask is not None:
+            return self._mask
+        mask = np.zeros(self._top, np.bool_)
+        mask[self.nums] = True
+        return mask
+
     def has(self, nums: Int64) -> Mask:
         """Tell for each of `nums` (M,), in any order, whether it is in the set."""
         nums = np.asarray(nums, dtype=np.int64)

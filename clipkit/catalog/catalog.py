@@ -34,7 +34,7 @@ from clipkit.catalog.rows import (
     lines,
     name_of,
 )
-from clipkit.catalog.store import DEAD, Connection, Store, Thumbnails, joined_nums
+from clipkit.catalog.store import Connection, Store, Thumbnails
 from clipkit.picture_set import PictureSet
 
 T = TypeVar("T")
@@ -96,8 +96,8 @@ class Catalog:
             self.close()
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection]:
-        with self._store.connection() as db:
+    def _reading(self, *, statements: int = 2) -> Iterator[Connection]:
+        with self._store.connection(statements=statements) as db:
             self._settle(db)
             yield db
 
@@ -153,9 +153,11 @@ class Catalog:
         before the path that was yielded last is not seen, one behind it is.
         """
         low, high = _span(root)
-        has_vector = None if encoder_id is None else self.live_nums(encoder_id)
+        has_vector = None
+        if encoder_id is not None:
+            has_vector = self.live_nums(encoder_id).mask().tobytes()
         while True:
-            with self._store.connection() as db:
+            with self._store.connection(statements=1) as db:
                 rows = queries.known_files(db, low, high, _PAGE)
             yield from (queries.known_file(row, has_vector) for row in rows)
             if len(rows) < _PAGE:
@@ -164,20 +166,20 @@ class Catalog:
 
     def places_below(self, folder: AnyPath) -> int:
         """Count the places below `folder`: those that an unmounted disk would seem to delete."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             return queries.places_below(db, _span(folder))
 
     def has_picture(self, image_id: str) -> int | None:
         """Return the num of the picture with this content, dead or alive; None if it is unknown or was
         purged."""
         sql = "SELECT num FROM pictures WHERE image_id = ? AND format"
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             row = db.execute(sql, (image_id,)).fetchone()
             return row[0] if row else None
 
     def is_live(self, num: int) -> bool:
         """Return whether the picture has a place."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             sql = "SELECT 1 FROM places WHERE num = ? LIMIT 1"
             return db.execute(sql, (num,)).fetchone() is not None
 
@@ -201,7 +203,8 @@ class Catalog:
             if (known := self.has_picture(image_id)) is not None:
                 return known
             codes = [texts.label(db, clean(text)) if text else None for text in (format, camera)]
-            facts = (width, height, bytes, *codes, taken_at, int(time.time()), image_id)
+            now = int(time.time())
+            facts = (width, height, bytes, *codes, taken_at, now, image_id)
             names = "width, height, bytes, format, camera, taken_at, added"
             marks = ", ".join("?" * 7)
             sql = f"UPDATE pictures SET ({names}) = ({marks}) WHERE image_id = ? RETURNING num"
@@ -210,6 +213,7 @@ class Catalog:
                 sql = f"INSERT INTO pictures ({names}, image_id) VALUES ({marks}, ?) RETURNING num"
                 row = db.execute(sql, facts).fetchone()
                 self._new.add(row[0])
+            db.execute("UPDATE meta SET value = ? WHERE key = 'added'", (now,))
             return int(row[0])
 
     def add_place(
@@ -259,7 +263,7 @@ class Catalog:
     def text_fingerprint(self, folder: AnyPath) -> str | None:
         """Return what `set_text_fingerprint` noted for a folder; None if nothing."""
         sql = "SELECT fingerprint FROM text_fingerprints WHERE folder = ?"
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             row = db.execute(sql, _span(folder)[:1]).fetchone()
             return row[0] if row else None
 
@@ -406,12 +410,12 @@ class Catalog:
 
     def encoders(self) -> list[EncoderRow]:
         """Return the registered encoders, the oldest first."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             return vectors.encoders(db)
 
     def active_encoder(self) -> EncoderRow | None:
         """Return the encoder that answers where no other is named; None in an empty index."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             return vectors.active_encoder(db)
 
     def vector_owner(self, encoder_id: str) -> str:
@@ -455,16 +459,19 @@ class Catalog:
 
     def live_nums(self, encoder_id: str) -> PictureSet:
         """Return the live pictures that have a vector of this encoder."""
-        sql = f"SELECT group_concat(num) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
-        with self._reading() as db:
-            owner = vectors.owner_of(db, encoder_id)[:1]
-            return PictureSet.of_sorted(joined_nums(db, sql, owner))
+        with self._in_memory() as db:
+            return self._live_nums(db, encoder_id)
+
+    def _live_nums(self, db: Connection, encoder_id: str) -> PictureSet:
+        owner, _ = vectors.owner_of(db, encoder_id)
+        if owner is None:
+            return PictureSet()
+        return self._columns.with_vector(db, owner) - queries.dead(db)
 
     def dead(self) -> PictureSet:
         """Return the pictures without a place."""
         with self._reading() as db:
-            sql = "SELECT group_concat(num) FROM pictures WHERE NOT live"
-            return PictureSet.of_sorted(joined_nums(db, sql))
+            return queries.dead(db)
 
     def snapshot(self, encoder_id: str) -> SnapshotPointer | None:
         """Return the current snapshot of the encoder's space, or None."""
@@ -476,14 +483,14 @@ class Catalog:
     def change_counter(self) -> int:
         """Return a number that differs after every commit after which a search or a count may differ,
         and after another file has taken the place of catalog.sqlite. It only rises."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             return self._store.change_counter(db)
 
     # ---- reading: pictures
 
     def rows(self, nums: Iterable[int]) -> dict[int, PictureRow]:
         """Return the rows of these pictures, by num; dead and unknown ones are left out."""
-        with self._reading() as db:
+        with self._reading(statements=1) as db:
             return queries.picture_rows(db, nums)
 
     def row(self, image_id: str) -> PictureRow | None:
@@ -513,8 +520,8 @@ class Catalog:
         shortest path, in its folded form); equal ones go by image_id. `after` is the position that an
         earlier call returned, which JSON can hold. Raises InputError for any other.
         """
-        with self._reading() as db:
-            return queries.listed(db, sort, among, after, limit)
+        with self._in_memory() as db:
+            return queries.listed(db, self._columns, sort, among, after, limit)
 
     def phrase(self, text: str) -> Phrase:
         """Return the live pictures with this phrase in file name, folder, caption or tag, and their
@@ -525,8 +532,8 @@ class Catalog:
         diacritics, except that a `*` at the end leaves the end of the last word open; scripts written
         without spaces match within their runs.
         """
-        with self._reading() as db:
-            return texts.phrase(db, text)
+        with self._in_memory() as db:
+            return texts.phrase(db, self._columns, text)
 
     def having(self, words: Sequence[Iterable[str]]) -> list[PictureSet]:
         """Return for each word, given as its spellings, the live pictures that have one of them in file
@@ -546,24 +553,20 @@ class Catalog:
 
     def roots(self) -> tuple[str, ...]:
         """Return the indexed folders, sorted."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             return queries.roots(db)
 
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
         """Count what is live."""
-        with self._reading() as db:
-            pictures, size, newest = self._per_change(
-                db, "pictures", lambda: queries.picture_counts(db)
-            )
-            count = self._per_change(
-                db, ("vectors", encoder_id), lambda: queries.vector_count(db, encoder_id)
-            )
-            places, skipped = queries.file_counts(db)
-            return CatalogStats(pictures, count, places, skipped, size, queries.roots(db), newest)
+        with self._in_memory() as db:
+            pictures, size, newest, places, skipped = queries.counts(db)
+            vectors = len(self._live_nums(db, encoder_id)) if encoder_id else 0
+            roots = queries.roots(db)
+            return CatalogStats(pictures, vectors, places, skipped, size, roots, newest)
 
     def skipped(self) -> list[SkippedRow]:
         """Return the files that could not be indexed, sorted by path."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             rows = db.execute("SELECT path, reason, message FROM skipped ORDER BY path")
             return [SkippedRow(os.fsdecode(path), *why) for path, *why in rows]
 
@@ -581,8 +584,9 @@ class Catalog:
 
     def facets(self, limit: int = 200) -> Facets:
         """Return the `limit` most frequent formats, cameras and tags of the live pictures."""
-        with self._reading() as db:
-            return self._per_change(db, ("facets", limit), lambda: queries.facets(db, limit))
+        with self._in_memory() as db:
+            compute = lambda: queries.facets(db, self._columns, limit)  # noqa: E731
+            return self._per_change(db, ("facets", limit), compute)
 
 
 def _span(folder: AnyPath) -> tuple[bytes, bytes]:

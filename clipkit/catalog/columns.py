@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -40,6 +39,7 @@ class Columns:
         self.lock = threading.Lock()
         self._origin: object = None
         self._own = False  # what is read may not be committed
+        self._vectors: dict[int, tuple[int, PictureSet]] = {}  # by encoder: seq, and who has one
         self._clear(0)
 
     def _clear(self, changes: int) -> None:
@@ -48,6 +48,7 @@ class Columns:
         self._facts: dict[str, Int64] = {}
         self._places: Places | None = None
         self._sets: OrderedDict[object, tuple[int, PictureSet]] = OrderedDict()
+        self.orders: dict[str, Int64] = {}  # by sort: the nums in its order; until the next change
         self.results: OrderedDict[object, PictureSet] = OrderedDict()
 
     def follow(self, db: Connection, generation: int, *, own: bool) -> None:
@@ -59,11 +60,13 @@ class Columns:
         self._own = own
         if origin != self._origin:
             self._origin = origin
+            self._vectors = {}
             self._clear(changes)
             return
         if changes == self.changes and not own:
             return
         self.results.clear()
+        self.orders.clear()
         changed = changed_since(db, self.changes)
         if len(changed) > MOST_CHANGED:
             self._clear(changes)
@@ -85,34 +88,59 @@ class Columns:
             self._facts[name] = _grown(self._facts[name], top)
             self._facts[name][nums] = rows[:, at]
         if self._places is not None:
-            self._places.renew(db, changed)
+            self._places = self._places.renewed(db, changed)
 
     # ---- columns
 
     def live(self, db: Connection) -> Mask:
         """Return by num whether a picture is live; do not change it."""
         if self._live is None:
-            sql = "SELECT group_concat(num) FROM pictures INDEXED BY pictures_facts WHERE live"
-            nums = joined_nums(db, sql)
-            self._live = np.zeros(int(nums.max(initial=-1)) + 1, np.bool_)
-            self._live[nums] = True
+            self._read(db, "1")
+        assert self._live is not None
         return self._live
 
     def fact(self, db: Connection, name: str) -> Int64:
         """Return a column by num, as long as `live`; what it says of pictures that are dead has no
         meaning."""
-        live = self.live(db)
         if name not in self._facts:
-            # numpy parses one string five times faster than SQLite returns an integer per row
-            sql = (
-                f"SELECT group_concat(num), group_concat({_FACTS[name]})"
-                " FROM pictures INDEXED BY pictures_facts WHERE live"
-            )
-            nums, values = map(parsed, db.execute(sql).fetchone())
-            column = np.zeros(len(live), np.int64)
-            column[nums] = values
-            self._facts[name] = column
+            values = self._read(db, _FACTS[name])
+            live = self.live(db)
+            self._facts[name] = np.zeros(len(live), np.int64)
+            self._facts[name][live] = values
         return self._facts[name]
+
+    def _read(self, db: Connection, expression: str) -> Int64:
+        """Return the values of an integer expression in the order of the live pictures' nums."""
+        # numpy parses one string five times faster than SQLite returns an integer per row
+        facts = "FROM pictures INDEXED BY pictures_facts WHERE live"
+        sql = f"SELECT count(*), coalesce(max(num), 0), group_concat({expression}) {facts}"
+        count, last, values = db.execute(sql).fetchone()
+        if self._live is None:
+            self._live = np.ones(last + 1, np.bool_)
+            self._live[0] = False
+            if count != last:
+                self._live[:] = False
+                self._live[joined_nums(db, f"SELECT group_concat(num) {facts}")] = True
+        return parsed(values)
+
+    def with_vector(self, db: Connection, owner: int) -> PictureSet:
+        """Return the pictures, dead or alive, that have a vector of an encoder."""
+        seq, found = self._vectors.get(owner, (0, PictureSet()))
+        newest = db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0]
+        if not seq:
+            sql = "SELECT count(*), max(num) FROM vectors WHERE encoder = ?"
+            count, last = db.execute(sql, (owner,)).fetchone()
+            if count and count == last:
+                found = PictureSet.of_sorted(np.arange(1, count + 1))
+            else:
+                sql = "SELECT group_concat(num) FROM vectors WHERE encoder = ?"
+                found = PictureSet.of_sorted(joined_nums(db, sql, (owner,)))
+        elif newest > seq:
+            # +encoder: in the order of seq, not through the encoder's index
+            sql = "SELECT group_concat(num) FROM vectors WHERE +encoder = ? AND seq > ?"
+            found = found | PictureSet(joined_nums(db, sql, (owner, seq)))
+        self._vectors[owner] = newest, found
+        return found
 
     def places(self, db: Connection) -> Places:
         if self._places is None:
@@ -151,36 +179,41 @@ class Columns:
         return [found[at] for at in range(len(keys))]
 
 
-@dataclass(eq=False, slots=True)
 class Places:
     """The places of the live pictures, in no order. A place that is gone has num -1."""
 
-    nums: Int64  # (P,)
-    folders: Int64  # (P,) ids
-    names: bytes  # the folded names, each with a NUL at its end
-    ends: Int64  # (P,) of each name's NUL in `names`
-    folder_paths: dict[
-        int, tuple[bytes, str]
-    ]  # by id: stored, folded; a separator at the end of both
+    def __init__(self) -> None:
+        self.nums = np.empty(0, np.int64)  # (P,)
+        self.folders = np.empty(0, np.int64)  # (P,) positions in the lists of folders
+        self.names = b""  # the folded names, each with a NUL at its end
+        self.ends = np.empty(0, np.int64)  # (P,) of each name's NUL in `names`
+        self.folder_paths: list[bytes] = []  # as stored: with a separator at the end
+        self.folder_names: list[str] = []  # the same, folded
+        self._folder_ids = np.empty(0, np.int64)  # sorted
+        self._copies = np.empty(0, np.int64)  # positions of pictures with more than one place
 
     @classmethod
     def read(cls, db: Connection) -> Places:
-        places = cls(np.empty(0, np.int64), np.empty(0, np.int64), b"", np.empty(0, np.int64), {})
+        places = cls()
         places._append(db, "")
         return places
 
-    def renew(self, db: Connection, changed: Int64) -> None:
-        """Read the places of changed pictures again."""
-        gone = PictureSet.of_sorted(changed).has(self.nums)
-        self.nums[gone] = -1
+    def renewed(self, db: Connection, changed: Int64) -> Places:
+        """Read the places of changed pictures again; return what to use from now on."""
+        self.nums[PictureSet.of_sorted(changed).has(self.nums)] = -1
         if np.count_nonzero(self.nums < 0) > len(self.nums) // 2:
-            fresh = Places.read(db)
-            self.nums, self.folders = fresh.nums, fresh.folders
-            self.names, self.ends, self.folder_paths = fresh.names, fresh.ends, fresh.folder_paths
-            return
+            return Places.read(db)
         self._append(db, "WHERE num IN (SELECT value FROM json_each(?))", nums_json(changed))
+        return self
 
     def _append(self, db: Connection, where: str, *args: str) -> None:
+        last = int(self._folder_ids[-1]) if len(self._folder_ids) else 0
+        sql = "SELECT id, path, folded FROM folders WHERE id > ? ORDER BY id"
+        if new := db.execute(sql, (last,)).fetchall():
+            ids, paths, folded = zip(*new, strict=True)
+            self._folder_ids = np.concatenate([self._folder_ids, np.array(ids, np.int64)])
+            self.folder_paths += paths
+            self.folder_names += folded
         sql = (
             "SELECT group_concat(num), group_concat(folder),"
             f" CAST(group_concat(name, char(0)) AS BLOB) FROM places {where}"
@@ -189,51 +222,49 @@ class Places:
         if nums is not None:
             names += b"\0"
             ends = np.flatnonzero(np.frombuffer(names, np.uint8) == 0)
+            positions = np.searchsorted(self._folder_ids, parsed(folders))
             self.nums = np.concatenate([self.nums, parsed(nums)])
-            self.folders = np.concatenate([self.folders, parsed(folders)])
+            self.folders = np.concatenate([self.folders, positions])
             self.ends = np.concatenate([self.ends, ends + len(self.names)])
             self.names += names
-        sql = "SELECT id, path, folded FROM folders WHERE id > ?"
-        for key, path, folded in db.execute(sql, (max(self.folder_paths, default=0),)):
-            self.folder_paths[key] = path, folded
+        self._copies = np.flatnonzero(np.bincount(self.nums + 1)[self.nums + 1] > 1)
 
     def of(self, places: Mask) -> Mask:
-        """Return the pictures that have one of these places, a mask over nums."""
-        nums = self.nums[places & (self.nums >= 0)]
-        mask = np.zeros(int(nums.max(initial=-1)) + 1, np.bool_)
-        mask[nums] = True
-        return mask
+        """Return the pictures that have one of these places (P,), a mask over nums."""
+        mask = np.zeros(int(self.nums.max(initial=-1)) + 2, np.bool_)
+        mask[self.nums] = places  # of several places the last decides, so ...
+        copies = self._copies[places[self._copies]]
+        mask[self.nums[copies]] = True
+        return mask[:-1]  # without what is gone
 
-    def in_folders(self, wanted: Callable[[bytes, str], bool]) -> Mask:
-        """Return which places (P,) lie directly in a folder for whose path, as stored and folded,
-        `wanted` holds."""
-        flags = np.zeros(max(self.folder_paths, default=0) + 1, np.bool_)
-        for key, (path, folded) in self.folder_paths.items():
-            flags[key] = wanted(path, folded)
-        return flags[self.folders]
+    def in_folders(self, wanted: Sequence[bool] | Mask) -> Mask:
+        """Return which places (P,) lie directly in one of the folders for which `wanted`, in the order
+        of the lists of folders, holds."""
+        found: Mask = np.array(wanted, np.bool_)[self.folders]
+        return found
 
     def containing(self, part: str) -> Mask:
         """Return which places (P,) have a folded text in their folded path."""
-        found = self.in_folders(lambda _, folded: part in folded) | self._named(part)
+        found = self.in_folders([part in folder for folder in self.folder_names])
+        found |= self._named(part.encode())
         for at, sign in enumerate(part):  # partly in the folder, partly in the name
             if sign == "/":
                 head, tail = part[: at + 1], part[at + 1 :]
-                found |= self.in_folders(lambda _, folded, head=head: folded.endswith(head)) & (  # type: ignore[misc]
-                    self._named(tail, start=True)
-                )
+                ending = self.in_folders([folder.endswith(head) for folder in self.folder_names])
+                if ending.any():
+                    found |= ending & self._named(tail.encode(), start=True)
         return found
 
-    def _named(self, part: str, *, start: bool = False) -> Mask:
-        """Return which places have a text in their names; with `start`, at the beginning."""
+    def _named(self, part: bytes, *, start: bool = False) -> Mask:
+        """Return which places (P,) have a text in their names; with `start`, at the beginning."""
         found = np.zeros(len(self.nums), np.bool_)
         if not part:
             return ~found
-        names, needle = self.names, part.encode()
-        if start:
-            names, needle = b"\0" + names, b"\0" + needle
+        names = b"\0" + self.names if start else self.names
+        part = b"\0" + part if start else part
         # split is C's loop: 1,000,000 matches in 0.1 s
-        lengths = np.fromiter(map(len, names.split(needle)), np.int64)[:-1]
-        at = np.cumsum(lengths) + np.arange(len(lengths)) * len(needle)
+        lengths = np.fromiter(map(len, names.split(part)), np.int64)[:-1]
+        at = np.cumsum(lengths) + np.arange(len(lengths)) * len(part)
         found[np.searchsorted(self.ends, at)] = True
         return found
 

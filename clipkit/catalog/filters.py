@@ -124,18 +124,15 @@ def _at_places(places: Places, filters: Filters) -> Mask:
     for path in filters.paths:
         found &= places.containing(fold_path(path))
     if filters.folders:
-        spans, parts = [], []
+        wanted = np.zeros(len(places.folder_paths), np.bool_)
         for folder in filters.folders:
             if os.path.isabs(folder):
-                spans.append(below(folder))
+                low, high = below(folder)
+                wanted |= [low <= path < high for path in places.folder_paths]
             else:
-                parts.append(f"/{fold_path(os.path.normpath(folder))}/")
-        found &= places.in_folders(
-            lambda path, folded: (
-                any(low <= path < high for low, high in spans)
-                or any(part in folded for part in parts)
-            )
-        )
+                part = f"/{fold_path(os.path.normpath(folder))}/"
+                wanted |= [part in name for name in places.folder_names]
+        found &= places.in_folders(wanted)
     return places.of(found)
 
 

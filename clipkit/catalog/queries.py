@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 
+from clipkit.catalog.columns import Columns
 from clipkit.catalog.rows import Facets, KnownFile, PictureRow
-from clipkit.catalog.store import DEAD, Connection
+from clipkit.catalog.store import DEAD, Connection, joined_nums, next_epoch, parsed
 from clipkit.catalog.texts import union
-from clipkit.catalog.vectors import owner_of
 from clipkit.errors import InputError
 from clipkit.picture_set import PictureSet
 
 _PAGE = 4096  # rows of a list that are read at once
+_MOST_WALKED = 4 * _PAGE  # rows, before the whole order is read into memory
 
 
 # ---- files
@@ -42,13 +45,14 @@ def known_files(
 
 
 def known_file(
-    row: tuple[bytes, int, int, int | None, int], has_vector: PictureSet | None
+    row: tuple[bytes, int, int, int | None, int], has_vector: bytes | None
 ) -> tuple[str, KnownFile]:
+    """Return path and file of a row of `known_files`; `has_vector[num]` tells what is not pending."""
     path, size, mtime_ns, num, skipped = row
     state = "ok"
     if skipped:
         state = "skipped"
-    elif has_vector is not None and num is not None and num not in has_vector:
+    elif has_vector is not None and num is not None and not has_vector[num : num + 1] > b"\0":
         state = "pending"
     return os.fsdecode(path), KnownFile(size, mtime_ns, state, num)
 
@@ -73,10 +77,14 @@ def folders(db: Connection, limit: int) -> list[tuple[str, int]]:
     tops = {path.rstrip(sep) for (path,) in db.execute("SELECT path FROM roots")}
     total: Counter[bytes] = Counter()
     for path, count in db.execute("SELECT path, places FROM folders WHERE places"):
-        parts = path[:-1].split(sep)
-        chain = [sep.join(parts[:end]) for end in range(len(parts), 0, -1)]
-        depth = max((i for i, parent in enumerate(chain) if parent in tops), default=0)
-        for parent in chain[: depth + 1]:
+        folder = path[:-1]
+        chain, depth = [folder], 1
+        while folder:
+            folder = folder.rpartition(sep)[0]
+            chain.append(folder)
+            if folder in tops:
+                depth = len(chain)
+        for parent in chain[:depth]:
             total[parent] += count
     best = sorted(total.items(), key=lambda item: (-item[1], item[0]))[:limit]
     return [(os.fsdecode(folder or sep), count) for folder, count in best]
@@ -114,31 +122,35 @@ def picture_rows(db: Connection, nums: Iterable[int]) -> dict[int, PictureRow]:
     return result
 
 
+def dead(db: Connection) -> PictureSet:
+    """See Catalog.dead."""
+    return PictureSet.of_sorted(joined_nums(db, f"SELECT group_concat(num) FROM ({DEAD})"))
+
+
 _SORTS = {"date": "newest", "name": "name"}  # the index pictures_by_{sort} is in this order
 
 
 def listed(
-    db: Connection, sort: str, among: PictureSet | None, after: object | None, limit: int
+    db: Connection,
+    columns: Columns,
+    sort: str,
+    among: PictureSet | None,
+    after: object | None,
+    limit: int,
 ) -> tuple[list[int], list[Any] | None]:
-    """See Catalog.listed."""
+    """See Catalog.listed; `columns` have followed `db`."""
     if sort not in _SORTS:
         raise InputError(f"sort {sort!r} is not one of {', '.join(_SORTS)}")
-    key = _SORTS[sort]
     position = _position(sort, after)
     page: list[int] = []
     if not limit or (among is not None and not len(among)):
         return page, None
-    while True:
-        where, args = (
-            ("", []) if position is None else (f"AND ({key}, image_id) > (?, ?)", position)
-        )
-        rows = db.execute(
-            f"SELECT num, {key}, image_id FROM pictures INDEXED BY pictures_by_{sort}"
-            f" WHERE live {where} ORDER BY {key}, image_id LIMIT ?",
-            (*args, min(max(limit, 256), _PAGE)),
-        ).fetchall()
+    walked = 0
+    while among is None or (sort not in columns.orders and walked < _MOST_WALKED):
+        rows = _walk(db, sort, position, min(max(limit, 256), _PAGE))
         if not rows:
             return page, None
+        walked += len(rows)
         passing = list(range(len(rows)))
         if among is not None:
             nums = np.fromiter((num for num, *_ in rows), np.int64, len(rows))
@@ -148,6 +160,56 @@ def listed(
             if len(page) == limit:
                 return page, list(rows[at][1:])
         position = list(rows[-1][1:])
+    assert among is not None
+    return _in_order(db, columns, sort, among, position, limit, page)
+
+
+def _walk(
+    db: Connection, sort: str, position: Sequence[Any] | None, limit: int
+) -> list[tuple[int, Any, str]]:
+    """Return the next rows (num, key, image_id) of a sort's index."""
+    key = _SORTS[sort]
+    where = "" if position is None else f"AND ({key}, image_id) > (?, ?)"
+    return db.execute(
+        f"SELECT num, {key}, image_id FROM pictures INDEXED BY pictures_by_{sort}"
+        f" WHERE live {where} ORDER BY {key}, image_id LIMIT ?",
+        (*(position or ()), limit),
+    ).fetchall()
+
+
+def _in_order(
+    db: Connection,
+    columns: Columns,
+    sort: str,
+    among: PictureSet,
+    position: Sequence[Any] | None,
+    limit: int,
+    page: list[int],
+) -> tuple[list[int], list[Any] | None]:
+    """Fill a page from the order of all nums in memory: for pictures that are few and far between, or
+    far down."""
+    key = _SORTS[sort]
+    if sort not in columns.orders:
+        sql = (
+            f"SELECT group_concat(num) FROM (SELECT num FROM pictures INDEXED BY pictures_by_{sort}"
+            f" WHERE live ORDER BY {key}, image_id)"
+        )
+        columns.orders[sort] = parsed(db.execute(sql).fetchone()[0])
+    order = columns.orders[sort]
+
+    def place(num: Any) -> tuple[Any, str]:
+        sql = f"SELECT {key}, image_id FROM pictures WHERE num = ?"
+        found: tuple[Any, str] = db.execute(sql, (int(num),)).fetchone()
+        return found
+
+    start = bisect_right(order, tuple(position), key=place) if position else 0
+    for at in range(start, len(order), 2**16):
+        some = order[at : at + 2**16]
+        passing = some[among.has(some)][: limit - len(page)].tolist()
+        page += passing
+        if len(page) == limit:
+            return page, list(place(page[-1]))
+    return page, None
 
 
 def _position(sort: str, after: object | None) -> list[Any] | None:
@@ -164,44 +226,32 @@ def _position(sort: str, after: object | None) -> list[Any] | None:
 # ---- counts
 
 
-def picture_counts(db: Connection) -> tuple[int, int, str | None]:
-    """Return how many pictures are live, their bytes, and when the last was added."""
-    counts: tuple[int, int, str | None] = db.execute(
-        "SELECT count(*), coalesce(sum(bytes), 0),"
-        " strftime('%Y-%m-%dT%H:%M:%S+00:00', max(added), 'unixepoch')"
-        " FROM pictures INDEXED BY pictures_facts WHERE live"
-    ).fetchone()
-    return counts
-
-
-def vector_count(db: Connection, encoder_id: str | None) -> int:
-    """Return how many live pictures have a vector of an encoder."""
-    sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND num NOT IN ({DEAD})"
-    return int(db.execute(sql, (owner_of(db, encoder_id)[0],)).fetchone()[0])
-
-
-def file_counts(db: Connection) -> tuple[int, int]:
-    """Return the number of places and of skipped files."""
-    counts: tuple[int, int] = db.execute(
+def counts(db: Connection) -> tuple[int, int, str | None, int, int]:
+    """Return how many pictures are live, their bytes, when one was last added, and the numbers of
+    places and of skipped files."""
+    meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
+    places, skipped = db.execute(
         "SELECT (SELECT coalesce(sum(places), 0) FROM folders), (SELECT count(*) FROM skipped)"
     ).fetchone()
-    return counts
+    added = datetime.fromtimestamp(meta["added"], UTC).isoformat(timespec="seconds")
+    newest = added if meta["pictures"] else None
+    return meta["pictures"], meta["bytes"], newest, places, skipped
 
 
-def facets(db: Connection, limit: int) -> Facets:
-    """See Catalog.facets."""
+def facets(db: Connection, columns: Columns, limit: int) -> Facets:
+    """See Catalog.facets; `columns` have followed `db`."""
     labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
 
-    def most(sql: str) -> tuple[tuple[str, int], ...]:
-        counts = [(labels[key], count) for key, count in db.execute(sql)]
-        return tuple(sorted(counts, key=lambda item: (-item[1], item[0]))[:limit])
+    def most(counts: Iterable[tuple[int, int]]) -> tuple[tuple[str, int], ...]:
+        named = [(labels[key], count) for key, count in counts]
+        return tuple(sorted(named, key=lambda item: (-item[1], item[0]))[:limit])
 
-    facts = "FROM pictures INDEXED BY pictures_facts WHERE live"
-    return Facets(
-        most(f"SELECT format, count(*) {facts} GROUP BY format"),
-        most(f"SELECT camera, count(*) {facts} AND camera IS NOT NULL GROUP BY camera"),
-        most("SELECT tag, count(*) FROM picture_tags GROUP BY tag"),
-    )
+    def values(fact: str) -> Iterable[tuple[int, int]]:
+        counts = np.bincount(columns.fact(db, fact)[columns.live(db)]).tolist()
+        return ((key, count) for key, count in enumerate(counts) if key and count)
+
+    tags = db.execute("SELECT tag, count(*) FROM picture_tags GROUP BY tag")
+    return Facets(most(values("format")), most(values("camera")), most(tags))
 
 
 # ---- what is left of dead pictures
@@ -226,6 +276,5 @@ def purge(db: Connection) -> list[str]:
         "DELETE FROM labels WHERE id NOT IN (SELECT format FROM pictures WHERE format"
         " UNION SELECT camera FROM pictures WHERE camera UNION SELECT tag FROM picture_tags)"
     )
-    # labels and folders have gone: what readers hold of them in memory is read anew
-    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
+    next_epoch(db)
     return gone

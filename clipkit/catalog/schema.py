@@ -66,7 +66,11 @@ MIGRATIONS: tuple[str, ...] = (
     # Captions and tags belong to places. What filters and lists compare is numbers, in narrow
     # indexes. Tables are filled before they get their indexes: sorting beats inserting.
     """
-    INSERT INTO meta VALUES ('epoch', 0);
+    -- live pictures, their bytes, and when a picture was last added (seconds since 1970)
+    INSERT INTO meta SELECT 'epoch', 0 UNION ALL SELECT 'pictures', count(*) FROM pictures WHERE live
+        UNION ALL SELECT 'bytes', coalesce(sum(bytes), 0) FROM pictures WHERE live
+        UNION ALL SELECT 'added', coalesce(CAST(strftime('%s', max(added_at)) AS INTEGER), 0)
+        FROM pictures WHERE live;
     ALTER TABLE encoders ADD COLUMN space_id TEXT;
     ALTER TABLE encoders ADD COLUMN owner INTEGER;  -- the encoder that has the vectors of the space
     UPDATE encoders SET owner = id;
@@ -138,7 +142,7 @@ MIGRATIONS: tuple[str, ...] = (
     CREATE UNIQUE INDEX pictures_image_id ON pictures (image_id);
     CREATE INDEX pictures_dead ON pictures (num) WHERE NOT live;
     CREATE INDEX pictures_facts ON pictures
-        (num, newest, camera, format, width, height, bytes, added) WHERE live;
+        (num, newest, camera, format, width, height) WHERE live;
     CREATE INDEX pictures_by_date ON pictures (newest, image_id) WHERE live;
     CREATE INDEX pictures_by_name ON pictures (name, image_id) WHERE live;
     CREATE INDEX pictures_version ON pictures (version) WHERE version > 0;

@@ -202,8 +202,9 @@ class Store:
                 self._lock.release()
 
     @contextmanager
-    def connection(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection that sees one committed state; for a writer, its own state."""
+    def connection(self, *, statements: int = 2) -> Iterator[sqlite3.Connection]:
+        """Yield a connection that sees one committed state; for a writer, its own state. A caller with
+        only one statement, which sees one state anyway, says so and saves two."""
         if self._closed:
             raise InputError(f"the catalog at {self.path} was closed; open it again")
         if self._lock:
@@ -217,7 +218,8 @@ class Store:
             except IndexError:
                 db = self._connect()
             try:
-                db.execute("BEGIN")
+                if statements > 1:
+                    db.execute("BEGIN")
                 yield db
             finally:
                 db.rollback()
@@ -376,6 +378,11 @@ class Thumbnails:
                             Path(f"{self._path}{suffix}").unlink()
                 log.warning("thumbnails at %s: %s", self._path, error)
         return []
+
+
+def next_epoch(db: Connection) -> None:
+    """Have all that readers hold in memory read anew: rows are gone that nothing else tells of."""
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
 
 
 def parsed(joined: str | None) -> Int64:

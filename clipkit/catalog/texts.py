@@ -34,9 +34,10 @@ def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
     This is one pass in the order of nums, since FTS5 flushes a segment whenever rowids go backwards.
     """
     version = db.execute("SELECT value + 1 FROM meta WHERE key = 'changes'").fetchone()[0]
+    more_pictures = more_bytes = 0
     for num in sorted(nums):
-        was_live, taken_at = db.execute(
-            "SELECT live, taken_at FROM pictures WHERE num = ?", (num,)
+        was_live, taken_at, size = db.execute(
+            "SELECT live, taken_at, bytes FROM pictures WHERE num = ?", (num,)
         ).fetchone()
         places = db.execute(
             "SELECT path, name, mtime_ns, captions, tags FROM places WHERE num = ? ORDER BY path",
@@ -65,6 +66,8 @@ def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
             "UPDATE pictures SET live = ?, dated = ?, newest = ?, name = ?, version = ? WHERE num = ?",
             (bool(places), dated, -date_key(dated), name, version, num),
         )
+        more_pictures += bool(places) - was_live
+        more_bytes += size * (bool(places) - was_live)
         if places and not was_live and num not in new:
             # live again: a snapshot made meanwhile left it out, so its vectors count as new
             db.execute(
@@ -72,6 +75,8 @@ def settle(db: Connection, nums: Iterable[int], *, new: set[int]) -> None:
                 " SELECT num, encoder, vector FROM vectors WHERE num = ?",
                 (num,),
             )
+    sql = "UPDATE meta SET value = value + ? WHERE key = ?"
+    db.executemany(sql, [(more_pictures, "pictures"), (more_bytes, "bytes")])
 
 
 def union(places: Iterable[tuple[object, ...]]) -> tuple[str, str]:
@@ -93,10 +98,10 @@ def label(db: Connection, text: str) -> int:
     return int(row[0])
 
 
-def phrase(db: Connection, text: str) -> Phrase:
-    """See Catalog.phrase."""
+def phrase(db: Connection, columns: Columns, text: str) -> Phrase:
+    """See Catalog.phrase; `columns` have followed `db`."""
     match = _quoted(text) + ("*" if text.rstrip().endswith("*") else "")
-    (nums,) = _nums_with(db, [match])
+    (nums,) = _kept(db, columns, [match])
     if not 0 < len(nums) <= MOST_RANKED:
         return Phrase(nums, None if len(nums) else np.empty(0))
     bm25 = np.zeros(len(nums))
@@ -107,7 +112,11 @@ def phrase(db: Connection, text: str) -> Phrase:
 
 def having(db: Connection, columns: Columns, words: Sequence[Iterable[str]]) -> list[PictureSet]:
     """See Catalog.having; `columns` have followed `db`."""
-    matches = [" OR ".join(map(_quoted, sorted(spellings))) for spellings in words]
+    return _kept(db, columns, [" OR ".join(map(_quoted, sorted(spellings))) for spellings in words])
+
+
+def _kept(db: Connection, columns: Columns, matches: Sequence[str]) -> list[PictureSet]:
+    """Return for each FTS5 expression the pictures for which it holds, from memory if they are there."""
     return columns.kept(
         db,
         [("words", match) for match in matches],

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from clipkit.arrays import Int64
 from clipkit.catalog.rows import EncoderRow, StoredVectors
-from clipkit.catalog.store import DEAD, Connection
+from clipkit.catalog.store import DEAD, Connection, next_epoch
 from clipkit.errors import IndexDamaged, InputError
 
 NORM_TOLERANCE = 0.01  # half precision alone moves the length of a unit vector by less than 0.001
@@ -87,6 +87,7 @@ def _join(db: Connection, owner: int, into: int) -> None:
     sql = "DELETE FROM snapshots WHERE encoder_id = (SELECT encoder_id FROM encoders WHERE id = ?)"
     db.execute(sql, (owner,))
     db.execute("UPDATE encoders SET owner = ? WHERE owner = ?", (into, owner))
+    next_epoch(db)
 
 
 def drop(db: Connection, encoder_id: str) -> int:
@@ -124,6 +125,7 @@ def drop(db: Connection, encoder_id: str) -> int:
     removed = db.execute("DELETE FROM vectors WHERE encoder = ?", (number,)).rowcount
     db.execute("DELETE FROM snapshots WHERE encoder_id = ?", (encoder_id,))
     db.execute("DELETE FROM encoders WHERE id = ?", (number,))
+    next_epoch(db)
     return removed
 
 
