@@ -34,7 +34,7 @@ from clipkit.catalog.rows import (
     lines,
     name_of,
 )
-from clipkit.catalog.store import Connection, Store, Thumbnails
+from clipkit.catalog.store import DEAD, Connection, Store, Thumbnails
 from clipkit.picture_set import PictureSet
 
 T = TypeVar("T")
