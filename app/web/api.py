@@ -11,7 +11,7 @@ import binascii
 import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import date
 from functools import cache
 from typing import Annotated, Any
@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from app.corrections import Mark
 from app.web import render, schemas
 from app.web.guard import Guard, Rules
+from app.web.metrics import Metrics
 from app.web.models import models_router
 from app.web.pictures import QUERY_MEGABYTES, ServerBusy, UnknownPictureError
 from app.web.requests import SearchRequest
@@ -380,7 +381,12 @@ def create_app(
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
     sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
-    app.add_middleware(Guard, rules=rules or Rules(names=Rules.names_of("localhost")))
+    rules = rules or Rules(names=Rules.names_of("localhost"))
+    metrics = Metrics(workspace, rules.load)
+    workspace.observers.append(metrics.searched)
+    app.include_router(metrics.router)
+    rules = replace(rules, observers=(*rules.observers, metrics.answered))
+    app.add_middleware(Guard, rules=rules)
     app.include_router(api_router(workspace))
     app.include_router(page_router(workspace, sorter=sorter, reports=reports, examples=examples))
 

@@ -27,7 +27,7 @@ from fastapi.responses import Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.web.limits import Bodies, Places, Rate, Refused
+from app.web.limits import Bodies, Load, Places, Rate, Refused
 from app.web.login import Login
 from clipkit.wording import printable
 
@@ -118,6 +118,7 @@ class Rules:
     token: str | None = None  # None: anybody who reaches the port may ask
     root_path: str = ""  # the prefix below which a reverse proxy serves the page, such as "/photos"
     places: int = PLACES
+    load: Load = field(default_factory=Load)  # kept by the guard, for metrics
     log_queries: bool = False
     observers: tuple[Callable[[Answered], None], ...] = ()
     on_event: Callable[[str], None] | None = None  # before an event, with the id of its session
@@ -139,7 +140,7 @@ class Guard:
         self.app = app
         self.rules = rules
         self._login = Login(rules.token, rules.root_path) if rules.token else None
-        self._places = Places(rules.places, max(1, rules.places // 5), WAITING)
+        self._places = Places(rules.places, max(1, rules.places // 5), WAITING, rules.load)
         self._streams = Places(STREAMS, STREAMS_EACH, 0)
         self._bodies = Bodies()
         self._events = Rate(EVENTS, EVENTS_PER_SECOND)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from fastapi.responses import JSONResponse, Response
 
@@ -31,11 +32,20 @@ class Refused(Exception):
         return JSONResponse({"error": str(self)}, self.status, self.headers)
 
 
+@dataclass(slots=True)
+class Load:
+    """Requests that have a place, and that wait for one."""
+
+    active: int = 0
+    waiting: int = 0
+
+
 class Places:
     """Places for requests at a time, in all and for each client. Others wait, in the order they came."""
 
-    def __init__(self, most: int, each: int, waiting: int) -> None:
+    def __init__(self, most: int, each: int, waiting: int, load: Load | None = None) -> None:
         self._each, self._waiting = each, waiting
+        self._load = load or Load()
         self._all = asyncio.Semaphore(most)
         self._clients: dict[str, tuple[asyncio.Semaphore, list[None]]] = {}
 
@@ -46,6 +56,7 @@ class Places:
             sentence = f"more than {self._each} requests at a time from {client}; wait for answers"
             raise Refused(503, sentence, retry_after=1)
         present.append(None)
+        self._load.waiting += 1
         try:
             async with asyncio.timeout(WAIT_SECONDS):
                 await own.acquire()
@@ -60,9 +71,13 @@ class Places:
                 sentence = "the server is busy; try again in a few seconds"
                 raise Refused(503, sentence, retry_after=WAIT_SECONDS) from None
             raise
+        finally:
+            self._load.waiting -= 1
+        self._load.active += 1
 
     def give(self, client: str) -> None:
         """Give a place back."""
+        self._load.active -= 1
         self._all.release()
         self._clients[client][0].release()
         self._leave(client)

@@ -257,6 +257,7 @@ class Workspace:
         self._indexer = Indexer(folder, limits=self.limits)
         self.teacher = Teacher(self)
         self._lock = threading.Lock()
+        self.observers: list[Callable[[SearchResult], None]] = []  # called after every search
         self._opened: tuple[Catalog, Searcher] | None = None
         self._contents = Contents(None, 0)
 
@@ -351,6 +352,8 @@ class Workspace:
             query, image = self._with_images(catalog, query, request.images)
             result = searcher.search(query, image=image, filters=filters, **page)
             words = None if request.images else marked_words(query)
+        for observe in self.observers:
+            observe(result)
         corrections = self._readable() if words and not self.read_only else None
         return SearchAnswer(
             hits=result.hits,

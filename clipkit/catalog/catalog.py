@@ -577,6 +577,11 @@ class Catalog:
             rows = db.execute("SELECT path, reason, message FROM skipped ORDER BY path")
             return [SkippedRow(os.fsdecode(path), *why) for path, *why in rows]
 
+    def skips(self) -> dict[str, int]:
+        """Count the files that could not be indexed, by reason."""
+        with self._store.connection() as db:
+            return dict(db.execute("SELECT reason, count(*) FROM skipped GROUP BY reason"))
+
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
         """Return the folders with the most places below them, roots included, with that number."""
         with self._reading() as db:
