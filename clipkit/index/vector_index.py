@@ -37,7 +37,7 @@ _SAMPLE = 200  # queries of the recall measurement
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Recall and size of an index, measured when it was built; recall on queries made of its own vectors.
+    """Recall and size of an index, measured when it was built on queries made of its own vectors.
 
     `recall_at_10` is the lower of two means: over queries near a picture (find similar) and over
     queries as far from all pictures as texts are. The exact kind has 1.0 by definition, `queries` 0.
@@ -104,7 +104,6 @@ class VectorIndex:
         exact = cls(store, "exact", None, settings, Measured(1.0, 0, built, size_in_bytes))
         if approximate is None:
             return exact
-        size_in_bytes += structure_bytes(structure)
         queries = sample_queries(store, seed)
         truth = [scores[-1] for _, scores in exact.search(queries, 10)]
         reached = 0.0
@@ -112,6 +111,7 @@ class VectorIndex:
             index = cls(store, kind, structure, {**settings, **level}, exact.measured)
             reached = recall([scores for _, scores in index.search(queries, 10)], truth)
             if reached >= recall_goal:
+                size_in_bytes += structure_bytes(structure)
                 index.measured = Measured(reached, len(queries), built, size_in_bytes)
                 return index
         text = "%s reaches recall@10 %.3f on these vectors; the goal is %.3f; searching exactly"

@@ -1,4 +1,4 @@
-"""A snapshot beside Faiss's IndexFlatIP and beside fp16 codes that are loaded whole; the kinds in memory.
+"""A snapshot beside Faiss's IndexFlatIP and beside fp16 codes that are loaded whole; kinds in memory.
 
     python tests/bench/bench_index.py --n 1000000
     python tests/bench/bench_index.py --vectors rows.npy [--texts dev.jsonl] [--kinds exact rabitq]
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -168,14 +167,16 @@ def search(way: str, folder: Path, queries: Floats) -> dict[str, Any]:
     return result
 
 
+def kilobytes() -> dict[str, int]:
+    """Return what the system says about this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    pairs = (line.split(":", 1) for line in lines)
+    return {name: int(rest.split()[0]) for name, rest in pairs if rest.endswith("kB")}
+
+
 def memory() -> tuple[int, int]:
     """Return the megabytes that this process holds, and those of them that are no pages of files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kb = {
-        name: int(rest.split()[0])
-        for name, rest in (x.split(":", 1) for x in lines)
-        if "kB" in rest
-    }
+    kb = kilobytes()
     return kb["VmRSS"] // 1000, kb["RssAnon"] // 1000
 
 
@@ -194,7 +195,7 @@ def part(what: str, way: str, rows: str, folder: str) -> None:
     started = time.perf_counter()
     build(way, Path(rows), Path(folder))
     taken = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+    peak = kilobytes()["VmHWM"] // 1000  # not getrusage's, which begins with the parent's
     files = Path(folder, way)
     size = sum(f.stat().st_size for f in (files.iterdir() if files.is_dir() else [files]))
     print(json.dumps({"build": taken, "peak": peak, "disk": size / 1e6}))
@@ -206,16 +207,14 @@ def compare(rows: Path, queries: Floats, folder: Path) -> None:
     results = {}
     for way in WAYS:
         results[way] = child("build", way, rows, folder) | child("search", way, rows, folder)
-    print(
-        "| | build s | peak MB | disk MB | open s | first ms | MB open (of files) | MB after (of files) |"
-    )
+    print("| | build s | peak MB | disk MB | open s | first ms | MB open | MB after (of files) |")
     print("|---|---|---|---|---|---|---|---|")
     for way, r in results.items():
-        held = [f"{all_} ({all_ - own})" for all_, own in (r["memory"], r["memory_after"])]
-        figures = (
-            f"{r['build']:.1f} | {r['peak']} | {r['disk']:.0f} | {r['open']:.2f} | {r['first']:.0f}"
+        held = " | ".join(
+            f"{all_} ({all_ - own})" for all_, own in (r["memory"], r["memory_after"])
         )
-        print(f"| {way} | {figures} | {held[0]} | {held[1]} |")
+        figures = [f"{r['build']:.1f}", r["peak"], f"{r['disk']:.0f}", f"{r['open']:.2f}"]
+        print("|", way, "|", *(f"{each} |" for each in figures), f"{r['first']:.0f} | {held} |")
     print("\n| search: p50 / p95 ms, recall |", " | ".join(WAYS), "|")
     print("|---|" + "---|" * len(WAYS))
     for name, (truth, _, _) in results["IndexFlatIP"]["searches"].items():
