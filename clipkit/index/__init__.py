@@ -2,8 +2,8 @@
 
 Two classes search alike. A `VectorIndex` (vector_index.py) holds half-precision vectors in memory, in
 any of the kinds of kinds.py, the only module that imports Faiss. A `Snapshot` (snapshot.py) is an
-immutable folder on disk: its codes are loaded, its vectors memory-mapped, so that a million pictures
-take 80 MB. building.py makes and opens the snapshot that a catalog points to.
+immutable folder on disk: its codes are loaded, of its vectors a search reads some hundred, so that a
+million pictures take 90 MB. building.py makes and opens the snapshot that a catalog points to.
 
 Rows are sorted by id, and one function computes every score from the half-precision rows, so a score
 does not depend on the kind, the batch or the number of threads. A kind adds a fast way to candidates.

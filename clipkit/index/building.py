@@ -22,7 +22,7 @@ from clipkit.catalog.rows import StoredVectors
 from clipkit.errors import ClipkitError, IndexDamaged, InputError
 from clipkit.index.checked_files import FileWriter, write_facts, write_npy
 from clipkit.index.kinds import KINDS, Floats, Ids, Kind, selecting, threads, write_structure
-from clipkit.index.rows import MappedRows, RowsWriter
+from clipkit.index.rows import RowsWriter, StoredRows
 from clipkit.index.snapshot import (
     CODES,
     IDS,
@@ -198,7 +198,7 @@ def build_snapshot(
     with threads(1), durable.whole_folder(folder) as temporary:
         ids, last_seq, files = _write_rows(temporary, chunks, watch)
         files[IDS] = write_npy(temporary, IDS, ids)
-        rows = MappedRows(temporary, {"files": files}, ids, dim)
+        rows = StoredRows(temporary, {"files": files}, ids, dim)
         sample_ids = np.sort(ids[np.argsort(sampling_hash(ids), kind="stable")[:SAMPLE_ROWS]])
         sample = rows.read(np.searchsorted(ids, sample_ids))
         files[SAMPLE_IDS] = write_npy(temporary, SAMPLE_IDS, sample_ids)
@@ -246,7 +246,7 @@ class _Watch:
 class _Watched:
     """The rows of a snapshot, of which every reading in order is watched."""
 
-    def __init__(self, rows: MappedRows, watch: _Watch, what: str) -> None:
+    def __init__(self, rows: StoredRows, watch: _Watch, what: str) -> None:
         self._rows, self._watch, self._what = rows, watch, what
         self.dim, self.size, self.drawn = rows.dim, rows.size, rows.drawn
 
@@ -277,7 +277,7 @@ def _write_rows(
 
 
 def _choose(
-    rows: MappedRows,
+    rows: StoredRows,
     kind: str,
     seed: int,
     watch: _Watch,
@@ -359,7 +359,7 @@ def _margin(
 
 
 def _trial(
-    folder: Path, rows: MappedRows, kind: str, settings: Mapping[str, Any], structure: Any
+    folder: Path, rows: StoredRows, kind: str, settings: Mapping[str, Any], structure: Any
 ) -> Snapshot:
     manifest = Manifest(kind, rows.dim, rows.size, "", 0, settings, 0.0, 0, 0.0, 0)
     sample = (np.empty(0, np.int64), np.empty((0, rows.dim), np.float32))

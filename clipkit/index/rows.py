@@ -1,17 +1,22 @@
 """The vectors of a snapshot on disk: `vectors.f16`, rows sorted by id, and `rows.crc32` beside it.
 
-Both are memory-mapped, and a row is checked each time that it is read: its CRC-32 (zlib's) starts
-from the row's id, so another row in its place is noticed too. 400 random rows cost 0.3 ms so. A hash
-per block of some thousand rows would make a search that re-scores 400 random rows of a million read
-and verify nearly all blocks, a gigabyte. A changed byte in either file is an error, never a result.
+A row is checked each time that it is read: its CRC-32 (zlib's) starts from the row's id, so another row
+in its place is noticed too. 400 random rows cost 0.3 ms so. A hash per block of some thousand rows
+would make a search that re-scores 400 random rows of a million read and verify nearly all blocks, a
+gigabyte. A changed byte in either file is an error, never a result.
 
-An I/O error of the disk under a mapping ends the process (SIGBUS); a lock-free read per row would
-instead give up the interpreter's lock 400 times a query, each time behind every other busy thread.
+Rows are read by pread, not through a mapping: each page fault of one maps its neighbours too (28 us
+and some 100 kB a row, measured at 1 GB), and an I/O error of the disk would end the process (SIGBUS).
+It is called so that it keeps the interpreter's lock: to take that again after each of 400 rows would
+be to wait 400 times for every busy thread. Only systems without pread map the file.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,10 +34,13 @@ VECTORS, CHECKSUMS = "vectors.f16", "rows.crc32"
 _BLOCK = (
     512  # rows decoded at a time when scoring: 1 MB of float32 at 512 dimensions stays in cache
 )
-# Rows read at random before their pages are given back to the system, which keeps them in its cache:
-# each maps its neighbours too, so that a hundred searches would map most of a gigabyte.
-_RESIDENT = 512
-_DENSE = 16  # from one row in 16 on, the file is read in order, which needs no page fault a row
+_DENSE = 16  # from one row in 16 on, the file is read in order, which needs no call a row
+
+_pread: Any = None
+if os.name == "posix":
+    _pread = ctypes.PyDLL(None, use_errno=True).pread  # PyDLL keeps the interpreter's lock
+    _pread.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_longlong)
+    _pread.restype = ctypes.c_ssize_t
 
 Halves = npt.NDArray[np.float16]
 Checksums = npt.NDArray[np.uint32]
@@ -96,23 +104,31 @@ class RowsWriter:
         return {VECTORS: self._vectors.entry, CHECKSUMS: self._checksums.entry}
 
 
-class MappedRows:
+class StoredRows:
     """The rows of a snapshot, each checked when it is read. Threads may share it.
 
     Every method may raise IndexDamaged, naming the file and the row.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], ids: Ids, dim: int) -> None:
-        """Map both files of `folder` after checking their sizes."""
+        """Open both files of `folder` after checking their sizes."""
         self.ids = ids
         self.dim = dim
-        self._touched = 0  # rows read at random since the pages were last given back
         self.size = len(ids)
         self._path = check_size(folder, facts, VECTORS)
-        self._map = _mapped(self._path, self.size * dim * 2)
-        crc = _mapped(check_size(folder, facts, CHECKSUMS), self.size * 4)
-        self._rows: Halves = np.frombuffer(self._map or b"", "<f2").reshape(self.size, dim)
-        self._checksums: Checksums = np.frombuffer(crc or b"", "<u4")
+        _check_length(self._path, self.size * dim * 2)
+        path = check_size(folder, facts, CHECKSUMS)
+        _check_length(path, self.size * 4)
+        self._checksums: Checksums = np.fromfile(path, "<u4")
+        self._file = -1
+        self._rows: Halves = np.empty((0, dim), np.float16)  # the mapping, where there is no pread
+        if _pread is not None:
+            self._file = os.open(self._path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+        elif self.size:
+            with self._path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._rows = np.frombuffer(mapped, "<f2").reshape(self.size, dim)
 
     def blocks(
         self, rows: Ids | None = None, *, count: int = _BLOCK
@@ -123,18 +139,12 @@ class MappedRows:
         if rows is not None and total * _DENSE < self.size:
             for start in range(0, total, count):
                 part = slice(start, min(start + count, total))
-                yield part, self._verified(rows[part], self._rows[rows[part]])
-                self._touched += part.stop - part.start
-                if self._touched > _RESIDENT:
-                    self._touched = 0
-                    self._advise("MADV_DONTNEED", 0, self.size)
+                yield part, self._verified(rows[part], self._gathered(rows[part]))
             return
         count = max(count, CHUNK // 4)
         for first in range(0, self.size, count):
             last = min(first + count, self.size)
-            self._advise("MADV_WILLNEED", first, last)
-            block = self._rows[first:last].copy()
-            self._advise("MADV_DONTNEED", first, last)  # its pages stay in the system's cache
+            block = self._block(first, last)
             if rows is None:
                 yield slice(first, last), self._verified(np.arange(first, last), block)
                 continue
@@ -179,23 +189,39 @@ class MappedRows:
             )
         return decoded(halves)
 
-    def _advise(self, advice: str, first: int, last: int) -> None:
-        """Tell the system how the rows first..last are read, where it takes such advice."""
-        if self._map is not None and hasattr(mmap, advice):
-            width = 2 * self.dim
-            start = first * width // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(getattr(mmap, advice), start, last * width - start)
+    def _block(self, first: int, last: int) -> Halves:
+        """Read the rows first..last."""
+        if _pread is None:
+            return self._rows[first:last].copy()
+        width = 2 * self.dim
+        try:
+            data = os.pread(self._file, (last - first) * width, first * width)
+        except OSError as error:
+            raise IndexDamaged(
+                f"{self._path} cannot be read ({error.strerror}); {REMEDY}"
+            ) from error
+        if len(data) != (last - first) * width:
+            raise IndexDamaged(f"{self._path} has become shorter; {REMEDY}")
+        return np.frombuffer(data, "<f2").reshape(-1, self.dim)
+
+    def _gathered(self, rows: Ids) -> Halves:
+        """Read rows from anywhere."""
+        if _pread is None:
+            return self._rows[rows]
+        out, width = np.empty((len(rows), self.dim), np.float16), 2 * self.dim
+        at = out.ctypes.data
+        for start in (rows * width).tolist():
+            if _pread(self._file, at, width, start) != width:
+                why = (
+                    os.strerror(ctypes.get_errno())
+                    if ctypes.get_errno()
+                    else "it has become shorter"
+                )
+                raise IndexDamaged(f"{self._path} cannot be read ({why}); {REMEDY}")
+            at += width
+        return out
 
 
-def _mapped(path: Path, size: int) -> mmap.mmap | None:
-    """Map a file that is read at random; None for one of no bytes."""
+def _check_length(path: Path, size: int) -> None:
     if path.stat().st_size != size:
         raise IndexDamaged(f"{path} has {path.stat().st_size} bytes, not {size}; {REMEDY}")
-    if not size:
-        return None
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_RANDOM"):
-        # no reading ahead: one page is needed
-        mapped.madvise(mmap.MADV_RANDOM)
-    return mapped

@@ -2,8 +2,8 @@
 
     snapshots/000007/
         codes.faiss      one-bit codes of the rotated vectors, scanned for candidates; loaded
-        vectors.f16      half-precision rows, sorted by id; mapped, and read for candidates only
-        rows.crc32       a checksum a row; mapped
+        vectors.f16      half-precision rows, sorted by id; read for candidates only
+        rows.crc32       a checksum a row; loaded
         ids.npy          int64 (N,), sorted; loaded
         sample.f16, sample_ids.npy   a fixed random sample of the rows; loaded
         manifest.json    sizes, hashes, facts, measured recall; written last
@@ -14,7 +14,7 @@ cosine is above the k-th best exact one less a margin, which was raised when the
 until recall@10 reached its goal. So few are read where the best are far ahead, and more where they
 lie close together, as far from the query, for a large k or under a filter.
 
-What is loaded whole is checked by SHA-256, a mapped row whenever it is read (rows.py).
+What is loaded whole is checked by SHA-256, a row whenever it is read (rows.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from clipkit.index.kinds import (
     selecting,
     threads,
 )
-from clipkit.index.rows import MappedRows
+from clipkit.index.rows import StoredRows
 from clipkit.index.vector_index import checked_queries, rows_of
 from clipkit.picture_set import PictureSet
 
@@ -150,7 +150,7 @@ class Snapshot:
         self,
         folder: Path,
         manifest: Manifest,
-        rows: MappedRows,
+        rows: StoredRows,
         structure: Any,
         sample: tuple[Ids, Floats],
     ) -> None:
@@ -167,7 +167,7 @@ class Snapshot:
 
     @classmethod
     def open(cls, folder: Path) -> Snapshot:
-        """Open a snapshot: map its rows, load and check the rest.
+        """Open a snapshot: load and check all but its rows.
 
         Raises IndexDamaged naming the file, if one is not what was written.
         """
@@ -179,7 +179,7 @@ class Snapshot:
             count = min(manifest.size, SAMPLE_ROWS)
             sample_ids = read_file(folder, facts, SAMPLE_IDS, (count,), np.int64)
             sample = read_file(folder, facts, SAMPLE, (count, manifest.dim), np.float16)
-            rows = MappedRows(folder, facts, ids, manifest.dim)
+            rows = StoredRows(folder, facts, ids, manifest.dim)
             structure = None
             if CODES in facts["files"]:
                 structure = read_structure(check_file(folder, facts, CODES))
