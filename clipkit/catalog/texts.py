@@ -22,7 +22,7 @@ from clipkit.catalog.rows import (
     name_words,
     spaced,
 )
-from clipkit.catalog.store import Connection, nums_json, parsed
+from clipkit.catalog.store import Connection, parsed
 from clipkit.picture_set import PictureSet
 
 MOST_RANKED = 20_000  # pictures with a phrase; of more, bm25 tells none apart and costs seconds
@@ -141,11 +141,15 @@ def _nums_with(db: Connection, matches: Sequence[str]) -> list[PictureSet]:
 
 def _nums_among(db: Connection, match: str, nums: Int64) -> Int64:
     """Return those of `nums` for which an FTS5 expression holds, in any order."""
+    # a range, which FTS5 seeks; new pictures have neighbouring nums
     sql = (
-        "SELECT group_concat(rowid) FROM (SELECT rowid FROM texts WHERE texts MATCH ?1 AND {0}"
-        " UNION ALL SELECT rowid FROM folder_texts WHERE folder_texts MATCH ?1 AND {0})"
-    ).format("rowid IN (SELECT value FROM json_each(?2))")
-    return parsed(db.execute(sql, (match, nums_json(nums))).fetchone()[0])
+        "SELECT group_concat(rowid) FROM ("
+        "SELECT rowid FROM texts WHERE texts MATCH ?1 AND rowid BETWEEN ?2 AND ?3 UNION ALL"
+        " SELECT rowid FROM folder_texts WHERE folder_texts MATCH ?1 AND rowid BETWEEN ?2 AND ?3)"
+    )
+    args = (match, int(nums[0]), int(nums[-1]))
+    found = parsed(db.execute(sql, args).fetchone()[0])
+    return found[PictureSet.of_sorted(nums).has(found)]
 
 
 def _quoted(text: str) -> str:
