@@ -45,7 +45,7 @@ from clipkit.index_models import IndexModel, drop_model, models_of, use_model
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.library import open_encoder
 from clipkit.query import Example, Query, parse
-from clipkit.search import Empty, Searcher, SearchHit
+from clipkit.search import Empty, Searcher, SearchHit, SearchResult
 from clipkit.search.query_encoder import encoder_mismatch
 from clipkit.wording import printable
 
