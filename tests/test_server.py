@@ -340,3 +340,24 @@ def test_the_command_passes_everything_on(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "token").write_text("from a file, 16+\n")
     cli(["app", "--token-file", str(tmp_path / "token"), "--no-token"], standalone_mode=False)
     assert (seen["opening"].secret, seen["opening"].token) == ("from a file, 16+", False)
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [({}, 1), ({"OPENBLAS_NUM_THREADS": "2"}, 2)])
+def test_the_server_computes_on_one_blas_thread(chosen: dict[str, str], expected: int) -> None:
+    """Unless the user chose. A process of its own, as it counts before numpy is imported."""
+    code = """if True:
+        from app.cli import cli
+        try:
+            cli(["app", "--token-file", "/nowhere"], standalone_mode=False)
+        except Exception as error:
+            assert "token file" in str(error), error
+        from threadpoolctl import threadpool_info
+        found = [pool["num_threads"] for pool in threadpool_info() if "numpy" in pool["filepath"]]
+        print(*found)"""
+    env = {key: value for key, value in os.environ.items() if "_NUM_THREADS" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | chosen, capture_output=True, text=True, check=True
+    )
+    if not done.stdout.strip():
+        pytest.skip("this numpy has no OpenBLAS of its own")
+    assert done.stdout.split() == [str(min(expected, os.cpu_count() or 1))]

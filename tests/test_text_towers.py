@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import TINY, WORDS
 
-from clipkit import towers
+from clipkit import text_towers, towers
 from clipkit.text_towers import open_text_tower
 
 TEXTS = [*WORDS, "", "a  photo of\n the red house", "unknown words &amp; more", "red blue " * 40]
@@ -29,6 +30,15 @@ def test_it_equals_the_towers(
     expected = towers.load(folder, device="cpu", precision=precision).encode_texts(TEXTS)
     np.testing.assert_allclose(rows, expected, atol=2e-6)
     assert tower.encode_texts([]).shape == (0, tower.dim)
+
+
+def test_its_error_function_is_exact_to_float32() -> None:
+    x = np.linspace(-6, 6, 10_001, dtype=np.float32)
+    expected = [math.erf(value) for value in x.tolist()]
+    np.testing.assert_allclose(
+        text_towers._erf(x), expected, atol=6e-7
+    )  # 1.5e-7 and some roundings
+    assert text_towers._erf(x).dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", sorted(set(TINY) - {"timm-hf"}))

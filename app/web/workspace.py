@@ -263,6 +263,11 @@ class Workspace:
 
     def _open(self) -> tuple[Catalog, Searcher] | None:
         """Return catalog and searcher, opened once; None while there is no index."""
+        opened = self._opened
+        if opened is not None and (
+            not self._follows or opened[0].change_counter() == self._followed
+        ):
+            return opened  # as nearly always: requests do not wait for each other
         with self._lock:
             if self._opened is None and (self.folder / "catalog.sqlite").exists():
                 catalog = Catalog.open(self.folder)

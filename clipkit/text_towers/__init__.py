@@ -31,7 +31,6 @@ from clipkit.arrays import Float32
 from clipkit.errors import ModelError
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
-_erf = np.frompyfunc(math.erf, 1, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,7 +94,20 @@ class TextTower:
 
 
 def _gelu(x: Float32) -> Float32:
-    return np.asarray(x * (1 + _erf(x / math.sqrt(2)).astype(np.float32)) / 2)
+    return np.asarray(x * (1 + _erf(x * np.float32(math.sqrt(0.5)))) / 2)
+
+
+def _erf(x: Float32) -> Float32:
+    """Return the error function to 6e-7: 1.5e-7 by the formula, the rest rounding.
+
+    numpy has none, and importing SciPy's takes 0.2 s. Source: Abramowitz and Stegun 1964, 7.1.26.
+    """
+    size = np.abs(x)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    tail = np.zeros_like(t)
+    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        tail = (tail + np.float32(factor)) * t
+    return np.asarray(np.copysign(1 - tail * np.exp(-size * size), x))
 
 
 def open_text_tower(spec: str) -> TextTower | None:
