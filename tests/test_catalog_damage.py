@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from catalogs import DIM, ENCODER, add, folder, image_id, reader, writer  # noqa: F401
 
-from clipkit.catalog import Catalog, Filters, store
+from clipkit.catalog import Catalog, Filters, schema, store
 from clipkit.errors import ClipkitError, IndexDamaged, InputError
 
 
@@ -158,6 +158,33 @@ def test_damage_within_is_told_or_harmless(folder: Path) -> None:
 
 
 # ---- migrations
+
+
+def test_a_reader_of_an_index_that_is_being_made_finds_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each step of the migrations. Fails for a transaction each: the reader then wants to migrate,
+    and is told that a process is writing."""
+    told: list[str] = []
+
+    def look(_: object) -> int:
+        try:
+            Catalog.open(folder).close()
+        except ClipkitError as error:
+            told.append(f"{type(error).__name__}: {error}")
+        return 0
+
+    def add_functions(db: sqlite3.Connection) -> None:
+        schema.add_functions(db)
+        db.create_function("look", 1, look)
+
+    steps = tuple(f"SELECT look(1); {script}; SELECT look(1)" for script in store.MIGRATIONS)
+    monkeypatch.setattr(store, "MIGRATIONS", steps)
+    monkeypatch.setattr(store, "add_functions", add_functions)
+    Catalog.open(folder, write=True).close()
+    assert len(told) == 2 * len(steps)
+    assert {line.partition(" at ")[0] for line in told} == {"InputError: no index"}
+    Catalog.open(folder).close()
 
 
 def version_of(folder: Path) -> int:
