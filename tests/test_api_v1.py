@@ -269,6 +269,26 @@ def test_marks_are_listed_in_pages(client: TestClient, photos: Path, workspace: 
     assert workspace.corrections.total() == 0
 
 
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ([1], "it must be a valid dictionary"),
+        ({"image_id": "../etc/passwd", "query": "x", "right": True}, "image_id"),
+        ({"image_id": "0" * 32 + "\n", "query": "x", "right": True}, "image_id"),
+        ({"query": "x", "right": True}, "image_id"),
+        ({"image_id": "0" * 32, "right": True}, "query"),
+        ({"image_id": "0" * 32, "query": "x"}, "right"),
+        ({"image_id": "0" * 32, "query": "x", "right": 2}, "right is 2; it must be"),
+        ({"image_id": "0" * 32, "query": "x", "right": 1}, "right is 1; it must be"),
+    ],
+)
+def test_what_is_no_mark_is_refused_in_a_sentence(
+    client: TestClient, fields: Any, sentence: str
+) -> None:
+    answer = client.post("/api/v1/marks", json=fields)
+    assert answer.status_code == 422 and sentence in answer.json()["error"]
+
+
 def test_alive_is_not_ready(client: TestClient, workspace: Workspace) -> None:
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
     workspace.model.state = "loading"  # type: ignore[misc]

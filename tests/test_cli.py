@@ -233,7 +233,7 @@ def test_status_and_index_as_json(
         ("text.png", "not-a-picture"),
     ]
     code, out, _ = clipkit("index", photos, "--index", place, "--forget", "--json")
-    assert json.loads(out) == {"removed": 12, "index": str(place)}
+    assert json.loads(out) == {"removed": 12, "purged": 12, "index": str(place)}
 
 
 def test_skipped_files_are_summed_up_in_words(

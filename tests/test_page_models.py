@@ -83,7 +83,7 @@ def workspace(index: Path) -> Iterator[Workspace]:
 
 @pytest.fixture
 def post(workspace: Workspace) -> Callable[..., tuple[int, str]]:
-    client = TestClient(create_app(workspace, host="testserver"), base_url="http://127.0.0.1")
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
 
     def send(what: str, body: str) -> tuple[int, str]:
         answer = client.post(f"/models/{what}", content=body)
@@ -181,7 +181,7 @@ def test_filling_leaves_the_present_model_answering(workspace: Workspace, post: 
 
 def test_a_page_open_to_the_network_does_not_switch(index: Path) -> None:
     workspace = open_workspace(index, may_index=False)
-    client = TestClient(create_app(workspace, host="testserver"), base_url="http://127.0.0.1")
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
     for what in ("use", "fill", "drop"):
         answer = client.post(f"/models/{what}", content=Contrary.encoder_id)
         assert answer.status_code == 400
@@ -211,7 +211,7 @@ def test_what_a_run_brought_is_said(index: Path, tmp_path: Path, post: Any) -> N
 
 def open_and_list(index: Path) -> str:
     workspace = open_workspace(index)
-    client = TestClient(create_app(workspace, host="testserver"), base_url="http://127.0.0.1")
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
     html = client.get("/models").text
     workspace.close()
     return html

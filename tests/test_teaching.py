@@ -83,7 +83,7 @@ def leftovers(workspace: Workspace) -> list[str]:
 
 
 def scores(workspace: Workspace) -> list[float | None]:
-    return [hit.score for hit in workspace.search(SearchRequest(words="red", k=100)).hits]
+    return [hit.score for hit in workspace.search(SearchRequest(words="red", limit=100)).hits]
 
 
 # ---- what there is to learn from
@@ -163,7 +163,7 @@ def test_what_did_not_help_changes_nothing_unless_asked(
     lesson = ended(workspace)
     assert lesson.stage == "choosing" and Path(lesson.spec).is_dir()
     assert scores(workspace) == before and len(workspace.models()) == 1
-    client = TestClient(create_app(workspace, host="testserver"), base_url="http://127.0.0.1")
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
     html = client.get("/models").text
     assert "Use it all the same" in html and 'data-what="keep"' in html
     assert client.post("/teach/keep").status_code == 200

@@ -305,7 +305,7 @@ class Workspace:
     @property
     def space_id(self) -> str | None:
         """Whose vectors can be compared with the model's; None while only loading it would tell."""
-        return getattr(self.model, "space_id", None)
+        return self.model.space_id if self.model.known_id else None
 
     def check_ready(self) -> None:
         """Raise ServerBusy unless words can be searched for now: the model is loaded, and the index
