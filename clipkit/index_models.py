@@ -81,8 +81,7 @@ def is_complete(catalog: Catalog, encoder_id: str) -> bool:
     stats = catalog.stats(encoder_id)
     missing = stats.pictures - stats.vectors
     return not missing or (
-        missing <= MOST_REFUSED * stats.pictures
-        and missing <= catalog.refused_pictures(encoder_id)
+        missing <= MOST_REFUSED * stats.pictures and missing <= catalog.refused_pictures(encoder_id)
     )
 
 

@@ -333,8 +333,8 @@ class Teacher:
         filled = next((model for model in workspace.models() if model.spec == spec), None)
         if filled is not None and not filled.complete:
             raise ClipkitError(
-                f"{count(filled.missing, 'picture')} could not be read, and would not be found any more; "
-                "mount their disks, or forget their folders"
+                f"{count(filled.missing, 'picture')} could not be read, and would not be found any "
+                "more; mount their disks, or forget their folders"
             )
 
     # ---- the state
