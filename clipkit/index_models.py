@@ -20,6 +20,7 @@ from clipkit.wording import count
 
 OWN_MODELS = "models"  # in the index's folder: models that were trained for it, and go with it
 LEAST_DIGITS = 4  # of an encoder_id that names a model
+MOST_REFUSED = 0.01  # of all pictures: a model that gives no vector for more may not answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class IndexModel:
     vectors: int
     pictures: int
     active: bool
+    complete: bool  # it may answer: see `is_complete`
     gone: bool  # the spec names a folder or file that is not there
     shared_with: tuple[str, ...]  # specs of the other models that have the same vectors
 
@@ -60,6 +62,7 @@ def models_of(catalog: Catalog) -> list[IndexModel]:
             vectors=catalog.stats(row.encoder_id).vectors,
             pictures=pictures,
             active=active is not None and row.encoder_id == active.encoder_id,
+            complete=is_complete(catalog, row.encoder_id),
             gone=models.is_gone(row.spec),
             shared_with=tuple(
                 other.spec
@@ -70,6 +73,16 @@ def models_of(catalog: Catalog) -> list[IndexModel]:
         )
         for row in rows
     ]
+
+
+def is_complete(catalog: Catalog, encoder_id: str) -> bool:
+    """Return whether a model may answer searches: it has the vectors of all pictures, but for up to
+    MOST_REFUSED of them, for which it gives none."""
+    stats = catalog.stats(encoder_id)
+    missing = stats.pictures - stats.vectors
+    return not missing or (
+        missing <= MOST_REFUSED * stats.pictures and missing <= catalog.refused_pictures(encoder_id)
+    )
 
 
 def space_of(row: EncoderRow) -> str:
@@ -129,7 +142,7 @@ def use_model(folder: Path, name: str) -> IndexModel:
             register(catalog, encoder)
         encoder_id = model.encoder_id if encoder is None else encoder.encoder_id
         model = next(one for one in models_of(catalog) if one.encoder_id == encoder_id)
-        if model.missing:
+        if not model.complete:
             raise InputError(
                 f"{model.missing:,} of {count(model.pictures, 'picture')} have no vector of "
                 f"{model.spec} yet, and would not be found; encode them first: "

@@ -1,11 +1,17 @@
 """`clipkit` with towers that know colours only: the real command in a second, for hundreds of kills.
 
+`colour_command.py serve` runs one command after the other, each in a fork of a process that has imported
+everything, so that a kill falls into the command and not into its imports: a JSON line of [file for
+stderr, argument, ...] is answered by the process's id, and at its end by its status.
+
 Of two models: "colours" and "turned", whose vectors are those of the colours with red for blue. All
 commits, snapshots and their thresholds come a hundred times as often as in a real run.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +47,33 @@ def open_encoder(folder: Path, model: str | None = None, **_: Any) -> Colours:
     return Colours(model or "colours")
 
 
+def serve() -> None:
+    import clipkit.index
+    import clipkit.index_models  # noqa: F401
+
+    for line in sys.stdin:
+        errors, *sys.argv[1:] = json.loads(line)
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            code = 1
+            try:
+                cli.main()
+                code = 0
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            finally:
+                os._exit(code)
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
     clipkit.library.open_encoder = open_encoder  # type: ignore[assignment]
     clipkit.embed.run.COMMIT_SECONDS = 0.02
     clipkit.embed.run.SNAPSHOT_EVERY = 50
     clipkit.index.building.SNAPSHOT_FROM = 50
+    is_server = sys.argv[1:] == ["serve"]
     sys.argv[0] = "clipkit"
-    cli.main()
+    (serve if is_server else cli.main)()

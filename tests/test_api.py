@@ -15,7 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.web.api import create_app
-from app.web.pictures import DroppedPictures, Places, UnknownPictureError
+from app.web.pictures import Decoding, DroppedPictures, Places, UnknownPictureError
 from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
@@ -235,7 +235,7 @@ def test_dropped_pictures_are_forgotten_oldest_first(monkeypatch: pytest.MonkeyP
         return out.getvalue()
 
     monkeypatch.setattr("app.web.pictures.HELD_MEGABYTES", 0.0045)
-    decoding = Places("decoding", 1, waiting=0, seconds=0)
+    decoding = Decoding(Places("decoding", 1, waiting=0, seconds=0), megapixels=1)
     dropped = DroppedPictures(limits=Limits(), decoding=decoding)
     first, second, third = (dropped.add(picture(shade)) for shade in (1, 2, 3))
     with pytest.raises(UnknownPictureError, match="drop it again"):

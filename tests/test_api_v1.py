@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from app.web.api import create_app
-from app.web.pictures import Places, Recent, ServerBusy
+from app.web.pictures import Decoding, Places, Recent, ServerBusy
 from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
@@ -398,13 +398,13 @@ def test_who_finds_the_line_full_is_told_when_to_come_back(
     client: TestClient, workspace: Workspace, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One place is taken and nobody may wait: every route that decodes says so, others answer."""
-    full = Places("decoding pictures", 1, waiting=0, seconds=0)
+    full = Decoding(Places("decoding pictures", 1, waiting=0, seconds=0), megapixels=1)
     monkeypatch.setattr(workspace, "_decoding", full)
     monkeypatch.setattr(workspace.dropped, "_decoding", full)
     stranger = Image.new("RGB", (8, 8), (1, 2, 3))
     buffer = io.BytesIO()
     stranger.save(buffer, "PNG")
-    with full.take():
+    with full.share():
         for answer in (
             client.post("/queries", content=buffer.getvalue()),
             client.post(

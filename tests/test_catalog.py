@@ -536,7 +536,7 @@ def test_encoders_of_one_space_share_their_vectors(writer: Catalog, reader: Cata
     assert number_of(reader.vector(num, "b")) == 5  # type: ignore[arg-type]
     assert reader.vectors("b").nums.tolist() == list(reader.live_nums("b")) == [num]
     assert reader.snapshot("a") == reader.snapshot("b") == SnapshotPointer("000001", 2)
-    assert reader.vector_owner("b") == reader.vector_owner("a") == "a"
+    assert [reader.vector_space(name) for name in ("a", "b", "old")] == ["s", "s", "old"]
     assert reader.stats("b").vectors == 1 and reader.stats("c").vectors == 0
     writer.add_vectors("b", np.array([num]), vector_of(6))
     assert number_of(writer.vector(num, "a")) == 6  # type: ignore[arg-type]

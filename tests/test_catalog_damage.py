@@ -3,18 +3,20 @@
 # ruff: noqa: F811
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from catalogs import DIM, ENCODER, add, folder, image_id, reader, writer  # noqa: F401
 
-from clipkit.catalog import Catalog, Filters, store
+from clipkit.catalog import Catalog, Filters, schema, store
 from clipkit.errors import ClipkitError, IndexDamaged, InputError
 
 
@@ -30,6 +32,10 @@ def everything(catalog: Catalog) -> None:
     catalog.having([["cat", "p"]])
     catalog.stats(ENCODER)
     catalog.folders()
+    catalog.text_fingerprint("/p")
+    catalog.snapshot(ENCODER)
+    catalog.encoders()
+    catalog.refused_pictures(ENCODER)
     catalog.facets()
     catalog.listed("date", limit=10)
     catalog.listed("name", limit=10)
@@ -157,7 +163,75 @@ def test_damage_within_is_told_or_harmless(folder: Path) -> None:
     assert told > 20
 
 
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_told_or_harmless(folder: Path, count: int) -> None:
+    """In turn in each table and index, in a random page of it: clipkit's own error or none, for every
+    way of reading and for a writer."""
+    path = filled(folder)
+    with Catalog.open(folder, write=True) as catalog:
+        catalog.add_root("/p")
+        catalog.set_text_fingerprint("/p", "of then")
+        catalog.add_skipped("/p/bad.jpg", size=1, mtime_ns=1, reason="broken", message="it is")
+        catalog.point_to_snapshot(ENCODER, name="000001", last_seq=1)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        try:
+            pages = db.execute("SELECT name, pageno FROM dbstat").fetchall()
+        except sqlite3.OperationalError:  # not compiled in
+            total = db.execute("PRAGMA page_count").fetchone()[0]
+            pages = [("any", number) for number in range(1, total + 1)]
+    by_name: dict[str, list[int]] = {}
+    for name, number in pages:
+        by_name.setdefault(name, []).append(number)
+    good, rng = path.read_bytes(), random.Random(3)
+    for turn, name in zip(range(count), itertools.cycle(sorted(by_name)), strict=False):
+        at = (rng.choice(by_name[name]) - 1) * 8192 + rng.randrange(8192)
+        data = bytearray(good)
+        data[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        try:
+            with Catalog.open(folder) as catalog:
+                everything(catalog)
+            with Catalog.open(folder, write=True) as catalog:
+                add(catalog, 1000 + turn, "/q/new.jpg", tags=["a"], captions=["new words"])
+                catalog.set_text_fingerprint("/q", "of now")
+                catalog.remove_places(["/p/cat_7.jpg"])
+                catalog.purge()
+                catalog.commit()
+        except ClipkitError:
+            pass
+        for left in folder.glob("catalog.sqlite-*"):
+            left.unlink()
+
+
 # ---- migrations
+
+
+def test_a_reader_of_an_index_that_is_being_made_finds_none(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each step of the migrations. Fails for a transaction each: the reader then wants to migrate,
+    and is told that a process is writing."""
+    told: list[str] = []
+
+    def look(_: object) -> int:
+        try:
+            Catalog.open(folder).close()
+        except ClipkitError as error:
+            told.append(f"{type(error).__name__}: {error}")
+        return 0
+
+    def add_functions(db: sqlite3.Connection) -> None:
+        schema.add_functions(db)
+        db.create_function("look", 1, look)
+
+    steps = tuple(f"SELECT look(1); {script}; SELECT look(1)" for script in store.MIGRATIONS)
+    monkeypatch.setattr(store, "MIGRATIONS", steps)
+    monkeypatch.setattr(store, "add_functions", add_functions)
+    Catalog.open(folder, write=True).close()
+    assert len(told) == 2 * len(steps)
+    assert {line.partition(" at ")[0] for line in told} == {"InputError: no index"}
+    Catalog.open(folder).close()
 
 
 def version_of(folder: Path) -> int:

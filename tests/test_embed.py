@@ -21,6 +21,7 @@ from clipkit import images
 from clipkit.catalog import Catalog
 from clipkit.embed import Progress, Summary, index_folders
 from clipkit.errors import ClipkitError, ImageError, InputError
+from clipkit.index_models import models_of
 
 
 @dataclass
@@ -390,6 +391,9 @@ def test_a_picture_for_which_a_model_has_no_vector_keeps_its_old_one(
     assert len(catalog.live_nums("colour")) == pictures
     active = catalog.active_encoder()
     assert active is not None and active.encoder_id == answers
+    # `use` has the same rule: it goes back to the model, or refuses it
+    (model,) = (model for model in models_of(catalog) if model.encoder_id == "other")
+    assert (model.missing, model.complete) == (1, answers == "other")
     other.broken = False  # such as a newer version: the picture is tried again
     assert run(photos, using=other).reencoded == 1
     assert catalog.skipped() == []

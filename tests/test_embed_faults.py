@@ -7,12 +7,15 @@ its log, a snapshot and a temporary file is the first one refused under some lim
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,50 @@ def test_no_write_that_fails_costs_more_than_itself(tmp_path: Path) -> None:
         "catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm", "writer.lock", "snapshots",
         "thumbnails.sqlite", "thumbnails.sqlite-wal", "thumbnails.sqlite-shm",
     }  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_disk_that_becomes_full_at_any_moment(small_disk: Path, tmp_path: Path) -> None:
+    """As above, with a disk of which 0, 12, 24 ... kB are free. A reader that is open serves the old
+    version while the disk is full, and one that is opened when there is room again."""
+    photos, index, saved = tmp_path / "photos", small_disk / "index", tmp_path / "saved"
+    for number in range(20):
+        paint(photos / f"{number}.png", "red", number=number)
+    assert index_under(resource.RLIM_INFINITY, index, photos) == 0
+    shutil.copytree(index, saved)
+    for number in range(20, 40):
+        paint(photos / f"{number}.png", "blue", number=number)
+    outcomes = []
+    for free in itertools.count(0, 12_000):
+        ballast = small_disk / "ballast"
+        with Catalog.open(index) as reader:
+            before = reader.stats("c010" * 4)
+            room = os.statvfs(small_disk)
+            ballast.write_bytes(bytes(max(0, room.f_bavail * room.f_frsize - free)))
+            outcomes.append(index_under(resource.RLIM_INFINITY, index, photos))
+            now = reader.stats("c010" * 4)
+            assert before.pictures == 20 <= now.pictures == now.vectors <= 40, free
+        ballast.unlink()
+        assert numbers(index) == (now.pictures, now.vectors)
+        assert index_under(resource.RLIM_INFINITY, index, photos) == 0
+        assert numbers(index) == (40, 40)
+        if outcomes[-3:] == [0, 0, 0]:
+            break
+        shutil.rmtree(index)
+        shutil.copytree(saved, index)
+    assert set(outcomes) == {0, 1} and outcomes.count(1) >= 5
 
 
 def test_a_temporary_file_that_cannot_be_written_is_a_sentence(

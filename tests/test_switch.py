@@ -20,6 +20,7 @@ from training_runs import altered
 from clipkit import Library, checkpoint
 from clipkit.catalog import Catalog
 from clipkit.errors import CatalogBusy, EncoderMismatch
+from clipkit.index import load_snapshot, refresh_snapshot
 from clipkit.towers import DualEncoder
 
 Run = Callable[..., tuple[int, str, str]]
@@ -286,7 +287,10 @@ def test_drop_asks(
 def test_shared_vectors_outlive_either_model(
     index: Path, photos: Path, a: str, texts: str, clipkit: Run
 ) -> None:
+    """Nor is their snapshot lost with the name of the model that had them first."""
     fill(index, texts, photos)
+    with Catalog.open(index, write=True) as catalog:
+        refresh_snapshot(catalog, catalog.encoders()[0].encoder_id, force=True)
     with Library.open(index, precision="float32") as library:
         before = scores(library)
     code, out, _ = clipkit("drop", a, "--index", index, "--yes")
@@ -294,6 +298,9 @@ def test_shared_vectors_outlive_either_model(
     assert states(index) == {"texts": (8, True)}
     with Library.open(index, precision="float32") as library:
         assert scores(library) == before
+    with Catalog.open(index) as catalog:
+        (left,) = (row.encoder_id for row in catalog.encoders())
+        assert load_snapshot(catalog, left, catalog.snapshot(left)) is not None
 
 
 def test_a_model_in_the_index_folder_goes_with_its_vectors(

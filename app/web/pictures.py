@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Generic, TypeVar
 
+from clipkit.embed import Budget
 from clipkit.errors import ClipkitError, InputError
 from clipkit.images import Limits, decode, image_id, thumbnail
 
@@ -64,6 +65,21 @@ class Places:
         )
 
 
+class Decoding:
+    """Lets pictures be decoded while they have together at most `megapixels`; a larger one alone. Who
+    waits for room has one of the `places`."""
+
+    def __init__(self, places: Places, megapixels: float) -> None:
+        self._places = places
+        self._budget = Budget(megapixels * 1e6)
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yield the `admit` of one call of `images.decode`. Raises ServerBusy."""
+        with self._places.take(), self._budget.share() as admit:
+            yield admit
+
+
 def query_limits(limits: Limits) -> Limits:
     """Return the limits of a picture that comes with a request."""
     return replace(
@@ -102,7 +118,7 @@ class Recent(Generic[V]):
 class DroppedPictures:
     """The last dropped pictures, by content hash, in memory only. Threads may share it."""
 
-    def __init__(self, *, limits: Limits, decoding: Places) -> None:
+    def __init__(self, *, limits: Limits, decoding: Decoding) -> None:
         self._limits = query_limits(limits)
         self._decoding = decoding
         self._held: Recent[tuple[bytes, bytes]] = Recent(HELD_MEGABYTES)
@@ -114,8 +130,8 @@ class DroppedPictures:
         """
         picture_id = image_id(data)
         if self._held.get(picture_id) is None:
-            with self._decoding.take():
-                picture = decode(data, target=SAMPLE_SIDE, limits=self._limits)
+            with self._decoding.share() as admit:
+                picture = decode(data, target=SAMPLE_SIDE, limits=self._limits, admit=admit)
                 sample = thumbnail(picture.rgb, side=SAMPLE_SIDE)
             self._held.put(picture_id, (data, sample), len(data) + len(sample))
         return picture_id

@@ -36,6 +36,7 @@ from app.web.access_log import AccessLog
 from app.web.guard import HEADER_BYTES, PLACES, Rules
 from app.web.login import LEAST_TOKEN
 from app.web.workspace import Workspace
+from clipkit.embed import give_back_large_blocks
 from clipkit.errors import InputError
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.library import open_encoder
@@ -111,6 +112,7 @@ def serve(
     A page that others can reach searches but does not index, and asks for a token. Raises InputError
     if the port cannot be had, IndexDamaged, ModelError.
     """
+    give_back_large_blocks()  # of the pictures that requests have decoded
     opening = opening or Opening()
     token = opening.token_for(host)
     tls = _tls(opening)

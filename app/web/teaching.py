@@ -330,11 +330,11 @@ class Teacher:
             raise ClipkitError(run.error)
         if run is not None and run.summary is not None and run.summary.stopped:
             raise ClipkitError("stopped; what was encoded so far stays")
-        missing = next((m.missing for m in workspace.models() if m.spec == spec), 0)
-        if missing:
+        filled = next((model for model in workspace.models() if model.spec == spec), None)
+        if filled is not None and not filled.complete:
             raise ClipkitError(
-                f"{count(missing, 'picture')} could not be read, and would not be found any more; "
-                "mount their disks, or forget their folders"
+                f"{count(filled.missing, 'picture')} could not be read, and would not be found any "
+                "more; mount their disks, or forget their folders"
             )
 
     # ---- the state

@@ -28,6 +28,8 @@ from app.corrections import Corrections, Mark, export, marked_words
 from app.web.folders import Listing, Root, browsable, listing, path_of
 from app.web.indexing import Indexer, Run
 from app.web.pictures import (
+    QUERY_MEGAPIXELS,
+    Decoding,
     DroppedPictures,
     Places,
     Recent,
@@ -246,8 +248,8 @@ class Workspace:
         self.may_index = may_index and not read_only
         self.read_only = read_only
         self.limits = limits or Limits()
-        # Two large pictures are some 1.5 GB while they are decoded.
-        self._decoding = Places("decoding pictures", 2, waiting=16, seconds=20)
+        places = Places("decoding pictures", 4, waiting=16, seconds=20)
+        self._decoding = Decoding(places, QUERY_MEGAPIXELS)
         self._encoding = Places("encoding", 2, waiting=16, seconds=20)
         self.classifying = Places("classifying pictures", 2, waiting=2, seconds=60)
         self.dropped = DroppedPictures(limits=self.limits, decoding=self._decoding)
@@ -423,8 +425,9 @@ class Workspace:
         towers = self.model.towers()
         limits, prepared = query_limits(self.limits), []
         for data in pictures:
-            with self._decoding.take():
-                rgb = decode(data, target=towers.preferred_side, limits=limits).rgb
+            with self._decoding.share() as admit:
+                side = towers.preferred_side
+                rgb = decode(data, target=side, limits=limits, admit=admit).rgb
                 prepared.append(towers.preprocess(rgb))
         with self._encoding.take():
             return _finite(towers.encode_images(prepared))
@@ -510,8 +513,9 @@ class Workspace:
         return jpeg
 
     def _shrink(self, data: bytes, size: int) -> bytes:
-        with self._decoding.take():
-            return thumbnail(decode(data, target=size, limits=self.limits).rgb, side=size)
+        with self._decoding.share() as admit:
+            rgb = decode(data, target=size, limits=self.limits, admit=admit).rgb
+            return thumbnail(rgb, side=size)
 
     def picture(self, picture_id: str) -> tuple[bytes, str]:
         """Return (bytes, MIME type), encoded anew for any browser and without metadata.
@@ -522,8 +526,8 @@ class Workspace:
         jpeg = self._sent.get(picture_id)
         if jpeg is None or not _is_there(row):
             data = self._bytes(row)
-            with self._decoding.take():
-                jpeg, _ = encode_for_web(data, limits=self.limits)
+            with self._decoding.share() as admit:
+                jpeg, _ = encode_for_web(data, limits=self.limits, admit=admit)
             self._sent.put(picture_id, jpeg, len(jpeg))
         return jpeg, "image/jpeg"
 

@@ -419,11 +419,16 @@ class Catalog:
         with self._store.connection(statements=1) as db:
             return vectors.active_encoder(db)
 
-    def vector_owner(self, encoder_id: str) -> str:
-        """Return the encoder under whose id the vectors and the snapshot of an encoder's space are
-        kept; itself, if it is not registered."""
+    def vector_space(self, encoder_id: str) -> str:
+        """Return the space_id of an encoder; its encoder_id, where none is known."""
+        with self._store.connection(statements=1) as db:
+            return vectors.space_name(db, encoder_id)
+
+    def refused_pictures(self, encoder_id: str) -> int:
+        """Count the pictures without a vector of the encoder of which a place is skipped as
+        "no-vector": the model that read it last gave none."""
         with self._store.connection() as db:
-            return vectors.owner_name(db, encoder_id)
+            return vectors.refused(db, encoder_id)
 
     def vectors(self, encoder_id: str, *, after_seq: int = 0) -> StoredVectors:
         """Return the encoder's vectors of live pictures with seq > `after_seq`, in the order of seq.

@@ -157,9 +157,11 @@ class Store:
     def _version(self, db: sqlite3.Connection) -> int:
         """Return the schema version; 0 for a new file. Raises InputError for another program's file or a
         newer version."""
-        application = db.execute("PRAGMA application_id").fetchone()[0]
-        version: int = db.execute("PRAGMA user_version").fetchone()[0]
-        tables = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        # one statement, which sees one state: a writer may create the tables meanwhile
+        application, version, tables = db.execute(
+            "SELECT (SELECT application_id FROM pragma_application_id), user_version,"
+            " (SELECT count(*) FROM sqlite_master) FROM pragma_user_version"
+        ).fetchone()
         if application != APPLICATION_ID and (application or version or tables):
             raise InputError(f"{self.path} is another program's SQLite file; name another folder")
         if version > len(MIGRATIONS):
@@ -167,7 +169,7 @@ class Store:
                 f"{self.path} has schema version {version}; this clipkit knows versions up to"
                 f" {len(MIGRATIONS)}; upgrade clipkit"
             )
-        return version
+        return int(version)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         version = self._version(db)
@@ -180,14 +182,13 @@ class Store:
         add_functions(db)
         db.execute("PRAGMA foreign_keys = OFF")  # tables are replaced
         db.execute("PRAGMA cache_size = -262144")  # kB
-        for number, script in enumerate(MIGRATIONS[version:], version + 1):
-            try:
-                db.executescript(
-                    f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT"
-                )
-            except sqlite3.Error:
-                db.rollback()
-                raise
+        # all in one transaction, so that readers see no version between
+        scripts = (*MIGRATIONS[version:], f"PRAGMA user_version = {len(MIGRATIONS)}")
+        try:
+            db.executescript(f"BEGIN IMMEDIATE; {'; '.join(scripts)}; COMMIT")
+        except sqlite3.Error:
+            db.rollback()
+            raise
         db.execute("PRAGMA cache_size = -2000")
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("UPDATE meta SET value = ? WHERE key = 'writer'", (os.getpid(),))

@@ -44,10 +44,27 @@ def owner_of(db: Connection, encoder_id: str | None) -> tuple[int | None, int]:
 
 
 def owner_name(db: Connection, encoder_id: str) -> str:
-    """See Catalog.vector_owner."""
+    """Return the encoder under whose id the snapshot of an encoder's space is kept; itself, if it is
+    not registered."""
     sql = "SELECT encoder_id FROM encoders WHERE id = ?"
     row = db.execute(sql, owner_of(db, encoder_id)[:1]).fetchone()
     return str(row[0]) if row else encoder_id
+
+
+def space_name(db: Connection, encoder_id: str) -> str:
+    """See Catalog.vector_space."""
+    sql = "SELECT space_id FROM encoders WHERE encoder_id = ?"
+    row = db.execute(sql, (encoder_id,)).fetchone()
+    return str(row[0]) if row and row[0] else encoder_id
+
+
+def refused(db: Connection, encoder_id: str) -> int:
+    """See Catalog.refused_pictures."""
+    sql = (
+        "SELECT count(DISTINCT num) FROM skipped JOIN places USING (path) WHERE reason = 'no-vector'"
+        " AND NOT EXISTS (SELECT 1 FROM vectors WHERE encoder = ? AND vectors.num = places.num)"
+    )
+    return int(db.execute(sql, owner_of(db, encoder_id)[:1]).fetchone()[0])
 
 
 def register(

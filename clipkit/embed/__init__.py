@@ -18,6 +18,7 @@ from clipkit.embed.pictures import (
     Unreadable,
     ahead,
     encode_pictures,
+    give_back_large_blocks,
     in_order,
 )
 from clipkit.embed.run import Progress, Summary, index_folders
@@ -34,6 +35,7 @@ __all__ = [
     "ahead",
     "distinct_roots",
     "encode_pictures",
+    "give_back_large_blocks",
     "in_order",
     "index_folders",
     "walk",

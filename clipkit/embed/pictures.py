@@ -38,7 +38,8 @@ DECODED_MEGAPIXELS = 40.0
 
 
 class Budget:
-    """Admits work while its costs together stay within `limit`; when nothing runs, any one work.
+    """Admits work while its costs together stay within `limit`; when nothing runs, any one work. Who
+    came first is admitted first, so that large work is not kept waiting by small.
 
     A thread that holds a share of two budgets must always take them in the same order.
     """
@@ -47,6 +48,7 @@ class Budget:
         self._limit = limit
         self._used = 0
         self._freed = threading.Condition()
+        self._turn = threading.Lock()  # of the one who waits for room
 
     @contextmanager
     def share(self) -> Iterator[Callable[[int], None]]:
@@ -56,7 +58,7 @@ class Budget:
 
         def take(cost: int) -> None:
             nonlocal taken
-            with self._freed:
+            with self._turn, self._freed:
                 self._freed.wait_for(lambda: not self._used or self._used + cost <= self._limit)
                 self._used += cost
                 taken += cost
@@ -69,7 +71,7 @@ class Budget:
                 self._freed.notify_all()
 
 
-def _give_back_large_blocks() -> None:
+def give_back_large_blocks() -> None:
     """Let glibc return every freed block of 8 MB and more to the system, for the whole process.
 
     By default it keeps blocks of up to 32 MB, as a decoded picture's are, for the thread that freed
@@ -222,7 +224,7 @@ def encode_pictures(
                 yield Encoded(pictures, (encode or towers().encode_images)(pixels))
             waiting = copies  # stored by now, or refused by the caller and encoded again
 
-    _give_back_large_blocks()
+    give_back_large_blocks()
     workers = workers or max(2, os.cpu_count() or 1)
     bound = 4 * workers + (batch_size or 32)
     waiting: list[Prepared[Item, Extra]] = []

@@ -33,7 +33,7 @@ from clipkit.embed.pictures import (
 from clipkit.embed.streams import Spool, side_by_side
 from clipkit.embed.walk import Folder, FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ClipkitError, ImageError, ModelError
-from clipkit.index_models import register, space_of
+from clipkit.index_models import is_complete, register, space_of
 from clipkit.lazy_encoder import Encoder
 from clipkit.records import FolderCaptions, Texts
 
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 COMMIT_SECONDS = 2.0
 THUMBNAIL_SIDE = 320
 SNAPSHOT_EVERY = 50_000  # new vectors after which a run asks whether a new snapshot is due
-MOST_REFUSED = 0.01  # of all pictures: a model that has no vector for more does not become active
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +238,7 @@ class _Run:
             without_vector = stats.pictures - stats.vectors
             if not stopped:
                 self.catalog.move_encoder(self.encoder_id, checkpoint.absolute(self.encoder.spec))
-                if self.activate and self._is_complete(stats.pictures, without_vector):
+                if self.activate and is_complete(self.catalog, self.encoder_id):
                     self.catalog.activate_encoder(self.encoder_id)
             self.catalog.commit()
             answers = self.catalog.active_encoder()
@@ -282,11 +281,6 @@ class _Run:
         if answers is None or answers.encoder_id == self.encoder_id:
             return self.encoder.spec
         return answers.spec
-
-    def _is_complete(self, pictures: int, without_vector: int) -> bool:
-        """Return whether the model may answer searches: it has the vectors of all pictures, but for a
-        few for which it gives none."""
-        return without_vector <= len(self.refused) <= MOST_REFUSED * pictures
 
     # ---- what is on the disk, and what of it needs work
 

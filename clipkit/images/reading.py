@@ -186,14 +186,18 @@ def thumbnail(picture_rgb: Image.Image, *, side: int = 320, quality: int = 75) -
 
 
 def encode_for_web(
-    data: bytes, *, max_side: int = 2048, limits: Limits = _LIMITS
+    data: bytes,
+    *,
+    max_side: int = 2048,
+    limits: Limits = _LIMITS,
+    admit: Callable[[int], None] | None = None,
 ) -> tuple[bytes, str]:
     """Return (bytes, MIME type) of a picture that any browser shows, longest side at most `max_side`.
 
     Always encoded from pixels: no EXIF (which holds the location), no comments, no trailing data.
-    Raises ImageError as `decode` does.
+    `admit` is that of `decode`. Raises ImageError as `decode` does.
     """
-    picture = _decode(data, limits, lambda size: _fit(size, max_side))
+    picture = _decode(data, limits, lambda size: _fit(size, max_side), admit)
     # Full colour resolution unless a JPEG halved it already: text and drawings would smear.
     subsampling = 2 if picture.format == "JPEG" else 0
     rgb, size = picture.rgb, _fit(picture.rgb.size, max_side)
@@ -422,7 +426,7 @@ def upright_rgb(image: ImageFile.ImageFile, orientation: int) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     if rgba.getchannel("A").getextrema() == (255, 255):
         return rgba.convert("RGB")
     white = Image.new("RGB", rgba.size, _WHITE)

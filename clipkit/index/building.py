@@ -114,7 +114,7 @@ def refresh_snapshot(
             manifest = build_snapshot(
                 folder / name,
                 reader.vector_chunks(encoder_id, rows=_CHUNK),
-                encoder_id=reader.vector_owner(encoder_id),
+                encoder_id=reader.vector_space(encoder_id),
                 dim=next(row.dim for row in reader.encoders() if row.encoder_id == encoder_id),
                 total=len(reader.live_nums(encoder_id)),
                 stop=stop,
@@ -142,11 +142,12 @@ def refresh_snapshot(
 def _checked(catalog: Catalog, encoder_id: str, pointer: SnapshotPointer) -> tuple[Path, Manifest]:
     """Return the folder and the manifest of the snapshot that `pointer` names, after cheap checks."""
     folder = catalog.folder / "snapshots" / pointer.name
-    manifest, owner = check_cheaply(folder), catalog.vector_owner(encoder_id)
-    if (manifest.encoder_id, manifest.last_seq) != (owner, pointer.last_seq):
+    manifest, space = check_cheaply(folder), catalog.vector_space(encoder_id)
+    # by encoder_id: built before an indexing run told the space
+    if manifest.encoder_id not in (space, encoder_id) or manifest.last_seq != pointer.last_seq:
         raise IndexDamaged(
-            f"{folder} holds vectors of encoder {manifest.encoder_id} up to seq "
-            f"{manifest.last_seq}; the catalog says {owner} and {pointer.last_seq}"
+            f"{folder} holds vectors of {manifest.encoder_id} up to seq {manifest.last_seq}; "
+            f"the catalog says {space} and {pointer.last_seq}"
         )
     return folder, manifest
 

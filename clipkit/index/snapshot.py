@@ -78,7 +78,7 @@ class Manifest:
     kind: str
     dim: int
     size: int
-    encoder_id: str
+    encoder_id: str  # in an index, the space_id of the model
     last_seq: int
     settings: Mapping[str, Any]  # "margin" of the candidates, and the kind's own
     recall_at_10: (
