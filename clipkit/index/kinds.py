@@ -48,7 +48,10 @@ def threads(count: int | None) -> Iterator[None]:
     (OpenMP 5.2, section 2.2), so concurrent searches do not disturb each other.
     """
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(before if count is None else count)
+    if count in (None, before):  # each setting waits for the interpreter's lock
+        yield
+        return
+    faiss.omp_set_num_threads(count)
     try:
         yield
     finally:
