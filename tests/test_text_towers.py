@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
 from conftest import TINY, WORDS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clipkit import towers
-from clipkit.text_towers import open_text_tower
+from clipkit.text_towers import erf, fixed, open_text_tower
 
 TEXTS = [*WORDS, "", "a  photo of\n the red house", "unknown words &amp; more", "red blue " * 40]
 
@@ -50,3 +54,21 @@ def test_it_needs_no_torch(tiny_checkpoint: Callable[..., Path]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_error_function_is_that_of_the_standard_library() -> None:
+    x = np.linspace(-7, 7, 20_001, dtype=np.float32)
+    expected = [math.erf(value) for value in x.tolist()]
+    np.testing.assert_allclose(erf(x), expected, atol=2e-7)
+
+
+@given(st.text(st.characters(codec="ascii")) | st.text())
+def test_texts_are_repaired_as_by_ftfy(text: str) -> None:
+    assert fixed(text) == ftfy.fix_text(text)
+
+
+def test_a_plain_text_does_not_wait_for_ftfy() -> None:
+    code = "import sys; from clipkit.text_towers import fixed; fixed('a (red) car, 5 % <b>');"
+    code += "print('ftfy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

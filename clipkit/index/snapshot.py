@@ -239,8 +239,8 @@ class Snapshot:
                     return self._exactly(query, k, mask)
                 settings = {**settings, "nprobe": self.size}  # every list
                 continue
-            first = rows[: 2 * k + 64]
-            scores = self._rows.scores(query, np.sort(first))
+            first = np.sort(rows[: 2 * k + 64])
+            scores = self._rows.scores(query, first)
             kth = np.partition(scores, len(scores) - k)[len(scores) - k]
             enough = int(np.searchsorted(-estimates, settings["margin"] - kth, side="right"))
             if enough < len(rows) or len(rows) < depth or depth == limit:
@@ -248,8 +248,9 @@ class Snapshot:
             depth *= 8
         if enough == len(rows) == limit < count <= _MOST * 4 and k <= _SURE_K:
             return self._exactly(query, k, mask)
-        rows = np.sort(rows[: max(enough, len(first))])
-        return best(self.ids, rows, self._rows.scores(query, rows), k)
+        others = np.sort(rows[len(first) : enough])
+        scores = np.concatenate([scores, self._rows.scores(query, others)])
+        return best(self.ids, np.concatenate([first, others]), scores, k)
 
     def _settings(self, count: int, *, filtered: bool) -> Mapping[str, Any]:
         """Return the settings for a search in `count` allowed rows.
