@@ -79,7 +79,7 @@ def cosines(vectors: Floats, query: Floats, out: Floats) -> None:
 
 
 def best(ids: Ids, rows: Ids, scores: Floats, k: int) -> Hits:
-    """Return the k best of `rows`, in any order and with these scores, by (-score, id); ids are sorted."""
+    """Return the k best of `rows`, in any order, with these scores, by (-score, id); ids are sorted."""
     if k < len(scores):  # keep everything that ties with rank k, then sort only that
         enough = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
         scores, rows = scores[enough], rows[enough]
