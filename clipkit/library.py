@@ -14,12 +14,12 @@ import base64
 import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Self, overload
 
-from clipkit import checkpoint, images, models
+from clipkit import checkpoint, models
 from clipkit.catalog import Catalog, EncoderRow, PictureRow
 from clipkit.errors import ClipkitError, ImageError, InputError
 from clipkit.index_models import IndexModel, drop_model, models_of, space_of, use_model
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from PIL import Image
 
+    from clipkit import images
     from clipkit.embed import Progress, Summary
 
 AnyPath = str | os.PathLike[str]
@@ -86,39 +87,37 @@ def open_encoder(
     `model` is that one at a new place, the index notes the place. Raises ModelError if there is no
     `model` of this name, and IndexDamaged.
     """
-    rows: list[tuple[EncoderRow, int]] = []  # each model of the index, and how many vectors it has
-    active = None
-    if _is_index(folder):
-        with Catalog.open(folder) as catalog:
-            active = catalog.active_encoder()
-            rows = [(r, catalog.stats(r.encoder_id).vectors) for r in catalog.encoders()]
-    if model is None:
-        spec, gone = active.spec if active else "builtin", None
-        if active and models.is_gone(spec):
-            identity = checkpoint.Identity(active.encoder_id, space_of(active))
-            gone = identity, _gone(folder, active, rows)
-        return LazyEncoder(spec, device=device, precision=precision, gone=gone)
+    with Catalog.open(folder) if _is_index(folder) else nullcontext() as catalog:
+        active = catalog.active_encoder() if catalog else None
+        rows = catalog.encoders() if catalog else []
+        if model is None:
+            spec, gone = active.spec if active else "builtin", None
+            if catalog and active and models.is_gone(spec):
+                identity = checkpoint.Identity(active.encoder_id, space_of(active))
+                gone = identity, _gone(catalog, active)
+            return LazyEncoder(spec, device=device, precision=precision, gone=gone)
     models.check(model)
     encoder = LazyEncoder(model, device=device, precision=precision)
-    if any(row.encoder_id == encoder.known_id and models.is_gone(row.spec) for row, _ in rows):
+    if any(row.encoder_id == encoder.known_id and models.is_gone(row.spec) for row in rows):
         # An index that cannot be written now is searched all the same.
         with suppress(ClipkitError), Catalog.open(folder, write=True) as catalog:
             catalog.move_encoder(encoder.encoder_id, checkpoint.absolute(model))
     return encoder
 
 
-def _gone(folder: Path, active: EncoderRow, rows: Sequence[tuple[EncoderRow, int]]) -> str:
+def _gone(catalog: Catalog, active: EncoderRow) -> str:
     """Say that the index's own model is not in its place, and what helps."""
     place = f"{active.spec}, which is not there any more"
     if not os.path.isabs(active.spec.partition(":")[2] or active.spec):
         place = f"{active.spec}, a path from the folder in which that was done; run clipkit there"
-    others = [f"{r.spec} ({n:,} pictures)" for r, n in rows if n and not models.is_gone(r.spec)]
+    counts = [(row.spec, catalog.stats(row.encoder_id).vectors) for row in catalog.encoders()]
+    others = [f"{spec} ({n:,} pictures)" for spec, n in counts if n and not models.is_gone(spec)]
     remedy = "index the pictures with another one: clipkit index FOLDER --model builtin"
     if others:
         remedy = f"search with another model that has encoded pictures here: --model {others[-1]}"
     return (
-        f"the pictures in the index at {folder} were encoded with {place}; if the model has moved, "
-        f"name its new place with --model PATH; or {remedy}"
+        f"the pictures in the index at {catalog.folder} were encoded with {place}; if the model "
+        f"has moved, name its new place with --model PATH; or {remedy}"
     )
 
 
@@ -490,6 +489,8 @@ def _thumbnail(catalog: Catalog, picture: PictureRow) -> bytes | None:
     """Return the catalog's thumbnail (JPEG), or make it from the file if its content is the same."""
     if (data := catalog.thumbnail(picture.image_id)) is not None:
         return data
+    from clipkit import images
+
     try:
         content = images.read_bytes(Path(picture.path))
         if images.image_id(content) != picture.image_id:

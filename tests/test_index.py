@@ -463,3 +463,26 @@ def test_concurrent_searches_agree(kind: str, ids: Ids, indexes: Any, queries: F
         for one, two in zip(serial, pool.map(ask, range(120)), strict=True):
             for (a, s), (b, t) in zip(one, two, strict=True):
                 assert np.array_equal(a, b) and np.array_equal(s, t)
+
+
+def test_joined_indexes_search_as_one_built_of_their_vectors() -> None:
+    random = np.random.default_rng(0)
+    vectors = random.standard_normal((90, 16), dtype=np.float32)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    older = random.permutation(60)  # ids 0..59, of which 45..59 are in both
+    newer = random.permutation(np.arange(45, 75))
+    joined = VectorIndex.joined(
+        VectorIndex.build(older, vectors[:60]), VectorIndex.build(newer, vectors[60:])
+    )
+    of_id = dict(zip(older.tolist(), range(60), strict=True))
+    of_id |= dict(zip(newer.tolist(), range(60, 90), strict=True))
+    ids = np.arange(75)
+    whole = VectorIndex.build(ids, vectors[[of_id[num] for num in range(75)]])
+    np.testing.assert_array_equal(joined.vectors_of(ids), whole.vectors_of(ids))
+    queries = random.standard_normal((5, 16), dtype=np.float32)
+    for (found, scores), (expected, its_scores) in zip(
+        joined.search(queries, 75), whole.search(queries, 75), strict=True
+    ):
+        assert found.tolist() == expected.tolist()
+        np.testing.assert_array_equal(scores, its_scores)
+    assert joined.kind == "exact" and joined.measured.bytes == whole.measured.bytes

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -328,12 +329,17 @@ def test_what_is_new_costs_its_own_size(
     refresh_snapshot(writer.catalog, "fake-1", force=True)
     state = follow(catalog, "fake-1")
     built: list[int] = []
-    build = VectorIndex.build
-    monkeypatch.setattr(
-        VectorIndex,
-        "build",
-        lambda nums, rows, **o: built.append(len(nums)) or build(nums, rows, **o),
-    )
+
+    def counted(make: Callable[..., VectorIndex]) -> Callable[..., VectorIndex]:
+        def made(*args: object, **options: object) -> VectorIndex:
+            index = make(*args, **options)
+            built.append(index.size)
+            return index
+
+        return made
+
+    monkeypatch.setattr(VectorIndex, "build", counted(VectorIndex.build))
+    monkeypatch.setattr(VectorIndex, "joined", counted(VectorIndex.joined))
     monkeypatch.setattr(catalog, "live_nums", None)
     for number in range(8):
         writer.add(f"new{number}", [1, 0, 0, 0], commit=False)

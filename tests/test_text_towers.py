@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ftfy
 import numpy as np
 import pytest
 from conftest import TINY, WORDS
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clipkit import text_towers, towers
-from clipkit.text_towers import open_text_tower
+from clipkit import towers
+from clipkit.text_towers import erf, fixed, open_text_tower
 
 TEXTS = [*WORDS, "", "a  photo of\n the red house", "unknown words &amp; more", "red blue " * 40]
 
@@ -30,15 +33,6 @@ def test_it_equals_the_towers(
     expected = towers.load(folder, device="cpu", precision=precision).encode_texts(TEXTS)
     np.testing.assert_allclose(rows, expected, atol=2e-6)
     assert tower.encode_texts([]).shape == (0, tower.dim)
-
-
-def test_its_error_function_is_exact_to_float32() -> None:
-    x = np.linspace(-6, 6, 10_001, dtype=np.float32)
-    expected = [math.erf(value) for value in x.tolist()]
-    np.testing.assert_allclose(
-        text_towers._erf(x), expected, atol=6e-7
-    )  # 1.5e-7 and some roundings
-    assert text_towers._erf(x).dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", sorted(set(TINY) - {"timm-hf"}))
@@ -60,3 +54,21 @@ def test_it_needs_no_torch(tiny_checkpoint: Callable[..., Path]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_error_function_is_that_of_the_standard_library() -> None:
+    x = np.linspace(-7, 7, 20_001, dtype=np.float32)
+    expected = [math.erf(value) for value in x.tolist()]
+    np.testing.assert_allclose(erf(x), expected, atol=2e-7)
+
+
+@given(st.text(st.characters(codec="ascii")) | st.text())
+def test_texts_are_repaired_as_by_ftfy(text: str) -> None:
+    assert fixed(text) == ftfy.fix_text(text)
+
+
+def test_a_plain_text_does_not_wait_for_ftfy() -> None:
+    code = "import sys; from clipkit.text_towers import fixed; fixed('a (red) car, 5 % <b>');"
+    code += "print('ftfy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

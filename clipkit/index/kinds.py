@@ -82,11 +82,11 @@ def cosines(vectors: Floats, query: Floats, out: Floats) -> None:
 
 
 def best(ids: Ids, rows: Ids, scores: Floats, k: int) -> Hits:
-    """Return the k best of `rows`, which have these scores, by (-score, id); ids are sorted."""
+    """Return the k best of `rows`, in any order, with these scores, by (-score, id); ids are sorted."""
     if k < len(scores):  # keep everything that ties with rank k, then sort only that
         enough = scores >= np.partition(scores, len(scores) - k)[len(scores) - k]
         scores, rows = scores[enough], rows[enough]
-    order = np.lexsort((rows, -scores))[:k]  # rows are sorted by id: row order is id order
+    order = np.lexsort((rows, -scores))[:k]  # row order is id order
     return ids[rows[order]], scores[order]
 
 

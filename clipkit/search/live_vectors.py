@@ -291,8 +291,6 @@ def _merge(parts: list[Part], *, first: bool) -> None:
         older, newer = parts[-2:]
         if 2 * len(newer.ids) < len(older.ids) or len(newer.ids) + len(older.ids) > MERGED:
             return
-        only_old = (older.ids - newer.ids).nums
-        nums = np.concatenate([only_old, newer.ids.nums])
-        rows = [older.index.vectors_of(only_old), newer.index.vectors_of(newer.ids.nums)]
-        # the parts' codes are half precision already: nothing is lost
-        parts[-2:] = [_exact(nums, np.concatenate(rows).astype(np.float16))]
+        assert isinstance(older.index, VectorIndex) and isinstance(newer.index, VectorIndex)
+        ids = older.ids | newer.ids
+        parts[-2:] = [Part(VectorIndex.joined(older.index, newer.index), ids, ids)]

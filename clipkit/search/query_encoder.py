@@ -11,16 +11,19 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
-from clipkit import checkpoint, images, models
+from clipkit import checkpoint, models
 from clipkit.arrays import Float32
 from clipkit.errors import EncoderMismatch, ImageError, ModelError, QueryError
 from clipkit.lazy_encoder import Encoder
 from clipkit.query import Query
 from clipkit.search.live_vectors import LiveVectors
+
+if TYPE_CHECKING:  # a search by words does not wait for Pillow
+    from PIL import Image
 
 EXCLUDED = 0.5  # how hard `-word` pushes, against 1 for a word
 CACHED_TEXTS = 512
@@ -119,6 +122,8 @@ class QueryEncoder:
                 f"example '+{path}' names a file, which cannot be read from here; "
                 "give the picture itself, or the image_id of one in the library"
             )
+        from clipkit import images
+
         try:
             return self._encode_image(images.read_bytes(Path(path).expanduser()), live)
         except ImageError as error:
@@ -127,6 +132,8 @@ class QueryEncoder:
     def _encode_image(self, image: Image.Image | bytes, live: LiveVectors) -> Float32:
         """Return a picture's unit vector (D,): the stored one if the library has the same bytes."""
         if isinstance(image, bytes):
+            from clipkit import images
+
             num = live.catalog.has_picture(images.image_id(image))
             if (vector := live.unit_vector(num)) is not None:
                 return vector

@@ -27,9 +27,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from clipkit import strength
 from clipkit.arrays import Float32
@@ -53,7 +53,10 @@ BUILTIN_IS_SMALL = (
     "The built-in model is small: the README names larger ones under Use other models."
 )
 
-Example = Image.Image | bytes | Float32  # RGB, a file's bytes, or a unit vector (D,)
+if TYPE_CHECKING:  # a search by words does not wait for Pillow
+    from PIL import Image
+
+    Example = Image.Image | bytes | Float32  # RGB, a file's bytes, or a unit vector (D,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +122,10 @@ class _Request:
 
     def fingerprint(self, encoder_id: str) -> str:
         """Return a text that is the same for all pages of a search, and for no other search."""
-        image: object = self.image
-        if image is not None:
-            data = image.tobytes() if isinstance(image, Image.Image | np.ndarray) else self.image
-            image = hashlib.blake2b(data, digest_size=16).hexdigest()  # type: ignore[arg-type]
+        image = None
+        if self.image is not None:
+            data = self.image if isinstance(self.image, bytes) else self.image.tobytes()
+            image = hashlib.blake2b(data, digest_size=16).hexdigest()
         filters = self.filters or Filters()
         return cursors.fingerprint(self.query, filters, self.like, image, encoder_id)
 

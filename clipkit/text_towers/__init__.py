@@ -32,6 +32,25 @@ from clipkit.errors import ModelError
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 
+# erf(x) = x P(x^2) / Q(x^2) for |x| <= 4, within 2e-7: Eigen's and XLA's rational approximation for
+# float32, highest power first. SciPy's takes longer to import than a search.
+_ERF_P = (
+    -2.72614225801306e-10,
+    2.77068142495902e-08,
+    -2.10102402082508e-06,
+    -5.69250639462346e-05,
+    -7.34990630326855e-04,
+    -2.95459980854025e-03,
+    -1.60960333262415e-02,
+)
+_ERF_Q = (
+    -1.45660718464996e-05,
+    -2.13374055278905e-04,
+    -1.68282697438203e-03,
+    -7.37332916720468e-03,
+    -1.42647390514189e-02,
+)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextTower:
@@ -79,7 +98,8 @@ class TextTower:
         return np.asarray((scores @ value).transpose(1, 0, 2).reshape(length, width))
 
     def _linear(self, x: Float32, name: str) -> Float32:
-        return np.asarray(x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"])
+        # weights first: BLAS takes a third less time for few rows so than for x @ weights.T
+        return np.asarray((self.weights[f"{name}.weight"] @ x.T).T + self.weights[f"{name}.bias"])
 
     def _norm(self, x: Float32, name: str) -> Float32:
         x = x - x.mean(axis=-1, keepdims=True)
@@ -93,21 +113,15 @@ class TextTower:
         return np.asarray(w["proj.2.weight"] @ _gelu(w["proj.0.weight"] @ pooled))
 
 
+def erf(x: Float32) -> Float32:
+    """Return the error function, elementwise."""
+    x = np.clip(x, -4, 4)
+    square = x * x
+    return np.asarray(x * np.polyval(_ERF_P, square) / np.polyval(_ERF_Q, square), np.float32)
+
+
 def _gelu(x: Float32) -> Float32:
-    return np.asarray(x * (1 + _erf(x * np.float32(math.sqrt(0.5)))) / 2)
-
-
-def _erf(x: Float32) -> Float32:
-    """Return the error function to 6e-7: 1.5e-7 by the formula, the rest rounding.
-
-    numpy has none, and importing SciPy's takes 0.2 s. Source: Abramowitz and Stegun 1964, 7.1.26.
-    """
-    size = np.abs(x)
-    t = 1 / (1 + np.float32(0.3275911) * size)
-    tail = np.zeros_like(t)
-    for factor in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
-        tail = (tail + np.float32(factor)) * t
-    return np.asarray(np.copysign(1 - tail * np.exp(-size * size), x))
+    return np.asarray(x * (1 + erf(x * np.float32(0.5**0.5))) / 2)
 
 
 def open_text_tower(spec: str) -> TextTower | None:
@@ -150,7 +164,6 @@ def _is_plain(text: Mapping[str, Any]) -> bool:
 
 
 def _tokenizer(file: Path, context_length: int) -> Callable[[str], Sequence[int]]:
-    import ftfy
     from tokenizers import Tokenizer
 
     try:
@@ -164,10 +177,19 @@ def _tokenizer(file: Path, context_length: int) -> Callable[[str], Sequence[int]
 
     def tokenize(text: str) -> Sequence[int]:
         # open_clip/tokenizer.py, clean="whitespace"
-        clean = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+        clean = html.unescape(html.unescape(fixed(text))).strip()
         return list(tokenizer.encode(re.sub(r"\s+", " ", clean).strip()).ids)
 
     return tokenize
+
+
+def fixed(text: str) -> str:
+    """Return ftfy.fix_text(text), which leaves plain ASCII as it is; importing ftfy takes 45 ms."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text
+    import ftfy
+
+    return ftfy.fix_text(text)
 
 
 FEWEST_PIECES = 1_000  # of a script in a vocabulary that was made for a language in it
