@@ -502,7 +502,7 @@ class Catalog:
     def image_ids(self, nums: Iterable[int]) -> dict[int, str]:
         """Return the image_ids of these pictures, by num; unknown ones are left out."""
         sql = "SELECT num, image_id FROM pictures WHERE num IN (SELECT value FROM json_each(?))"
-        with self._reading() as db:
+        with self._reading(statements=1) as db:
             return dict(db.execute(sql, (json.dumps([int(num) for num in nums]),)))
 
     def row(self, image_id: str) -> PictureRow | None:
@@ -584,7 +584,7 @@ class Catalog:
 
     def skips(self) -> dict[str, int]:
         """Count the files that could not be indexed, by reason."""
-        with self._store.connection() as db:
+        with self._store.connection(statements=1) as db:
             return dict(db.execute("SELECT reason, count(*) FROM skipped GROUP BY reason"))
 
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:

@@ -186,8 +186,8 @@
 
   // Add the cards of the next page, without those that the page has: the library may have changed.
   const join = (root, next) => {
-    const grid = $(".grid", root);
-    const known = new Set($$(".hit", grid).map((card) => card.dataset.id));
+    const grid = $(".grids", root).lastElementChild;
+    const known = new Set($$(".hit", root).map((card) => card.dataset.id));
     const tiles = $$(".grid > li", next).filter((tile) => !known.has(tile.dataset.id));
     if (tiles[0]?.matches(".divider") && grid.lastElementChild.matches(".weak")) tiles.shift();
     if (tiles.length) $(".shown", root).textContent = $(".shown", next).textContent;
@@ -195,6 +195,53 @@
     $(".more", root).replaceWith(...$$(".more", next));
     return tiles;
   };
+
+  // Cut the last grid of each into grids of whole rows, with some BLOCK cards each, except the last, which grows. The
+  // browser does not lay out those that are out of view (clipkit.css), so it needs their heights.
+  const BLOCK = 120;
+  const cut = () => {
+    for (const grids of $$("#results .grids")) {
+      const grid = grids.lastElementChild;
+      const tiles = [...grid.children];
+      if (tiles.length <= BLOCK) continue;
+      const tops = tiles.map((tile) => tile.offsetTop);
+      const starts = [0];
+      for (const [at, top] of tops.entries()) if (at - starts.at(-1) >= BLOCK && top > tops[at - 1]) starts.push(at);
+      const gap = parseFloat(getComputedStyle(grid).rowGap);
+      const focused = document.activeElement;
+      let last = grid;
+      for (const [number, start] of starts.slice(1).entries()) {
+        last.style.containIntrinsicHeight = `auto ${tops[start] - tops[starts[number]] - gap}px`;
+        const next = document.createElement("ol");
+        next.className = "grid";
+        next.append(...tiles.slice(start, starts[number + 2]));
+        grids.append(next);
+        last = next;
+      }
+      if (focused !== document.activeElement) focused.focus({ preventScroll: true }); // a card that was moved
+    }
+  };
+
+  // In another width the rows are other ones.
+  let width = innerWidth;
+  const cut_again = () => {
+    if (innerWidth === width) return;
+    width = innerWidth;
+    for (const grids of $$("#results .grids")) {
+      const [first, ...rest] = grids.children;
+      if (!rest.length) continue;
+      const seen = cards().find((card) => card.getBoundingClientRect().bottom > innerHeight / 3);
+      first.append(...rest.flatMap((grid) => [...grid.children]));
+      for (const grid of rest) grid.remove();
+      cut();
+      seen?.scrollIntoView({ block: "center", behavior: "instant" });
+    }
+  };
+  let resizing = 0;
+  addEventListener("resize", () => {
+    clearTimeout(resizing);
+    resizing = setTimeout(cut_again, 200);
+  });
 
   // Ask for the first k cards, or one page of them.
   const fetch_results = async (question, k) => {
@@ -243,8 +290,8 @@
     $("#results .answers").replaceChildren(root);
     document.body.dataset.view = root.dataset.view;
     delete document.body.dataset.busy;
-    land();
     tend();
+    land();
     // The status line is drawn anew once it is out of date: the first search loads the model.
     const status = $("#status .status")?.dataset;
     const { model, pictures } = root.dataset;
@@ -252,6 +299,7 @@
   };
 
   const tend = () => {
+    cut();
     rove();
     viewer.draw_selection();
     watch_end();
@@ -428,38 +476,39 @@
 
   const focused_card = () => document.activeElement?.closest("#results .hit");
 
-  // A grid is one stop of the Tab key: its active card with the buttons on it. The arrow keys go from card to card.
+  // Grids in a row are one stop of the Tab key: their active card with the buttons on it. The arrow keys go from card to card.
+  const active = new WeakMap(); // .grids -> card
   const rove = () => {
-    for (const grid of $$("#results .grid")) if ($(".hit", grid) && !$("[tabindex='0']", grid)) activate($(".hit", grid));
+    for (const grids of $$("#results .grids")) if (!active.has(grids) && $(".hit", grids)) activate($(".hit", grids));
   };
   const activate = (card) => {
-    for (const button of $$("[tabindex='0']", card.parentElement)) button.tabIndex = -1;
+    const grids = card.closest(".grids");
+    for (const button of $$("button", active.get(grids) || card)) button.tabIndex = -1;
     for (const button of $$("button", card)) button.tabIndex = 0;
+    active.set(grids, card);
   };
   addEventListener("focusin", () => focused_card() && activate(focused_card()));
 
   const walk = (key) => {
-    const all = $$("#results .hit .open");
-    const at = all.indexOf($(".open", focused_card() || document.createElement("i")));
+    const all = cards();
+    const at = all.indexOf(focused_card());
     if (at < 0) return false;
-    let to = at + (key === "ArrowRight" ? 1 : key === "ArrowLeft" ? -1 : 0);
+    const sign = key === "ArrowRight" || key === "ArrowDown" ? 1 : -1;
+    let to = at + sign;
     if (key === "ArrowDown" || key === "ArrowUp") {
-      const from = all[at].getBoundingClientRect();
-      const middle = from.left + from.width / 2;
-      const sign = key === "ArrowDown" ? 1 : -1;
-      const ahead = all
-        .map((element, position) => [element.getBoundingClientRect(), position])
-        .filter(([box]) => sign * (box.top - from.top) > 10);
-      if (!ahead.length) {
-        if (key === "ArrowUp") $("#ask [name=words]").focus();
-        return true;
+      const place = (card) => $(".open", card).getBoundingClientRect();
+      const middle = ({ left, width }) => left + width / 2;
+      const from = place(all[at]);
+      const off = (card) => Math.abs(middle(place(card)) - middle(from));
+      const away = (position) => sign * (place(all[position]).top - from.top); // rows above or below: no other is measured
+      while (all[to] && away(to) <= 10) to += sign;
+      if (!all[to] && key === "ArrowUp") $("#ask [name=words]").focus();
+      const row = all[to] ? away(to) : 0;
+      for (let next = to; all[next] && Math.abs(away(next) - row) < 10; next += sign) {
+        if (off(all[next]) < off(all[to])) to = next;
       }
-      const row = Math.min(...ahead.map(([box]) => sign * box.top)) * sign;
-      to = ahead
-        .filter(([box]) => Math.abs(box.top - row) < 10)
-        .sort(([a], [b]) => Math.abs(a.left + a.width / 2 - middle) - Math.abs(b.left + b.width / 2 - middle))[0][1];
     }
-    all[to]?.focus();
+    if (all[to]) $(".open", all[to]).focus();
     return true;
   };
 
@@ -579,8 +628,10 @@
     typing,
     unanswered,
     // Called when the search form is on the page; `fire` sends an event to Python.
-    attach(element, fire) {
+    async attach(element, fire) {
       trigger = (name, data) => first_status().then(() => fire(name, data));
+      // On a busy machine Gradio calls this before the parts of the page that come later are there.
+      while (!["#status", "#filters", "#classified", "#results .answers"].every((part) => $(part))) await sleep(20);
       themed();
       viewer.attach();
       new MutationObserver(take_classified).observe($("#classified"), { childList: true, subtree: true });

@@ -153,7 +153,7 @@ const clipkit_viewer = ({ $, $$, cards, more, can_load_more, similar_to, notice,
       await more();
       if (!dialog().open || item().id !== id) return;
       const known = new Set(items.map((known) => known.id));
-      items.push(...cards().map(item_of).filter((loaded) => !known.has(loaded.id)));
+      items.push(...cards().filter((card) => !known.has(card.dataset.id)).map(item_of));
     }
     if (!items[at + by]) return draw_position();
     at += by;
@@ -285,7 +285,8 @@ const clipkit_viewer = ({ $, $$, cards, more, can_load_more, similar_to, notice,
   const draw_selection = () => {
     document.body.toggleAttribute("data-choosing", choosing);
     for (const box of $$("#results [role=checkbox]")) {
-      box.setAttribute("aria-checked", String(selected.has(box.closest(".hit").dataset.id)));
+      const checked = String(selected.has(box.closest(".hit").dataset.id));
+      if (box.ariaChecked !== checked) box.ariaChecked = checked; // thousands of others stay as they are
     }
     const bar = $("#selection");
     bar.hidden = !choosing;
