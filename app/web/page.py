@@ -225,8 +225,8 @@ def build(page: Page) -> gr.Blocks:
             """Return the timer: active while something changes by itself.
 
             Call it before the page is drawn: a run that ends in between is then drawn as ended by
-            one more tick, instead of as running for good. Whatever draws the status sets the timer,
-            since a slow answer may arrive after the last tick.
+            one more tick, instead of as running for good. Whatever draws the status or the run sets the
+            timer, since a slow answer may arrive after the last tick.
             """
             run = workspace.run
             fading = run is not None and not run.to_read  # in progress, or shown for a minute
@@ -252,11 +252,13 @@ def build(page: Page) -> gr.Blocks:
             timer = next_timer()
             return refused, page.run(), page.status(), timer
 
-        def on_stop() -> str:
-            return page.change_run(workspace.stop)
+        def on_stop() -> tuple[Any, ...]:
+            timer = next_timer()
+            return page.change_run(workspace.stop), timer
 
-        def on_dismiss() -> str:
-            return page.change_run(workspace.dismiss)
+        def on_dismiss() -> tuple[Any, ...]:
+            timer = next_timer()
+            return page.change_run(workspace.dismiss), timer
 
         def on_tick() -> tuple[Any, ...]:
             timer = next_timer()
@@ -274,8 +276,8 @@ def build(page: Page) -> gr.Blocks:
             **quiet,
         )
         ask.index(on_index, None, [refusal, run, status, timer], **quiet)
-        ask.stop(on_stop, None, [run], **quiet)
-        ask.dismiss(on_dismiss, None, [run], **quiet)
+        ask.stop(on_stop, None, [run, timer], **quiet)
+        ask.dismiss(on_dismiss, None, [run, timer], **quiet)
         ask.refresh(on_tick, None, [status, filters, run, timer], **quiet)
         timer.tick(on_tick, None, [status, filters, run, timer], **quiet)
     blocks.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
