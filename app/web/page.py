@@ -238,14 +238,17 @@ def build(page: Page) -> gr.Blocks:
             )
 
         def on_evaluate(event: gr.EventData, request: gr.Request) -> tuple[Any, ...]:
-            timer, data = next_timer(), _data(event)
+            data = _data(event)
             client = request.client.host if request.client else ""
             if not turns.begin(client):
-                return *page.sort(data, error=TURNS_TAKEN), page.run(), timer
-            try:
-                return *page.sort(data), page.run(), timer
-            finally:
-                turns.end(client)
+                drawn = page.sort(data, error=TURNS_TAKEN)
+            else:
+                try:
+                    drawn = page.sort(data)
+                finally:
+                    turns.end(client)
+            timer = next_timer()
+            return *drawn, page.run(), timer
 
         def on_index(event: gr.EventData) -> tuple[Any, ...]:
             refused = page.index(_data(event))
@@ -265,7 +268,10 @@ def build(page: Page) -> gr.Blocks:
             return *page.tick(), timer
 
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        blocks.load(on_tick, None, [status, filters, run, timer], **quiet)
+        # One after the other: an answer that was drawn before another one must not arrive after it, or
+        # the page would show a run that has ended as running, and stop the timer of one that goes on.
+        ordered: dict[str, Any] = {**quiet, "concurrency_id": "page", "concurrency_limit": 1}
+        blocks.load(on_tick, None, [status, filters, run, timer], **ordered)
         # No limit of Gradio's: Workspace.classifying refuses at once what would fill the queue.
         ask.evaluate(
             on_evaluate,
@@ -275,11 +281,11 @@ def build(page: Page) -> gr.Blocks:
             concurrency_limit=None,
             **quiet,
         )
-        ask.index(on_index, None, [refusal, run, status, timer], **quiet)
-        ask.stop(on_stop, None, [run, timer], **quiet)
-        ask.dismiss(on_dismiss, None, [run, timer], **quiet)
-        ask.refresh(on_tick, None, [status, filters, run, timer], **quiet)
-        timer.tick(on_tick, None, [status, filters, run, timer], **quiet)
+        ask.index(on_index, None, [refusal, run, status, timer], **ordered)
+        ask.stop(on_stop, None, [run, timer], **ordered)
+        ask.dismiss(on_dismiss, None, [run, timer], **ordered)
+        ask.refresh(on_tick, None, [status, filters, run, timer], **ordered)
+        timer.tick(on_tick, None, [status, filters, run, timer], **ordered)
     blocks.queue(max_size=QUEUE, api_open=False, default_concurrency_limit=4)
     return blocks
 
