@@ -126,6 +126,109 @@ def test_hits_are_those_of_an_exact_search(
         assert [scored[i] for i in found] == scores.tolist()
 
 
+@pytest.mark.parametrize("k", [101, 400, 1000])
+def test_a_large_k_is_searched_until_its_candidates_are_certain(
+    k: int,
+    opened: dict[str, Snapshot],
+    exact: VectorIndex,
+    queries: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a larger library, the candidates are more than are looked at where k is larger still."""
+    monkeypatch.setattr(snapshot, "_MOST_DEEP", 512)
+    monkeypatch.setattr(snapshot, "_DEPTH_PER_HIT", 0)
+    hits, truth = opened["rabitq"].search(queries, k), exact.search(queries, k)
+    assert mean_recall(hits, truth) >= 0.999
+
+
+@pytest.mark.parametrize("share", [None, 2, 50])
+def test_a_floor_leaves_out_nothing_above_it_and_reads_less(
+    share: int | None,
+    opened: dict[str, Snapshot],
+    exact: VectorIndex,
+    queries: Any,
+    ids: Ids,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    some, read = opened["rabitq"], list[int]()
+    allowed = None if share is None else PictureSet(ids[::share])
+    scores = some._rows.scores
+    monkeypatch.setattr(
+        some._rows, "scores", lambda q, rows: (read.append(len(rows)), scores(q, rows))[1]
+    )
+    for query in queries:
+        ((true, cosines),) = exact.search(query[None], 40, allowed=allowed)
+        floor = float(cosines[4])
+        ((found, _),) = some.search(query[None], 40, allowed=allowed, floor=floor)
+        assert found[:5].tolist() == true[:5].tolist()
+    with_floor = sum(read)
+    read.clear()
+    some.search(queries, 40, allowed=allowed)
+    assert share == 50 or with_floor < 0.9 * sum(read)  # 240 allowed rows are all read in any case
+
+
+def test_one_search_at_a_time_is_spread_over_the_cores(
+    opened: dict[str, Snapshot], queries: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hits are the same; beside another search, one thread does all."""
+    monkeypatch.setattr(kinds.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(kinds, "searches", kinds.Searches())
+    by: set[str] = set()
+    alone, beside = [], []
+    meet = threading.Barrier(3)
+
+    def work(number: int) -> None:
+        by.add(threading.current_thread().name)
+        if number < 3:
+            meet.wait(20)
+
+    kinds.searches.spread(work, 4)  # each of the first three waits until all three have begun
+    assert len(by) == 3
+    for query in queries:
+        alone += opened["rabitq"].search(query[None], 20)
+    with kinds.searches.one(), kinds.searches.one():
+        by.clear()
+        kinds.searches.spread(lambda _: by.add(threading.current_thread().name), 4)
+        assert by == {threading.current_thread().name}
+        for query in queries:
+            beside += opened["rabitq"].search(query[None], 20)
+    for (a, s), (b, t) in zip(alone, beside, strict=True):
+        assert np.array_equal(a, b) and np.array_equal(s, t)
+
+
+def test_an_error_of_any_part_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds.os, "cpu_count", lambda: 2)
+
+    def work(number: int) -> None:
+        if number == 3:
+            raise ValueError("part 3")
+
+    for _ in range(50):
+        with pytest.raises(ValueError, match="part 3"):
+            kinds.Searches().spread(work, 4)
+
+
+def test_codes_in_one_structure_are_read_too(
+    ids: Ids,
+    rows: Rows,
+    opened: dict[str, Snapshot],
+    queries: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """As format version 2 has them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kinds, "PARTS", 1)
+        patch.setattr(snapshot, "FORMAT_VERSION", 2)
+        build(tmp_path / "1", ids, rows)
+    assert json.loads((tmp_path / "1" / "manifest.json").read_text())["format_version"] == 2
+    older = Snapshot.open(tmp_path / "1")
+    for (a, s), (b, t) in zip(
+        older.search(queries, 10), opened["rabitq"].search(queries, 10), strict=True
+    ):
+        assert np.array_equal(a, b) and np.array_equal(s, t)
+
+
 @APPROXIMATE
 def test_recall_is_measured_and_candidates_are_few(
     kind: str, opened: dict[str, Snapshot], monkeypatch: pytest.MonkeyPatch, queries: Any
@@ -229,12 +332,13 @@ def test_codes_that_miss_the_goal_are_not_used(
 ) -> None:
     """A kind that finds nothing but the first row: every query would lose nine of ten."""
 
-    def scan(_structure: Any, queries: Any, count: int, *_: Any) -> Any:
-        found = np.full((len(queries), count), -1)
-        found[:, 0] = 0
-        return found, np.zeros((len(queries), count), np.float32)
+    def scan(*_: Any) -> kinds.Scan:
+        return kinds.Scan(np.zeros(1, np.int64), np.zeros(1, np.float32), -np.inf)
 
-    fake = Kind(lambda *_: None, lambda *a: scan(*a)[0], ({"refine": 1},), scan)
+    def search(_structure: Any, queries: Any, count: int, *_: Any) -> Any:
+        return np.where(np.arange(count) == 0, 0, -1) + np.zeros((len(queries), 1), np.int64)
+
+    fake = Kind(lambda *_: [], search, ({"refine": 1},), scan)
     monkeypatch.setitem(KINDS, "fake", fake)
     with caplog.at_level(logging.WARNING):
         manifest = build(tmp_path / "1", np.arange(600), rows[:600], kind="fake")
@@ -298,7 +402,7 @@ def test_the_formats_are_open_and_nothing_else_is_left(saved: Path) -> None:
     )
     sizes = sum(path.stat().st_size for path in saved.iterdir() if path.name != "manifest.json")
     assert manifest.bytes == sizes
-    assert json.loads((saved / "manifest.json").read_text())["format_version"] == 2
+    assert json.loads((saved / "manifest.json").read_text())["format_version"] == 3
 
 
 def flips(saved: Path, count: int, seed: int) -> Iterator[Path]:
@@ -331,7 +435,9 @@ def test_any_flipped_byte_is_an_error_or_changes_nothing(
     expected = whole.search(queries, 10)
     given: list[Path] = []
     read = kinds.read_structure
-    monkeypatch.setattr(snapshot, "read_structure", lambda path: given.append(path) or read(path))
+    monkeypatch.setattr(
+        snapshot, "read_structure", lambda path, size: given.append(path) or read(path, size)
+    )
     for path in flips(saved, count, seed=count):
         given.clear()
         if path.name in LOADED:
@@ -388,10 +494,10 @@ def test_a_manifest_of_anything_else_is_damaged(text: str, tmp_path: Path) -> No
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize(("version", "words"), [(1, "an older format"), (3, "a format")])
+@pytest.mark.parametrize(("version", "words"), [(1, "an older format"), (4, "a format")])
 def test_another_format_version_is_refused(version: int, words: str, tmp_path: Path) -> None:
     write_facts(tmp_path, {"format_version": version, "files": {}})
-    with pytest.raises(IndexDamaged, match=rf"is of {words} \({version}; this clipkit reads 2\)"):
+    with pytest.raises(IndexDamaged, match=rf"is of {words} \({version}; this clipkit reads 3\)"):
         read_manifest(tmp_path)
 
 

@@ -21,7 +21,16 @@ from clipkit.catalog import Catalog, SnapshotPointer
 from clipkit.catalog.rows import StoredVectors
 from clipkit.errors import ClipkitError, IndexDamaged, InputError
 from clipkit.index.checked_files import FileWriter, write_facts, write_npy
-from clipkit.index.kinds import KINDS, Floats, Ids, Kind, selecting, threads, write_structure
+from clipkit.index.kinds import (
+    KINDS,
+    Floats,
+    Ids,
+    Kind,
+    Structure,
+    searches,
+    threads,
+    write_structure,
+)
 from clipkit.index.rows import RowsWriter, StoredRows
 from clipkit.index.snapshot import (
     CODES,
@@ -196,7 +205,8 @@ def build_snapshot(
         raise InputError(f"{folder} exists; snapshots are never overwritten; choose another name")
     started = time.perf_counter()
     watch = _Watch(stop, on_progress, total)
-    with threads(1), durable.whole_folder(folder) as temporary:
+    # searches.one: those that measure recall are never alone, so that one thread does all
+    with threads(1), searches.one(), durable.whole_folder(folder) as temporary:
         ids, last_seq, files = _write_rows(temporary, chunks, watch)
         files[IDS] = write_npy(temporary, IDS, ids)
         rows = StoredRows(temporary, {"files": files}, ids, dim)
@@ -336,7 +346,7 @@ def _ten_nearest(rows: _Watched, queries: Floats) -> tuple[Ids, Floats]:
 
 def _margin(
     kind: Kind,
-    structure: Any,
+    structure: Structure,
     settings: Mapping[str, Any],
     size: int,
     queries: Floats,
@@ -350,8 +360,8 @@ def _margin(
         mask = np.zeros(size, np.bool_)
         mask[rows] = True
         assert kind.scan is not None
-        found, estimates = kind.scan(structure, query[None], 10, settings, selecting(mask))
-        gap[: np.count_nonzero(found >= 0)] = score - estimates[found >= 0]
+        estimates = kind.scan(structure, query, 40, settings, mask).estimates
+        gap[: len(estimates)] = score - estimates
     last = [
         np.sort(half, axis=None)[int(np.ceil(RECALL_GOAL * half.size)) - 1]
         for half in np.split(gaps, [len(gaps) // 2])

@@ -9,13 +9,17 @@ structure that quickly proposes rows to score; the scores are computed from the 
     hnsw     a neighbour graph over the codes (arXiv 1603.09320)
 
 Faiss spreads a batch over OpenMP threads; a single query is faster on one (8 against 13 ms), hence
-`threads`. OPENBLAS_CORETYPE is left alone: searching fp16 codes uses no BLAS; on a Zen 3 CPU, Haswell
-gained nothing in a batched flat search and 12 % in the k-means of ivf's build.
+`threads`; a snapshot's codes are divided for the cores instead (see `PARTS`). OPENBLAS_CORETYPE is left
+alone: searching fp16 codes uses no BLAS; on a Zen 3 CPU, Haswell gained nothing in a batched flat search
+and 12 % in the k-means of ivf's build.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +42,8 @@ CHUNK = 65_536  # rows decoded at a time when building
 # Rows decoded at a time when scoring: 1 MB of float32 at 512 dimensions stays in cache.
 _BLOCK = 512
 _TRAINING = 64  # vectors per list of the k-means: all of them are in memory at once
+# Structures that the rows of a flat scan are dealt to in turn, so that cores can share one query.
+PARTS = 4
 
 
 @contextmanager
@@ -56,6 +62,59 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+class Searches:
+    """The searches that run in this process. Only one that runs alone is spread over the cores: others
+    would wait for them, and 32 clients' searches take less time one thread each."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._pool: ThreadPoolExecutor | None = None
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Count one search while the block runs."""
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    def spread(self, work: Callable[[int], None], count: int) -> None:
+        """Call work(0), ..., work(count - 1), on several cores if at most one search runs."""
+        helpers = min(os.cpu_count() or 1, count) - 1
+        todo = iter(
+            range(count)
+        )  # which the threads share: the interpreter's lock makes next() atomic
+
+        def some() -> None:
+            for number in todo:
+                work(number)
+
+        if helpers < 1 or self._running > 1:
+            return some()
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(
+                    min(os.cpu_count() or 1, PARTS) - 1,
+                    "clipkit-scan",
+                    lambda: faiss.omp_set_num_threads(1),
+                )
+        futures = [self._pool.submit(some) for _ in range(helpers)]
+        try:
+            some()
+        finally:
+            for future in futures:
+                if not future.cancel():  # one that has not begun has nothing left to do
+                    future.result()
+        return None
+
+
+searches = Searches()
 
 
 @cache
@@ -177,27 +236,42 @@ class Vectors(Protocol):
         """Yield all rows in order, float32 (M, D), some thousand at a time."""
 
 
+Structure = Sequence[Any]  # Faiss indexes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scan:
+    """Rows int64 (M,) by falling estimate of their cosine, float32 (M,), and a bound of the estimates of
+    all other rows; it is minus infinity if there are none."""
+
+    rows: Ids
+    estimates: Floats
+    others: float
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A source of candidates.
 
-    `build(vectors, seed)` makes the Faiss structure over all rows. `search(structure, queries, count,
-    settings)` returns rows int64 (Q, count), -1 for none. `levels` are the settings from fast to
+    `build(vectors, seed)` makes the structure over all rows: Faiss indexes, of which number i of P holds
+    the rows i, i + P, i + 2 P and so on. `search(structure, queries, count, settings)` returns rows
+    int64 (Q, at least count), -1 for none. `levels` are the settings from fast to
     thorough, tried until the recall goal is met: in memory, "refine" candidates are scored per hit; the
     other keys are the kind's own.
     A kind that can serve a snapshot reads the vectors by `drawn` and `chunks` alone and has `scan`,
-    which takes a selector (see `selecting`; None: all) too and returns rows and the estimated cosines,
-    float32 (Q, count), by which they are sorted, the highest first.
+    which takes one query (D,) and the allowed rows as a mask, bool (N,) (None: all), and returns a Scan
+    of about `count` rows.
     """
 
-    build: Callable[[Any, int], Any]
-    search: Callable[[Any, Floats, int, Mapping[str, Any]], Ids]
+    build: Callable[[Any, int], Structure]
+    search: Callable[[Structure, Floats, int, Mapping[str, Any]], Ids]
     levels: tuple[Mapping[str, int], ...]
-    scan: Callable[[Any, Floats, int, Mapping[str, Any], Any], Hits] | None = None
+    scan: Callable[[Structure, Floats, int, Mapping[str, Any], Mask | None], Scan] | None = None
 
 
-def write_structure(structure: Any, write: Callable[[bytes], int]) -> None:
-    """Serialise a structure through `write`; an exception of it is raised again as it was."""
+def write_structure(structure: Structure, write: Callable[[bytes], int]) -> None:
+    """Serialise a structure, one part after the other, through `write`; an exception of it is raised
+    again as it was."""
     failed: list[BaseException] = []
 
     def piece(data: bytes) -> int:
@@ -208,21 +282,26 @@ def write_structure(structure: Any, write: Callable[[bytes], int]) -> None:
             raise
 
     try:
-        faiss.write_index(structure, faiss.PyCallbackIOWriter(piece, 1 << 20))
+        for part in structure:
+            faiss.write_index(part, faiss.PyCallbackIOWriter(piece, 1 << 20))
     except BaseException:
         if failed:
             raise failed[0] from None
         raise
 
 
-def structure_bytes(structure: Any) -> int:
+def structure_bytes(structure: Structure) -> int:
     """Return the size in bytes of a structure, without the vectors that it shares with a store."""
-    return len(faiss.serialize_index(structure, faiss.IO_FLAG_SKIP_STORAGE))
+    return sum(len(faiss.serialize_index(part, faiss.IO_FLAG_SKIP_STORAGE)) for part in structure)
 
 
-def read_structure(path: Path) -> Any:
-    """Read a structure from a file that was checked: Faiss's reader trusts it."""
-    return faiss.read_index(str(path))
+def read_structure(path: Path, size: int) -> Structure:
+    """Read a structure over `size` rows from a file that was checked: Faiss's reader trusts it."""
+    reader = faiss.FileIOReader(str(path))
+    structure: list[Any] = []
+    while sum(part.ntotal for part in structure) < size:
+        structure.append(faiss.read_index(reader))
+    return structure
 
 
 def _in_lists(vectors: Vectors, seed: int, lists: int) -> Any:
@@ -250,52 +329,94 @@ def _in_lists(vectors: Vectors, seed: int, lists: int) -> Any:
     return structure
 
 
-def _build_rabitq(vectors: Vectors, seed: int) -> Any:
+def _build_rabitq(vectors: Vectors, seed: int) -> Structure:
     # One list: a flat index of these codes takes no selector.
-    return _add_all(_in_lists(vectors, seed, 1), vectors)
+    return _add_all([_in_lists(vectors, seed, 1) for _ in range(PARTS)], vectors)
 
 
-def _build_ivf(vectors: Vectors, seed: int) -> Any:
+def _build_ivf(vectors: Vectors, seed: int) -> Structure:
     lists = 2 ** round(np.log2(max(1, vectors.size) ** 0.5))
     lists = max(2, min(lists, vectors.size // 39))  # Faiss warns under 39 vectors per list
-    return _add_all(_in_lists(vectors, seed, lists), vectors)
+    return _add_all([_in_lists(vectors, seed, lists)], vectors)
 
 
-def _add_all(structure: Any, vectors: Vectors) -> Any:
+def _add_all(structure: Structure, vectors: Vectors) -> Structure:
+    added = 0
     for chunk in vectors.chunks():
-        structure.add(chunk)
+        for number, part in enumerate(structure):
+            part.add(
+                np.ascontiguousarray(chunk[(number - added) % len(structure) :: len(structure)])
+            )
+        added += len(chunk)
     return structure
 
 
-def _scan_lists(
-    structure: Any, queries: Floats, count: int, settings: Mapping[str, Any], selector: Any
-) -> Hits:
+def _share(count: int, parts: int) -> int:
+    """Return how many of the best `count` rows one part holds, or up to three standard deviations more
+    than the mean, as the rows are dealt without regard to the query."""
+    if parts == 1:
+        return count
+    return int(np.ceil(count / parts + 3 * (count * (parts - 1)) ** 0.5 / parts))
+
+
+def _list_parameters(settings: Mapping[str, Any], mask: Mask | None) -> Any:
+    selector = None if mask is None else selecting(mask)
     lists = faiss.SearchParametersIVF(nprobe=settings.get("nprobe", 1), sel=selector)
-    params = faiss.SearchParametersPreTransform(index_params=lists)
-    estimates, rows = structure.search(queries, count, params=params)
-    return rows, estimates
+    return faiss.SearchParametersPreTransform(index_params=lists)
 
 
-def _search_lists(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
-    return _scan_lists(structure, queries, count, settings, None)[0]
+def _scan_lists(
+    structure: Structure, query: Floats, count: int, settings: Mapping[str, Any], mask: Mask | None
+) -> Scan:
+    parts, found = len(structure), {}
+    share = _share(count, parts)
+
+    def scan(number: int) -> None:
+        own = None if mask is None else mask[number::parts]
+        wanted = min(share, structure[number].ntotal)
+        parameters = _list_parameters(settings, own)
+        (estimates,), (rows,) = structure[number].search(query[None], wanted, params=parameters)
+        full = wanted < structure[number].ntotal and rows[-1] >= 0
+        others = float(estimates[-1]) if full else -np.inf
+        present = rows >= 0
+        found[number] = rows[present] * parts + number, estimates[present], others
+
+    searches.spread(scan, parts)
+    rows, estimates = (np.concatenate([found[i][at] for i in range(parts)]) for at in (0, 1))
+    order = np.lexsort((rows, -estimates))
+    return Scan(rows[order], estimates[order], max(others for _, _, others in found.values()))
 
 
-def _build_hnsw(store: Store, _: int) -> Any:  # Faiss seeds the levels itself
+def _search_lists(
+    structure: Structure, queries: Floats, count: int, settings: Mapping[str, Any]
+) -> Ids:
+    parts = len(structure)
+    parameters = _list_parameters(settings, None)
+    each = []
+    for number, part in enumerate(structure):
+        rows = part.search(queries, min(_share(count, parts), part.ntotal), params=parameters)[1]
+        each.append(np.where(rows < 0, -1, rows * parts + number))
+    return np.concatenate(each, axis=1)
+
+
+def _build_hnsw(store: Store, _: int) -> Structure:  # Faiss seeds the levels itself
     codes = faiss.IndexScalarQuantizer(
         store.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     )
     structure = faiss.IndexHNSW(codes, 32)
     structure.hnsw.efConstruction = 80
-    _add_all(structure, store)  # since Faiss 1.15 the same graph on any number of threads
+    _add_all([structure], store)  # since Faiss 1.15 the same graph on any number of threads
     structure.storage = store.flat
     structure.own_fields = False
     structure.referenced_objects = [store.flat]  # and frees the codes it was built with
-    return structure
+    return [structure]
 
 
-def _search_hnsw(structure: Any, queries: Floats, count: int, settings: Mapping[str, Any]) -> Ids:
+def _search_hnsw(
+    structure: Structure, queries: Floats, count: int, settings: Mapping[str, Any]
+) -> Ids:
     params = faiss.SearchParametersHNSW(efSearch=max(settings["ef"], 2 * count))
-    rows: Ids = structure.search(queries, count, params=params)[1]
+    rows: Ids = structure[0].search(queries, count, params=params)[1]
     return rows
 
 

@@ -19,6 +19,7 @@ import os
 import weakref
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import repeat
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -38,7 +39,7 @@ _DENSE = 16  # from one row in 16 on, the file is read in order, which needs no 
 
 _pread: Any = None
 if os.name == "posix":
-    _pread = ctypes.PyDLL(None, use_errno=True).pread  # PyDLL keeps the interpreter's lock
+    _pread = ctypes.PyDLL(None).pread  # PyDLL keeps the interpreter's lock
     _pread.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_longlong)
     _pread.restype = ctypes.c_ssize_t
 
@@ -209,16 +210,12 @@ class StoredRows:
         if _pread is None:
             return self._rows[rows]
         out, width = np.empty((len(rows), self.dim), np.float16), 2 * self.dim
-        at = out.ctypes.data
-        for start in (rows * width).tolist():
-            if _pread(self._file, at, width, start) != width:
-                why = (
-                    os.strerror(ctypes.get_errno())
-                    if ctypes.get_errno()
-                    else "it has become shorter"
-                )
-                raise IndexDamaged(f"{self._path} cannot be read ({why}); {REMEDY}")
-            at += width
+        places = range(out.ctypes.data, out.ctypes.data + out.nbytes, width)
+        starts = (rows * width).tolist()
+        sizes = list(map(_pread, repeat(self._file), places, repeat(width), starts))
+        if sizes.count(width) < len(rows):
+            for at in np.flatnonzero(np.array(sizes) != width).tolist():
+                out[at] = self._block(int(rows[at]), int(rows[at]) + 1)[0]  # which tells why
         return out
 
 

@@ -47,7 +47,7 @@ from clipkit.index.kinds import (
     best,
     decoded,
     read_structure,
-    selecting,
+    searches,
     threads,
 )
 from clipkit.index.rows import StoredRows
@@ -56,17 +56,18 @@ from clipkit.picture_set import PictureSet
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # the codes of version 2 are one structure, scanned by one thread
 CODES, IDS, SAMPLE, SAMPLE_IDS = "codes.faiss", "ids.npy", "sample.f16", "sample_ids.npy"
 SAMPLE_ROWS = (
     2_560  # 2,000 of them are live while fewer than a tenth of the snapshot's rows is dead
 )
 _DAMAGED = "damaged"  # present in the folder of a snapshot that was found damaged
 
-# Candidates of the first scan at least. Of 30 queries for 40 of a million, 11 need a second scan, of the
-# same length, after one for 1,024, and 2 after this, which takes hardly longer.
-_DEPTH = 2_048
-_SURE_K = 100  # up to this k, a search goes on until its candidates are certain
+# The first scan for k looks for _DEPTH + _DEPTH_PER_HIT * k candidates. Of captions' searches in a
+# million, one in 20 has more than 1,500 for k = 40, 2,500 for k = 100, 10,000 for k = 1,000.
+_DEPTH, _DEPTH_PER_HIT = 2_048, 12
+_SURE_K = 2_048  # up to this k, a search goes on until its candidates are certain
 _MOST = 2**18  # ... but scores no more candidates than this (0.7 s); of so many allowed rows, all
 _MOST_DEEP = 2**15  # candidates for a larger k, if that is more than eight per hit
 
@@ -122,7 +123,7 @@ def check_cheaply(folder: Path) -> Manifest:
 
 def _manifest(folder: Path, facts: Mapping[str, Any]) -> Manifest:
     version = facts.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         age = (
             "an older format"
             if isinstance(version, int) and version < FORMAT_VERSION
@@ -182,29 +183,36 @@ class Snapshot:
             rows = StoredRows(folder, facts, ids, manifest.dim)
             structure = None
             if CODES in facts["files"]:
-                structure = read_structure(check_file(folder, facts, CODES))
+                structure = read_structure(check_file(folder, facts, CODES), manifest.size)
         return cls(folder, manifest, rows, structure, (sample_ids, decoded(sample)))
 
-    def search(self, queries: Floats, k: int, *, allowed: PictureSet | None = None) -> list[Hits]:
+    def search(
+        self,
+        queries: Floats,
+        k: int,
+        *,
+        allowed: PictureSet | None = None,
+        floor: float = -np.inf,
+    ) -> list[Hits]:
         """Return the k nearest vectors of each of `queries` (Q, D), finite.
 
         For each query (ids int64 (k',), scores float32 (k',)), sorted by (-score, id), where k' is
         min(k, size, number allowed); scores are cosines if the queries are unit rows. `allowed`
-        restricts the search to these ids; unknown ones are ignored. Raises InputError for k < 1 and
-        queries that cannot be compared, IndexDamaged if a row that is read is not what was written.
+        restricts the search to these ids; unknown ones are ignored. Rows that score less than `floor`
+        may be left out, which saves reading them. Raises InputError for k < 1 and queries that cannot be
+        compared, IndexDamaged if a row that is read is not what was written.
         """
         queries = checked_queries(queries, k, self.dim)
         mask = None if allowed is None else allowed.among(self.ids)
-        with _remembered(self.folder), threads(1):
+        with _remembered(self.folder), threads(1), searches.one():
             count = self.size if mask is None else int(np.count_nonzero(mask))
             if not count:
                 return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
             k = min(k, count)
-            # Scanning the codes of 256 rows costs as much as scoring one exactly.
-            if self._scan is None or 8 * k > count or count < _DEPTH // 4 + self.size // 256:
+            # Scanning the codes of 512 rows costs as much as scoring one exactly.
+            if self._scan is None or 8 * k > count or count < _DEPTH // 4 + self.size // 512:
                 return [self._exactly(query, k, mask) for query in queries]
-            selector = None if mask is None else selecting(mask)
-            return [self._by_codes(query, k, count, selector, mask) for query in queries]
+            return [self._by_codes(query, k, count, mask, floor) for query in queries]
 
     def vectors_of(self, ids: Ids) -> Floats:
         """Return the stored vectors of these ids, in their order: float32 (M, D).
@@ -219,49 +227,49 @@ class Snapshot:
         scores = self._rows.scores(query, rows)
         return best(self.ids, np.arange(self.size) if rows is None else rows, scores, k)
 
-    def _by_codes(
-        self, query: Floats, k: int, count: int, selector: Any, mask: Mask | None
-    ) -> Hits:
+    def _by_codes(self, query: Floats, k: int, count: int, mask: Mask | None, floor: float) -> Hits:
         """Search one query by the codes; `count` rows are allowed."""
         assert self._scan is not None
-        settings = self._settings(count, filtered=selector is not None)
+        settings = self._settings(k, count, filtered=mask is not None)
         limit = min(count, _MOST if k <= _SURE_K else max(_MOST_DEEP, 8 * k))
-        depth = max(_DEPTH, 8 * k)
-        while True:
-            depth = min(depth, limit)
-            (rows,), (estimates,) = self._scan(
-                self._structure, query[None], depth, settings, selector
-            )
-            present = rows >= 0
-            rows, estimates = rows[present], estimates[present]
-            if len(rows) < min(2 * k, count):  # the probed lists hold too few that are allowed
-                if settings.get("nprobe") == self.size:
-                    return self._exactly(query, k, mask)
-                settings = {**settings, "nprobe": self.size}  # every list
-                continue
-            first = np.sort(rows[: 2 * k + 64])
-            scores = self._rows.scores(query, first)
-            kth = np.partition(scores, len(scores) - k)[len(scores) - k]
-            enough = int(np.searchsorted(-estimates, settings["margin"] - kth, side="right"))
-            if enough < len(rows) or len(rows) < depth or depth == limit:
-                break
-            depth *= 8
-        if enough == len(rows) == limit < count <= _MOST * 4 and k <= _SURE_K:
+        depth = min(_DEPTH + _DEPTH_PER_HIT * k, limit)
+        scan = self._scan(self._structure, query, depth, settings, mask)
+        if len(scan.rows) < min(2 * k, count):  # the probed lists hold too few that are allowed
+            settings = {**settings, "nprobe": self.size}  # every list
+            scan = self._scan(self._structure, query, depth, settings, mask)
+            if len(scan.rows) < min(2 * k, count):
+                return self._exactly(query, k, mask)
+        margin = settings["margin"]
+        first = np.sort(scan.rows[: 2 * k + 64][scan.estimates[: 2 * k + 64] >= floor - margin])
+        scores = self._rows.scores(query, first)
+        if len(scores) >= k:
+            floor = max(floor, float(np.partition(scores, len(scores) - k)[len(scores) - k]))
+        least = floor - margin  # the least estimate of a candidate
+        while scan.others >= least and depth < limit:
+            depth = min(4 * depth, limit)
+            scan = self._scan(self._structure, query, depth, settings, mask)
+        if scan.others >= least and count <= 4 * _MOST and k <= _SURE_K:
             return self._exactly(query, k, mask)
-        others = np.sort(rows[len(first) : enough])
+        candidates = scan.rows[scan.estimates >= least]
+        others = np.setdiff1d(candidates, first, assume_unique=True)
+        others.sort()
         scores = np.concatenate([scores, self._rows.scores(query, others)])
         return best(self.ids, np.concatenate([first, others]), scores, k)
 
-    def _settings(self, count: int, *, filtered: bool) -> Mapping[str, Any]:
-        """Return the settings for a search in `count` allowed rows.
+    def _settings(self, k: int, count: int, *, filtered: bool) -> Mapping[str, Any]:
+        """Return the settings for a search for k of `count` allowed rows.
 
+        More than ten hits, with which recall was measured, lie in more lists.
         A filter that leaves a tenth of the rows leaves a tenth of them in a list, so ten times as many
         lists hold as many; and what it leaves may lie in other lists than the nearest rows of all.
         """
         settings = self.manifest.settings
-        if not filtered or "nprobe" not in settings:
+        if "nprobe" not in settings:
             return settings
-        return {**settings, "nprobe": -(-4 * settings["nprobe"] * self.size // count)}
+        lists = settings["nprobe"] * max(1.0, k / 10) ** 0.25
+        if filtered:
+            lists *= 4 * self.size / count
+        return {**settings, "nprobe": int(np.ceil(lists))}
 
 
 @contextmanager

@@ -111,6 +111,7 @@ class VectorIndex:
             index = cls(store, kind, structure, {**settings, **level}, exact.measured)
             reached = recall([scores for _, scores in index.search(queries, 10)], truth)
             if reached >= recall_goal:
+                assert structure is not None
                 size_in_bytes += structure_bytes(structure)
                 index.measured = Measured(reached, len(queries), built, size_in_bytes)
                 return index

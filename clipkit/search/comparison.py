@@ -16,6 +16,7 @@ from clipkit.search.ranking import Ranked
 
 # Pictures with words of the query in their names are compared in blocks, each this many times larger.
 FIRST_NAMED, NAMED_GROWTH = 1_000, 16
+WHOLE = 2_000  # pictures of a block that are all compared; the index does so for as few in any case
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009, "Reciprocal rank fusion", SIGIR, section 2
 
 # (weight, nums, a key for each, the best least): equal keys are a tie
@@ -59,7 +60,7 @@ class Comparison:
 
     def _nearest(self, k: int) -> tuple[Int64, Float32]:
         """Return the k nearest and all that tie with the last of them."""
-        limit = k + 8
+        limit = k + 1
         while True:
             nums, scores = self.live.search(self.vector, limit, allowed=self.allowed)
             if len(nums) < limit or scores[-1] < scores[k - 1]:
@@ -81,9 +82,11 @@ class Comparison:
             if most + least < threshold:
                 break
             named = block.pictures if self.allowed is None else block.pictures & self.allowed
-            limit = len(named) if len(named) <= FIRST_NAMED else k + 8
+            limit = len(named) if len(named) <= WHOLE else 4 * (k + 1)  # few reach the floor
             while True:
-                more, cosines = self.live.search(self.vector, limit, allowed=named)
+                more, cosines = self.live.search(
+                    self.vector, limit, allowed=named, floor=threshold - most
+                )
                 new = ~np.isin(more, nums)
                 both = np.concatenate([nums, more[new]]), np.concatenate([scores, cosines[new]])
                 threshold = _kth(both[1] + self.names.bonus(both[0], self.spread), k)

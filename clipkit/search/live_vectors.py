@@ -101,10 +101,15 @@ class LiveVectors:
         return np.concatenate([some for some in rows if len(some)] or rows[:1])
 
     def search(
-        self, vector: Float32, k: int, *, allowed: PictureSet | None = None
+        self,
+        vector: Float32,
+        k: int,
+        *,
+        allowed: PictureSet | None = None,
+        floor: float = -np.inf,
     ) -> tuple[Int64, Float32]:
         """Return up to k nearest of the pictures in `allowed` (None: all): nums and cosines, by
-        falling cosine, then by num. Raises SnapshotDamaged."""
+        falling cosine, then by num. Those below `floor` may be left out. Raises SnapshotDamaged."""
         results = []
         for part in self.parts:
             alive = part.alive if allowed is None else part.alive & allowed
@@ -112,7 +117,10 @@ class LiveVectors:
                 with self._damage_named(part):
                     every = len(alive) == part.index.size
                     some = None if every else alive
-                    results += part.index.search(vector[None, :], k, allowed=some)
+                    if isinstance(part.index, Snapshot):
+                        results += part.index.search(vector[None], k, allowed=some, floor=floor)
+                    else:
+                        results += part.index.search(vector[None], k, allowed=some)
         nums = np.concatenate([np.empty(0, np.int64), *(nums for nums, _ in results)])
         scores = np.concatenate([np.empty(0, np.float32), *(scores for _, scores in results)])
         if len(results) > 1:

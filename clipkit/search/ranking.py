@@ -18,7 +18,7 @@ from clipkit.arrays import Float32, Float64, Int64
 from clipkit.picture_set import PictureSet
 from clipkit.search.name_matches import NameMatches
 
-TIERS = (32, 256, 2_048, 16_384)
+TIERS = (24, 256, 2_048, 16_384)  # the first is a page
 MOST_BYTES, MOST_KEPT = 64 << 20, 32  # of the rankings that a Rankings keeps
 
 Ranked = tuple[Int64, Float32, Float64]  # nums (N,), scores (N,), keys (N,), in any order
