@@ -372,7 +372,8 @@ def _scan_lists(
     share = _share(count, parts)
 
     def scan(number: int) -> None:
-        own = None if mask is None else mask[number::parts]
+        # contiguous, or packing its bits takes a millisecond
+        own = None if mask is None else np.ascontiguousarray(mask[number::parts])
         wanted = min(share, structure[number].ntotal)
         parameters = _list_parameters(settings, own)
         (estimates,), (rows,) = structure[number].search(query[None], wanted, params=parameters)
