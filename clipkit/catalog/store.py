@@ -14,14 +14,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 
 from clipkit.arrays import Int64
 from clipkit.catalog.schema import APPLICATION_ID, MIGRATIONS, add_functions
 from clipkit.errors import CatalogBusy, ClipkitError, IndexDamaged, InputError
+
+if TYPE_CHECKING:
+    import filelock
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ class Store:
         return version
 
     def _take_lock(self, folder: Path) -> filelock.BaseFileLock:
+        import filelock  # which a reader does not wait for
+
         # flock, not a file whose existence counts: the system frees it when the process dies
         lock = filelock.FileLock(folder / "writer.lock", timeout=0, thread_local=False)
         try:
