@@ -436,12 +436,12 @@ class Catalog:
     def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
         """Count the encoder's vectors of live pictures with seq > `after_seq`."""
         with self._reading() as db:
-            sql = (
-                "SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ?"
-                f" AND num NOT IN ({DEAD})"
-            )
-            args = (vectors.owner_of(db, encoder_id)[0], after_seq)
-            return int(db.execute(sql, args).fetchone()[0])
+            owner, _ = vectors.owner_of(db, encoder_id)
+            if owner is None:
+                return 0
+            sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ? AND num IN ({DEAD})"
+            dead = db.execute(sql, (owner, after_seq)).fetchone()[0]
+            return vectors.count(db, owner, after_seq=after_seq) - int(dead)
 
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
         """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""
@@ -501,6 +501,11 @@ class Catalog:
         malformed date or an unknown orientation."""
         check(filters)
         return self._of_state(lambda state: matching(state, filters))
+
+    def read_columns(self) -> None:
+        """Read into memory what filters compare (for a million pictures in 1 s, 100 MB), which the
+        first filters would wait for. Other readers do not wait meanwhile."""
+        self._of_state(State.read_columns)
 
     def listed(
         self,

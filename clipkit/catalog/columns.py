@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from clipkit.arrays import Int64
+from clipkit.catalog import vectors
 from clipkit.catalog.store import Connection, joined_nums, nums_json, parsed
 from clipkit.picture_set import Mask, PictureSet
 
@@ -196,6 +197,12 @@ class State:
         column[live] = values
         return column
 
+    def read_columns(self) -> None:
+        """Have all that filters compare in memory."""
+        for name in _FACTS:
+            self.fact(name)
+        self.places()
+
     def _renewed(self, expression: str) -> Callable[[Any, Int64], Any]:
         """Return the function that reads an expression of changed pictures into a copy of a column."""
 
@@ -213,9 +220,9 @@ class State:
         """Return the pictures, dead or alive, that have a vector of an encoder."""
 
         def read() -> tuple[int, PictureSet]:
-            sql = "SELECT count(*), max(num) FROM vectors WHERE encoder = ?"
-            count, last = self.db.execute(sql, (owner,)).fetchone()
-            if count and count == last:
+            count = vectors.count(self.db, owner)
+            sql = "SELECT max(num) FROM vectors WHERE encoder = ?"
+            if count and count == self.db.execute(sql, (owner,)).fetchone()[0]:
                 return newest(), PictureSet.of_sorted(np.arange(1, count + 1))
             sql = "SELECT group_concat(num) FROM vectors WHERE encoder = ?"
             return newest(), PictureSet.of_sorted(joined_nums(self.db, sql, (owner,)))
