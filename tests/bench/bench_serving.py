@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_million import CACHE, DATA, ROOT, queries, table
+from bench_million import CACHE, DATA, ROOT, lines, queries, table
 
 CLIENTS = 32
 PHOTOS, SMALL = 200, 15_000
@@ -254,6 +254,7 @@ def main() -> None:
     results = {}
     for name, checkout in checkouts.items():
         results[name] = {"serving": measure(checkout, args.folder, args.scratch, args)}
+        print(f"-- {name}", *lines(results[name]["serving"]), sep="\n", flush=True)
     print(table(results))
     shutil.rmtree(args.scratch)
 
