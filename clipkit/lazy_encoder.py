@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from clipkit import checkpoint, models
@@ -71,6 +72,7 @@ class LazyEncoder:
         self._towers: DualEncoder | None = None
         self._texts: TextTower | None = None
         self._loading = threading.Lock()
+        self._opening = threading.Lock()  # the numpy text tower
         # None: only loading the model tells
         self._identity = checkpoint.identify(spec) or (gone[0] if gone else None)
 
@@ -124,10 +126,26 @@ class LazyEncoder:
         """Load in the background, so that the first search does not wait."""
         threading.Thread(target=self._warm, name="clipkit-model", daemon=True).start()
 
+    def prepare_texts(self) -> None:
+        """Open the numpy text tower, if there is one, in the background, for `encode_texts` to come."""
+        if self.state == "unloaded":
+            threading.Thread(target=self._prepare, name="clipkit-texts", daemon=True).start()
+
+    def _prepare(self) -> None:
+        with suppress(ClipkitError):  # encode_texts raises it again
+            self._text_tower()
+
+    def _text_tower(self) -> TextTower | None:
+        """Return the numpy text tower, opened once; None if the checkpoint has none, or no more once the
+        towers are loaded."""
+        with self._opening:
+            if self._texts is None and self._towers is None:
+                self._texts = open_text_tower(self.spec)
+            return self._texts
+
     def _warm(self) -> None:
         try:
-            self._texts = open_text_tower(self.spec)
-            if self._texts is not None:  # texts can be encoded: let the page open first
+            if self._text_tower() is not None:  # texts can be encoded: let the page open first
                 time.sleep(PAUSE_SECONDS)
             self.towers()
         except ClipkitError as error:  # the first search raises it again
@@ -135,7 +153,5 @@ class LazyEncoder:
 
     def encode_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Encode texts to float32 (N, D), unit rows, by the numpy text tower or the loaded towers."""
-        if self._towers is None and self._texts is None:
-            self._texts = open_text_tower(self.spec)
-        tower = self._towers or self._texts or self.towers()
+        tower = self._towers or self._text_tower() or self.towers()
         return tower.encode_texts(texts)

@@ -317,7 +317,10 @@ class Library:
             example = Example(os.path.abspath(os.path.expanduser(os.fspath(image))))
             parsed = replace(parsed, examples=(*parsed.examples, example))
             image = None
-        result = self._search().search(parsed, k=k, image=image, cursor=cursor)
+        searcher = self._search()
+        if parsed.terms or parsed.exclude:
+            self.encoder.prepare_texts()  # while the vectors are loaded
+        result = searcher.search(parsed, k=k, image=image, cursor=cursor)
         return Hits(result, query=text, folder=self.folder)
 
     def similar(

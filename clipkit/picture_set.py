@@ -25,7 +25,9 @@ class PictureSet:
 
     def __init__(self, nums: npt.ArrayLike = ()) -> None:
         """Make the set of these nums, in any order; repeated ones count once."""
-        self._take(np.unique(np.asarray(nums, dtype=np.int64)))
+        # as np.unique, which imports numpy.ma
+        nums = np.sort(np.asarray(nums, dtype=np.int64), axis=None)
+        self._take(nums[np.append(True, nums[1:] != nums[:-1])[: len(nums)]])
 
     @classmethod
     def of_sorted(cls, nums: Int64) -> PictureSet:

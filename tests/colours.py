@@ -57,6 +57,8 @@ class ColourModel(ColourEncoder):
 
     def warm(self) -> None: ...
 
+    def prepare_texts(self) -> None: ...
+
 
 def paint(path: Path, colour: str, *, number: int = 0, size: tuple[int, int] = (90, 60)) -> Path:
     """A picture of one colour; `number` (below its pixels) makes it another picture of it."""

@@ -23,6 +23,7 @@ from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
 from clipkit.images import image_id
+from clipkit.search import live_vectors
 
 HOST = "http://127.0.0.1:7860"
 
@@ -290,6 +291,7 @@ def test_what_is_no_mark_is_refused_in_a_sentence(
 
 
 def test_alive_is_not_ready(client: TestClient, workspace: Workspace) -> None:
+    search(client, query="red")  # which loads the vectors
     assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
     workspace.model.state = "loading"  # type: ignore[misc]
     try:
@@ -299,6 +301,36 @@ def test_alive_is_not_ready(client: TestClient, workspace: Workspace) -> None:
         assert client.get("/healthz").status_code == 200
     finally:
         del workspace.model.state  # type: ignore[attr-defined]
+
+
+def test_the_server_is_ready_once_the_vectors_are_loaded(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are loaded in the background from when the server warms up; the check waits for nothing."""
+    starting = Workspace(workspace.folder, ColourModel())  # type: ignore[arg-type]
+    client = TestClient(create_app(starting), base_url=HOST)
+    load, go_on = live_vectors._start, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        go_on.wait(60)
+        return load(*arguments)
+
+    monkeypatch.setattr(live_vectors, "_start", slow)
+    try:
+        for _ in range(2):
+            answer = client.get("/readyz")
+            sentence = "the vectors of the model colours are not loaded; it is not ready yet"
+            assert answer.status_code == 503 and answer.json() == {"error": sentence}
+            starting.warm()
+    finally:
+        go_on.set()
+    for thread in threading.enumerate():
+        if thread.name == "clipkit-vectors":
+            thread.join(60)
+    monkeypatch.setattr(live_vectors, "_start", None)  # nothing is loaded any more
+    assert client.get("/readyz").json() == {"status": "ok"}
+    assert search(client, query="red")["hits"]
+    starting.close()
 
 
 def test_without_an_index_nothing_is_found_and_nothing_fails(tmp_path: Path) -> None:

@@ -251,6 +251,27 @@ def test_an_unchanged_library_is_known_in_a_blink(writer: Catalog) -> None:
 # ---- vectors
 
 
+def test_vectors_are_counted_by_encoder_seq_and_what_is_live(
+    writer: Catalog, reader: Catalog
+) -> None:
+    """By the whole table, by seq and by the index, before and after two pictures die."""
+    nums = [add(writer, number, f"/p/{number}.jpg") for number in range(1, 5)]
+    third = writer.vectors(ENCODER).last_seq - 1
+    for _ in range(2):  # with one encoder, and with another one's vectors beside
+        writer.commit()
+        assert reader.count_vectors(ENCODER, after_seq=0) == reader.stats(ENCODER).vectors == 4
+        assert reader.count_vectors(ENCODER, after_seq=third) == 1
+        assert reader.count_vectors("unknown", after_seq=0) == 0
+        writer.register_encoder("enc-2", spec="other", config_json="{}", dim=2)
+        writer.add_vectors("enc-2", np.array(nums[:2]), np.array([[0, 1], [1, 0]], np.float32))
+    assert reader.count_vectors("enc-2", after_seq=third) == reader.stats("enc-2").vectors == 2
+    writer.remove_places(["/p/1.jpg", "/p/4.jpg"])
+    writer.commit()
+    assert reader.count_vectors(ENCODER, after_seq=0) == reader.stats(ENCODER).vectors == 2
+    assert reader.count_vectors(ENCODER, after_seq=third) == 0
+    assert reader.count_vectors("enc-2", after_seq=0) == reader.stats("enc-2").vectors == 1
+
+
 def test_vectors_are_joined_by_num_whatever_the_order(writer: Catalog, reader: Catalog) -> None:
     """Trap 25: rows are told apart by id, never by the order of files."""
     nums = [add(writer, number, f"/p/{9 - number}") for number in range(1, 6)]

@@ -98,6 +98,21 @@ def test_a_library_needs_no_torch_to_search_by_text(party: Path) -> None:
     assert run_python(code) == "3 False"
 
 
+@pytest.mark.end_to_end
+def test_a_search_on_the_command_line_imports_little(party: Path) -> None:
+    """What is named here takes 20 to 2,000 ms each."""
+    heavy = ["torch", "open_clip", "pydantic", "rich", "numpy.ma", "filelock", "PIL", "jinja2"]
+    code = (
+        "import sys; from app.cli import main\n"
+        f"sys.argv = ['clipkit', 'search', 'cake', 'after:2000', '--index', {str(party)!r}]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        f"print([name for name in [*{heavy}, 'app.cli.train'] if name in sys.modules])"
+    )
+    lines = run_python(code).splitlines()
+    assert len(lines) > 2 and lines[-1] == "[]"
+
+
 def test_the_front_door_lists_its_names() -> None:
     assert {"Hits", "Library", "load", "__version__"} <= set(dir(clipkit))
     with pytest.raises(AttributeError, match="no attribute 'Libary'"):

@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -594,20 +595,19 @@ def _as_json(hit: SearchHit) -> dict[str, object]:
 
 def _print_hits(hits: Hits) -> None:
     """Print a hit per line, its path last and never wrapped, so that it can be copied or piped."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
+    # Typer's colours, not Rich's: importing that takes as long as a search.
+    has = os.environ.get
+    coloured = has("FORCE_COLOR") or (sys.stdout.isatty() and has("TERM") != "dumb")
+    show = partial(typer.echo, color=bool(coloured and not has("NO_COLOR")))
+    styles = {"strong": {"fg": "green"}, "fair": {"fg": "yellow"}, "weak": {"dim": True}}
     for note in hits.notes:
-        console.print(Text(printable(note)))
-    colours = {"strong": "green", "fair": "yellow", "weak": "dim"}
+        show(printable(note))
     width = len(str(len(hits)))
     for hit in hits:
-        strength = hit.strength or ""
         score = "" if hit.score is None else f"{hit.score:.3f}"
-        line = Text(f"{hit.rank:>{width}}  {score:>5}  ")
-        line.append(f"{strength:<6}", style=colours.get(strength, ""))
-        line.append(f"  {printable(hit.picture.path)}")
-        console.print(line, soft_wrap=True)
+        style: dict[str, Any] = styles.get(hit.strength or "", {})
+        strength = typer.style(f"{hit.strength or '':<6}", **style)
+        show(f"{hit.rank:>{width}}  {score:>5}  {strength}  {printable(hit.picture.path)}")
     seconds = sum(hits.seconds.values())
-    console.print(f"{len(hits):,} of {hits.total:,} pictures, {duration(seconds)}", style="dim")
+    total = f"{len(hits):,} of {hits.total:,} pictures, {duration(seconds)}"
+    show(typer.style(total, dim=True))

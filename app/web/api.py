@@ -270,7 +270,7 @@ def api_router(workspace: Workspace) -> APIRouter:
 
     @router.get("/readyz", response_model=schemas.Health, responses={503: _errors()[503]})
     def readyz() -> Response:
-        """Say that model and index can answer."""
+        """Say that a search would not wait for the model, or for the index, to be loaded."""
         workspace.check_ready()
         return JSONResponse({"status": "ok"}, headers=FRESH)
 

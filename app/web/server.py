@@ -166,7 +166,7 @@ def serve(
         if open_browser:
             threading.Timer(1.0, webbrowser.open, [link]).start()
         try:
-            workspace.model.warm()
+            workspace.warm()
             if photos:
                 workspace.index([str(Path(folder).absolute()) for folder in photos])
             _Server(config, rules).run(sockets=[listener])

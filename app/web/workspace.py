@@ -261,6 +261,7 @@ class Workspace:
         self._lock = threading.Lock()
         self.observers: list[Callable[[SearchResult], None]] = []  # called after every search
         self._opened: tuple[Catalog, Searcher] | None = None
+        self._warm = False
         self._contents = Contents(None, 0)
 
     def _open(self) -> tuple[Catalog, Searcher] | None:
@@ -274,9 +275,32 @@ class Workspace:
             if self._opened is None and (self.folder / "catalog.sqlite").exists():
                 catalog = Catalog.open(self.folder)
                 self._opened = catalog, self._searcher(catalog)
+                self._load()
             if self._opened is not None and self._follows:
                 self._follow_active(self._opened[0])
             return self._opened
+
+    def warm(self) -> None:
+        """Load in the background, now and whenever the index or its model is another one, so that no
+        search waits: the model, its vectors in the index, and then what filters compare."""
+        self._warm = True
+        self.model.warm()
+        self._load()
+
+    def _load(self) -> None:
+        """Load what an index has in memory in the background, if `warm` was called."""
+
+        def load() -> None:
+            try:
+                opened = self._open()
+                if opened is not None:
+                    opened[1].live()
+                    opened[0].read_columns()
+            except ClipkitError as error:  # the first search raises it again
+                log.info("the index was not loaded: %s", error)
+
+        if self._warm:
+            threading.Thread(target=load, name="clipkit-vectors", daemon=True).start()
 
     def _searcher(self, catalog: Catalog) -> Searcher:
         return Searcher(catalog, self.model, encoder_id=self.model.known_id, files=False)
@@ -315,13 +339,17 @@ class Workspace:
         return self.model.space_id if self.model.known_id else None
 
     def check_ready(self) -> None:
-        """Raise ServerBusy unless words can be searched for now: the model is loaded, and the index
-        opens if there is one. Loads nothing."""
+        """Raise ServerBusy unless words can be searched for now: the model is loaded, and, if there is
+        an index, its vectors. Loads nothing."""
         if self.model.state != "ready":
             raise ServerBusy(
                 f"the model {self.model.spec} is {self.model.state}; it is not ready yet"
             )
-        self.contents()
+        opened = self._open()
+        if opened is not None and not opened[1].loaded:
+            raise ServerBusy(
+                f"the vectors of the model {self.model.spec} are not loaded; it is not ready yet"
+            )
 
     def status(self, contents: Contents | None = None) -> Status:
         """Return the status as of `contents`, by default those of now."""
@@ -638,6 +666,7 @@ class Workspace:
             self.model = self._open_model(None)
             self.model.warm()
             self._opened = catalog, self._searcher(catalog)
+            self._load()
         self._followed = changes
 
     def models(self) -> list[IndexModel]:

@@ -6,16 +6,16 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from clipkit.arrays import Int64
 from clipkit.catalog import queries, texts, vectors
-from clipkit.catalog.columns import Columns
+from clipkit.catalog.columns import Columns, Outdated, State
 from clipkit.catalog.filters import Filters, check, matching
 from clipkit.catalog.rows import (
     AnyPath,
@@ -58,7 +58,6 @@ class Catalog:
         self._store = store
         self._thumbnails = Thumbnails(folder / "thumbnails.sqlite")
         self._columns = Columns()
-        self._computed: dict[object, tuple[int, Any]] = {}  # at which change counter, what
         self._forget()
 
     def _forget(self) -> None:
@@ -102,23 +101,11 @@ class Catalog:
             self._settle(db)
             yield db
 
-    @contextmanager
-    def _in_memory(self) -> Iterator[Connection]:
-        """As `_reading`, with the columns in memory brought to the same state."""
-        with self._columns.lock, self._reading() as db:
-            self._columns.follow(db, self._store.generation, own=self._store.writable)
-            yield db
-
-    def _per_change(self, db: Connection, key: object, compute: Callable[[], T]) -> T:
-        """Return `compute()`, or what it returned for this key at the same change counter."""
-        if self._store.writable:
-            return compute()
-        state = self._store.change_counter(db)
-        known = self._computed.get(key)
-        if known is None or known[0] != state:
-            known = self._computed[key] = state, compute()
-        value: T = known[1]
-        return value
+    def _of_state(self, read: Callable[[State], T]) -> T:
+        """Return `read(state)` of one committed state, again if another thread has read a later one."""
+        while True:
+            with self._reading() as db, suppress(Outdated):
+                return read(State(db, self._columns, own=self._store.writable))
 
     # ---- writing: files and pictures
 
@@ -449,12 +436,12 @@ class Catalog:
     def count_vectors(self, encoder_id: str, *, after_seq: int) -> int:
         """Count the encoder's vectors of live pictures with seq > `after_seq`."""
         with self._reading() as db:
-            sql = (
-                "SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ?"
-                f" AND num NOT IN ({DEAD})"
-            )
-            args = (vectors.owner_of(db, encoder_id)[0], after_seq)
-            return int(db.execute(sql, args).fetchone()[0])
+            owner, _ = vectors.owner_of(db, encoder_id)
+            if owner is None:
+                return 0
+            sql = f"SELECT count(*) FROM vectors WHERE encoder = ? AND seq > ? AND num IN ({DEAD})"
+            dead = db.execute(sql, (owner, after_seq)).fetchone()[0]
+            return vectors.count(db, owner, after_seq=after_seq) - int(dead)
 
     def vector(self, num: int, encoder_id: str) -> npt.NDArray[np.float16] | None:
         """Return the vector (D,) of a picture, dead or alive; None without one of this encoder."""
@@ -465,14 +452,13 @@ class Catalog:
 
     def live_nums(self, encoder_id: str) -> PictureSet:
         """Return the live pictures that have a vector of this encoder."""
-        with self._in_memory() as db:
-            return self._live_nums(db, encoder_id)
+        return self._of_state(lambda state: self._live_nums(state, encoder_id))
 
-    def _live_nums(self, db: Connection, encoder_id: str) -> PictureSet:
-        owner, _ = vectors.owner_of(db, encoder_id)
+    def _live_nums(self, state: State, encoder_id: str) -> PictureSet:
+        owner, _ = vectors.owner_of(state.db, encoder_id)
         if owner is None:
             return PictureSet()
-        return self._columns.with_vector(db, owner) - queries.dead(db)
+        return state.with_vector(owner) - queries.dead(state.db)
 
     def dead(self) -> PictureSet:
         """Return the pictures without a place."""
@@ -514,8 +500,12 @@ class Catalog:
         """Return the live pictures that pass, with or without vectors. Raises InputError for a
         malformed date or an unknown orientation."""
         check(filters)
-        with self._in_memory() as db:
-            return matching(db, self._columns, filters)
+        return self._of_state(lambda state: matching(state, filters))
+
+    def read_columns(self) -> None:
+        """Read into memory what filters compare (for a million pictures in 1 s, 100 MB), which the
+        first filters would wait for. Other readers do not wait meanwhile."""
+        self._of_state(State.read_columns)
 
     def listed(
         self,
@@ -532,8 +522,7 @@ class Catalog:
         shortest path, in its folded form); equal ones go by image_id. `after` is the position that an
         earlier call returned, which JSON can hold. Raises InputError for any other.
         """
-        with self._in_memory() as db:
-            return queries.listed(db, self._columns, sort, among, after, limit)
+        return self._of_state(lambda state: queries.listed(state, sort, among, after, limit))
 
     def phrase(self, text: str) -> Phrase:
         """Return the live pictures with this phrase in file name, folder, caption or tag, and their
@@ -544,14 +533,13 @@ class Catalog:
         diacritics, except that a `*` at the end leaves the end of the last word open; scripts written
         without spaces match within their runs.
         """
-        with self._in_memory() as db:
-            return texts.phrase(db, self._columns, text)
+        return self._of_state(lambda state: texts.phrase(state, text))
 
     def having(self, words: Sequence[Iterable[str]]) -> list[PictureSet]:
         """Return for each word, given as its spellings, the live pictures that have one of them in file
         name, folder, caption or tag."""
-        with self._in_memory() as db:
-            return texts.having(db, self._columns, words)
+        spellings = [tuple(word) for word in words]
+        return self._of_state(lambda state: texts.having(state, spellings))
 
     def thumbnail(self, image_id: str) -> bytes | None:
         """Return the stored thumbnail, a small JPEG, or None."""
@@ -570,11 +558,14 @@ class Catalog:
 
     def stats(self, encoder_id: str | None = None) -> CatalogStats:
         """Count what is live."""
-        with self._in_memory() as db:
-            pictures, size, newest, places, skipped = queries.counts(db)
-            vectors = len(self._live_nums(db, encoder_id)) if encoder_id else 0
-            roots = queries.roots(db)
+
+        def read(state: State) -> CatalogStats:
+            pictures, size, newest, places, skipped = queries.counts(state.db)
+            vectors = len(self._live_nums(state, encoder_id)) if encoder_id else 0
+            roots = queries.roots(state.db)
             return CatalogStats(pictures, vectors, places, skipped, size, roots, newest)
+
+        return self._of_state(read)
 
     def skipped(self) -> list[SkippedRow]:
         """Return the files that could not be indexed, sorted by path."""
@@ -589,16 +580,17 @@ class Catalog:
 
     def folders(self, limit: int = 100) -> list[tuple[str, int]]:
         """Return the folders with the most places below them, roots included, with that number."""
-        with self._reading() as db:
-            return list(
-                self._per_change(db, ("folders", limit), lambda: queries.folders(db, limit))
+        return self._of_state(
+            lambda state: list(
+                state.per_change(("folders", limit), lambda: queries.folders(state.db, limit))
             )
+        )
 
     def facets(self, limit: int = 200) -> Facets:
         """Return the `limit` most frequent formats, cameras and tags of the live pictures."""
-        with self._in_memory() as db:
-            compute = lambda: queries.facets(db, self._columns, limit)  # noqa: E731
-            return self._per_change(db, ("facets", limit), compute)
+        return self._of_state(
+            lambda state: state.per_change(("facets", limit), lambda: queries.facets(state, limit))
+        )
 
 
 def _span(folder: AnyPath) -> tuple[bytes, bytes]:

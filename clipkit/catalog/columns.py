@@ -1,9 +1,12 @@
-"""What filters compare, in memory: arrays by num and by place, read when first needed and kept up to
-date by the pictures' `version`.
+"""What is kept of a catalog in memory: columns of facts by num, places, and sets of pictures.
 
 A million pictures take 8 MB for each column that a filter has used, and about 40 MB for the names
-and folders of their places. Sets that are asked for again (the pictures with a word, with a tag)
-are kept too, the least recently used first to go.
+and folders of their places. Sets that are asked for again (the pictures with a word, with a tag, those
+that pass a filter) are kept too, the least recently used first to go.
+
+Everything that is kept is immutable and belongs to one committed state. It is brought up to date when
+it is used next, from the pictures whose `version` has risen, by one thread; only threads that need
+the same value wait for that.
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from copy import copy
+from typing import Any, TypeVar
 
 import numpy as np
 
 from clipkit.arrays import Int64
+from clipkit.catalog import vectors
 from clipkit.catalog.store import Connection, joined_nums, nums_json, parsed
 from clipkit.picture_set import Mask, PictureSet
 
+T = TypeVar("T")
+
 MOST_CHANGED = 50_000  # pictures; after more changes everything is read anew
 SET_BYTES = 64 * 2**20  # of memory for sets that are kept
-MOST_RESULTS = 32  # answers that are kept until the next change
+MOST_SETS = 1_000  # that are kept
 
 _FACTS = {  # column: what is read for it
     "dated": "-newest",
@@ -29,158 +37,220 @@ _FACTS = {  # column: what is read for it
     "width": "width",
     "height": "height",
 }
+_LIVE = "FROM pictures INDEXED BY pictures_facts WHERE live"
+
+_Stamp = tuple[int, int, int]  # of a committed state: generation of the file, epoch, changes
 
 
-class Columns:
-    """The facts of the live pictures as of the last `follow`. Use it while holding `lock`, which is
-    taken before a connection is, so that no transaction is older than what is in memory."""
+class Outdated(Exception):
+    """Another thread has read a later state meanwhile: read again."""
+
+
+class _Entry:
+    """A value that is kept, the state that it is of, and the lock of the thread that makes the next."""
+
+    __slots__ = ("kept", "lock")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self._origin: object = None
-        self._own = False  # what is read may not be committed
-        self._vectors: dict[int, tuple[int, PictureSet]] = {}  # by encoder: seq, and who has one
-        self._clear(0)
+        self.kept: tuple[_Stamp, Any] = ((-1, 0, 0), None)
 
-    def _clear(self, changes: int) -> None:
-        self.changes = changes
-        self._live: Mask | None = None
-        self._facts: dict[str, Int64] = {}
-        self._places: Places | None = None
-        self._sets: OrderedDict[object, tuple[int, PictureSet]] = OrderedDict()
-        self.orders: dict[str, Int64] = {}  # by sort: the nums in its order; until the next change
-        self.results: OrderedDict[object, PictureSet] = OrderedDict()
 
-    def follow(self, db: Connection, generation: int, *, own: bool) -> None:
-        """Bring what is in memory to the state that `db` sees. `own`: that state may hold changes
-        that are not committed. `generation` tells catalog files apart."""
-        rows = db.execute("SELECT key, value FROM meta WHERE key IN ('changes', 'epoch')")
-        state = dict(rows.fetchall())
-        changes, origin = state["changes"], (generation, state["epoch"])
+class Columns:
+    """What the threads of a catalog share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # of the dictionaries
+        self._entries: dict[object, _Entry] = {}
+        self._sets: OrderedDict[object, _Entry] = OrderedDict()  # the last used last
+
+    def entry(self, key: object) -> _Entry:
+        with self._lock:
+            return self._entries.setdefault(key, _Entry())
+
+    def entry_of_set(self, key: object) -> _Entry:
+        with self._lock:
+            entry = self._sets.setdefault(key, _Entry())
+            self._sets.move_to_end(key)
+            return entry
+
+    def drop_sets(self) -> None:
+        """Drop the sets that were used least recently, until the others keep to their limits."""
+        with self._lock:
+            sizes = [getattr(entry.kept[1], "nbytes", 0) for entry in self._sets.values()]
+            most = sum(sizes)
+            while len(self._sets) > 1 and (most > SET_BYTES or len(self._sets) > MOST_SETS):
+                most -= sizes.pop(0)
+                self._sets.popitem(last=False)
+
+
+class State:
+    """One state of the catalog, as a connection sees it, with what is kept in memory of it.
+
+    `own` is for the writer, whose state may hold changes that are not committed. Any method may raise
+    Outdated.
+    """
+
+    def __init__(self, db: Connection, columns: Columns, *, own: bool) -> None:
+        self.db = db
+        self._columns = columns
         self._own = own
-        if origin != self._origin:
-            self._origin = origin
-            self._vectors = {}
-            self._clear(changes)
-            return
-        if changes == self.changes and not own:
-            return
-        self.results.clear()
-        self.orders.clear()
-        changed = changed_since(db, self.changes)
-        if len(changed) > MOST_CHANGED:
-            self._clear(changes)
-            return
-        if len(changed):
-            self._renew(db, changed)
-        self.changes = changes
+        rows = db.execute("SELECT key, value FROM meta WHERE key IN ('changes', 'epoch')")
+        meta = dict(rows.fetchall())
+        self._stamp: _Stamp = (db.generation, meta["epoch"], meta["changes"])
+        self._changed: dict[int, Int64] = {}
 
-    def _renew(self, db: Connection, changed: Int64) -> None:
-        columns = list(self._facts)
-        selected = ", ".join(["num", "live", *(_FACTS[name] for name in columns)])
-        sql = f"SELECT {selected} FROM pictures WHERE num IN (SELECT value FROM json_each(?))"
-        rows = np.array(db.execute(sql, (nums_json(changed),)).fetchall(), np.int64)
-        nums, top = rows[:, 0], int(rows[:, 0].max()) + 1
-        if self._live is not None:
-            self._live = _grown(self._live, top)
-            self._live[nums] = rows[:, 1] != 0
-        for at, name in enumerate(columns, 2):
-            self._facts[name] = _grown(self._facts[name], top)
-            self._facts[name][nums] = rows[:, at]
-        if self._places is not None:
-            self._places = self._places.renewed(db, changed)
+    def per_change(self, key: object, make: Callable[[], T]) -> T:
+        """Return `make()`, or what it returned for this key since the last change."""
+        return self._value(self._columns.entry(key), make)
+
+    def is_kept(self, key: object) -> bool:
+        """Return whether `kept_set` would return at once."""
+        return not self._own and self._columns.entry_of_set(key).kept[0] == self._stamp
+
+    def kept_set(
+        self, key: object, make: Callable[[], T], among: Callable[[Int64], Int64] | None = None
+    ) -> T:
+        """Return the set of pictures, or array of nums, that is kept under a key; else `make()`.
+
+        With `among`, one that was kept before the last change is corrected by what it says of the
+        changed pictures: which of them belong to the set, in any order.
+        """
+
+        def renew(old: Any, changed: Int64) -> Any:
+            assert among is not None
+            return old - PictureSet.of_sorted(changed) | PictureSet(among(changed))
+
+        entry = self._columns.entry_of_set(key)
+        before = entry.kept
+        value: T = self._value(entry, make, renew if among else None)
+        if entry.kept is not before:
+            self._columns.drop_sets()
+        return value
+
+    def _value(
+        self,
+        entry: _Entry,
+        make: Callable[[], T],
+        renew: Callable[[T, Int64], T] | None = None,
+        *,
+        unchanged: bool = True,
+    ) -> T:
+        """Return the value of an entry as of this state: what is there, or `renew(value, changed)` where
+        the changes are few, or `make()`. `unchanged`: without a changed picture, the value stays."""
+        stamp, value = entry.kept
+        if stamp != self._stamp or self._own:
+            with entry.lock:
+                stamp, value = entry.kept
+                if stamp > self._stamp:
+                    raise Outdated
+                if stamp != self._stamp or self._own:
+                    changed = None
+                    if renew is not None and stamp[:2] == self._stamp[:2]:
+                        changed = self._changed_since(stamp[2])
+                    if renew is None or changed is None or len(changed) > MOST_CHANGED:
+                        value = make()
+                    elif len(changed) or not unchanged:
+                        value = renew(value, changed)
+                    entry.kept = self._stamp, value
+        found: T = value
+        return found
+
+    def _changed_since(self, changes: int) -> Int64:
+        """Return the nums of the pictures that have changed since that value of the change counter."""
+        if changes not in self._changed:
+            sql = (
+                "SELECT group_concat(num) FROM pictures INDEXED BY pictures_version"
+                " WHERE version > 0 AND version > ?"
+            )
+            self._changed[changes] = joined_nums(self.db, sql, (changes,))
+        return self._changed[changes]
 
     # ---- columns
 
-    def live(self, db: Connection) -> Mask:
+    def live(self) -> Mask:
         """Return by num whether a picture is live; do not change it."""
-        if self._live is None:
-            self._read(db, "1")
-        assert self._live is not None
-        return self._live
+        return self._value(self._columns.entry("live"), self._read_live, self._renewed("live"))
 
-    def fact(self, db: Connection, name: str) -> Int64:
+    def fact(self, name: str) -> Int64:
         """Return a column by num, as long as `live`; what it says of pictures that are dead has no
-        meaning."""
-        if name not in self._facts:
-            values = self._read(db, _FACTS[name])
-            live = self.live(db)
-            self._facts[name] = np.zeros(len(live), np.int64)
-            self._facts[name][live] = values
-        return self._facts[name]
+        meaning. Do not change it."""
+        entry = self._columns.entry(("fact", name))
+        return self._value(entry, lambda: self._read_fact(name), self._renewed(_FACTS[name]))
 
-    def _read(self, db: Connection, expression: str) -> Int64:
-        """Return the values of an integer expression in the order of the live pictures' nums."""
+    def _read_live(self) -> Mask:
+        count, last = self.db.execute(f"SELECT count(*), coalesce(max(num), 0) {_LIVE}").fetchone()
+        live = np.ones(last + 1, np.bool_)
+        live[0] = False
+        if count != last:
+            live[:] = False
+            live[joined_nums(self.db, f"SELECT group_concat(num) {_LIVE}")] = True
+        return live
+
+    def _read_fact(self, name: str) -> Int64:
         # numpy parses one string five times faster than SQLite returns an integer per row
-        facts = "FROM pictures INDEXED BY pictures_facts WHERE live"
-        sql = f"SELECT count(*), coalesce(max(num), 0), group_concat({expression}) {facts}"
-        count, last, values = db.execute(sql).fetchone()
-        if self._live is None:
-            self._live = np.ones(last + 1, np.bool_)
-            self._live[0] = False
-            if count != last:
-                self._live[:] = False
-                self._live[joined_nums(db, f"SELECT group_concat(num) {facts}")] = True
-        return parsed(values)
+        values = parsed(
+            self.db.execute(f"SELECT group_concat({_FACTS[name]}) {_LIVE}").fetchone()[0]
+        )
+        live = self.live()
+        column = np.zeros(len(live), np.int64)
+        column[live] = values
+        return column
 
-    def with_vector(self, db: Connection, owner: int) -> PictureSet:
+    def read_columns(self) -> None:
+        """Have all that filters compare in memory."""
+        for name in _FACTS:
+            self.fact(name)
+        self.places()
+
+    def _renewed(self, expression: str) -> Callable[[Any, Int64], Any]:
+        """Return the function that reads an expression of changed pictures into a copy of a column."""
+
+        def renew(old: np.ndarray, changed: Int64) -> np.ndarray:
+            sql = f"SELECT num, {expression} FROM pictures WHERE num IN (SELECT value FROM json_each(?))"
+            rows = np.array(self.db.execute(sql, (nums_json(changed),)).fetchall(), np.int64)
+            column = np.zeros(max(len(old), int(changed[-1]) + 1), old.dtype)
+            column[: len(old)] = old
+            column[rows[:, 0]] = rows[:, 1]
+            return column
+
+        return renew
+
+    def with_vector(self, owner: int) -> PictureSet:
         """Return the pictures, dead or alive, that have a vector of an encoder."""
-        seq, found = self._vectors.get(owner, (0, PictureSet()))
-        newest = db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0]
-        if not seq:
-            sql = "SELECT count(*), max(num) FROM vectors WHERE encoder = ?"
-            count, last = db.execute(sql, (owner,)).fetchone()
-            if count and count == last:
-                found = PictureSet.of_sorted(np.arange(1, count + 1))
-            else:
-                sql = "SELECT group_concat(num) FROM vectors WHERE encoder = ?"
-                found = PictureSet.of_sorted(joined_nums(db, sql, (owner,)))
-        elif newest > seq:
+
+        def read() -> tuple[int, PictureSet]:
+            count = vectors.count(self.db, owner)
+            sql = "SELECT max(num) FROM vectors WHERE encoder = ?"
+            if count and count == self.db.execute(sql, (owner,)).fetchone()[0]:
+                return newest(), PictureSet.of_sorted(np.arange(1, count + 1))
+            sql = "SELECT group_concat(num) FROM vectors WHERE encoder = ?"
+            return newest(), PictureSet.of_sorted(joined_nums(self.db, sql, (owner,)))
+
+        def renew(old: tuple[int, PictureSet], _: Int64) -> tuple[int, PictureSet]:
             # +encoder: in the order of seq, not through the encoder's index
             sql = "SELECT group_concat(num) FROM vectors WHERE +encoder = ? AND seq > ?"
-            found = found | PictureSet(joined_nums(db, sql, (owner, seq)))
-        self._vectors[owner] = newest, found
-        return found
+            return newest(), old[1] | PictureSet(joined_nums(self.db, sql, (owner, old[0])))
 
-    def places(self, db: Connection) -> Places:
-        if self._places is None:
-            self._places = Places.read(db)
-        return self._places
+        def newest() -> int:
+            found = self.db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()
+            return int(found[0])
 
-    # ---- sets
+        entry = self._columns.entry(("vectors", owner))
+        return self._value(entry, read, renew, unchanged=False)[1]
 
-    def kept(
-        self,
-        db: Connection,
-        keys: Sequence[object],
-        whole: Callable[[Sequence[int]], Sequence[PictureSet]],
-        among: Callable[[int, Int64], Int64],
-    ) -> list[PictureSet]:
-        """Return sets of live pictures by key: what is kept under it, with what `among(position in
-        keys, nums)` says of the pictures that have changed since; `whole(positions)` makes those that
-        are not kept."""
-        found: dict[int, PictureSet] = {}
-        for at, key in enumerate(keys):
-            changes, old = self._sets.pop(key, (0, None))
-            if old is not None and (self._own or changes != self.changes):
-                changed = changed_since(db, changes)
-                if len(changed) > MOST_CHANGED:
-                    old = None
-                elif len(changed):
-                    old = old - PictureSet.of_sorted(changed) | PictureSet(among(at, changed))
-            if old is not None:
-                found[at] = old
-        missing = [at for at in range(len(keys)) if at not in found]
-        if missing:
-            found.update(zip(missing, whole(missing), strict=True))
-        self._sets.update({key: (self.changes, found[at]) for at, key in enumerate(keys)})
-        while len(self._sets) > 1 and sum(s.nbytes for _, s in self._sets.values()) > SET_BYTES:
-            self._sets.popitem(last=False)
-        return [found[at] for at in range(len(keys))]
+    def places(self) -> Places:
+        """Return the places of the live pictures."""
+        places: Places = self._value(
+            self._columns.entry("places"),
+            lambda: Places.read(self.db),
+            lambda old, changed: old.renewed(self.db, changed),
+        )
+        return places
 
 
 class Places:
-    """The places of the live pictures, in no order. A place that is gone has num -1."""
+    """The places of the live pictures, in no order; immutable. A place that is gone has num -1."""
 
     def __init__(self) -> None:
         self.nums = np.empty(0, np.int64)  # (P,)
@@ -199,12 +269,13 @@ class Places:
         return places
 
     def renewed(self, db: Connection, changed: Int64) -> Places:
-        """Read the places of changed pictures again; return what to use from now on."""
-        self.nums[PictureSet.of_sorted(changed).has(self.nums)] = -1
-        if np.count_nonzero(self.nums < 0) > len(self.nums) // 2:
+        """Return the places with those of changed pictures read again."""
+        places = copy(self)
+        places.nums = np.where(PictureSet.of_sorted(changed).has(self.nums), -1, self.nums)
+        if np.count_nonzero(places.nums < 0) > len(places.nums) // 2:
             return Places.read(db)
-        self._append(db, "WHERE num IN (SELECT value FROM json_each(?))", nums_json(changed))
-        return self
+        places._append(db, "WHERE num IN (SELECT value FROM json_each(?))", nums_json(changed))
+        return places
 
     def _append(self, db: Connection, where: str, *args: str) -> None:
         last = int(self._folder_ids[-1]) if len(self._folder_ids) else 0
@@ -212,8 +283,8 @@ class Places:
         if new := db.execute(sql, (last,)).fetchall():
             ids, paths, folded = zip(*new, strict=True)
             self._folder_ids = np.concatenate([self._folder_ids, np.array(ids, np.int64)])
-            self.folder_paths += paths
-            self.folder_names += folded
+            self.folder_paths = [*self.folder_paths, *paths]
+            self.folder_names = [*self.folder_names, *folded]
         sql = (
             "SELECT group_concat(num), group_concat(folder),"
             f" CAST(group_concat(name, char(0)) AS BLOB) FROM places {where}"
@@ -262,25 +333,16 @@ class Places:
             return ~found
         names = b"\0" + self.names if start else self.names
         part = b"\0" + part if start else part
-        # split is C's loop: 1,000,000 matches in 0.1 s
-        lengths = np.fromiter(map(len, names.split(part)), np.int64)[:-1]
-        at = np.cumsum(lengths) + np.arange(len(lengths)) * len(part)
+        if len(part) > len(names):
+            return found
+        # Byte by byte in numpy: the first two in all names, the others where these are found.
+        data = np.frombuffer(names, np.uint8)
+        last = len(data) - len(part)  # where it may begin
+        begins = data[: last + 1] == part[0]
+        if len(part) > 1:
+            begins &= data[1 : last + 2] == part[1]
+        at = np.flatnonzero(begins)
+        for offset, byte in enumerate(part[2:], 2):
+            at = at[data[at + offset] == byte]
         found[np.searchsorted(self.ends, at)] = True
         return found
-
-
-def changed_since(db: Connection, changes: int) -> Int64:
-    """Return the nums of the pictures that have changed since that value of the change counter."""
-    sql = (
-        "SELECT group_concat(num) FROM pictures INDEXED BY pictures_version"
-        " WHERE version > 0 AND version > ?"
-    )
-    return joined_nums(db, sql, (changes,))
-
-
-def _grown(values: np.ndarray, top: int) -> np.ndarray:
-    if top <= len(values):
-        return values
-    grown = np.zeros(top, values.dtype)
-    grown[: len(values)] = values
-    return grown

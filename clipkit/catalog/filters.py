@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clipkit.catalog.columns import MOST_RESULTS, Columns, Places
+from clipkit.catalog.columns import Places, State
 from clipkit.catalog.rows import ISO_DATE, below, clean, date_key, fold, fold_path, fold_tag
-from clipkit.catalog.store import Connection, joined_nums, nums_json
+from clipkit.catalog.store import joined_nums, nums_json
 from clipkit.errors import InputError
 from clipkit.picture_set import Mask, PictureSet
 
@@ -53,53 +53,48 @@ def check(filters: Filters) -> None:
         raise InputError(f"orientation {filters.orientation!r} is not one of {choices}")
 
 
-def matching(db: Connection, columns: Columns, filters: Filters) -> PictureSet:
-    """See Catalog.matching; `columns` have followed `db`."""
-    found = columns.results.get(filters)
-    if found is None:
-        found = columns.results[filters] = _matching(db, columns, filters)
-        if len(columns.results) > MOST_RESULTS:
-            columns.results.popitem(last=False)
-    return found
+def matching(state: State, filters: Filters) -> PictureSet:
+    """See Catalog.matching."""
+    return state.kept_set(filters, lambda: _matching(state, filters))
 
 
-def _matching(db: Connection, columns: Columns, filters: Filters) -> PictureSet:
-    passing = columns.live(db).copy()
+def _matching(state: State, filters: Filters) -> PictureSet:
+    passing = state.live().copy()
 
     if filters.after is not None:
-        passing &= columns.fact(db, "dated") >= date_key(filters.after)
+        passing &= state.fact("dated") >= date_key(filters.after)
     if filters.before is not None:
-        dated = columns.fact(db, "dated")
+        dated = state.fact("dated")
         passing &= (dated < date_key(filters.before)) & (dated > 0)
     if filters.cameras or filters.camera is not None:
-        labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
+        labels = dict(state.db.execute("SELECT id, text FROM labels").fetchall())
         wanted = [fold(camera) for camera in filters.cameras]
         if wanted:
             cameras = [key for key, text in labels.items() if any(w in fold(text) for w in wanted)]
-            passing &= _one_of(columns.fact(db, "camera"), cameras)
+            passing &= _one_of(state.fact("camera"), cameras)
         if filters.camera is not None:
             same = [key for key, text in labels.items() if text == clean(filters.camera)]
-            passing &= _one_of(columns.fact(db, "camera"), same)
+            passing &= _one_of(state.fact("camera"), same)
     if filters.formats:
         names = {clean(name).upper() for name in filters.formats}
-        labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
+        labels = dict(state.db.execute("SELECT id, text FROM labels").fetchall())
         formats = [key for key, text in labels.items() if text.upper() in names]
-        passing &= _one_of(columns.fact(db, "format"), formats)
+        passing &= _one_of(state.fact("format"), formats)
     if filters.min_width:
-        passing &= columns.fact(db, "width") >= filters.min_width
+        passing &= state.fact("width") >= filters.min_width
     if filters.min_height:
-        passing &= columns.fact(db, "height") >= filters.min_height
+        passing &= state.fact("height") >= filters.min_height
     if filters.min_side:
-        longer = np.maximum(columns.fact(db, "width"), columns.fact(db, "height"))
+        longer = np.maximum(state.fact("width"), state.fact("height"))
         passing &= longer >= filters.min_side
     if filters.orientation is not None:
         compare = ORIENTATIONS[filters.orientation]
-        passing &= compare(columns.fact(db, "width"), columns.fact(db, "height"))
+        passing &= compare(state.fact("width"), state.fact("height"))
     if filters.paths or filters.folders:  # one place must fulfil both
-        _keep(passing, _at_places(columns.places(db), filters))
+        _keep(passing, _at_places(state.places(), filters))
     result = PictureSet.of_mask(passing)
     for tag in filters.tags:
-        result = result & _tagged(db, columns, fold_tag(tag))
+        result = result & _tagged(state, fold_tag(tag))
     return result
 
 
@@ -136,18 +131,15 @@ def _at_places(places: Places, filters: Filters) -> Mask:
     return places.of(found)
 
 
-def _tagged(db: Connection, columns: Columns, tag: str) -> PictureSet:
+def _tagged(state: State, tag: str) -> PictureSet:
     """Return the pictures with a folded tag."""
-    row = db.execute("SELECT id FROM labels WHERE text = ?", (tag,)).fetchone()
+    row = state.db.execute("SELECT id FROM labels WHERE text = ?", (tag,)).fetchone()
     if row is None:
         return PictureSet()
     sql = "SELECT group_concat(num) FROM picture_tags WHERE tag = ?"
-    (found,) = columns.kept(
-        db,
-        [("tag", tag)],
-        lambda _: [PictureSet.of_sorted(joined_nums(db, sql, row))],
-        lambda _, nums: joined_nums(
-            db, f"{sql} AND num IN (SELECT value FROM json_each(?))", (*row, nums_json(nums))
-        ),
+    some = f"{sql} AND num IN (SELECT value FROM json_each(?))"
+    return state.kept_set(
+        ("tag", tag),
+        lambda: PictureSet.of_sorted(joined_nums(state.db, sql, row)),
+        lambda nums: joined_nums(state.db, some, (*row, nums_json(nums))),
     )
-    return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clipkit.catalog.columns import Columns
+from clipkit.catalog.columns import State
 from clipkit.catalog.rows import Facets, KnownFile, PictureRow
 from clipkit.catalog.store import DEAD, Connection, joined_nums, next_epoch, parsed
 from clipkit.catalog.texts import union
@@ -131,14 +131,13 @@ _SORTS = {"date": "newest", "name": "name"}  # the index pictures_by_{sort} is i
 
 
 def listed(
-    db: Connection,
-    columns: Columns,
+    state: State,
     sort: str,
     among: PictureSet | None,
     after: object | None,
     limit: int,
 ) -> tuple[list[int], list[Any] | None]:
-    """See Catalog.listed; `columns` have followed `db`."""
+    """See Catalog.listed."""
     if sort not in _SORTS:
         raise InputError(f"sort {sort!r} is not one of {', '.join(_SORTS)}")
     position = _position(sort, after)
@@ -147,8 +146,8 @@ def listed(
     if not limit or (among is not None and not len(among)):
         return page, None
     walked = 0
-    while among is None or (sort not in columns.orders and walked < _MOST_WALKED):
-        rows = _walk(db, sort, position, min(max(limit + 1, 256), _PAGE))
+    while among is None or (walked < _MOST_WALKED and not state.is_kept(("order", sort))):
+        rows = _walk(state.db, sort, position, min(max(limit + 1, 256), _PAGE))
         if not rows:
             return page, None
         walked += len(rows)
@@ -163,7 +162,7 @@ def listed(
             end = list(rows[at][1:])
         position = list(rows[-1][1:])
     assert among is not None
-    return _in_order(db, columns, sort, among, position, limit, page)
+    return _in_order(state, sort, among, position, limit, page)
 
 
 def _walk(
@@ -180,8 +179,7 @@ def _walk(
 
 
 def _in_order(
-    db: Connection,
-    columns: Columns,
+    state: State,
     sort: str,
     among: PictureSet,
     position: Sequence[Any] | None,
@@ -191,17 +189,15 @@ def _in_order(
     """Fill a page from the order of all nums in memory: for pictures that are few and far between, or
     far down."""
     key = _SORTS[sort]
-    if sort not in columns.orders:
-        sql = (
-            f"SELECT group_concat(num) FROM (SELECT num FROM pictures INDEXED BY pictures_by_{sort}"
-            f" WHERE live ORDER BY {key}, image_id)"
-        )
-        columns.orders[sort] = parsed(db.execute(sql).fetchone()[0])
-    order = columns.orders[sort]
+    sql = (
+        f"SELECT group_concat(num) FROM (SELECT num FROM pictures INDEXED BY pictures_by_{sort}"
+        f" WHERE live ORDER BY {key}, image_id)"
+    )
+    order = state.kept_set(("order", sort), lambda: parsed(state.db.execute(sql).fetchone()[0]))
 
     def place(num: Any) -> tuple[Any, str]:
         sql = f"SELECT {key}, image_id FROM pictures WHERE num = ?"
-        found: tuple[Any, str] = db.execute(sql, (int(num),)).fetchone()
+        found: tuple[Any, str] = state.db.execute(sql, (int(num),)).fetchone()
         return found
 
     flags = np.zeros(int(order.max(initial=0)) + 1, np.bool_)
@@ -241,19 +237,19 @@ def counts(db: Connection) -> tuple[int, int, str | None, int, int]:
     return meta["pictures"], meta["bytes"], newest, places, skipped
 
 
-def facets(db: Connection, columns: Columns, limit: int) -> Facets:
-    """See Catalog.facets; `columns` have followed `db`."""
-    labels = dict(db.execute("SELECT id, text FROM labels").fetchall())
+def facets(state: State, limit: int) -> Facets:
+    """See Catalog.facets."""
+    labels = dict(state.db.execute("SELECT id, text FROM labels").fetchall())
 
     def most(counts: Iterable[tuple[int, int]]) -> tuple[tuple[str, int], ...]:
         named = [(labels[key], count) for key, count in counts]
         return tuple(sorted(named, key=lambda item: (-item[1], item[0]))[:limit])
 
     def values(fact: str) -> Iterable[tuple[int, int]]:
-        counts = np.bincount(columns.fact(db, fact)[columns.live(db)]).tolist()
+        counts = np.bincount(state.fact(fact)[state.live()]).tolist()
         return ((key, count) for key, count in enumerate(counts) if key and count)
 
-    tags = db.execute("SELECT tag, count(*) FROM picture_tags GROUP BY tag")
+    tags = state.db.execute("SELECT tag, count(*) FROM picture_tags GROUP BY tag")
     return Facets(most(values("format")), most(values("camera")), most(tags))
 
 

@@ -14,18 +14,25 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 
 from clipkit.arrays import Int64
 from clipkit.catalog.schema import APPLICATION_ID, MIGRATIONS, add_functions
 from clipkit.errors import CatalogBusy, ClipkitError, IndexDamaged, InputError
 
+if TYPE_CHECKING:
+    import filelock
+
 log = logging.getLogger(__name__)
 
-Connection = sqlite3.Connection
+
+class Connection(sqlite3.Connection):
+    """A connection to catalog.sqlite; `generation` is that of the file which it has open."""
+
+    generation = 0
+
 
 DEAD = "SELECT num FROM pictures WHERE NOT live"  # few, so NOT IN (dead) costs less than IN (live)
 _READ_ONLY = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
@@ -46,7 +53,7 @@ class Store:
         """Open; for writing also create and migrate. Raises InputError, IndexDamaged, CatalogBusy."""
         self.path = folder / "catalog.sqlite"
         self._mutex = threading.RLock()
-        self._idle: list[sqlite3.Connection] = []
+        self._idle: list[Connection] = []
         self._immutable = False  # on media where SQLite cannot make the files that WAL needs
         self._file: tuple[int, int] | None = None  # device and inode of what is open
         self.generation = 0  # rises when another file takes the place of catalog.sqlite
@@ -80,9 +87,9 @@ class Store:
     def writable(self) -> bool:
         return self._lock is not None
 
-    def change_counter(self, db: sqlite3.Connection) -> int:
+    def change_counter(self, db: Connection) -> int:
         row = db.execute("SELECT value FROM meta WHERE key = 'changes'").fetchone()
-        return int(row[0]) + self.generation * _GENERATION
+        return int(row[0]) + db.generation * _GENERATION
 
     def _on_disk(self) -> tuple[int, int] | None:
         try:
@@ -117,6 +124,8 @@ class Store:
         return version
 
     def _take_lock(self, folder: Path) -> filelock.BaseFileLock:
+        import filelock  # which a reader does not wait for
+
         # flock, not a file whose existence counts: the system frees it when the process dies
         lock = filelock.FileLock(folder / "writer.lock", timeout=0, thread_local=False)
         try:
@@ -139,7 +148,7 @@ class Store:
             ) from None
         return lock
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self) -> Connection:
         mode = "ro&immutable=1" if self._immutable else "rwc" if self.writable else "rw"
         db = sqlite3.connect(
             f"{self.path.absolute().as_uri()}?mode={mode}",
@@ -147,6 +156,7 @@ class Store:
             timeout=30,
             isolation_level=None,  # transactions begin and end where this module says
             check_same_thread=False,
+            factory=Connection,
         )
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("PRAGMA synchronous = NORMAL")  # with WAL: always consistent, survives a kill
@@ -154,7 +164,7 @@ class Store:
             db.execute("PRAGMA query_only = ON")
         return db
 
-    def _version(self, db: sqlite3.Connection) -> int:
+    def _version(self, db: Connection) -> int:
         """Return the schema version; 0 for a new file. Raises InputError for another program's file or a
         newer version."""
         # one statement, which sees one state: a writer may create the tables meanwhile
@@ -171,7 +181,7 @@ class Store:
             )
         return int(version)
 
-    def _migrate(self, db: sqlite3.Connection) -> None:
+    def _migrate(self, db: Connection) -> None:
         version = self._version(db)
         if version == 0:
             # seven 512-d vectors a page; 4096 wastes a quarter
@@ -203,7 +213,7 @@ class Store:
                 self._lock.release()
 
     @contextmanager
-    def connection(self, *, statements: int = 2) -> Iterator[sqlite3.Connection]:
+    def connection(self, *, statements: int = 2) -> Iterator[Connection]:
         """Yield a connection that sees one committed state; for a writer, its own state. A caller with
         only one statement, which sees one state anyway, says so and saves two."""
         if self._closed:
@@ -218,6 +228,7 @@ class Store:
                 db = self._idle.pop()
             except IndexError:
                 db = self._connect()
+                db.generation = generation
             try:
                 if statements > 1:
                     db.execute("BEGIN")
@@ -225,7 +236,7 @@ class Store:
             finally:
                 db.rollback()
                 with self._mutex:
-                    if generation == self.generation:
+                    if db.generation == self.generation:
                         self._idle.append(db)
                     else:
                         db.close()
@@ -247,7 +258,7 @@ class Store:
         return self.generation
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self) -> Iterator[Connection]:
         """Yield the writer's connection, in the transaction that lasts until COMMIT or ROLLBACK."""
         if not self.writable:
             raise InputError(f"{self.path} is open for reading; open it with write=True")

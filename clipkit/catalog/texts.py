@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from clipkit.arrays import Int64
-from clipkit.catalog.columns import Columns
+from clipkit.catalog.columns import State
 from clipkit.catalog.rows import (
     BREAK,
     Phrase,
@@ -98,45 +97,39 @@ def label(db: Connection, text: str) -> int:
     return int(row[0])
 
 
-def phrase(db: Connection, columns: Columns, text: str) -> Phrase:
-    """See Catalog.phrase; `columns` have followed `db`."""
+def phrase(state: State, text: str) -> Phrase:
+    """See Catalog.phrase."""
     match = _quoted(text) + ("*" if text.rstrip().endswith("*") else "")
-    (nums,) = _kept(db, columns, [match])
+    nums = _matches(state, match)
     if not 0 < len(nums) <= MOST_RANKED:
         return Phrase(nums, None if len(nums) else np.empty(0))
     bm25 = np.zeros(len(nums))
-    for num, rank in db.execute("SELECT rowid, rank FROM texts WHERE texts MATCH ?", (match,)):
+    sql = "SELECT rowid, rank FROM texts WHERE texts MATCH ?"
+    for num, rank in state.db.execute(sql, (match,)):
         bm25[np.searchsorted(nums.nums, num)] = rank
     return Phrase(nums, bm25)
 
 
-def having(db: Connection, columns: Columns, words: Sequence[Iterable[str]]) -> list[PictureSet]:
-    """See Catalog.having; `columns` have followed `db`."""
-    return _kept(db, columns, [" OR ".join(map(_quoted, sorted(spellings))) for spellings in words])
+def having(state: State, words: Sequence[Iterable[str]]) -> list[PictureSet]:
+    """See Catalog.having."""
+    return [_matches(state, " OR ".join(map(_quoted, sorted(spellings)))) for spellings in words]
 
 
-def _kept(db: Connection, columns: Columns, matches: Sequence[str]) -> list[PictureSet]:
-    """Return for each FTS5 expression the pictures for which it holds, from memory if they are there."""
-    return columns.kept(
-        db,
-        [("words", match) for match in matches],
-        lambda wanted: _nums_with(db, [matches[at] for at in wanted]),
-        lambda at, nums: _nums_among(db, matches[at], nums),
+def _matches(state: State, match: str) -> PictureSet:
+    """Return the pictures for which an FTS5 expression holds in the texts or the folders."""
+    return state.kept_set(
+        ("words", match),
+        lambda: _nums_with(state.db, match),
+        lambda nums: _nums_among(state.db, match, nums),
     )
 
 
-def _nums_with(db: Connection, matches: Sequence[str]) -> list[PictureSet]:
-    """Return for each FTS5 expression the pictures for which it holds in the texts or the folders."""
-    sql = (
-        "SELECT (SELECT group_concat(rowid) FROM texts WHERE texts MATCH word.value),"
-        " (SELECT group_concat(rowid) FROM folder_texts WHERE folder_texts MATCH word.value)"
-        " FROM json_each(?) AS word ORDER BY word.key"
-    )
-    rows = db.execute(sql, (json.dumps(matches),))
-    return [
-        PictureSet.of_sorted(parsed(texts)) | PictureSet.of_sorted(parsed(folders))
-        for texts, folders in rows
-    ]
+def _nums_with(db: Connection, match: str) -> PictureSet:
+    found = PictureSet()
+    for table in ("texts", "folder_texts"):
+        sql = f"SELECT group_concat(rowid) FROM {table} WHERE {table} MATCH ?"
+        found = found | PictureSet.of_sorted(parsed(db.execute(sql, (match,)).fetchone()[0]))
+    return found
 
 
 def _nums_among(db: Connection, match: str, nums: Int64) -> Int64:

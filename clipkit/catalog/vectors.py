@@ -43,6 +43,18 @@ def owner_of(db: Connection, encoder_id: str | None) -> tuple[int | None, int]:
     return row or (None, 0)
 
 
+def count(db: Connection, owner: int, *, after_seq: int = 0) -> int:
+    """Count an owner's vectors with seq > `after_seq`, those of dead pictures too."""
+    last = db.execute("SELECT coalesce(max(seq), 0) FROM vectors").fetchone()[0]
+    if not after_seq and len(db.execute("SELECT DISTINCT owner FROM encoders").fetchall()) == 1:
+        # SQLite counts a table without a condition eight times faster
+        return int(db.execute("SELECT count(*) FROM vectors").fetchone()[0])
+    # few by their seqs; else all of the encoder in its index, since rows are long
+    encoder = "+encoder" if last - after_seq < 10_000 else "encoder"
+    sql = f"SELECT count(*) FROM vectors WHERE {encoder} = ? AND seq > ?"
+    return int(db.execute(sql, (owner, after_seq)).fetchone()[0])
+
+
 def owner_name(db: Connection, encoder_id: str) -> str:
     """Return the encoder under whose id the snapshot of an encoder's space is kept; itself, if it is
     not registered."""

@@ -87,7 +87,7 @@ class Comparison:
                 more, cosines = self.live.search(
                     self.vector, limit, allowed=named, floor=threshold - most
                 )
-                new = ~np.isin(more, nums)
+                new = ~PictureSet(nums).has(more)
                 both = np.concatenate([nums, more[new]]), np.concatenate([scores, cosines[new]])
                 threshold = _kth(both[1] + self.names.bonus(both[0], self.spread), k)
                 if len(more) < limit or limit >= len(named) or cosines[-1] + most < threshold:

@@ -232,6 +232,11 @@ class Follower:
         self._unusable: set[str] = set()  # names of snapshots that were found damaged
         self.opening: threading.Thread | None = None  # the last to open a snapshot
 
+    def has(self, encoder_id: str) -> bool:
+        """Return whether `current` would return without loading an encoder's vectors first."""
+        state = self._state
+        return state is not None and state.encoder_id == encoder_id
+
     def current(self, encoder_id: str) -> LiveVectors:
         """Return the vectors as of now, or as of a moment ago while another thread looks."""
         state = self._state

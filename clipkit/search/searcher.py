@@ -213,6 +213,11 @@ class Searcher:
         """Return the vectors as of now. Raises EncoderMismatch if all are of other encoders."""
         return self._live(self._current_model())
 
+    @property
+    def loaded(self) -> bool:
+        """Whether a search would not wait for vectors to be loaded. Ask once the model is loaded."""
+        return self._follower.has(self._searched_id(self._current_model()))
+
     def _answer(self, request: _Request) -> SearchResult:
         if request.k < 1:
             raise InputError(

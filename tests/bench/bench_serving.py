@@ -29,7 +29,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench_million import CACHE, DATA, ROOT, queries, table
+from bench_million import CACHE, DATA, ROOT, lines, queries, table
 
 CLIENTS = 32
 PHOTOS, SMALL = 200, 15_000
@@ -205,15 +205,15 @@ def measure(checkout: Path, base: Path, scratch: Path, args: argparse.Namespace)
         count = sum(map(len, answers.milliseconds.values()))
         rows: Rows = {"answered [1/s]": [count / seconds]}
         rows["not answered with 200"] = [float(answers.statuses.total())]
+        for what, times in sorted(answers.statuses.items()):
+            rows[f"answered otherwise: {what}"] = [float(times)]
         rows["pictures added meanwhile [1/s]"] = [added / seconds]
         for kind, values in sorted(answers.milliseconds.items()):
-            rows[f"{kind} [ms]"] = values
-            rows[f"{kind}, 99th percentile [ms]"] = [sorted(values)[int(0.99 * len(values))]]
+            rows[f"{kind}, p50 / p95 (requests) [ms]"] = values
+            rows[f"{kind}, p99 [ms]"] = [sorted(values)[int(0.99 * len(values))]]
         rows["server's memory [MB]"] = [server.memory_mb("VmRSS")]
         rows["server's memory, not of files [MB]"] = [server.memory_mb("RssAnon")]
         rows["server's peak [MB]"] = [server.memory_mb("VmHWM")]
-        if answers.statuses:
-            print(f"not answered with 200: {dict(answers.statuses)}", flush=True)
         return rows
     finally:
         for process in (indexing, server.process):
@@ -254,6 +254,7 @@ def main() -> None:
     results = {}
     for name, checkout in checkouts.items():
         results[name] = {"serving": measure(checkout, args.folder, args.scratch, args)}
+        print(f"-- {name}", *lines(results[name]["serving"]), sep="\n", flush=True)
     print(table(results))
     shutil.rmtree(args.scratch)
 
