@@ -122,9 +122,10 @@ def find_model(listed: Sequence[IndexModel], name: str, *, index: Path) -> Index
 def use_model(folder: Path, name: str) -> IndexModel:
     """Make a model the active one, in one transaction, and return it.
 
-    It may be one that is new to the index but shares its picture side with one that is there. Raises
-    InputError if there is none of this name, if pictures lack its vector, or if its files are gone or
-    hold another model now; CatalogBusy while another process writes to the index.
+    It may be one that is new to the index but shares its picture side with one that is there: their
+    vectors are the same, so nothing is encoded or copied. Raises InputError if there is none of this
+    name, if pictures that can be found now lack its vector, or if its files are gone or hold another
+    model now; CatalogBusy while another process writes to the index.
     """
     with Catalog.open(folder) as catalog:
         listed = models_of(catalog)
@@ -141,8 +142,11 @@ def use_model(folder: Path, name: str) -> IndexModel:
         if encoder is not None:
             register(catalog, encoder)
         encoder_id = model.encoder_id if encoder is None else encoder.encoder_id
-        model = next(one for one in models_of(catalog) if one.encoder_id == encoder_id)
-        if not model.complete:
+        listed = models_of(catalog)
+        model = next(one for one in listed if one.encoder_id == encoder_id)
+        # The vectors of the model that answers: pictures that lack one are not found now either.
+        same_vectors = any(one.active and one.space_id == model.space_id for one in listed)
+        if not (model.complete or same_vectors):
             raise InputError(
                 f"{model.missing:,} of {count(model.pictures, 'picture')} have no vector of "
                 f"{model.spec} yet, and would not be found; encode them first: "

@@ -202,6 +202,22 @@ def test_use_takes_a_new_model_of_a_known_space(index: Path, texts: str, clipkit
     assert states(index) == {"a": (8, False), "texts": (8, True)}
 
 
+def test_a_model_with_the_vectors_of_the_active_one_may_answer_before_all_have_one(
+    index: Path, photos: Path, texts: str
+) -> None:
+    """What has no vector is found by neither of them: nothing is lost."""
+    with Catalog.open(index, write=True) as catalog:
+        added = catalog.add_picture(
+            image_id="f" * 32, width=8, height=8, format="PNG", bytes=9,
+            taken_at=None, camera=None, thumbnail=b"",
+        )  # fmt: skip
+        catalog.add_place(added, str(photos / "late.png"), size=9, mtime_ns=1)
+        catalog.commit()
+    with Library.open(index) as library:
+        library.use(texts)
+    assert states(index) == {"a": (8, False), "texts": (8, True)}
+
+
 def test_a_switch_waits_for_no_writer(index: Path, photos: Path, a: str, b: str) -> None:
     fill(index, b, photos)
     with Catalog.open(index, write=True), Library.open(index) as library:

@@ -132,6 +132,12 @@ def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
     assert (lesson.stage, lesson.error) == ("done", "")
     assert lesson.verdict["pictures"] > 0 and lesson.verdict["sentences"]
     assert Path(lesson.spec).parent == workspace.folder.absolute() / "models"
+    report = f"reports/taught@{Path(lesson.spec).name}"
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
+    assert f'href="{report}"' in client.get("/models").text
+    page = client.get(f"/{report}")
+    assert page.status_code == 200 and lesson.verdict["sentences"][0] in page.text
+    assert f"clipkit use {lesson.spec} --index {workspace.folder.absolute()}" in page.text
     after = scores(workspace)
     assert workspace.model.encoder_id != first and after != before
     assert not (workspace.folder / teaching.SCRATCH).exists()
@@ -154,8 +160,8 @@ def test_what_did_not_help_changes_nothing_unless_asked(
     workspace = open_workspace(60)
     plain = teaching.Teacher._trained
 
-    def no_better(self: Any, scratch: Path) -> Any:
-        return {**plain(self, scratch), "outcome": "same", "unchanged": False}
+    def no_better(self: Any, task: Any) -> Any:
+        return {**plain(self, task), "outcome": "same", "unchanged": False}
 
     monkeypatch.setattr(teaching.Teacher, "_trained", no_better)
     before = scores(workspace)
@@ -199,8 +205,8 @@ def test_a_lesson_that_ends_early_leaves_nothing(open_workspace: Any, how: str) 
 def test_a_full_disk_is_one_sentence(open_workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = open_workspace(60)
 
-    def full(_: Any, scratch: Path) -> Any:
-        (scratch / "half").write_bytes(b"x")
+    def full(_: Any, task: Any) -> Any:
+        (Path(task.scratch) / "half").write_bytes(b"x")
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(teaching.Teacher, "_trained", full)

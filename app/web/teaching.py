@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import filelock
 
-from app.web.teaching_worker import RUN, Task, captions_of
+from app.web.teaching_worker import Task, captions_of
 from clipkit.durable import write_whole
 from clipkit.errors import CatalogBusy, ClipkitError, InputError
 from clipkit.index_models import OWN_MODELS
@@ -227,17 +227,18 @@ class Teacher:
 
     def _learn(self) -> None:
         scratch = self._folder / SCRATCH
+        task = self._task(scratch)
         shutil.rmtree(scratch, ignore_errors=True)  # of a lesson that was killed
         try:
             scratch.mkdir()
-            result = self._trained(scratch)
+            result = self._trained(task)
             if result is None:
                 return
             self._update(verdict=result)
             if result["unchanged"]:
                 self._note(replace(self._required(), stage="done"))
                 return
-            spec = self._place(scratch / RUN)
+            spec = self._place(task)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         if result["outcome"] == "better":
@@ -247,16 +248,19 @@ class Teacher:
         else:
             self._note(replace(self._required(), stage="choosing", spec=spec))
 
-    def _trained(self, scratch: Path) -> dict[str, Any] | None:
-        """Run the worker; return its result, None if it was cancelled. Raises ClipkitError."""
-        lesson = self._required()
-        task = Task(
-            str(self._folder.absolute()),
-            str(scratch.absolute()),
-            lesson.before_spec,
-            lesson.before,
-            self._device,
+    def _task(self, scratch: Path) -> Task:
+        lesson, folder = self._required(), self._folder.absolute()
+        return Task(
+            index=str(folder),
+            scratch=str(scratch.absolute()),
+            target=str(folder / OWN_MODELS / f"taught-{datetime.now():%Y%m%d-%H%M%S}"),
+            start=lesson.before_spec,
+            encoder_id=lesson.before,
+            device=self._device,
         )
+
+    def _trained(self, task: Task) -> dict[str, Any] | None:
+        """Run the worker; return its result, None if it was cancelled. Raises ClipkitError."""
         command = [sys.executable, "-m", "app.web.teaching_worker"]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -284,14 +288,12 @@ class Teacher:
             answer.get("error") or f"the training process ended with code {code}; see the terminal"
         )
 
-    def _place(self, run: Path) -> str:
+    def _place(self, task: Task) -> str:
         """Move the finished run to the index's own models, and return its spec."""
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # states to resume from
-        folder = (self._folder / OWN_MODELS).absolute()
-        folder.mkdir(exist_ok=True)
-        target = folder / f"taught-{datetime.now():%Y%m%d-%H%M%S}"
-        os.rename(run, target)
-        return str(target)
+        shutil.rmtree(task.run / "checkpoints", ignore_errors=True)  # states to resume from
+        Path(task.target).parent.mkdir(exist_ok=True)
+        os.rename(task.run, task.target)
+        return task.target
 
     def _fill(self) -> None:
         """Encode the pictures beside the model that answers, then switch."""
