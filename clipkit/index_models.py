@@ -141,6 +141,8 @@ def use_model(folder: Path, name: str) -> IndexModel:
     with Catalog.open(folder, write=True) as catalog:
         if encoder is not None:
             register(catalog, encoder)
+        elif model.space_id != model.encoder_id:
+            join_vectors(catalog, model.space_id)
         encoder_id = model.encoder_id if encoder is None else encoder.encoder_id
         listed = models_of(catalog)
         model = next(one for one in listed if one.encoder_id == encoder_id)
@@ -179,15 +181,7 @@ def drop_model(folder: Path, name: str) -> tuple[IndexModel, int]:
 def register(catalog: Catalog, encoder: Encoder) -> None:
     """Add a model to the index, whose vectors can then be stored; loads its towers."""
     towers = encoder.towers()
-    for row in catalog.encoders():
-        if row.space_id is None and space_of(row) == encoder.space_id:  # of an earlier version
-            catalog.register_encoder(
-                row.encoder_id,
-                spec=row.spec,
-                config_json=row.config_json,
-                dim=row.dim,
-                space_id=encoder.space_id,
-            )
+    join_vectors(catalog, encoder.space_id)
     catalog.register_encoder(
         encoder.encoder_id,
         spec=checkpoint.absolute(encoder.spec),
@@ -195,6 +189,20 @@ def register(catalog: Catalog, encoder: Encoder) -> None:
         dim=towers.dim,
         space_id=encoder.space_id,
     )
+
+
+def join_vectors(catalog: Catalog, space_id: str) -> None:
+    """Note the space of the models that have it where an index of an earlier version does not say it;
+    their vectors, which it kept for each of them, become one set."""
+    for row in catalog.encoders():
+        if row.space_id is None and space_of(row) == space_id:
+            catalog.register_encoder(
+                row.encoder_id,
+                spec=row.spec,
+                config_json=row.config_json,
+                dim=row.dim,
+                space_id=space_id,
+            )
 
 
 def fill_command(roots: Sequence[str], spec: str) -> str:

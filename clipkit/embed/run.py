@@ -33,7 +33,7 @@ from clipkit.embed.pictures import (
 from clipkit.embed.streams import Spool, side_by_side
 from clipkit.embed.walk import Folder, FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ClipkitError, ImageError, ModelError
-from clipkit.index_models import is_complete, register, space_of
+from clipkit.index_models import is_complete, join_vectors, register, space_of
 from clipkit.lazy_encoder import Encoder
 from clipkit.records import FolderCaptions, Texts
 
@@ -270,12 +270,16 @@ class _Run:
         )
 
     def _share_vectors(self) -> None:
-        """Register an encoder that is new here if another one gives pictures the same vectors."""
+        """Give the encoder the vectors of another one whose picture side is the same, if there is one:
+        then nothing of what that one has encoded is encoded again."""
         rows = self.catalog.encoders()
-        known = any(row.encoder_id == self.encoder_id for row in rows)
-        if not known and self.encoder.space_id in map(space_of, rows):
-            self._towers()
-            register(self.catalog, self.encoder)
+        own = next((row for row in rows if row.encoder_id == self.encoder_id), None)
+        if any(row is not own and space_of(row) == self.encoder.space_id for row in rows):
+            if own is None:
+                self._towers()
+                register(self.catalog, self.encoder)
+            else:
+                join_vectors(self.catalog, self.encoder.space_id)
 
     def _spec_of(self, answers: EncoderRow | None) -> str:
         if answers is None or answers.encoder_id == self.encoder_id:
