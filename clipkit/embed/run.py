@@ -514,12 +514,12 @@ class _Run:
         self._try_again(job, "no-vector", message, keep_place=is_there)
 
     def _try_again(self, job: _Job, reason: str, message: str, *, keep_place: bool) -> None:
-        """Note a file that the next run reads again, whatever its size and time: these do not tell
-        when a disk or a right is back, or another model is used."""
+        """Record a file that the next run reads again even if its size and time are the same: they do
+        not change when a disk or a permission comes back, or another model is used."""
         self._skip(Problem(job.path, reason, message), keep_place=keep_place)
 
     def _note(self, folder: Problem) -> None:
-        """Note a folder that cannot be read; what is known of it stays."""
+        """Record a folder that cannot be read; its pictures stay in the catalog."""
         self._folder_problems.add(folder.path)
         self._skip(folder)
 
