@@ -114,9 +114,22 @@ def test_too_little_is_refused_and_marks_are_counted(open_workspace: Any) -> Non
 
 
 @pytest.mark.end_to_end
-def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
-    """The old model answers, with the same scores, until the switch, and again after the undo."""
+@pytest.mark.parametrize("large", [False, True])
+def test_taught_filled_switched_and_undone(
+    open_workspace: Any, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """The old model answers, with the same scores, until the switch, and again after the undo. In a
+    large library no picture is encoded again: the new model has the vectors of the old one."""
     workspace = open_workspace(72)
+    monkeypatch.setattr(teaching, "ENCODED_AGAIN", 71 if large else 72)
+    filled: list[str] = []
+    fill = Workspace.fill
+
+    def counted(self: Workspace, spec: str) -> None:
+        filled.append(spec)
+        fill(self, spec)
+
+    monkeypatch.setattr(Workspace, "fill", counted)
     before = scores(workspace)
     first = workspace.model.encoder_id
     workspace.teach("start")
@@ -142,6 +155,8 @@ def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
     assert workspace.model.encoder_id != first and after != before
     assert not (workspace.folder / teaching.SCRATCH).exists()
     assert [model.missing for model in workspace.models()] == [0, 0]
+    assert bool(filled) != large
+    assert len({model.space_id for model in workspace.models()}) == (1 if large else 2)
     # After a restart of the server too.
     again = open_workspace()
     assert again.teacher.lesson == lesson
@@ -149,7 +164,7 @@ def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
     assert again.model.spec and scores(again) == before == scores(workspace)
     assert again.status().encoder_id == first and not leftovers(again)
     with Library.open(again.folder) as library:
-        assert library.drop(lesson.spec) == 72
+        assert library.drop(lesson.spec) == (0 if large else 72)
     assert not Path(lesson.spec).exists()
 
 

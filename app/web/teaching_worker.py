@@ -37,6 +37,7 @@ class Task:
     start: str  # spec of the model that learns
     encoder_id: str  # its id
     device: str
+    both_sides: bool  # train the picture side too: then pictures get other vectors
 
     @property
     def run(self) -> Path:
@@ -81,6 +82,7 @@ def work(task: Task, report: Report) -> dict[str, Any]:
             "name": task.run.name,
             "start": task.start,
             "recipe": "heads",
+            "image_rate": 1.0 if task.both_sides else 0.0,
             "device": task.device,
             "tensorboard": False,
         }
@@ -144,7 +146,7 @@ def _measure(task: Task, scratch: Path, report: Report) -> dict[str, Any]:
 
 
 def _commands(task: Task) -> list[tuple[str, str]]:
-    """Return what the report says can be done: the run will lie in its target, in the index's folder."""
+    """Return the commands that the report lists, with the folder that the run is moved to."""
     index = shlex.quote(task.index)
     specs = {"Use it": task.target, "Go back": task.start}
     return [
