@@ -122,9 +122,10 @@ def find_model(listed: Sequence[IndexModel], name: str, *, index: Path) -> Index
 def use_model(folder: Path, name: str) -> IndexModel:
     """Make a model the active one, in one transaction, and return it.
 
-    It may be one that is new to the index but shares its picture side with one that is there. Raises
-    InputError if there is none of this name, if pictures lack its vector, or if its files are gone or
-    hold another model now; CatalogBusy while another process writes to the index.
+    It may be one that is new to the index but shares its picture side with one that is there: their
+    vectors are the same, so nothing is encoded or copied. Raises InputError if there is none of this
+    name, if pictures that can be found now lack its vector, or if its files are gone or hold another
+    model now; CatalogBusy while another process writes to the index.
     """
     with Catalog.open(folder) as catalog:
         listed = models_of(catalog)
@@ -140,9 +141,14 @@ def use_model(folder: Path, name: str) -> IndexModel:
     with Catalog.open(folder, write=True) as catalog:
         if encoder is not None:
             register(catalog, encoder)
+        elif model.space_id != model.encoder_id:
+            join_vectors(catalog, model.space_id)
         encoder_id = model.encoder_id if encoder is None else encoder.encoder_id
-        model = next(one for one in models_of(catalog) if one.encoder_id == encoder_id)
-        if not model.complete:
+        listed = models_of(catalog)
+        model = next(one for one in listed if one.encoder_id == encoder_id)
+        # The vectors of the model that answers: pictures that lack one are not found now either.
+        same_vectors = any(one.active and one.space_id == model.space_id for one in listed)
+        if not (model.complete or same_vectors):
             raise InputError(
                 f"{model.missing:,} of {count(model.pictures, 'picture')} have no vector of "
                 f"{model.spec} yet, and would not be found; encode them first: "
@@ -175,15 +181,7 @@ def drop_model(folder: Path, name: str) -> tuple[IndexModel, int]:
 def register(catalog: Catalog, encoder: Encoder) -> None:
     """Add a model to the index, whose vectors can then be stored; loads its towers."""
     towers = encoder.towers()
-    for row in catalog.encoders():
-        if row.space_id is None and space_of(row) == encoder.space_id:  # of an earlier version
-            catalog.register_encoder(
-                row.encoder_id,
-                spec=row.spec,
-                config_json=row.config_json,
-                dim=row.dim,
-                space_id=encoder.space_id,
-            )
+    join_vectors(catalog, encoder.space_id)
     catalog.register_encoder(
         encoder.encoder_id,
         spec=checkpoint.absolute(encoder.spec),
@@ -191,6 +189,20 @@ def register(catalog: Catalog, encoder: Encoder) -> None:
         dim=towers.dim,
         space_id=encoder.space_id,
     )
+
+
+def join_vectors(catalog: Catalog, space_id: str) -> None:
+    """Note the space of the models that have it where an index of an earlier version does not say it;
+    their vectors, which it kept for each of them, become one set."""
+    for row in catalog.encoders():
+        if row.space_id is None and space_of(row) == space_id:
+            catalog.register_encoder(
+                row.encoder_id,
+                spec=row.spec,
+                config_json=row.config_json,
+                dim=row.dim,
+                space_id=space_id,
+            )
 
 
 def fill_command(roots: Sequence[str], spec: str) -> str:

@@ -99,7 +99,7 @@ def open_encoder(
     models.check(model)
     encoder = LazyEncoder(model, device=device, precision=precision)
     if any(row.encoder_id == encoder.known_id and models.is_gone(row.spec) for row in rows):
-        # An index that cannot be written now is searched all the same.
+        # An index that cannot be written now is still searched.
         with suppress(ClipkitError), Catalog.open(folder, write=True) as catalog:
             catalog.move_encoder(encoder.encoder_id, checkpoint.absolute(model))
     return encoder
@@ -477,7 +477,7 @@ def _details(hit: SearchHit) -> str:
 def _thumbnail_sources(pictures: Sequence[PictureRow], folder: Path) -> list[str]:
     """Return a data URI for each picture, "" for one that has no thumbnail and cannot be read.
 
-    The index is opened anew: the library may have been closed since the search.
+    The index is opened again: the library may have been closed since the search.
     """
     try:
         with Catalog.open(folder) as catalog:

@@ -61,12 +61,14 @@ def training_report(
     own: Captioned,
     generic: Captioned | Labelled,
     session: Session,
+    commands: Sequence[tuple[str, str]] | None = None,
 ) -> Comparison:
     """Compare a run's start and result, (before, after), on held-out pictures of its own data and on a
     generic dataset that it should not forget, and save the report in the run's folder.
 
     `details` of the comparison has the verdict's "outcome", a "summary" table and the "commands" that
-    come next. Raises InputError if the folder holds no finished run, and what `compare` raises.
+    come next, by default those of `next_commands`. Raises InputError if the folder holds no finished
+    run, and what `compare` raises.
     """
     facts, summary = _run_file(run / "config.json"), _run_file(run / "summary.json")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -100,7 +102,9 @@ def training_report(
                 "columns": _COLUMNS,
                 "groups": list(_groups(result.sections, facts, summary)),
             },
-            "commands": next_commands(run, facts["config"]["start"], verdict.outcome),
+            "commands": next_commands(run, facts["config"]["start"], verdict.outcome)
+            if commands is None
+            else list(commands),
             "curves": list(_curves(lines, facts, summary)),
             "tables": [_run_table(facts, summary), *_mixtures(summary)],
         },

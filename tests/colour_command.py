@@ -4,8 +4,9 @@
 everything, so that a kill falls into the command and not into its imports: a JSON line of [file for
 stderr, argument, ...] is answered by the process's id, and at its end by its status.
 
-Of two models: "colours" and "turned", whose vectors are those of the colours with red for blue. All
-commits, snapshots and their thresholds come a hundred times as often as in a real run.
+Of three models: "colours", "turned", whose vectors are those of the colours with red for blue, and
+"same", whose picture side is that of "colours". All commits, snapshots and their thresholds come a
+hundred times as often as in a real run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Colours(ColourModel):
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
-        self.encoder_id = self.space_id = self.known_id = f"{spec:0<16}"
+        self.encoder_id = self.known_id = f"{spec:0<16}"
+        self.space_id = Colours("colours").encoder_id if spec == "same" else self.encoder_id
 
     def encode_images(self, images: Sequence[Any]) -> np.ndarray:
         rows = super().encode_images(images)

@@ -17,12 +17,13 @@ import random
 import select
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,92 @@ def survive(folder: Path, *, kills: int, a_round: int, pictures: int, seed: int)
                 f"{dict(hits)} kills hit in {rounds} rounds, {dict(late)} ended first", flush=True
             )
     assert hits.total() == kills and len(hits) == 3
+
+
+def of_an_earlier_version(index: Path, *, pictures: int) -> None:
+    """Add pictures on a disk that is not there now, and the model "same" with vectors of its own for
+    half of all, which shares no vector: so an index of an earlier version keeps them."""
+    draw = np.random.default_rng(0)
+    rows = draw.normal(size=(pictures, 3)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    with Catalog.open(index, write=True) as catalog:
+        catalog.add_root("/not-there")
+        nums = []
+        for number in range(pictures):
+            nums.append(
+                catalog.add_picture(
+                    image_id=f"{number:032x}", width=8, height=8, format="PNG", bytes=9
+                )
+            )
+            catalog.add_place(nums[-1], f"/not-there/{number}.png", size=9, mtime_ns=1)
+        catalog.add_vectors("colours000000000", np.array(nums), rows)
+        catalog.register_encoder("same000000000000", spec="same", config_json="{}", dim=3)
+        stored = catalog.vectors("colours000000000")
+        catalog.add_vectors("same000000000000", stored.nums[::2], stored.vectors[::2])
+        catalog.commit()
+    with closing(sqlite3.connect(index / "catalog.sqlite")) as db:
+        db.execute("UPDATE encoders SET space_id = NULL")
+        db.commit()
+
+
+def vectors_by_model(index: Path) -> dict[str, int]:
+    with Catalog.open(index) as catalog:
+        return {row.spec: catalog.stats(row.encoder_id).vectors for row in catalog.encoders()}
+
+
+def survive_sharing(folder: Path, *, kills: int, pictures: int, seed: int) -> None:
+    """Kill runs that give "same" the vectors of "colours": a model that is new, and one of an index of
+    an earlier version, whose own vectors are joined with them. No picture is encoded again."""
+    rng = random.Random(seed)
+    library = Library(folder / "pictures", 30, rng)
+    index, bases = folder / "index", {kind: folder / kind for kind in ("new", "use", "old")}
+    hits: Counter[str] = Counter()
+    with commands(folder) as command:
+        place = ["index", library.folder, "--index"]
+        command.run(*place, bases["new"], "--model", "colours")
+        for kind in ("use", "old"):
+            shutil.copytree(bases["new"], bases[kind])
+        command.run(*place, bases["use"], "--model", "same")
+        command.run("use", "colours", "--index", bases["use"])
+        of_an_earlier_version(bases["old"], pictures=pictures)
+        while hits.total() < kills:
+            kind = min(bases, key=lambda kind: hits[kind])
+            arguments = ["use", "same", "--index", index]
+            if kind != "use":
+                arguments = [*place, index, "--model", "same"]
+            before, models = restored(bases[kind], index), vectors_by_model(bases[kind])
+            _, seconds = command.run(*arguments)
+            expected = holding(index)
+            assert answering(index) == "same" and expected.vectors.keys() == before.vectors.keys()
+            assert all(equal_bytes(v, before.vectors[id]) for id, v in expected.vectors.items())
+            restored(bases[kind], index)
+            while kind == min(bases, key=lambda kind: hits[kind]) and hits.total() < kills:
+                killed, _ = command.run(*arguments, seconds=rng.uniform(0.02, 1) * seconds)
+                hits[kind] += killed
+                check_sound(index)
+                check_equal(holding(index), before)  # nothing lost or doubled, whichever answers
+                assert answering(index) in {"colours", "same"}
+                now, whole = vectors_by_model(index), len(before.vectors)
+                assert now in (models, {"colours": whole, "same": whole})  # joined wholly or not
+                if not killed:
+                    assert answering(index) == "same"
+                    restored(bases[kind], index)
+            command.run(*arguments)
+            check_equal(holding(index), before)
+            assert answering(index) == "same"
+        print(f"{dict(hits)} kills hit", flush=True)
+    assert hits.total() == kills
+
+
+@pytest.mark.timeout(900)
+def test_killed_three_times_while_a_model_gets_the_vectors_of_another(tmp_path: Path) -> None:
+    survive_sharing(tmp_path, kills=3, pictures=200, seed=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_forty_times_while_a_model_gets_the_vectors_of_another(tmp_path: Path) -> None:
+    survive_sharing(tmp_path, kills=40, pictures=5_000, seed=4)
 
 
 @pytest.mark.timeout(900)

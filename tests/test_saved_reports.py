@@ -87,6 +87,28 @@ def test_reports_of_training_runs_are_listed_and_shown_too(
     workspace.close()
 
 
+def test_reports_of_taught_models_are_shown_by_their_own_names(tmp_path: Path) -> None:
+    """Of the index's own models; `name_of` names what the route serves, and nothing else."""
+    taught = tmp_path / "index" / "models"
+    place = put_report(taught, "taught-1")
+    (taught / "no-report").mkdir()
+    secret = put_report(tmp_path, "secret")
+    (taught / "link").symlink_to(secret)
+    workspace = Workspace(tmp_path / "index", ColourModel())  # type: ignore[arg-type]
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
+    reports = SavedReports(tmp_path / "reports", tmp_path / "runs", taught)
+    assert [row.name for row in reports.rows()] == ["taught@taught-1"]
+    assert reports.name_of(str(place)) == "taught@taught-1"
+    assert client.get("/reports/taught@taught-1").text.endswith("taught-1")
+    for spec in ("builtin", str(secret), str(taught / "no-report"), str(taught / "link"), ""):
+        assert reports.name_of(spec) == "", spec
+    for name in ("link", "no-report", "..", "%2e%2e", "taught-1%2freport.json", "run@taught-1", ""):
+        assert client.get(f"/reports/taught@{name}").status_code == 404, name
+    assert client.get("/reports/run@taught-1").status_code == 404
+    assert SavedReports(tmp_path / "reports").name_of(str(place)) == ""
+    workspace.close()
+
+
 def test_there_may_be_no_reports_yet(tmp_path: Path) -> None:
     assert SavedReports(tmp_path / "reports").rows() == []
 

@@ -35,8 +35,8 @@ from clipkit.search.cursor import MOST_CHARACTERS
 PICTURES = 150
 
 
-def ids(result: SearchResult) -> list[str]:
-    return [hit.picture.image_id for hit in result.hits]
+def ids(*results: SearchResult) -> list[str]:
+    return [hit.picture.image_id for result in results for hit in result.hits]
 
 
 def pages(
@@ -89,6 +89,13 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Searcher]:
     writer.catalog.close()
 
 
+@pytest.fixture
+def populated(writer: Writer, searcher: Searcher) -> Searcher:
+    """A searcher of the same pictures in a catalog that the test may change by `writer`."""
+    populate(writer)
+    return searcher
+
+
 QUERIES = [
     "dog", "dog beach", "-dog", "dog car leash beach", "", "sort:name", "sort:date", "after:2003",
     '"leash"', 'dog "leash"', 'dog "leash" "dog"', '"dog" sort:name', "beach before:2002 width:102",
@@ -111,7 +118,7 @@ def test_pages_are_one_large_search(
         found = list(pages(Searcher(library.catalog, FakeEncoder()), query, sizes, like=like,
                            filters=filters))  # fmt: skip
         (whole,) = pages(library, query, [10**9], like=like, filters=filters)
-    assert [name for page in found for name in ids(page)] == ids(whole)
+    assert ids(*found) == ids(whole)
     assert [hit for page in found for hit in page.hits] == [*whole.hits]
     assert whole.total == len(whole.hits) and whole.cursor is None
     assert not any(page.notes or page.empty for page in found[1:])
@@ -175,39 +182,40 @@ def test_pages_go_on_when_pictures_come_and_go(
 
 
 def test_a_kept_ranking_is_not_searched_again(
-    writer: Writer, catalog: Catalog, encoder: FakeEncoder, monkeypatch: pytest.MonkeyPatch
+    writer: Writer,
+    catalog: Catalog,
+    encoder: FakeEncoder,
+    populated: Searcher,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The second page reads rows only; a change of the library makes a new ranking."""
-    populate(writer)
-    searcher = Searcher(catalog, encoder)
-    first = searcher.search("-dog -car after:2001", k=5)
+    first = populated.search("-dog -car after:2001", k=5)
     looked: list[str] = []
     for name in ("matching", "vectors"):
         method = getattr(catalog, name)
         monkeypatch.setattr(
             catalog, name, lambda *a, _m=method, _n=name, **o: looked.append(_n) or _m(*a, **o)
         )
-    second = searcher.search("-dog -car after:2001", k=5, cursor=first.cursor)
+    second = populated.search("-dog -car after:2001", k=5, cursor=first.cursor)
     assert not looked and encoder.texts == ["dog", "car"]
     writer.add("more", [0, 0, 0, 1])
-    third = searcher.search("-dog -car after:2001", k=5, cursor=second.cursor)
+    third = populated.search("-dog -car after:2001", k=5, cursor=second.cursor)
     assert {"matching", "vectors"} <= set(looked)
-    assert len({*ids(first), *ids(second), *ids(third)}) == 15
+    assert len(set(ids(first, second, third))) == 15
 
 
 def test_the_memory_of_rankings_is_bounded(
-    writer: Writer, searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+    populated: Searcher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rankings of 150 - 8 pictures at 16 bytes are more than 4,000 bytes: one is kept."""
-    populate(writer)
     monkeypatch.setattr(ranking, "MOST_BYTES", 4_000)
     for query in ("dog", "car", "beach"):
-        searcher.search(query, k=1000)
-    kept = searcher.live().rankings
+        populated.search(query, k=1000)
+    kept = populated.live().rankings
     assert len(kept._rankings) == 1
     monkeypatch.setattr(ranking, "MOST_BYTES", 1)
     monkeypatch.setattr(ranking, "MOST_KEPT", 2)
-    assert len(list(pages(searcher, "leash", [10]))) == 15  # 142 pictures
+    assert len(list(pages(populated, "leash", [10]))) == 15  # 142 pictures
 
 
 def altered(cursor: str, **values: Any) -> str:
@@ -265,12 +273,10 @@ def test_a_place_beyond_the_end_ends(writer: Writer, searcher: Searcher) -> None
     assert ids(searcher.search("dog", cursor=first)) == ids(searcher.search("dog"))
 
 
-def test_an_example_picture_has_pages(writer: Writer, searcher: Searcher) -> None:
-    populate(writer)
+def test_an_example_picture_has_pages(library: Searcher) -> None:
     vector = np.array([0.6, 0.8, 0, 0], np.float32)
-    (whole,) = pages(searcher, "", [1000], image=vector)
-    found = list(pages(searcher, "", [50], image=vector))
-    assert [name for page in found for name in ids(page)] == ids(whole)
+    (whole,) = pages(library, "", [1000], image=vector)
+    assert ids(*pages(library, "", [50], image=vector)) == ids(whole)
     assert whole.hits[0].score == max(hit.score or 0 for hit in whole.hits)
 
 
@@ -290,7 +296,6 @@ def test_names_on_later_pages(writer: Writer, catalog: Catalog) -> None:
     assert {name for name, named in shown.items() if named} == {f"p{n:02}" for n in range(4)}
 
 
-def test_listing_needs_no_encoder_on_any_page(writer: Writer, catalog: Catalog) -> None:
-    populate(writer)
-    searcher = Searcher(catalog, NotNeeded())
+def test_listing_needs_no_encoder_on_any_page(library: Searcher) -> None:
+    searcher = Searcher(library.catalog, NotNeeded())
     assert sum(len(page.hits) for page in pages(searcher, "sort:name", [40])) == PICTURES

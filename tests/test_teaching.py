@@ -114,9 +114,22 @@ def test_too_little_is_refused_and_marks_are_counted(open_workspace: Any) -> Non
 
 
 @pytest.mark.end_to_end
-def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
-    """The old model answers, with the same scores, until the switch, and again after the undo."""
+@pytest.mark.parametrize("large", [False, True])
+def test_taught_filled_switched_and_undone(
+    open_workspace: Any, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    """The old model answers, with the same scores, until the switch, and again after the undo. In a
+    large library no picture is encoded again: the new model has the vectors of the old one."""
     workspace = open_workspace(72)
+    monkeypatch.setattr(teaching, "ENCODED_AGAIN", 71 if large else 72)
+    filled: list[str] = []
+    fill = Workspace.fill
+
+    def counted(self: Workspace, spec: str) -> None:
+        filled.append(spec)
+        fill(self, spec)
+
+    monkeypatch.setattr(Workspace, "fill", counted)
     before = scores(workspace)
     first = workspace.model.encoder_id
     workspace.teach("start")
@@ -132,10 +145,18 @@ def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
     assert (lesson.stage, lesson.error) == ("done", "")
     assert lesson.verdict["pictures"] > 0 and lesson.verdict["sentences"]
     assert Path(lesson.spec).parent == workspace.folder.absolute() / "models"
+    report = f"reports/taught@{Path(lesson.spec).name}"
+    client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
+    assert f'href="{report}"' in client.get("/models").text
+    page = client.get(f"/{report}")
+    assert page.status_code == 200 and lesson.verdict["sentences"][0] in page.text
+    assert f"clipkit use {lesson.spec} --index {workspace.folder.absolute()}" in page.text
     after = scores(workspace)
     assert workspace.model.encoder_id != first and after != before
     assert not (workspace.folder / teaching.SCRATCH).exists()
     assert [model.missing for model in workspace.models()] == [0, 0]
+    assert bool(filled) != large
+    assert len({model.space_id for model in workspace.models()}) == (1 if large else 2)
     # After a restart of the server too.
     again = open_workspace()
     assert again.teacher.lesson == lesson
@@ -143,7 +164,7 @@ def test_taught_filled_switched_and_undone(open_workspace: Any) -> None:
     assert again.model.spec and scores(again) == before == scores(workspace)
     assert again.status().encoder_id == first and not leftovers(again)
     with Library.open(again.folder) as library:
-        assert library.drop(lesson.spec) == 72
+        assert library.drop(lesson.spec) == (0 if large else 72)
     assert not Path(lesson.spec).exists()
 
 
@@ -154,8 +175,8 @@ def test_what_did_not_help_changes_nothing_unless_asked(
     workspace = open_workspace(60)
     plain = teaching.Teacher._trained
 
-    def no_better(self: Any, scratch: Path) -> Any:
-        return {**plain(self, scratch), "outcome": "same", "unchanged": False}
+    def no_better(self: Any, task: Any) -> Any:
+        return {**plain(self, task), "outcome": "same", "unchanged": False}
 
     monkeypatch.setattr(teaching.Teacher, "_trained", no_better)
     before = scores(workspace)
@@ -199,8 +220,8 @@ def test_a_lesson_that_ends_early_leaves_nothing(open_workspace: Any, how: str) 
 def test_a_full_disk_is_one_sentence(open_workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     workspace = open_workspace(60)
 
-    def full(_: Any, scratch: Path) -> Any:
-        (scratch / "half").write_bytes(b"x")
+    def full(_: Any, task: Any) -> Any:
+        (Path(task.scratch) / "half").write_bytes(b"x")
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(teaching.Teacher, "_trained", full)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli.terminal import CacheOption, examples, model_specs, size
+from app.cli.terminal import CacheOption, JsonOption, YesOption, examples, model_option, size
 from app.paths import features_folder
 from clipkit.errors import InputError
 from clipkit.wording import count, printable
@@ -26,16 +26,12 @@ def cache(
     empty: Annotated[bool, typer.Option("--empty", help="Remove the features.")] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            metavar="SPEC",
-            autocompletion=model_specs,
-            help="Only those of this model, named as listed or by its id.",
-            show_default="all",
+        model_option(
+            help="Only those of this model, named as listed or by its id.", show_default="all"
         ),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+    yes: YesOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show or empty the feature cache of the evaluations.
 

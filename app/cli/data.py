@@ -14,7 +14,9 @@ import typer
 
 from app.cli.terminal import (
     MORE,
+    MegapixelsOption,
     QuietOption,
+    WorkersOption,
     choice,
     command_line,
     examples,
@@ -87,10 +89,6 @@ RadiusOption = Annotated[
     ),
 ]
 _SHARE = {"low": 0.0, "below": 1.0}
-WorkersOption = Annotated[
-    int | None,
-    number("--workers", help="Decode threads.", default="one per core", low=1, more=True),
-]
 
 
 @data.command(
@@ -182,10 +180,7 @@ def build(
             rich_help_panel=MORE,
         ),
     ] = None,
-    max_megapixels: Annotated[
-        float,
-        number("--max-megapixels", help="Reject larger pictures.", kind=float, above=0, more=True),
-    ] = 100.0,
+    max_megapixels: MegapixelsOption = 100.0,
     workers: WorkersOption = None,
 ) -> None:
     """Build a dataset from tables, folders, JSON, shards or the hub, all sources together.

@@ -20,12 +20,14 @@ from app.cli.terminal import (
     CacheOption,
     DeviceOption,
     IndexOption,
+    JsonOption,
     QuietOption,
     choice,
     command_line,
     default_folder,
     examples,
     group,
+    model_option,
     model_specs,
     number,
     progress_shown,
@@ -104,7 +106,7 @@ class Common:
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the report in the folder of --out.")
     ] = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
+    as_json: JsonOption = False
     quiet: QuietOption = False
     seed: Annotated[
         int, number("--seed", help="Random seed of splits and resampling.", low=0, more=True)
@@ -170,12 +172,7 @@ class OneModel(Encoding):
 
     model: Annotated[
         str,
-        typer.Option(
-            "--model",
-            metavar="SPEC",
-            autocompletion=model_specs,
-            help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder.",
-        ),
+        model_option(help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder."),
     ] = "builtin"
 
 
@@ -185,10 +182,7 @@ class SeveralModels(Encoding):
 
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            "--model",
-            metavar="SPEC",
-            autocompletion=model_specs,
+        model_option(
             show_default="builtin",
             help="builtin, ARCHITECTURE/TAG, hf-hub:ORG/NAME, or a checkpoint folder. Repeat the option "
             "for several.",
@@ -475,11 +469,7 @@ def drift(
     data: DataOption,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="SPEC",
-            autocompletion=model_specs,
-            help="Another model on the same pictures.",
-        ),
+        model_option("--against", help="Another model on the same pictures."),
     ] = None,
     against_data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Other pictures, the same model.")

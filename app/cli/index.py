@@ -23,10 +23,13 @@ from app.cli.terminal import (
     Commands,
     DeviceOption,
     IndexOption,
+    JsonOption,
+    MegapixelsOption,
     PrecisionOption,
     QuietOption,
+    WorkersOption,
     examples,
-    model_specs,
+    model_option,
     number,
     progress_shown,
     size,
@@ -44,10 +47,7 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        metavar="SPEC",
-        autocompletion=model_specs,
+    model_option(
         help="builtin, ARCHITECTURE/TAG or :FILE (see clipkit models), hf-hub:ORG/NAME, or a "
         "checkpoint folder such as a run's.",
         show_default="the index's own; builtin for a new index",
@@ -73,7 +73,6 @@ _root_path: Any = typer.Option(
     help="The path below which a reverse proxy serves the page.",
     rich_help_panel=OTHERS,
 )
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def index(
@@ -87,18 +86,12 @@ def index(
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
-    workers: Annotated[
-        int | None,
-        number("--workers", help="Threads that decode.", default="one per core", low=1, more=True),
-    ] = None,
+    workers: WorkersOption = None,
     batch_size: Annotated[
         int | None,
         number("--batch-size", help="Pictures per batch.", default="by device", low=1, more=True),
     ] = None,
-    max_megapixels: Annotated[
-        float,
-        number("--max-megapixels", help="Skip larger pictures.", kind=float, above=0, more=True),
-    ] = 100.0,
+    max_megapixels: MegapixelsOption = 100.0,
     max_megabytes: Annotated[
         float,
         number("--max-megabytes", help="Skip larger files.", kind=float, above=0, more=True),
@@ -219,7 +212,7 @@ def search(
         Path | None, typer.Option(metavar="FILE", help="An example: find pictures like this one.")
     ] = None,
     k: Annotated[int, number("-k", help="Number of pictures, without a limit.", low=1)] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the hits as a JSON list.")] = False,
+    as_json: JsonOption = False,
     open_first: Annotated[bool, typer.Option("--open", help="Open the best picture.")] = False,
     index: IndexOption = None,
     model: ModelOption = None,

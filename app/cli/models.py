@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli.terminal import examples, size
+from app.cli.terminal import JsonOption, examples, size
 from clipkit.wording import count, printable
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def models(
     here: Annotated[
         bool, typer.Option("--here", help="Only models that are on this disk.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the models that --model takes: the built-in one, your runs, and OpenCLIP's.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from app.cli.terminal import examples, group
+from app.cli.terminal import JsonOption, examples, group
 from clipkit.errors import InputError
 from clipkit.wording import percent, printable
 
@@ -135,7 +135,7 @@ def list_runs(
     folder: Annotated[
         Path, typer.Argument(metavar="[FOLDER]", help="The folder of runs.", show_default=True)
     ] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the runs as a JSON list.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List training runs, newest first: data, state, and the gain in text to image R@1.
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from app.cli.terminal import Commands, IndexOption, examples, size
+from app.cli.terminal import Commands, IndexOption, JsonOption, YesOption, examples, size
 from app.paths import index_folder
 from clipkit.wording import count, printable
 
@@ -36,7 +36,6 @@ ModelArgument = Annotated[
         help="Its spec or path, or the beginning of its id, as clipkit status lists them.",
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 def use(model: ModelArgument, index: IndexOption = None, as_json: JsonOption = False) -> None:
@@ -67,7 +66,7 @@ def use(model: ModelArgument, index: IndexOption = None, as_json: JsonOption = F
 def drop(
     model: ModelArgument,
     index: IndexOption = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing.")] = False,
+    yes: YesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Remove a model and its vectors from the index; the one that answers searches stays.

@@ -71,6 +71,11 @@ def choice(name: str, choices: Iterable[str] | Callable[[], list[str]], **more: 
     return typer.Option(name, **{"metavar": "NAME", **more}, parser=parse, autocompletion=values)
 
 
+def model_option(name: str = "--model", *, help: str, **more: Any) -> Any:
+    """Return an option that names a model, which the shell completes."""
+    return typer.Option(name, **{"metavar": "SPEC", **more}, autocompletion=model_specs, help=help)
+
+
 def default_folder(folder: Path) -> str:
     """Return a folder as the help shows it, with ~ for the user's home."""
     home = Path.home()
@@ -134,6 +139,16 @@ PrecisionOption = Annotated[
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=MORE)
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before removing.")]
+WorkersOption = Annotated[
+    int | None,
+    number("--workers", help="Decode threads.", default="one per core", low=1, more=True),
+]
+MegapixelsOption = Annotated[
+    float,
+    number("--max-megapixels", help="Skip larger pictures.", kind=float, above=0, more=True),
 ]
 
 

@@ -26,6 +26,7 @@ from app.cli.terminal import (
     command_line,
     device_option,
     examples,
+    model_option,
     model_specs,
     number,
     progress_shown,
@@ -147,13 +148,7 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            metavar="SPEC",
-            autocompletion=model_specs,
-            help="The model to start from.",
-            show_default="builtin",
-        ),
+        model_option(help="The model to start from.", show_default="builtin"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A TOML file of options; flags override it.")

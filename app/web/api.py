@@ -38,6 +38,7 @@ from app.web.sorting import Sorter, UnknownSortingError
 from app.web.workspace import NotAllowedError, PictureGoneError, Side, Workspace, facts
 from clipkit import __version__
 from clipkit.errors import CatalogBusy, ClipkitError, ImageError, InputError
+from clipkit.index_models import OWN_MODELS
 from clipkit.search import SearchHit
 from clipkit.wording import printable
 
@@ -380,7 +381,8 @@ def create_app(
     `examples` are searches that the start page offers.
     """
     app = FastAPI(title="clipkit", docs_url=None, redoc_url=None, openapi_url=None)
-    sorter, reports = sorter or Sorter(workspace), reports or SavedReports()
+    sorter = sorter or Sorter(workspace)
+    reports = reports or SavedReports(taught=workspace.folder / OWN_MODELS)
     rules = rules or Rules(names=Rules.names_of("localhost"))
     metrics = Metrics(workspace, rules.load)
     workspace.observers.append(metrics.searched)
@@ -390,7 +392,7 @@ def create_app(
     app.include_router(api_router(workspace))
     app.include_router(page_router(workspace, sorter=sorter, reports=reports, examples=examples))
 
-    app.include_router(models_router(workspace))
+    app.include_router(models_router(workspace, reports))
 
     @app.exception_handler(ClipkitError)
     def refused(request: Request, error: ClipkitError) -> JSONResponse:  # noqa: ARG001

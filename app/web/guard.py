@@ -66,7 +66,7 @@ _GRADIO = re.compile(
 _OWN = re.compile(
     r"/(healthz?|readyz|metrics|start|favicon\.ico|queries|api/v1/[\w./\-]+"
     r"|(thumbnails|pictures|details|queries|open|show)/[^/]+"
-    r"|ui/[\w.]+|reports/(run@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections\.jsonl"
+    r"|ui/[\w.]+|reports/((run|taught)@)?[\w.-]+|sortings/[0-9a-f]{16}\.csv|corrections\.jsonl"
     r"|folders(/(browse|forget))?|models(/(active|use|fill|drop))?|teach/(start|cancel|use|keep|undo|dismiss))"
 )
 _OPEN = ("/healthz", "/readyz")  # without a token and without a place

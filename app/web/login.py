@@ -1,4 +1,4 @@
-"""The token: who has it, the login page, and the cookie that stands for it in a browser."""
+"""The token of a server, the login page that asks for it, and the cookie that keeps it in a browser."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Login:
         return answer
 
     def home(self) -> Response:
-        """Lead to the page. The browser keeps what comes after the # of the address it asked for."""
+        """Redirect to the page; the browser keeps the part of the address after #."""
         return RedirectResponse(self._path, 303, headers={"Cache-Control": "no-store"})
 
     def page(self, *, failed: bool = False) -> Response:

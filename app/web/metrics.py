@@ -231,7 +231,7 @@ def gauge(name: str, what: str, value: float) -> GaugeMetricFamily:
 
 
 def facts(name: str, what: str, labels: Mapping[str, str]) -> GaugeMetricFamily:
-    """A metric of value 1 whose labels are what it tells."""
+    """Return a metric of value 1 whose labels carry the facts."""
     family = GaugeMetricFamily(f"clipkit_{name}", what, labels=list(labels))
     family.add_metric(list(labels.values()), 1.0)
     return family

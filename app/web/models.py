@@ -25,6 +25,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.web import render
+from app.web.saved_reports import SavedReports
 from app.web.workspace import Workspace
 from clipkit.checkpoint import RUN_RESULT
 from clipkit.errors import InputError
@@ -75,13 +76,30 @@ def _specs(_runs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(row.spec for row in list_models() if not row.spec.endswith(":FILE"))
 
 
-def models_router(workspace: Workspace) -> APIRouter:
-    """Return the routes above."""
+def models_router(workspace: Workspace, reports: SavedReports) -> APIRouter:
+    """Return the routes above; the panel links to those of `reports` that are of a listed model."""
     router = APIRouter()
+
+    def panel() -> Response:
+        models, lesson = workspace.models(), workspace.teacher.lesson
+        html = render.part(
+            "models",
+            models=models,
+            gains={model.encoder_id: gain_of(model.spec) for model in models},
+            reports={model.encoder_id: reports.name_of(model.spec) for model in models},
+            run=workspace.run,
+            indexing=workspace.indexing,
+            lesson=lesson,
+            report=reports.name_of(lesson.spec) if lesson is not None else "",
+            material=workspace.teacher.material() if models else None,
+            may_index=workspace.may_index,
+            specs=known_specs() if workspace.may_index else (),
+        )
+        return Response(html, media_type="text/html", headers=_FRESH)
 
     @router.get("/models")
     def listed() -> Response:
-        return _panel(workspace)
+        return panel()
 
     @router.get("/models/active")
     def active() -> dict[str, Any]:
@@ -103,34 +121,18 @@ def models_router(workspace: Workspace) -> APIRouter:
     @router.post("/teach/{what}")
     def teach(what: Literal["start", "cancel", "use", "keep", "undo", "dismiss"]) -> Response:
         workspace.teach(what)
-        return _panel(workspace)
+        return panel()
 
     async def _changed(request: Request, change: Callable[[str], object]) -> Response:
         name = await _name(request)
 
         def work() -> Response:
             change(name)
-            return _panel(workspace)
+            return panel()
 
         return await run_in_threadpool(work)
 
     return router
-
-
-def _panel(workspace: Workspace) -> Response:
-    models = workspace.models()
-    html = render.part(
-        "models",
-        models=models,
-        gains={model.encoder_id: gain_of(model.spec) for model in models},
-        run=workspace.run,
-        indexing=workspace.indexing,
-        lesson=workspace.teacher.lesson,
-        material=workspace.teacher.material() if models else None,
-        may_index=workspace.may_index,
-        specs=known_specs() if workspace.may_index else (),
-    )
-    return Response(html, media_type="text/html", headers=_FRESH)
 
 
 def _listed(workspace: Workspace, name: str) -> str:

@@ -31,6 +31,7 @@ from app.web.saved_reports import SavedReports
 from app.web.sorting import Group, Sorter, Sorting, SortRequest
 from app.web.workspace import Contents, Workspace
 from clipkit.errors import ClipkitError, InputError
+from clipkit.index_models import OWN_MODELS
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -304,7 +305,8 @@ def make_app(
     """Return page and API as one ASGI app; `rules` say who may ask."""
     style = f'<link rel="stylesheet" href="ui/clipkit.css?v={_version("clipkit.css")}">'
     system = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-    sorter, reports = Sorter(workspace), SavedReports()
+    sorter = Sorter(workspace)
+    reports = SavedReports(taught=workspace.folder / OWN_MODELS)
     blocks = build(Page(workspace, sorter, reports))
     rules = rules or Rules(names=Rules.names_of("localhost"))
     rules = replace(rules, on_event=lambda session: forget_unread(blocks, session))

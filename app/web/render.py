@@ -50,12 +50,12 @@ class _Layout(Extension):
 
 
 def _ratio(picture: PictureRow) -> str:
-    """Width / height of a picture's tile."""
+    """Return width / height of a picture's tile."""
     return f"{min(max(picture.width / max(picture.height, 1), NARROWEST), WIDEST):.3f}"
 
 
 def _outcome(summary: Summary) -> str:
-    """ "3 added, 1 skipped": what did not happen is left out."""
+    """Return a run's counts, without zeros, as "3 added, 1 skipped"."""
     counts = (
         (summary.added, "added"),
         (summary.moved, "moved"),
@@ -126,7 +126,7 @@ def help_panel() -> str:
 
 
 def results(request: SearchRequest, answer: SearchAnswer, status: Status) -> str:
-    """Return one page of results. Later pages are larger: whoever scrolls far waits seldom."""
+    """Return one page of results. Later pages are larger, so that scrolling far loads fewer."""
     first_weak = len(answer.hits)
     while first_weak and _is_weak(answer.hits[first_weak - 1]):
         first_weak -= 1

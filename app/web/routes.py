@@ -10,7 +10,8 @@
     POST /queries            a picture to search with, as the request's body -> {"id": ...}
     GET  /queries/{id}       that picture, small
     GET  /ui/{name}          the page's own style, script and mark
-    GET  /reports/{name}     a saved report's page, by its folder's name; run@NAME: a training run's
+    GET  /reports/{name}     a saved report's page, by its folder's name; run@NAME: a training run's,
+                             taught@NAME: that of a model that was taught on the page
     GET  /sortings/{key}.csv the pictures as they were sorted into words
     GET  /corrections.jsonl  all marks of results, for `clipkit data build`
     GET  /folders            the indexed folders, as HTML for the folders panel

@@ -1,4 +1,4 @@
-"""The saved reports of evaluations and of training runs: their list, and the page of each."""
+"""The saved reports of evaluations, training runs and taught models: their list, the page of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from app.paths import reports_folder
 from clipkit.errors import InputError
 
+PAGE = "report.html"
 REPORTS_SHOWN = 200
 REPORT_MEGABYTES = 64
-_NAME = re.compile(r"(run@)?([A-Za-z0-9][A-Za-z0-9._-]{0,119})")
+_NAME = re.compile(r"(run@|taught@)?([A-Za-z0-9][A-Za-z0-9._-]{0,119})")
 
 
 class UnknownReportError(InputError):
@@ -24,33 +25,48 @@ class UnknownReportError(InputError):
 class ReportRow:
     """A saved report as the list shows it."""
 
-    name: str  # of its folder; of a training run's after "run@"
+    name: (
+        str  # of its folder; of a training run's after "run@", of a taught model's after "taught@"
+    )
     title: str
     models: tuple[str, ...]
     created_at: str  # UTC, ISO 8601; empty if the report has no date
 
 
 class SavedReports:
-    """List and read the reports in `folder`, by default `paths.reports_folder()`, and those of the
-    training runs in `runs`, by default runs/ where the process was started; without caching."""
+    """List and read reports, without caching: those in `folder`, by default `paths.reports_folder()`,
+    of the training runs in `runs`, by default runs/ where the process was started, and of the models in
+    `taught`, an index's own."""
 
-    def __init__(self, folder: Path | None = None, runs: Path = Path("runs")) -> None:
-        self._folder = folder or reports_folder()
-        self._runs = runs.absolute()
+    def __init__(
+        self, folder: Path | None = None, runs: Path = Path("runs"), taught: Path | None = None
+    ) -> None:
+        self._folders = {"": folder or reports_folder(), "run@": runs.absolute()}
+        if taught is not None:
+            self._folders["taught@"] = taught.absolute()
 
     def rows(self) -> list[ReportRow]:
         """List up to REPORTS_SHOWN reports, the newest first; folders without one are left out."""
         names = []
-        for prefix, folder in (("", self._folder), ("run@", self._runs)):
+        for prefix, folder in self._folders.items():
             with suppress(OSError):
                 names += [prefix + path.name for path in folder.iterdir()]
         rows = [row for name in names if (row := self._row(name)) is not None]
         rows.sort(key=lambda row: (row.created_at, row.name), reverse=True)
         return rows[:REPORTS_SHOWN]
 
+    def name_of(self, spec: str) -> str:
+        """Return the name of the report of a training run or a taught model, by its folder; empty if
+        `spec` is none of them or has no report."""
+        place = Path(spec)
+        for prefix, folder in self._folders.items():
+            if prefix and place.parent == folder and self._file(name := prefix + place.name, PAGE):
+                return name
+        return ""
+
     def page(self, name: str) -> bytes:
         """Return a report's HTML by the name of its folder. Raises UnknownReportError."""
-        path = self._file(name, "report.html")
+        path = self._file(name, PAGE)
         try:
             if path is not None and path.stat().st_size <= REPORT_MEGABYTES * 1_000_000:
                 return path.read_bytes()
@@ -76,7 +92,9 @@ class SavedReports:
         match = _NAME.fullmatch(name)
         if match is None or ".." in name:
             return None
-        folder, name = self._runs if match[1] else self._folder, match[2]
+        folder, name = self._folders.get(match[1] or ""), match[2]
+        if folder is None:
+            return None
         path = folder / name / file
         try:
             real = path.resolve(strict=True)

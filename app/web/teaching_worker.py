@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,6 @@ from clipkit.catalog import Catalog
 from clipkit.errors import ClipkitError, InputError
 
 CAPTIONS_OF = 20_000  # pictures whose own captions are taken: as many are encoded in minutes
-RUN = "run"  # the training run's folder in the scratch folder
 Report = Callable[..., None]
 
 
@@ -33,9 +33,16 @@ Report = Callable[..., None]
 class Task:
     index: str
     scratch: str  # a folder that is there
+    target: str  # the folder that the run will be renamed to
     start: str  # spec of the model that learns
     encoder_id: str  # its id
     device: str
+    both_sides: bool  # train the picture side too: then pictures get other vectors
+
+    @property
+    def run(self) -> Path:
+        """The training run's folder, which has its final name already."""
+        return Path(self.scratch) / Path(self.target).name
 
 
 def captions_of(catalog: Catalog, encoder_id: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -72,9 +79,10 @@ def work(task: Task, report: Report) -> dict[str, Any]:
         {
             "data": str(scratch / "dataset"),
             "out": str(scratch),
-            "name": RUN,
+            "name": task.run.name,
             "start": task.start,
             "recipe": "heads",
+            "image_rate": 1.0 if task.both_sides else 0.0,
             "device": task.device,
             "tensorboard": False,
         }
@@ -126,15 +134,24 @@ def _measure(task: Task, scratch: Path, report: Report) -> dict[str, Any]:
     encoders = [
         # float32: a verdict must not depend on the kind of CPU
         LazyEncoder(spec, device=task.device, precision="float32")
-        for spec in (task.start, str(scratch / RUN))
+        for spec in (task.start, str(task.run))
     ]
     session = Session(
         FeatureCache(features_folder(None)),
         on_progress=lambda what, done, total: report("measuring", what, done, total),
     )
-    result = training_report(scratch / RUN, encoders, own, general, session)
-    verdict = json.loads((scratch / RUN / VERDICT).read_bytes())
+    result = training_report(task.run, encoders, own, general, session, commands=_commands(task))
+    verdict = json.loads((task.run / VERDICT).read_bytes())
     return {**verdict, "warnings": result.warnings, "unchanged": False}
+
+
+def _commands(task: Task) -> list[tuple[str, str]]:
+    """Return the commands that the report lists, with the folder that the run is moved to."""
+    index = shlex.quote(task.index)
+    specs = {"Use it": task.target, "Go back": task.start}
+    return [
+        (what, f"clipkit use {shlex.quote(spec)} --index {index}") for what, spec in specs.items()
+    ]
 
 
 def main() -> None:

@@ -71,8 +71,7 @@ class NotAllowedError(InputError):
 
 @dataclass(frozen=True, slots=True)
 class FolderRow:
-    """A folder of the library. `key` stands for its path in a page: it survives whatever bytes the
-    path has."""
+    """A folder of the library. `key` is its path in a form that HTML can hold, whatever bytes it has."""
 
     path: str
     key: str
@@ -125,7 +124,7 @@ class Contents:
 
     @cached_property
     def folders(self) -> tuple[FolderRow, ...]:
-        """The FOLDERS_SHOWN folders with the most pictures, for the filter."""
+        """Return the FOLDERS_SHOWN folders with the most pictures, for the filter."""
         folders = self.catalog.folders(FOLDERS_SHOWN) if self.catalog else []
         keys = [
             hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest() for path, _ in folders
@@ -134,12 +133,12 @@ class Contents:
 
     @cached_property
     def facets(self) -> Facets:
-        """The formats, cameras and tags that pictures have, for the filters."""
+        """Return the formats, cameras and tags that pictures have, for the filters."""
         return self.catalog.facets() if self.catalog else Facets()
 
     @cached_property
     def models(self) -> list[IndexModel]:
-        """The models of the index, the oldest first."""
+        """Return the models of the index, the oldest first."""
         return models_of(self.catalog) if self.catalog else []
 
     @property
@@ -149,7 +148,7 @@ class Contents:
 
     @cached_property
     def newest(self) -> tuple[PictureRow, ...]:
-        """The NEWEST pictures by date; none of a library above NEWEST_UP_TO, where sorting every
+        """Return the NEWEST pictures by date; none of a library above NEWEST_UP_TO, where sorting every
         row would take too long."""
         if self.catalog is None or self.pictures > NEWEST_UP_TO:
             return ()
@@ -335,7 +334,7 @@ class Workspace:
 
     @property
     def space_id(self) -> str | None:
-        """Whose vectors can be compared with the model's; None while only loading it would tell."""
+        """The space_id of the model; None until it is loaded, if only that tells it."""
         return self.model.space_id if self.model.known_id else None
 
     def check_ready(self) -> None:
@@ -546,7 +545,7 @@ class Workspace:
             return thumbnail(rgb, side=size)
 
     def picture(self, picture_id: str) -> tuple[bytes, str]:
-        """Return (bytes, MIME type), encoded anew for any browser and without metadata.
+        """Return (bytes, MIME type), encoded for any browser and without metadata.
 
         Raises UnknownPictureError, PictureGoneError, ServerBusy.
         """
@@ -624,8 +623,8 @@ class Workspace:
 
     @property
     def run(self) -> Run | None:
-        """The run to show: the one in progress or the last, until it is dismissed or old, or none of
-        its folders is indexed any more."""
+        """The run in progress, or the last one until it is dismissed, old, or about folders that are not
+        indexed any more."""
         run = self._indexer.run
         if run is None or run.summary is None:
             return run

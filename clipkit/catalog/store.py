@@ -398,7 +398,7 @@ def _may_write(folder: Path) -> bool:
 
 
 def next_epoch(db: Connection) -> None:
-    """Have all that readers hold in memory read anew: rows are gone that nothing else tells of."""
+    """Make readers reload what they hold in memory: rows were removed that no other counter shows."""
     db.execute("UPDATE meta SET value = value + 1 WHERE key = 'epoch'")
 
 

@@ -3,7 +3,7 @@
 A row's key says what was encoded (the hash of a picture's bytes or of a text), its space says with
 what (encoder, precision, version, kind): another checkpoint or another file never finds it. The
 store is derived data. Every row carries a digest, and a file that fails it, or that SQLite cannot
-read, is renamed to `*.damaged` and begun anew: damage costs time and is never an answer.
+read, is renamed to `*.damaged` and replaced by a new one: damage costs time, never a wrong answer.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from clipkit.embed.pictures import (
 from clipkit.embed.streams import Spool, side_by_side
 from clipkit.embed.walk import Folder, FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ClipkitError, ImageError, ModelError
-from clipkit.index_models import is_complete, register, space_of
+from clipkit.index_models import is_complete, join_vectors, register, space_of
 from clipkit.lazy_encoder import Encoder
 from clipkit.records import FolderCaptions, Texts
 
@@ -270,12 +270,16 @@ class _Run:
         )
 
     def _share_vectors(self) -> None:
-        """Register an encoder that is new here if another one gives pictures the same vectors."""
+        """Give the encoder the vectors of another one whose picture side is the same, if there is one:
+        then nothing of what that one has encoded is encoded again."""
         rows = self.catalog.encoders()
-        known = any(row.encoder_id == self.encoder_id for row in rows)
-        if not known and self.encoder.space_id in map(space_of, rows):
-            self._towers()
-            register(self.catalog, self.encoder)
+        own = next((row for row in rows if row.encoder_id == self.encoder_id), None)
+        if any(row is not own and space_of(row) == self.encoder.space_id for row in rows):
+            if own is None:
+                self._towers()
+                register(self.catalog, self.encoder)
+            else:
+                join_vectors(self.catalog, self.encoder.space_id)
 
     def _spec_of(self, answers: EncoderRow | None) -> str:
         if answers is None or answers.encoder_id == self.encoder_id:
@@ -510,12 +514,12 @@ class _Run:
         self._try_again(job, "no-vector", message, keep_place=is_there)
 
     def _try_again(self, job: _Job, reason: str, message: str, *, keep_place: bool) -> None:
-        """Note a file that the next run reads again, whatever its size and time: these do not tell
-        when a disk or a right is back, or another model is used."""
+        """Record a file that the next run reads again even if its size and time are the same: they do
+        not change when a disk or a permission comes back, or another model is used."""
         self._skip(Problem(job.path, reason, message), keep_place=keep_place)
 
     def _note(self, folder: Problem) -> None:
-        """Note a folder that cannot be read; what is known of it stays."""
+        """Record a folder that cannot be read; its pictures stay in the catalog."""
         self._folder_problems.add(folder.path)
         self._skip(folder)
 

@@ -190,10 +190,8 @@ class CaptionedPictures:
         return plans
 
     def same(self, plan: Plan) -> torch.Tensor | None:
-        """Return bool (B, B): pairs (picture i, caption j), i != j, that are true all the same.
-
-        Picture i has a caption of the same meaning as j. None if there are no such pairs.
-        """
+        """Return bool (B, B): the pairs (picture i, caption j), i != j, in which picture i has a caption
+        with the meaning of j, so that they are no negatives. None if there are no such pairs."""
         columns: dict[int, list[int]] = {}
         for j, text in enumerate(plan.texts):
             columns.setdefault(int(self.meanings[text]), []).append(j)

@@ -83,7 +83,7 @@ class Inputs(Protocol):
         """What the split holds."""
 
     def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
-        """This process's share of each plan's batch, augmented."""
+        """Yield this process's share of each plan's batch, augmented."""
 
     def pictures(self) -> Generator[torch.Tensor]:
         """Yield this process's share of all pictures in chunks, preprocessed as at inference."""
@@ -140,7 +140,7 @@ class PictureInputs:
     def _gathered(
         self, views: Iterator[torch.Tensor], count: int
     ) -> torch.Tensor | SpilledPictures:
-        """The next `count` views."""
+        """Return the next `count` views, uint8; large batches go to a temporary file."""
         own = itertools.islice(views, count)
         shape = (count, 3, *self._encoder.config.image_size)
         if math.prod(shape) > _IN_MEMORY:
@@ -203,7 +203,7 @@ def random_view(
     squash: bool,
     interpolation: Any = "bicubic",
 ) -> torch.Tensor:
-    """A random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop), on uint8.
+    """Return a random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop), on uint8.
 
     It keeps between `keep` and all of the area and is resized, antialiased, to `size` (height,
     width). Its shape varies around the one that is served: the picture's own if that is squashed,
@@ -233,6 +233,6 @@ def text_batch(encoder: DualEncoder) -> int:
 
 
 def even_share(count: int) -> slice:
-    """This process's part of `count` things; parts may differ by one."""
+    """Return the slice of `count` items that is this process's share; shares differ by at most one."""
     bounds = [count * r // world_size() for r in range(world_size() + 1)]
     return slice(bounds[rank()], bounds[rank() + 1])

@@ -266,7 +266,7 @@ def _version(package: str) -> str | None:
 
 
 def _check_unchanged(earlier: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
-    """Raise InputError if a resumed run would not continue with what it began with."""
+    """Raise InputError if the model, data, batch or number of processes differ from the run's start."""
     names = {"encoder_id": "model", "processes": "number of processes"}
     for key in ("encoder_id", "data", "batch", "processes"):
         if earlier.get(key) != now[key]:
@@ -336,9 +336,9 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
 
 
 def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibration | None:
-    """Fit the result's strengths on the validation split, all but what the library's size tells: that
-    is the starting model's. With too few captions, or unchanged weights, all is; None if that has none.
-    All processes must call it."""
+    """Fit the calibration of strengths on the validation split; its dependence on the library's size is
+    taken from the starting model. With too few captions, or unchanged weights, return the starting
+    model's, None if it has none. All processes must call it."""
     start = strength.read(job.config.start, parent_id)
     validation = job.validation
     if validation is not None and encoder_id != parent_id:
