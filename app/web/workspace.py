@@ -354,6 +354,7 @@ class Workspace:
         page: dict[str, Any] = {"k": request.limit, "cursor": request.cursor}
         words = None
         if request.similar:
+            self._row(request.similar)
             result = searcher.similar(request.similar, query, filters=filters, **page)
         else:
             query, image = self._with_images(catalog, query, request.images)
@@ -474,7 +475,9 @@ class Workspace:
             if os.path.isabs(request.folder):
                 folders = (request.folder,)
             if not folders:
-                raise InputError("this folder has no pictures any more; choose another one")
+                raise InputError(
+                    f"folder {request.folder!r} has no pictures; give the absolute path of one that has"
+                )
         return Filters(
             after=request.after.isoformat() if request.after else None,
             before=request.before.isoformat() if request.before else None,
