@@ -14,7 +14,8 @@ from clipkit.query import MAX_CHARS
 MOST_IMAGES = 16  # pictures in one request
 MOST_TEXTS = 256
 CAT = "0123456789abcdef0123456789abcdef"  # the examples' picture
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="  # the examples' file
+# the examples' file: one pixel
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
 
 # ---- what is sent
 

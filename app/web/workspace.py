@@ -66,7 +66,7 @@ class PictureGoneError(InputError):
 
 
 class NotAllowedError(InputError):
-    """The page is read-only."""
+    """The page is read-only, or others can reach it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -719,4 +719,6 @@ class Workspace:
     def _check_may_index(self) -> None:
         self._check_may_write()
         if not self.may_index:
-            raise InputError("this page may not index folders; on the server: clipkit index FOLDER")
+            raise NotAllowedError(
+                "this page may not index folders; on the server: clipkit index FOLDER"
+            )
