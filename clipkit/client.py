@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import unquote
 
 import httpx
 import numpy as np
@@ -120,9 +121,10 @@ class Status:
 class Client:
     """A connection to one server; threads may share it. Close it, or use it as a context manager.
 
-    `url` is what `clipkit app` prints; `token` is the server's, if it asks for one; `timeout` is in
-    seconds. Every method raises InputError for what the server refuses, CatalogBusy, and ClipkitError
-    for a server that cannot be reached, fails or stays busy.
+    `url` is what `clipkit app` prints, with its token or without; `token` is the server's, if it asks
+    for one; `timeout` is in seconds. For https, SSL_CERT_FILE names a certificate of your own. Every
+    method raises InputError for what the server refuses, CatalogBusy, and ClipkitError for a server
+    that cannot be reached, fails or stays busy.
     """
 
     def __init__(
@@ -133,8 +135,10 @@ class Client:
         timeout: float = 60.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        address, _, printed = url.partition("/login#token=")
+        token = token or unquote(printed)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._url = url.rstrip("/")
+        self._url = address.rstrip("/")
         self._http = httpx.Client(timeout=timeout, headers=headers, transport=transport)
 
     def __enter__(self) -> Self:
@@ -283,8 +287,11 @@ class Client:
             except httpx.InvalidURL as error:
                 raise InputError(f"{self._url!r} is no address of a server: {error}") from None
             except httpx.HTTPError as error:
+                remedy = "check that it is running"
+                if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                    remedy = "if the certificate is yours, name its file in SSL_CERT_FILE"
                 raise ClipkitError(
-                    f"the server at {self._url} does not answer ({error}); check that it is running"
+                    f"the server at {self._url} does not answer ({error}); {remedy}"
                 ) from error
             if answer.status_code not in (429, 503) or tried == TRIES:
                 break

@@ -399,8 +399,9 @@ class Library:
     def remove(self, *folders: AnyPath) -> int:
         """Take folders out of the index and return how many files that was; no file is touched.
 
-        Pictures that lie nowhere else are purged: their vectors, texts and thumbnails go.
-        Raises InputError without an index, CatalogBusy while another process writes to it.
+        Pictures that lie nowhere else are purged: their vectors, texts and thumbnails go. Raises
+        InputError, and removes nothing, without an index or for a folder of which it has nothing;
+        CatalogBusy while another process writes to it.
         """
         from clipkit.index import refresh_snapshot
 

@@ -273,7 +273,7 @@ def test_marks_are_listed_in_pages(client: TestClient, photos: Path, workspace: 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ([1], "it must be a valid dictionary"),
+        ([1], "it must be a JSON object"),
         ({"image_id": "../etc/passwd", "query": "x", "right": True}, "image_id"),
         ({"image_id": "0" * 32 + "\n", "query": "x", "right": True}, "image_id"),
         ({"query": "x", "right": True}, "image_id"),
@@ -358,12 +358,13 @@ def test_without_an_index_nothing_is_found_and_nothing_fails(tmp_path: Path) -> 
         ),
         ({"limit": 10**9}, 422, "limit is 1000000000; it must be less than or equal to 2400"),
         ({"limit": 0}, 422, "limit is 0; it must be greater than or equal to 1"),
-        ({"limit": "9"}, 422, "limit is '9'; it must be a valid integer"),
-        ({"limit": True}, 422, "limit is True; it must be a valid integer"),
-        ({"query": 3}, 422, "query is 3; it must be a valid string"),
+        ({"limit": "9"}, 422, "limit is '9'; it must be an integer"),
+        ({"limit": True}, 422, "limit is true; it must be an integer"),
+        ({"query": 3}, 422, "query is 3; it must be a string"),
+        ({"query": None}, 422, "query is null; it must be a string"),
         ({"query": "\ud800"}, 422, "query is "),
         ({"sort": "size"}, 422, "sort is 'size'; it must be 'score', 'date' or 'name'"),
-        ({"filters": {"size": "x"}}, 422, "filters.size is 'x'; it must be a valid integer"),
+        ({"filters": {"size": "x"}}, 422, "filters.size is 'x'; it must be an integer"),
         ({"filters": {"after": "May"}}, 400, "'May' is not a date; use the form 2023-05-31"),
         ({"filters": {"after": "2023-02-30"}}, 400, "'2023-02-30' is not a date"),
         (
@@ -371,15 +372,15 @@ def test_without_an_index_nothing_is_found_and_nothing_fails(tmp_path: Path) -> 
             400,
             "the first must not be later",
         ),
-        ({"filters": {"folder": "0" * 16}}, 400, "this folder has no pictures any more"),
+        ({"filters": {"folder": "0" * 16}}, 400, "folder '0000000000000000' has no pictures; give"),
         ({"cursor": "made up"}, 400, "cursor"),
         ({"query": "folde:x"}, 400, "did you mean 'folder'?"),
         ({"query": '+"/etc/passwd"'}, 400, "names a file"),
-        ({"images": ["0" * 32]}, 404, "drop it again"),
+        ({"images": ["0" * 32]}, 404, "no picture 00000000000000000000000000000000 in"),
         ({"images": ["nothing!"]}, 400, "neither an image_id of 32 hex digits nor a picture"),
         ({"images": ["aGVsbG8="]}, 422, "file holds text, not a picture"),
         ({"images": ["a"] * 17}, 422, "at most 16 items"),
-        ([], 422, "it must be a valid dictionary"),
+        ([], 422, "the body is []; it must be a JSON object"),
     ],
 )
 def test_what_makes_no_sense_is_a_sentence(
@@ -388,6 +389,62 @@ def test_what_makes_no_sense_is_a_sentence(
     headers = {"Content-Type": "application/json"}
     answer = client.post("/api/v1/search", content=json.dumps(body), headers=headers)
     assert answer.status_code == status and said in answer.json()["error"], answer.text
+
+
+@pytest.mark.parametrize(
+    ("method", "address", "status", "said"),
+    [
+        ("GET", "/api/v1/search", 405, "GET /api/v1/search is not possible; use POST"),
+        ("DELETE", "/api/v1/marks", 405, "use GET, POST"),
+        ("POST", "/api/v1/status", 405, "use GET"),
+        ("GET", "/api/v1/serch", 404, "there is no /api/v1/serch; /api/v1/docs describes"),
+        ("GET", f"/api/v1/pictures/{'0' * 32}/nothing", 404, "there is no /api/v1/pictures/000"),
+    ],
+)
+def test_what_the_api_does_not_have_is_a_sentence(
+    client: TestClient, method: str, address: str, status: int, said: str
+) -> None:
+    answer = client.request(method, address)
+    assert answer.status_code == status and said in answer.json()["error"], answer.text
+    if status == 405:
+        assert said.endswith(answer.headers["Allow"])
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "said"),
+    [
+        ('{"query": "dog"}', "text/plain", "send it with Content-Type: application/json"),
+        ('{"query": "dog"', "application/json", "the body is not JSON: Expecting ',' delimiter"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_why(
+    client: TestClient, content: str, kind: str, said: str
+) -> None:
+    answer = client.post("/api/v1/search", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 422 and said in answer.json()["error"], answer.text
+
+
+def test_the_examples_of_openapi_are_answered(client: TestClient) -> None:
+    """Except those that name the examples' picture, which no library has."""
+    api = client.get("/api/v1/openapi.json").json()
+    schemas = api["components"]["schemas"]
+    for address, routes in api["paths"].items():
+        if "requestBody" not in routes.get("post", {}):
+            continue
+        schema = routes["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        for body in schema.get("examples") or [_example(schema, schemas)]:
+            answer = client.post(address, json=body)
+            assert answer.status_code == (404 if "image_id" in body else 200), (address, body)
+
+
+def _example(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """A body of the examples of its fields."""
+    fields = {
+        name: schemas[field["$ref"].rpartition("/")[2]] if "$ref" in field else field
+        for name, field in schema["properties"].items()
+    }
+    return {name: field["examples"][0] for name, field in fields.items()}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"9" * 10_000, b"\xff"])

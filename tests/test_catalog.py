@@ -207,6 +207,16 @@ def test_a_root_is_remembered_and_forgotten_with_its_places(writer: Catalog) -> 
     assert writer.remove_root("/p") == 1
     assert writer.roots() == writer.stats().roots == ("/q",)
     assert list(writer.matching(Filters())) == [keep]
+    with pytest.raises(InputError, match="/p is not in the index; its folders are: /q"):
+        writer.remove_root("/p")
+
+
+def test_with_a_folder_the_roots_below_it_are_forgotten(writer: Catalog) -> None:
+    for number, root in enumerate(("/p/a", "/p/b", "/pq")):
+        writer.add_root(root)
+        add(writer, number, f"{root}/one.jpg")
+    assert writer.remove_root("/p") == 2
+    assert writer.roots() == ("/pq",)
 
 
 NAMES = st.binary(min_size=1, max_size=40).filter(lambda name: not set(name) & set(b"/\0"))

@@ -76,6 +76,34 @@ def test_a_search_is_a_page_of_typed_hits(client: Client, photos: Path) -> None:
     assert empty is not None and empty.offers[0].query == "red"
 
 
+def test_the_printed_address_has_the_token() -> None:
+    requests: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        requests.append(request)
+        return httpx.Response(200, content=b"JPEG")
+
+    transport = httpx.MockTransport(answer)
+    for url in ("https://a.example/photos/", "https://a.example/photos/login#token=a%20secret"):
+        with Client(url, transport=transport) as one:
+            one.file("0" * 32)
+    assert {str(one.url) for one in requests} == {
+        f"https://a.example/photos/api/v1/pictures/{'0' * 32}/file"
+    }
+    assert [one.headers.get("authorization") for one in requests] == [None, "Bearer a secret"]
+
+
+def test_an_unknown_certificate_has_its_own_remedy() -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate")
+
+    with (
+        Client("https://a.example", transport=httpx.MockTransport(answer)) as one,
+        pytest.raises(ClipkitError, match=r"self-signed .* name its file in SSL_CERT_FILE"),
+    ):
+        one.status()
+
+
 def test_all_hits_come_page_by_page(client: Client) -> None:
     hits = list(client.search_all("red", limit=3))
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5, 6, 7]

@@ -152,7 +152,7 @@ def test_folders_are_listed_and_forgotten_for_this_machines_own_page_only(
     workspace.may_index = False  # other machines can reach the page
     for path in ("/folders/browse", "/folders/forget"):
         refused = client.post(path, content=key)
-        assert refused.status_code == 400
+        assert refused.status_code == 403
         assert "this page may not index folders" in refused.json()["error"]
     assert "<button" not in client.get("/folders").text
 

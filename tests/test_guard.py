@@ -126,6 +126,28 @@ def test_one_client_cannot_take_all_places() -> None:
     asyncio.run(scenario())
 
 
+def test_a_full_server_still_gives_its_metrics() -> None:
+    """Prometheus on the same machine is the same client as a proxy, or as what fills the server."""
+
+    async def scenario() -> None:
+        go = asyncio.Event()
+
+        async def slow(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] != "/metrics":
+                await go.wait()
+            await hello(scope, receive, send)
+
+        guarded = made(slow, places=1)
+        busy = asyncio.ensure_future(ask(guarded))
+        await asyncio.sleep(0)
+        async with asyncio.timeout(limits.WAIT_SECONDS):
+            assert (await ask(guarded, "/metrics")).status == 200
+        go.set()
+        assert (await busy).status == 200
+
+    asyncio.run(scenario())
+
+
 def test_a_full_server_says_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "WAIT_SECONDS", 0.05)
 

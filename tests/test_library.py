@@ -200,6 +200,9 @@ def test_one_writer_at_a_time_and_searches_go_on(
 def test_removed_folders_leave_the_index_and_stay_on_the_disk(
     library: clipkit.Library, photos: Path
 ) -> None:
+    with pytest.raises(InputError, match="phots is not in the index; its folders are"):
+        library.remove(photos, photos.with_name("phots"))
+    assert len(library) == 4
     assert library.remove(photos) == 4
     assert len(library) == 0 and len(library.search("red")) == 0
     assert len(list(photos.iterdir())) == 4

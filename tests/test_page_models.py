@@ -184,7 +184,7 @@ def test_a_page_open_to_the_network_does_not_switch(index: Path) -> None:
     client = TestClient(create_app(workspace), base_url="http://127.0.0.1")
     for what in ("use", "fill", "drop"):
         answer = client.post(f"/models/{what}", content=Contrary.encoder_id)
-        assert answer.status_code == 400
+        assert answer.status_code == 403
     html = client.get("/models").text
     assert "data-do=" not in html and "Answers searches" in html
     assert client.get("/models/active").json() == {"encoder_id": ColourModel.encoder_id}

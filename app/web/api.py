@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import logging
 import re
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -24,6 +25,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import Match
 
 from app.corrections import Mark
 from app.web import render, schemas
@@ -44,6 +46,7 @@ from clipkit.wording import printable
 
 log = logging.getLogger(__name__)
 
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 MOST_MARKS = 10_000  # in one answer
 SMALL_BYTES = 4_000_000  # a body without pictures
 LARGE_BYTES = (
@@ -257,8 +260,9 @@ def api_router(workspace: Workspace) -> APIRouter:
         )
 
     @api.get("/openapi.json", include_in_schema=False)
-    def openapi() -> Response:
-        return JSONResponse(described())
+    def openapi(request: Request) -> Response:
+        prefix = request.scope.get("root_path")
+        return JSONResponse({**described(), **({"servers": [{"url": prefix}]} if prefix else {})})
 
     @api.get("/docs", include_in_schema=False)
     def docs() -> Response:
@@ -276,6 +280,25 @@ def api_router(workspace: Workspace) -> APIRouter:
         return JSONResponse({"status": "ok"}, headers=FRESH)
 
     router.include_router(api)
+
+    @router.api_route("/api/v1/{rest:path}", methods=[*METHODS], include_in_schema=False)
+    def unknown(request: Request) -> Response:
+        path = request.scope["path"]
+        methods = [
+            method
+            for method in METHODS
+            for route in api.routes[:]
+            if route.matches({**request.scope, "method": method})[0] is Match.FULL
+        ]
+        if not methods:
+            raise StarletteHTTPException(
+                404, f"there is no {path}; /api/v1/docs describes what there is"
+            )
+        allowed = ", ".join(methods)
+        raise StarletteHTTPException(
+            405, f"{request.method} {path} is not possible; use {allowed}", {"Allow": allowed}
+        )
+
     return router
 
 
@@ -312,16 +335,16 @@ def _date(text: str | None) -> date | None:
 
 def _image(text: str) -> str | bytes:
     """Return an image_id as it is, and a picture in base64 as the file's bytes."""
-    return text if re.fullmatch("[0-9a-f]{32}", text) else _decoded(text)
+    if re.fullmatch("[0-9a-f]{32}", text):
+        return text
+    return _decoded(text, "neither an image_id of 32 hex digits nor a picture file in base64")
 
 
-def _decoded(text: str) -> bytes:
+def _decoded(text: str, fault: str = "not a picture file in base64") -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise InputError(
-            f"{text[:40]!r} is neither an image_id of 32 hex digits nor a picture file in base64"
-        ) from None
+        raise InputError(f"{text[:40]!r} is {fault}") from None
 
 
 def _side(body: schemas.SideBody) -> Side:
@@ -421,8 +444,20 @@ def create_app(
     return app
 
 
+_KINDS = {
+    "string_type": "a string",
+    "string_pattern_mismatch": "a picture's image_id, which has 32 hex digits",
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "model_type": "a JSON object",
+    "model_attributes_type": "a JSON object",
+}
+
+
 def _sentence(error: Mapping[str, Any]) -> str:
-    """Say what is wrong with a field, from pydantic's description."""
+    """Say what is wrong with a field, from pydantic's description, in the words of JSON."""
     name = ".".join(str(part) for part in error["loc"][1:])
     message = str(error["msg"])
     if error["type"] == "value_error":
@@ -430,10 +465,18 @@ def _sentence(error: Mapping[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{name or 'the body'} is missing"
     if error["type"].startswith("json"):
-        return f"the body is not JSON: {message}"
-    value = "" if isinstance(error.get("input"), bytes) else f" is {error.get('input')!r:.80}"
-    rule = re.sub("^(Input|String|List) should ", "it must ", message)
-    return f"{name or 'the body'}{value}; {rule}"
+        return f"the body is not JSON: {error.get('ctx', {}).get('error', message)}"
+    given = error.get("input")
+    if isinstance(given, bytes):
+        return "the body is not marked as JSON; send it with Content-Type: application/json"
+    value = json.dumps(given) if given is None or isinstance(given, bool) else repr(given)
+    kind = _KINDS.get(error["type"])
+    rule = (
+        f"it must be {kind}"
+        if kind
+        else re.sub("^(Input|String|List) should ", "it must ", message)
+    )
+    return f"{name or 'the body'} is {value:.80}; {rule}"
 
 
 def _status(error: ClipkitError) -> int:

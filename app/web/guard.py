@@ -54,6 +54,7 @@ RATE = 20_000
 PLACES = 40  # requests that are answered at a time; a client has a fifth of them
 WAITING = 64  # requests of one client that wait for a place
 STREAMS, STREAMS_EACH = 256, 32  # event streams at a time, in all and of one client
+SCRAPES = 2  # requests for the metrics at a time
 EVENTS, EVENTS_PER_SECOND = 40, 10.0  # of Gradio's queue, of one client: at once, and on average
 
 # ---- routes
@@ -142,6 +143,9 @@ class Guard:
         self._login = Login(rules.token, rules.root_path) if rules.token else None
         self._places = Places(rules.places, max(1, rules.places // 5), WAITING, rules.load)
         self._streams = Places(STREAMS, STREAMS_EACH, 0)
+        self._scrapes = Places(
+            SCRAPES, SCRAPES, WAITING
+        )  # a full server still says that it is full
         self._bodies = Bodies()
         self._events = Rate(EVENTS, EVENTS_PER_SECOND)
 
@@ -187,7 +191,10 @@ class Guard:
             origin = headers.get("origin")
             elsewhere = headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
             if elsewhere or (origin is not None and urlsplit(origin).netloc != host):
-                sentence = "request from another site's page; only clipkit's own page may send it"
+                sentence = (
+                    "request from another site's page; only clipkit's own page may send it, and a "
+                    "reverse proxy must pass its Host header on with the port"
+                )
                 raise Refused(403, sentence, close=True)
         if path in _OPEN and request.method in ("GET", "HEAD"):
             await self.app(request.scope, request.receive, request.headed(_LOCKED))
@@ -195,13 +202,17 @@ class Guard:
         if self._login is not None and not await self._admitted(request, self._login):
             return
         if ".." in path or not (_OWN.fullmatch(path) or _GRADIO.fullmatch(path)):
-            raise Refused(404, "not found", close=request.has_body)
+            sentence = (
+                f"there is nothing at {printable(path)}; the page is at /, the API at /api/v1/docs"
+            )
+            raise Refused(404, sentence, close=request.has_body)
         async with self._body(request):
             if path == _EVENTS:
                 async with self._place(self._streams, request) as end:
                     await self._serve(request, end, None)
             else:
-                async with self._place(self._places, request) as end:
+                places = self._scrapes if path == "/metrics" else self._places
+                async with self._place(places, request) as end:
                     await self._serve(request, end, ANSWER_SECONDS)
 
     def _check_shape(self, request: _Request) -> None:

@@ -146,5 +146,8 @@ class DroppedPictures:
 
     def _get(self, picture_id: str) -> tuple[bytes, bytes]:
         if (held := self._held.get(picture_id)) is None:
-            raise UnknownPictureError("the dropped picture is no longer in memory; drop it again")
+            raise UnknownPictureError(
+                f"no picture {picture_id} in this library; one that was dropped has left the server's "
+                "memory: drop it again"
+            )
         return held

@@ -14,6 +14,8 @@ from clipkit.query import MAX_CHARS
 MOST_IMAGES = 16  # pictures in one request
 MOST_TEXTS = 256
 CAT = "0123456789abcdef0123456789abcdef"  # the examples' picture
+# the examples' file: one pixel
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
 
 # ---- what is sent
 
@@ -107,7 +109,7 @@ class TextsBody(Body):
 class ImagesBody(Body):
     """Pictures to encode, each a file in base64."""
 
-    images: list[Base64] = Field(max_length=MOST_IMAGES, examples=[["iVBORw0KGgo..."]])
+    images: list[Base64] = Field(max_length=MOST_IMAGES, examples=[[PNG]])
 
 
 class SideBody(Body):
@@ -145,7 +147,7 @@ class MarkBody(Body):
 
     image_id: ImageId
     query: Text = Field(examples=["a red car"])
-    right: bool | None
+    right: bool | None = Field(examples=[True])
 
 
 # ---- what is answered

@@ -66,7 +66,7 @@ class PictureGoneError(InputError):
 
 
 class NotAllowedError(InputError):
-    """The page is read-only."""
+    """The page is read-only, or others can reach it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,6 +381,7 @@ class Workspace:
         page: dict[str, Any] = {"k": request.limit, "cursor": request.cursor}
         words = None
         if request.similar:
+            self._row(request.similar)
             result = searcher.similar(request.similar, query, filters=filters, **page)
         else:
             query, image = self._with_images(catalog, query, request.images)
@@ -501,7 +502,9 @@ class Workspace:
             if os.path.isabs(request.folder):
                 folders = (request.folder,)
             if not folders:
-                raise InputError("this folder has no pictures any more; choose another one")
+                raise InputError(
+                    f"folder {request.folder!r} has no pictures; give the absolute path of one that has"
+                )
         return Filters(
             after=request.after.isoformat() if request.after else None,
             before=request.before.isoformat() if request.before else None,
@@ -744,4 +747,6 @@ class Workspace:
     def _check_may_index(self) -> None:
         self._check_may_write()
         if not self.may_index:
-            raise InputError("this page may not index folders; on the server: clipkit index FOLDER")
+            raise NotAllowedError(
+                "this page may not index folders; on the server: clipkit index FOLDER"
+            )

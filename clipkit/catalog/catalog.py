@@ -36,6 +36,7 @@ from clipkit.catalog.rows import (
     name_of,
 )
 from clipkit.catalog.store import DEAD, Connection, Store, Thumbnails
+from clipkit.errors import InputError
 from clipkit.picture_set import PictureSet
 
 T = TypeVar("T")
@@ -116,15 +117,23 @@ class Catalog:
             self._changed |= bool(added)  # folders are listed and searched from their roots
 
     def remove_root(self, root: AnyPath) -> int:
-        """Remove a folder and all places below it, and purge; return how many places."""
+        """Remove a folder and all that lies below it, and purge; return how many places.
+
+        Raises InputError for a folder of which the catalog has nothing.
+        """
         span = _span(root)
         below_it = "path >= ? AND path < ?"
         with self._store.transaction() as db:
-            removed = db.execute("DELETE FROM roots WHERE path = ?", span[:1]).rowcount
+            removed = db.execute(f"DELETE FROM roots WHERE {below_it}", span).rowcount
             self._changed |= bool(removed)
-            db.execute(f"DELETE FROM skipped WHERE {below_it}", span)
+            skipped = db.execute(f"DELETE FROM skipped WHERE {below_it}", span).rowcount
             rows = db.execute(f"DELETE FROM places WHERE {below_it} RETURNING num", span).fetchall()
-            db.execute("DELETE FROM text_fingerprints WHERE folder >= ? AND folder < ?", span)
+            followed = db.execute(
+                "DELETE FROM text_fingerprints WHERE folder >= ? AND folder < ?", span
+            ).rowcount
+            if not (removed or skipped or rows or followed):
+                roots = ", ".join(queries.roots(db)) or "none"
+                raise InputError(f"{root} is not in the index; its folders are: {roots}")
             if rows:
                 self._touch(*(num for (num,) in rows))
             self.purge()
