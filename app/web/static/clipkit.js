@@ -222,6 +222,14 @@
     }
   };
 
+  // A grid that leaves the view keeps its boxes, which take more memory than its cards: without display they are freed.
+  addEventListener("contentvisibilityautostatechange", ({ target, skipped }) => {
+    if (!skipped || !target.matches("#results .grid")) return;
+    target.style.display = "none";
+    getComputedStyle(target).display; // the style is computed, the page is not laid out
+    target.style.display = "";
+  });
+
   // In another width the rows are other ones.
   let width = innerWidth;
   const cut_again = () => {
@@ -298,10 +306,11 @@
     if (pictures && status && (model !== status.model || pictures !== status.pictures)) trigger("refresh", {});
   };
 
-  const tend = () => {
+  // After cards were added: these, by default all.
+  const tend = (added = cards()) => {
     cut();
     rove();
-    viewer.draw_selection();
+    viewer.draw_selection(added);
     watch_end();
     ages();
     renew();
@@ -357,7 +366,7 @@
       const tiles = join(root, next);
       current.k = cards().length;
       note({ k: current.k });
-      tend();
+      tend(tiles.filter((tile) => tile.matches(".hit")));
       if (focused) $(".open", tiles[0] || root)?.focus();
     } catch (error) {
       notice(unanswered(error));
@@ -369,7 +378,7 @@
   };
 
   const end = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && more(), {
-    rootMargin: "500px",
+    rootMargin: "1500px", // time for one request and its cards at a quick pace
   });
   const watch_end = () => {
     end.disconnect();
