@@ -37,7 +37,7 @@ app = make_app(Workspace(Path(sys.argv[1]), ColourModel()))
 uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 """
 GRADIO = re.compile(r"/(assets|static|theme\.css|config|gradio_api|svelte|manifest)")
-SECONDS = 240  # for scrolling
+SECONDS = 120  # for scrolling
 HOLD_END = """seconds => new Promise(done => {
     const cards = () => document.querySelectorAll('#results .hit').length, start = performance.now();
     const press = () => {
@@ -67,11 +67,13 @@ def main() -> None:
         make = "import sys; from pathlib import Path; from many_pictures import fill; "
         make += "fill(Path(sys.argv[1]), int(sys.argv[2]))"
         arguments = [sys.executable, "-c", make, scratch, str(options.pictures)]
-        subprocess.run(arguments, env=environment, check=True)
+        subprocess.run(arguments, env=environment, cwd=options.project, check=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, scratch, str(port), str(TESTS)], env=environment
+            [sys.executable, "-c", SERVER, scratch, str(port), str(TESTS)],
+            env=environment,
+            cwd=options.project,  # where `python -c` looks first
         )
         try:
             measure(f"http://127.0.0.1:{port}", options.runs, far=options.pictures > 10_000)
