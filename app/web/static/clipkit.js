@@ -405,7 +405,7 @@
   };
 
   const end = new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && more(), {
-    rootMargin: "1500px", // time for one request and its cards at a quick pace
+    rootMargin: "500px",
   });
   const watch_end = () => {
     end.disconnect();
