@@ -128,6 +128,41 @@ def test_a_run_that_ends_while_the_page_is_drawn_is_shown_as_ended(
         page.close()  # before the server: one more tick may be on its way
 
 
+def test_tabs_show_one_run(tmp_path: Path, visit: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tab that was open before sees the run when somebody turns to it, one that is opened later at
+    once; both search meanwhile, and a stop in one is shown in all. The run is held after 16 pictures."""
+    monkeypatch.setattr("clipkit.embed.run.COMMIT_SECONDS", 0)
+    for number in range(60):
+        paint(tmp_path / "photos" / f"{number}.png", "blue", number=number)
+    model = HeldModel()
+    workspace = Workspace(tmp_path / "index", model)  # type: ignore[arg-type]
+    with served(workspace) as address:
+        first, second = visit(address), visit(address)
+        first.fill("#results form.add input", str(tmp_path / "photos"))
+        first.click("#results form.add button")
+        first.wait_for_selector("#run .run.running progress[max]")
+        turned = "document.dispatchEvent(new Event('visibilitychange', {bubbles: true}))"
+        second.evaluate(turned)
+        third = visit(address)
+        for page in (second, third):
+            page.wait_for_selector("#run .run.running progress[max]")
+            assert re.search(r"\d+ of 60 pictures", page.inner_text("#run"))
+            page.wait_for_selector(".home .chips")
+            ask(page, "blue")
+            assert page.locator(".hit").count() > 0
+        second.click("#run [data-do=stop]")
+        for page in (first, second, third):
+            page.wait_for_selector("#run .run.stopping")
+            assert page.locator("#run [data-do=stop]").count() == 0
+        model.released.set()
+        for page in (first, second, third):
+            page.wait_for_selector("#run .run.stopped")
+        third.click("#run [data-do=dismiss]")
+        for page in (first, second, third):
+            page.wait_for_selector("#run .run", state="detached")
+            page.close()  # before the server: one more tick may be on its way
+
+
 def test_a_page_open_to_the_network_does_not_index(tmp_path: Path, visit: Open) -> None:
     workspace = Workspace(tmp_path / "index", ColourModel(), may_index=False)  # type: ignore[arg-type]
     with served(workspace) as address:

@@ -187,7 +187,10 @@ def test_a_page_open_to_the_network_does_not_switch(index: Path) -> None:
         assert answer.status_code == 403
     html = client.get("/models").text
     assert "data-do=" not in html and "Answers searches" in html
-    assert client.get("/models/active").json() == {"encoder_id": ColourModel.encoder_id}
+    assert client.get("/models/active").json() == {
+        "encoder_id": ColourModel.encoder_id,
+        "indexing": False,
+    }
     workspace.close()
 
 

@@ -219,13 +219,13 @@ def test_a_hit_can_be_marked_where_there_are_words() -> None:
 
 def test_more_is_offered_while_there_is_more() -> None:
     """2 shown of 100: 24 more. 2 shown of 5: the 3 that are left. 2 of 2: none. Of 10,000 the page has
-    400: a quarter of that; 4,000: at most 240."""
+    400: half of that; 4,000: at most 600."""
     hits = hit(1), hit(2)
     assert 'data-cursor="next" data-limit="24">Show 24 more' in results(*hits)
     assert 'data-limit="3">Show 3 more' in results(*hits, total=5)
     assert "Show" not in results(*hits, total=2)
-    assert 'data-limit="100">Show 100 more' in results(hit(400), total=10_000)
-    assert 'data-limit="240">Show 240 more' in results(hit(4_000), total=10_000)
+    assert 'data-limit="200">Show 200 more' in results(hit(400), total=10_000)
+    assert 'data-limit="600">Show 600 more' in results(hit(4_000), total=10_000)
 
 
 def test_where_more_results_change_the_order_the_page_asks_for_all() -> None:

@@ -269,7 +269,10 @@ def test_a_read_only_page_shows_no_controls_that_change_anything(
     wanted = {"accept": "text/html"}
     found = client.post("/api/v1/search", json={"query": "red"}, headers=wanted).text
     assert found.count('class="hit') == 3 and 'data-do="mark"' not in found
-    assert "data-do" not in client.get("/folders").text
+    assert 'data-do="models"' not in found  # nor "teach it", beside the number of marks
+    for panel in ("/folders", "/models"):
+        drawn = client.get(panel).text
+        assert "data-do" not in drawn and "Teach" not in drawn and "3 pictures" in drawn
 
     from app.web.page import Page, build
     from app.web.saved_reports import SavedReports

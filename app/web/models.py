@@ -1,7 +1,8 @@
 """The panel of models: which ones the index has, what they brought, and switching between them.
 
     GET  /models          the models of the index, as HTML for the panel
-    GET  /models/active   {"encoder_id": ...}: which model answers, by which a page sees a switch
+    GET  /models/active   {"encoder_id": ..., "indexing": ...}: which model answers, and whether folders
+                          are being indexed, by which a page sees what another one has begun
     POST /models/use      an encoder_id as the request's body: this model answers from now on
     POST /models/fill     an encoder_id, or a spec of `clipkit models`: encode all pictures with it
     POST /models/drop     an encoder_id: remove this model's vectors
@@ -104,7 +105,7 @@ def models_router(workspace: Workspace, reports: SavedReports) -> APIRouter:
     @router.get("/models/active")
     def active() -> dict[str, Any]:
         workspace.contents()  # follows a switch
-        return {"encoder_id": workspace.model.known_id}
+        return {"encoder_id": workspace.model.known_id, "indexing": workspace.indexing}
 
     @router.post("/models/use")
     async def use(request: Request) -> Response:

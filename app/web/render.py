@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 NARROWEST, WIDEST = 0.56, 2.4  # width / height of a tile; the picture is shown whole inside it
 GROUP_MOST = 6_000  # pictures of a whole group that one page may show; the CSV has all
 GROUP_PAGE = 120  # pictures of a whole group of the Classify page, and the step of "show more"
-MOST_LOADED = 240  # pictures that the page loads at once while it is scrolled
+MOST_LOADED = 600  # pictures that the page loads at once while it is scrolled
 SIDES = (640, 1280, 1920, 3840)  # choices of the longer side, in pixels
 
 
@@ -131,7 +131,7 @@ def results(request: SearchRequest, answer: SearchAnswer, status: Status) -> str
     while first_weak and _is_weak(answer.hits[first_weak - 1]):
         first_weak -= 1
     shown = answer.hits[-1].rank if answer.hits else 0
-    step = min(max(PAGE_SIZE, shown // 4), MOST_LOADED)
+    step = min(max(PAGE_SIZE, shown // 2), MOST_LOADED)
     return part(
         "results",
         request=request,

@@ -169,6 +169,7 @@ class Status:
     indexing: bool
     corrections: int
     teaching: str = ""  # the stage of a lesson in progress
+    may_teach: bool = True
 
     @property
     def stage(self) -> str:
@@ -364,6 +365,7 @@ class Workspace:
             indexing=self.indexing,
             corrections=corrections.total() if corrections else 0,
             teaching=lesson.stage if lesson is not None and lesson.working else "",
+            may_teach=self.may_index,
         )
 
     # ---- searching

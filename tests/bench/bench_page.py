@@ -4,9 +4,9 @@
 
 A headless Chromium opens the page of a synthetic library with an empty cache. Bytes are those that
 went over the wire, Gradio's own (assets, theme, config, queue) beside clipkit's. A search is the time
-from Enter to the first cards. Where the page has an API, it scrolls to the 10,000th card: a frame's time
-is that of the slowest of 60 frames while scrolling there. With --project the same is measured of
-another checkout, such as the commit before a change.
+from Enter to the first cards. Then it scrolls to the 10,000th card: frames are 60 of scrolling there.
+The renderer's memory is resident, with the browser's program (some 140 MB). With --project the same is
+measured of another checkout, such as the commit before a change.
 """
 
 from __future__ import annotations
@@ -37,6 +37,20 @@ app = make_app(Workspace(Path(sys.argv[1]), ColourModel()))
 uvicorn.run(app, port=int(sys.argv[2]), log_level="error")
 """
 GRADIO = re.compile(r"/(assets|static|theme\.css|config|gradio_api|svelte|manifest)")
+SECONDS = 120  # for scrolling
+HOLD_END = """seconds => new Promise(done => {
+    const cards = () => document.querySelectorAll('#results .hit').length, start = performance.now();
+    const press = () => {
+        scrollTo({top: document.documentElement.scrollHeight, behavior: 'instant'});
+        if (cards() >= 10000 || performance.now() - start > 1000 * seconds) done(cards());
+        else setTimeout(press, 33);
+    };
+    press(); })"""
+FRAMES = """() => new Promise(done => {
+    const times = []; let last = performance.now(), n = 0;
+    const step = now => { times.push(now - last); last = now; scrollBy(0, -300);
+                          n++ < 60 ? requestAnimationFrame(step) : done(times.slice(1)); };
+    requestAnimationFrame(step); })"""
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 
@@ -53,11 +67,13 @@ def main() -> None:
         make = "import sys; from pathlib import Path; from many_pictures import fill; "
         make += "fill(Path(sys.argv[1]), int(sys.argv[2]))"
         arguments = [sys.executable, "-c", make, scratch, str(options.pictures)]
-        subprocess.run(arguments, env=environment, check=True)
+        subprocess.run(arguments, env=environment, cwd=options.project, check=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, scratch, str(port), str(TESTS)], env=environment
+            [sys.executable, "-c", SERVER, scratch, str(port), str(TESTS)],
+            env=environment,
+            cwd=options.project,  # where `python -c` looks first
         )
         try:
             measure(f"http://127.0.0.1:{port}", options.runs, far=options.pictures > 10_000)
@@ -82,7 +98,7 @@ def measure(address: str, runs: int, *, far: bool) -> None:
         opened = [open_page(browser, address) for _ in range(runs)]
         for name in opened[0]:
             print(f"{name:<34}{statistics.median(one[name] for one in opened):>10,.0f}")
-        if far and httpx.get(f"{address}/healthz").status_code == 200:
+        if far:
             scroll_far(browser, address)
         browser.close()
 
@@ -131,33 +147,60 @@ def open_page(browser: Any, address: str) -> dict[str, float]:
 
 
 def scroll_far(browser: Any, address: str) -> None:
-    """Scroll to the 10,000th card and measure frames there, and the way back to it."""
+    """Scroll to the 10,000th card as with the End key held down, as far as that goes in SECONDS, and
+    measure frames there, the renderer's memory, and the way back to it."""
     page = browser.new_page(viewport={"width": 1280, "height": 860})
     page.set_default_timeout(300_000)
     page.goto(f"{address}/#words=red")
     page.wait_for_selector("#results .hit")
+    devtools = page.context.new_cdp_session(page)
+    cpu = renderer(browser)[1]
     started = time.perf_counter()
-    page.wait_for_function(
-        """() => { scrollTo({top: document.documentElement.scrollHeight, behavior: 'instant'});
-                   return document.querySelectorAll('#results .hit').length >= 10000; }"""
-    )
-    print(f"{'scroll to card 10,000, s':<34}{time.perf_counter() - started:>10.1f}")
-    frames = """() => new Promise(done => {
-        const times = []; let last = performance.now(), n = 0;
-        const step = now => { times.push(now - last); last = now; scrollBy(0, -300);
-                              n++ < 60 ? requestAnimationFrame(step) : done(times.slice(1)); };
-        requestAnimationFrame(step); })"""
-    times = page.evaluate(frames)
-    print(f"{'frames there, median ms':<34}{statistics.median(times):>10.1f}")
-    print(f"{'slowest of 60 frames, ms':<34}{max(times):>10.1f}")
+    reached = page.evaluate(HOLD_END, SECONDS)
+    show(f"scroll to card {reached:,}, s", time.perf_counter() - started)
+    show("... CPU time of the renderer, s", renderer(browser)[1] - cpu)
+    page.wait_for_timeout(1000)
+    devtools.send("HeapProfiler.collectGarbage")
+    devtools.send("Performance.enable")
+    metrics = {m["name"]: m["value"] for m in devtools.send("Performance.getMetrics")["metrics"]}
+    show("JavaScript heap there, MB", metrics["JSHeapUsedSize"] / 1e6)
+    show("nodes there, thousands", metrics["Nodes"] / 1e3)
+    show("boxes there, thousands", metrics["LayoutObjects"] / 1e3)
+    resident, anonymous = renderer(browser)[0]
+    show("resident memory of the renderer, MB", resident)
+    show("... of it anonymous, MB", anonymous)
+    cpu = renderer(browser)[1]
+    times = page.evaluate(FRAMES)
+    show("frames there, median ms", statistics.median(times))
+    show("slowest of 60 frames, ms", max(times))
+    show("CPU time a frame, ms", (renderer(browser)[1] - cpu) / 60 * 1000)
     page.wait_for_timeout(500)
     started = time.perf_counter()
     page.reload()
-    page.wait_for_function("document.querySelectorAll('#results .hit').length >= 10000")
-    print(f"{'reload with 10,000 cards, s':<34}{time.perf_counter() - started:>10.1f}")
-    style = "#results .results .hit { content-visibility: visible !important; }"
-    page.add_style_tag(content=style)
-    print(f"{'without content-visibility: slowest':<34}{max(page.evaluate(frames)):>10.1f}")
+    page.wait_for_function(
+        "count => document.querySelectorAll('#results .hit').length >= count",
+        arg=min(reached, 2400),
+    )
+    show("reload there, s", time.perf_counter() - started)
+
+
+def show(name: str, value: float) -> None:
+    print(f"{name:<38}{value:>10,.1f}")
+
+
+def renderer(browser: Any) -> tuple[tuple[float, float], float]:
+    """Return the memory in MB, resident and of it anonymous, and the CPU seconds of the renderer that
+    has most memory."""
+    session = browser.new_browser_cdp_session()
+    processes = session.send("SystemInfo.getProcessInfo")["processInfo"]
+    session.detach()
+    best = ((0.0, 0.0), 0.0)
+    for process in processes:
+        if process["type"] == "renderer":
+            status = Path(f"/proc/{process['id']}/status").read_text()
+            sizes = re.findall(r"(?:VmRSS|RssAnon):\s+(\d+)", status)
+            best = max(best, ((int(sizes[0]) / 1000, int(sizes[1]) / 1000), process["cpuTime"]))
+    return best
 
 
 if __name__ == "__main__":

@@ -196,31 +196,66 @@
     return tiles;
   };
 
+  // Where rows of cards begin and how high they are, as clipkit.css lays them out in a grid of some width: the browser
+  // need not lay out thousands of cards to find out. It counts in 64ths of a pixel.
+  const rows_of = (grid, tiles) => {
+    const style = getComputedStyle(grid);
+    const card = getComputedStyle(tiles.find((tile) => tile.matches(".hit")));
+    const [row, least] = [parseFloat(style.getPropertyValue("--row")), parseFloat(style.getPropertyValue("--least"))];
+    const [gap, lines] = [parseFloat(style.columnGap), parseFloat(card.paddingBottom)];
+    const [width, most] = [grid.getBoundingClientRect().width, card.maxWidth === "none" ? Infinity : 1.5];
+    const rows = [];
+    let [used, shapes] = [Infinity, 0];
+    for (const [at, tile] of tiles.entries()) {
+      const shape = Math.max(parseFloat(tile.style.getPropertyValue("--ratio")), least); // NaN: a divider
+      const wide = Math.floor(64 * (shape ? shape * row : DIVIDER)) / 64;
+      if (used + gap + wide > width) {
+        rows.push({ start: at });
+        [used, shapes] = [-gap, 0];
+      }
+      used += gap + wide;
+      shapes += shape || 0;
+      rows.at(-1).height = Math.min(row + (width - used) / shapes, most * row) + lines;
+    }
+    return { rows, gap: parseFloat(style.rowGap) };
+  };
+
   // Cut the last grid of each into grids of whole rows, with some BLOCK cards each, except the last, which grows. The
   // browser does not lay out those that are out of view (clipkit.css), so it needs their heights.
   const BLOCK = 120;
+  const DIVIDER = 74; // its width
   const cut = () => {
     for (const grids of $$("#results .grids")) {
-      const grid = grids.lastElementChild;
+      let grid = grids.lastElementChild;
       const tiles = [...grid.children];
       if (tiles.length <= BLOCK) continue;
-      const tops = tiles.map((tile) => tile.offsetTop);
-      const starts = [0];
-      for (const [at, top] of tops.entries()) if (at - starts.at(-1) >= BLOCK && top > tops[at - 1]) starts.push(at);
-      const gap = parseFloat(getComputedStyle(grid).rowGap);
+      const { rows, gap } = rows_of(grid, tiles);
+      const blocks = [];
+      for (const { start, height } of rows) {
+        if (!blocks.length || start - blocks.at(-1).start >= BLOCK) blocks.push({ start, height: -gap });
+        blocks.at(-1).height += gap + height;
+      }
       const focused = document.activeElement;
-      let last = grid;
-      for (const [number, start] of starts.slice(1).entries()) {
-        last.style.containIntrinsicHeight = `auto ${tops[start] - tops[starts[number]] - gap}px`;
-        const next = document.createElement("ol");
-        next.className = "grid";
-        next.append(...tiles.slice(start, starts[number + 2]));
-        grids.append(next);
-        last = next;
+      for (const [number, { start, height }] of blocks.entries()) {
+        if (number) {
+          grid = document.createElement("ol");
+          grid.className = "grid";
+          grid.append(...tiles.slice(start, blocks[number + 1]?.start));
+          grids.append(grid);
+        }
+        if (blocks[number + 1]) grid.style.containIntrinsicHeight = `auto ${height}px`;
       }
       if (focused !== document.activeElement) focused.focus({ preventScroll: true }); // a card that was moved
     }
   };
+
+  // A grid that leaves the view keeps its boxes, which take more memory than its cards: without display they are freed.
+  addEventListener("contentvisibilityautostatechange", ({ target, skipped }) => {
+    if (!skipped || !target.matches("#results .grid")) return;
+    target.style.display = "none";
+    getComputedStyle(target).display; // the style is computed, the page is not laid out
+    target.style.display = "";
+  });
 
   // In another width the rows are other ones.
   let width = innerWidth;
@@ -298,10 +333,11 @@
     if (pictures && status && (model !== status.model || pictures !== status.pictures)) trigger("refresh", {});
   };
 
-  const tend = () => {
+  // After cards were added: these, by default all.
+  const tend = (added = cards()) => {
     cut();
     rove();
-    viewer.draw_selection();
+    viewer.draw_selection(added);
     watch_end();
     ages();
     renew();
@@ -357,7 +393,7 @@
       const tiles = join(root, next);
       current.k = cards().length;
       note({ k: current.k });
-      tend();
+      tend(tiles.filter((tile) => tile.matches(".hit")));
       if (focused) $(".open", tiles[0] || root)?.focus();
     } catch (error) {
       notice(unanswered(error));

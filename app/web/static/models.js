@@ -6,7 +6,7 @@
   const $ = (selector, root = document) => root.querySelector(selector);
   const { does, again, fire, unanswered } = window.clipkit;
   const OPEN_SECONDS = 1; // between two looks at the models while the panel is open
-  const IDLE_SECONDS = 20; // ... and at the one that answers, while the page can be seen
+  const IDLE_SECONDS = 20; // ... and at what others do, while the page can be seen
   const panel = () => $("#models");
   const problem = (sentence) => {
     const line = $(".problem", panel());
@@ -95,17 +95,18 @@
 
   setInterval(() => panel()?.open && look(), 1000 * OPEN_SECONDS);
 
-  // Another tab or another program may have switched the model.
-  const notice_switch = async () => {
+  // Another tab may have begun to index; it or another program may have switched the model.
+  const notice_others = async () => {
     const status = $("#status [data-encoder]");
     if (document.hidden || !status || document.body.dataset.lost) return;
     try {
-      const { encoder_id } = await (await fetched("models/active")).json();
-      if (encoder_id && encoder_id !== $("#status [data-encoder]").dataset.encoder) fire("refresh", {});
+      const { encoder_id, indexing } = await (await fetched("models/active")).json();
+      const shown = $("#status [data-encoder]").dataset;
+      if ((encoder_id && encoder_id !== shown.encoder) || indexing !== Boolean(shown.indexing)) fire("refresh", {});
     } catch {
       // the next search says what is wrong
     }
   };
-  addEventListener("visibilitychange", notice_switch);
-  setInterval(notice_switch, 1000 * IDLE_SECONDS);
+  addEventListener("visibilitychange", notice_others);
+  setInterval(notice_others, 1000 * IDLE_SECONDS);
 })();

@@ -282,10 +282,11 @@ const clipkit_viewer = ({ $, $$, cards, more, can_load_more, similar_to, notice,
   let last = null; // id of the card that was selected or left out last: shift-click goes from there
   const selected = new Map(); // id -> item
 
-  const draw_selection = () => {
+  const draw_selection = (all = cards()) => {
     document.body.toggleAttribute("data-choosing", choosing);
-    for (const box of $$("#results [role=checkbox]")) {
-      const checked = String(selected.has(box.closest(".hit").dataset.id));
+    for (const card of all) {
+      const box = $("[role=checkbox]", card);
+      const checked = String(selected.has(card.dataset.id));
       if (box.ariaChecked !== checked) box.ariaChecked = checked; // thousands of others stay as they are
     }
     const bar = $("#selection");
