@@ -14,6 +14,7 @@ from schemathesis import GenerationMode
 
 from app.web.api import create_app
 from app.web.guard import Rules
+from app.web.requests import SearchRequest
 from app.web.workspace import Workspace
 from clipkit.catalog import Catalog
 from clipkit.embed import index_folders
@@ -39,6 +40,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with Catalog.open(folder / "index", write=True) as catalog:
         index_folders(catalog, [folder / "photos"], encoder=model)
     workspace = Workspace(folder / "index", model)  # type: ignore[arg-type]
+    workspace.search(SearchRequest(words="red"))  # /readyz is not ready before
     names = Rules.names_of("testserver")  # the name that Schemathesis asks
     yield create_app(workspace, rules=Rules(names=names))
     workspace.close()

@@ -196,6 +196,8 @@ def test_no_server_is_a_sentence() -> None:
 
 
 def test_ready_follows_the_server(client: Client) -> None:
+    assert not client.ready()  # the vectors are not loaded yet
+    client.search("red")
     assert client.ready()
     waiting, _ = answering(httpx.Response(503, json={"error": "not ready yet"}))
     assert not waiting.ready()

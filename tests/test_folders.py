@@ -14,7 +14,7 @@ from app.web import folders, indexing
 from app.web.api import create_app
 from app.web.folders import browsable, key_of, listing
 from app.web.workspace import Workspace
-from clipkit.catalog import Catalog
+from clipkit.catalog import Catalog, Filters
 from clipkit.errors import CatalogBusy, InputError
 
 HOST = "http://127.0.0.1:7860"
@@ -158,14 +158,20 @@ def test_folders_are_listed_and_forgotten_for_this_machines_own_page_only(
 
 
 def test_forgetting_is_what_the_command_does(home: Path, workspace: Workspace) -> None:
-    """Both places of the folder leave; the files stay; the message of the run that added it goes."""
+    """Both places of the folder leave, with all that is kept of its pictures; the files stay; the
+    message of the run that added it goes."""
     indexed(workspace, home / "Pictures")
     (root,) = workspace.roots()
     assert (root.pictures, root.skipped, root.missing) == (2, 0, False)
+    with Catalog.open(workspace.folder) as catalog:
+        ids = [row.image_id for row in catalog.rows(catalog.matching(Filters()).nums).values()]
+        assert all(catalog.thumbnail(image_id) for image_id in ids) and len(ids) == 2
     with Catalog.open(workspace.folder, write=True), pytest.raises(CatalogBusy):
         workspace.forget(root.key)
     assert workspace.forget(root.key) == 2
     assert workspace.roots() == [] and workspace.contents().pictures == 0
+    with Catalog.open(workspace.folder) as catalog:
+        assert not any(catalog.thumbnail(image_id) for image_id in ids)
     assert (home / "Pictures" / "b.png").exists()
     assert workspace.run is None
     with pytest.raises(InputError, match="not an indexed folder"):

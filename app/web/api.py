@@ -248,7 +248,7 @@ def api_router(workspace: Workspace) -> APIRouter:
 
     @cache
     def described() -> dict[str, Any]:
-        return get_openapi(
+        description = get_openapi(
             title="clipkit",
             version=__version__,
             summary="Search pictures by words and by pictures",
@@ -258,6 +258,9 @@ def api_router(workspace: Workspace) -> APIRouter:
             ),
             routes=router.routes,
         )
+        schemes = {"token": {"type": "http", "scheme": "bearer"}}
+        description.setdefault("components", {})["securitySchemes"] = schemes
+        return {**description, "security": [{"token": []}, {}]}  # {}: where no token is asked for
 
     @api.get("/openapi.json", include_in_schema=False)
     def openapi(request: Request) -> Response:

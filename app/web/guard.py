@@ -143,9 +143,8 @@ class Guard:
         self._login = Login(rules.token, rules.root_path) if rules.token else None
         self._places = Places(rules.places, max(1, rules.places // 5), WAITING, rules.load)
         self._streams = Places(STREAMS, STREAMS_EACH, 0)
-        self._scrapes = Places(
-            SCRAPES, SCRAPES, WAITING
-        )  # a full server still says that it is full
+        # a full server still says that it is full
+        self._scrapes = Places(SCRAPES, SCRAPES, WAITING, rules.load)
         self._bodies = Bodies()
         self._events = Rate(EVENTS, EVENTS_PER_SECOND)
 
@@ -202,9 +201,7 @@ class Guard:
         if self._login is not None and not await self._admitted(request, self._login):
             return
         if ".." in path or not (_OWN.fullmatch(path) or _GRADIO.fullmatch(path)):
-            sentence = (
-                f"there is nothing at {printable(path)}; the page is at /, the API at /api/v1/docs"
-            )
+            sentence = "there is nothing here; the page is at /, the API at /api/v1/docs"
             raise Refused(404, sentence, close=request.has_body)
         async with self._body(request):
             if path == _EVENTS:

@@ -505,7 +505,8 @@ class Workspace:
                 folders = (request.folder,)
             if not folders:
                 raise InputError(
-                    f"folder {request.folder!r} has no pictures; give the absolute path of one that has"
+                    f"folder {request.folder!r} has no pictures; give the absolute path of one that "
+                    "has, or choose another one"
                 )
         return Filters(
             after=request.after.isoformat() if request.after else None,
@@ -729,8 +730,11 @@ class Workspace:
         return listing(key, browsable(self.contents().roots))
 
     def forget(self, key: str) -> int:
-        """Remove an indexed folder from the index as `clipkit index --forget` does, and return how many
-        files that was. Raises InputError, and CatalogBusy while the index is written."""
+        """Remove an indexed folder from the index, and return how many files that was.
+
+        Pictures that lie nowhere else are purged, as by `clipkit index --forget`; a snapshot is made
+        without them by the next run. Raises InputError, and CatalogBusy while the index is written.
+        """
         self._check_may_index()
         path = path_of(key)
         if path not in self.contents().roots:

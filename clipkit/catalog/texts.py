@@ -125,11 +125,12 @@ def _matches(state: State, match: str) -> PictureSet:
 
 
 def _nums_with(db: Connection, match: str) -> PictureSet:
-    found = PictureSet()
-    for table in ("texts", "folder_texts"):
-        sql = f"SELECT group_concat(rowid) FROM {table} WHERE {table} MATCH ?"
-        found = found | PictureSet.of_sorted(parsed(db.execute(sql, (match,)).fetchone()[0]))
-    return found
+    sql = (
+        "SELECT (SELECT group_concat(rowid) FROM texts WHERE texts MATCH ?1),"
+        " (SELECT group_concat(rowid) FROM folder_texts WHERE folder_texts MATCH ?1)"
+    )
+    texts, folders = (parsed(found) for found in db.execute(sql, (match,)).fetchone())
+    return PictureSet.of_sorted(texts) | PictureSet.of_sorted(folders)
 
 
 def _nums_among(db: Connection, match: str, nums: Int64) -> Int64:
