@@ -190,6 +190,7 @@ def test_a_page_open_to_the_network_does_not_switch(index: Path) -> None:
     assert client.get("/models/active").json() == {
         "encoder_id": ColourModel.encoder_id,
         "indexing": False,
+        "pictures": workspace.contents().pictures,
     }
     workspace.close()
 

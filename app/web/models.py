@@ -1,8 +1,9 @@
 """The panel of models: which ones the index has, what they brought, and switching between them.
 
     GET  /models          the models of the index, as HTML for the panel
-    GET  /models/active   {"encoder_id": ..., "indexing": ...}: which model answers, and whether folders
-                          are being indexed, by which a page sees what another one has begun
+    GET  /models/active   {"encoder_id": ..., "indexing": ..., "pictures": ...}: which model answers,
+                          whether folders are being indexed, and how many pictures there are, by
+                          which a page sees what others do, and what an event that was lost changed
     POST /models/use      an encoder_id as the request's body: this model answers from now on
     POST /models/fill     an encoder_id, or a spec of `clipkit models`: encode all pictures with it
     POST /models/drop     an encoder_id: remove this model's vectors
@@ -104,8 +105,12 @@ def models_router(workspace: Workspace, reports: SavedReports) -> APIRouter:
 
     @router.get("/models/active")
     def active() -> dict[str, Any]:
-        workspace.contents()  # follows a switch
-        return {"encoder_id": workspace.model.known_id, "indexing": workspace.indexing}
+        pictures = workspace.contents().pictures  # follows a switch
+        return {
+            "encoder_id": workspace.model.known_id,
+            "indexing": workspace.indexing,
+            "pictures": pictures,
+        }
 
     @router.post("/models/use")
     async def use(request: Request) -> Response:

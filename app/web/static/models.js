@@ -95,14 +95,17 @@
 
   setInterval(() => panel()?.open && look(), 1000 * OPEN_SECONDS);
 
-  // Another tab may have begun to index; it or another program may have switched the model.
+  // Another tab may have begun to index; it or another program may have switched the model. Ticks do not come for
+  // a page whose connection broke in the middle of one: it finds out here too.
   const notice_others = async () => {
     const status = $("#status [data-encoder]");
     if (document.hidden || !status || document.body.dataset.lost) return;
     try {
-      const { encoder_id, indexing } = await (await fetched("models/active")).json();
+      const now = await (await fetched("models/active")).json();
       const shown = $("#status [data-encoder]").dataset;
-      if ((encoder_id && encoder_id !== shown.encoder) || indexing !== Boolean(shown.indexing)) fire("refresh", {});
+      const other = now.encoder_id && now.encoder_id !== shown.encoder;
+      const changed = now.indexing !== Boolean(shown.indexing) || String(now.pictures) !== shown.pictures;
+      if (other || changed) fire("refresh", {});
     } catch {
       // the next search says what is wrong
     }
