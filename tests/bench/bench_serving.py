@@ -62,6 +62,7 @@ def command(checkout: Path, *arguments: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "PYTHONPATH": str(checkout)},
+        cwd=checkout,  # `-m` looks in the current folder first
     )
 
 
