@@ -42,9 +42,15 @@ class Batch:
     """This process's share of a plan, ready for the towers."""
 
     plan: Plan
+    data: CaptionedPictures
     images: torch.Tensor | SpilledPictures
     texts: torch.Tensor
     text_order: torch.Tensor | None  # texts by length: chunks are cut to their longest
+
+    @property
+    def same(self) -> torch.Tensor | None:
+        """Pairs of the plan that are true beside its own: see `CaptionedPictures.same`."""
+        return self.data.same(self.plan)
 
 
 class SpilledPictures:
@@ -119,7 +125,7 @@ class PictureInputs:
                 captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
                 pixels = self._gathered(views, len(captions))
                 order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
-                yield Batch(plan, pixels, self._encoder.tokenize(captions), order)
+                yield Batch(plan, self.data, pixels, self._encoder.tokenize(captions), order)
 
     def pictures(self) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
