@@ -294,7 +294,7 @@ class Farther(Method):
         return {"gain": self.gain}
 
     def views(self, batch: Batch) -> list[View]:
-        return [View(self.setup.towers.images, batch.images, side="image")]
+        return [View(self.setup.towers.images, batch.pictures[0], side="image")]
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         assert len(rows) == 1 and rows[0].shape == (len(batch.plan.pictures), 24)

@@ -243,7 +243,7 @@ class HeadInputs:
             own = own_slice(len(plan.pictures))
             images = self.image_features[torch.from_numpy(plan.pictures[own])]
             texts = self.text_features[torch.from_numpy(plan.texts[own])]
-            yield Batch(plan, self.data, images, texts, None)
+            yield Batch(plan, self.data, (images,), texts, None)
 
     def pictures(self) -> Generator[torch.Tensor]:
         return _chunks(self.image_features)

@@ -27,7 +27,7 @@ from clipkit.training.frozen_towers import FeaturesStopped, FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.loop import Job, Progress, State, fit
 from clipkit.training.methods import METHODS
-from clipkit.training.methods.method import Setup
+from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import choose_parameters, merge_adapters
 from clipkit.training.run_folder import RunFolder, write_json
 from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
@@ -161,7 +161,9 @@ def _train(
         total_parameters=trained.total,
     )
     try:
-        inputs, validation = _inputs(config, trainable, towers, data, held_out, on_progress, stop)
+        inputs, validation = _inputs(
+            config, method, trainable, towers, data, held_out, on_progress, stop
+        )
     except FeaturesStopped:
         note = "stopped before the first step; the features computed so far are kept"
         return replace(summary, notes=(note,))
@@ -199,6 +201,7 @@ def _precision(device: torch.device, precision: str) -> str:
 
 def _inputs(
     config: TrainConfig,
+    method: Method,
     trainable: TrainableTowers,
     towers: Towers,
     data: CaptionedPictures,
@@ -212,8 +215,9 @@ def _inputs(
     training = PictureInputs(
         data,
         trainable,
-        crop=1.0 if frozen else config.crop,
-        flip=config.flip and not frozen,
+        augment=None if frozen else method.augment(),
+        views=method.picture_views,
+        captions=method.captions,
         seed=config.seed,
         workers=config.workers,
     )

@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from clipkit.losses import Loss
+from clipkit.training.augment import CropAndFlip
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import Plan
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.inputs import Augment, Batch, Inputs
 from clipkit.training.towers import Towers
 
 Side = Literal["image", "text"]
@@ -38,6 +39,8 @@ class Method:
     """
 
     sides: ClassVar[frozenset[Side]] = frozenset(("image", "text"))  # towers that it trains
+    picture_views: ClassVar[int] = 1  # views of each picture in a batch
+    captions: ClassVar[bool] = True  # whether a batch has a caption of each picture
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -65,6 +68,11 @@ class Method:
         searching: to be called before long work, so that the user sees it.
         """
         return inputs.data.plans(epoch=epoch, batch=batch, seed=self.setup.config.seed)
+
+    def augment(self) -> Augment | None:
+        """Return what draws a view of a picture; None for the picture as at inference."""
+        config, encoder = self.setup.config, self.setup.towers.encoder
+        return CropAndFlip(encoder, keep=config.crop, flip=config.flip)
 
     def views(self, batch: Batch) -> Sequence[View]:
         """Return the columns of this process's share of a batch."""

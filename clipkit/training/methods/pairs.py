@@ -59,8 +59,9 @@ class Pairs(Method):
 
     def views(self, batch: Batch) -> Sequence[View]:
         towers = self.setup.towers
+        assert batch.texts is not None
         return (
-            View(towers.images, batch.images, side="image"),
+            View(towers.images, batch.pictures[0], side="image"),
             View(towers.texts, batch.texts, side="text", order=batch.text_order),
         )
 
