@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipkit.errors import InputError
-from clipkit.training.config import RECIPES, TrainConfig
+from clipkit.options import option_fields
+from clipkit.training.config import RECIPES, TrainConfig, method_and_loss_options
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -20,12 +20,19 @@ def test_every_recipe_has_all_defaults(recipe: str) -> None:
     config = TrainConfig.from_mapping({"data": "d", "recipe": recipe})
     assert config.recipe == recipe
     assert config.learning_rate == RECIPES[recipe]["learning_rate"]
-    assert all(item.metadata["help"] for item in fields(config))
+
+
+def test_every_option_says_what_it_is() -> None:
+    every = {**option_fields(TrainConfig), **method_and_loss_options()}
+    assert all(item.metadata["help"] for item, _ in every.values())
 
 
 def test_a_config_survives_json() -> None:
-    config = TrainConfig.from_mapping({"data": "d", "recipe": "lora", "warmup": 0.25, "seed": 7})
-    assert TrainConfig.from_mapping(json.loads(json.dumps(asdict(config)))) == config
+    config = TrainConfig.from_mapping(
+        {"data": "d", "recipe": "lora", "warmup": 0.25, "hardness": 1}
+    )
+    assert config.options == {"hardness": 1.0} and config.loss_options("infonce")["hardness"] == 1
+    assert TrainConfig.from_mapping(json.loads(json.dumps(config.to_mapping()))) == config
 
 
 def test_flags_override_a_file(tmp_path: Path) -> None:
@@ -53,10 +60,18 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
         ({"drift": -0.5}, "drift is -0.5; it must be 0 or more, or -1 to be fitted"),
         ({"drift": -2}, "drift is -2.0; it must be at least -1"),
         ({"epochs": 0}, "epochs is 0; it must be at least 1"),
-        ({"loss": "dcl"}, "loss is 'dcl'; use one of auto, infonce, siglip"),
+        ({"loss": "xyz"}, "loss is 'xyz'; use one of auto, infonce, siglip"),
         ({"loss": "sigclip"}, "loss is 'sigclip'; did you mean 'siglip'?"),
         ({"loss": "siglip", "hardness": 0.5}, "loss siglip has no such option.*use loss infonce"),
         ({"data": 3}, "data is 3; it must be a text"),
+        ({"method": "pair"}, "method is 'pair'; did you mean 'pairs'?"),
+        ({"hardness": -1}, "hardness is -1.0; it must be at least 0"),
+        ({"duplicates": "x"}, "duplicates is 'x'; use one of mask, positive"),
+        (
+            {"crop": 0.7},
+            "crop is 0.7, but recipe heads does not use it.*recipe lit or lora or full",
+        ),
+        ({"recipe": "full", "lora_rank": 4}, "recipe full does not use it"),
     ],
 )
 def test_invalid_options_are_refused_with_the_remedy(options: dict[str, Any], message: str) -> None:
@@ -84,7 +99,7 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
 @settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 @given(
     st.dictionaries(
-        st.sampled_from([item.name for item in fields(TrainConfig)]),
+        st.sampled_from([*option_fields(TrainConfig), *method_and_loss_options()]),
         st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.text()),
     )
 )

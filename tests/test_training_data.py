@@ -16,8 +16,9 @@ from PIL import Image
 from clipkit import towers
 from clipkit.errors import DatasetError
 from clipkit.training import inputs as inputs_module
+from clipkit.training.augment import CropAndFlip, random_view
 from clipkit.training.data import CaptionedPictures, fitted_batch
-from clipkit.training.inputs import Batch, PictureInputs, SpilledPictures, random_view
+from clipkit.training.inputs import Batch, PictureInputs, SpilledPictures
 from clipkit.training.towers import TrainableTowers
 
 Picture = Callable[..., Image.Image]
@@ -201,9 +202,9 @@ def test_a_stream_taken_up_again_gives_the_same_pixels(
     model = TrainableTowers(encoder, loss="infonce")
 
     def stream(start: int, workers: int, epoch: int = 2) -> list[torch.Tensor]:
-        made = PictureInputs(ten, model, crop=0.5, flip=True, seed=4, workers=workers)
+        made = PictureInputs(ten, model, augment=CropAndFlip(encoder, 0.5), seed=4, workers=workers)
         batches = made.stream(ten.plans(epoch=epoch, batch=3, seed=4)[start:])
-        return [batch.images for batch in batches]
+        return [batch.pictures[0] for batch in batches]
 
     whole, rest, other = stream(0, 3), stream(1, 1), stream(0, 2, epoch=3)
     assert whole[0].shape == (3, 3, 32, 32) and whole[0].dtype == torch.uint8
@@ -218,15 +219,17 @@ def test_a_batch_beyond_memory_lies_in_a_file_and_is_the_same(
     plans = ten.plans(epoch=0, batch=5, seed=0)
 
     def batches() -> list[Batch]:
-        return list(PictureInputs(ten, model, crop=0.5, flip=True, seed=4).stream(plans))
+        return list(
+            PictureInputs(ten, model, augment=CropAndFlip(model.encoder, 0.5), seed=4).stream(plans)
+        )
 
     whole = batches()
     monkeypatch.setattr(inputs_module, "_IN_MEMORY", 1)
     spilled = batches()
     rows = torch.tensor([4, 0, 2])
     for a, b in zip(whole, spilled, strict=True):
-        assert isinstance(b.images, SpilledPictures) and len(b.images) == 5
-        assert torch.equal(a.images[rows], b.images[rows])
+        assert isinstance(b.pictures[0], SpilledPictures) and len(b.pictures[0]) == 5
+        assert torch.equal(a.pictures[0][rows], b.pictures[0][rows])
 
 
 def test_what_is_served_is_what_the_encoder_makes_of_it(
@@ -240,7 +243,7 @@ def test_what_is_served_is_what_the_encoder_makes_of_it(
     tokens = torch.cat(list(inputs.captions()))
     assert tokens.shape == (50, 77)
     batch = next(inputs.stream(ten.plans(epoch=0, batch=10, seed=0)))
-    for row, picture in zip(batch.images, batch.plan.pictures, strict=True):
+    for row, picture in zip(batch.pictures[0], batch.plan.pictures, strict=True):
         assert torch.equal(row, pixels[picture])  # no crops, no flips: the picture as served
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clipkit.errors import InputError
-from clipkit.losses import siglip
+from clipkit.losses.pairs import siglip
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
 from clipkit.training.gradient_cache import ChunkedTower, backward
@@ -61,10 +61,12 @@ def gradients(chunk: int) -> dict[str, torch.Tensor]:
     pixels = torch.randn(PAIRS, 6, generator=generator, dtype=torch.float64)
     tokens = torch.randn(PAIRS, 5, generator=generator, dtype=torch.float64)
     own = distributed.own_slice(PAIRS)
-    value = backward(
-        ChunkedTower(model.images, pixels[own], chunk=chunk),
-        ChunkedTower(model.texts, tokens[own], chunk=chunk),
-        model.loss,
+    value, _ = backward(
+        [
+            ChunkedTower(model.images, pixels[own], chunk=chunk),
+            ChunkedTower(model.texts, tokens[own], chunk=chunk),
+        ],
+        lambda rows: model.loss(*rows),
         gather=distributed.gather,
     )
     distributed.sum_gradients(model.towers(), model.scalars())

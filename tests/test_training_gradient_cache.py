@@ -38,7 +38,7 @@ def inputs(model: TrainableTowers) -> tuple[torch.Tensor, torch.Tensor]:
 def loss_function(model: TrainableTowers) -> Callable[..., torch.Tensor]:
     kind = LOSSES["infonce" if model.logit_bias is None else "siglip"]
     scalars = [model.logit_scale] + ([model.logit_bias] if model.logit_bias is not None else [])
-    return lambda images, texts: kind.function(images, texts, *scalars)
+    return lambda images, texts: kind(images, texts, *scalars)
 
 
 def gradients(model: TrainableTowers) -> Gradients:
@@ -58,10 +58,12 @@ def cached(
     model: TrainableTowers, chunk: int, order: torch.Tensor | None = None
 ) -> tuple[float, Gradients]:
     pixels, tokens = inputs(model)
-    value = backward(
-        ChunkedTower(model.images, pixels, chunk=chunk),
-        ChunkedTower(model.texts, tokens, chunk=chunk, order=order),
-        loss_function(model),
+    value, _ = backward(
+        [
+            ChunkedTower(model.images, pixels, chunk=chunk),
+            ChunkedTower(model.texts, tokens, chunk=chunk, order=order),
+        ],
+        lambda rows: loss_function(model)(*rows),
         gather=gather,
     )
     return value.item(), gradients(model)
@@ -165,7 +167,7 @@ def test_a_locked_tower_is_passed_once_without_a_graph(tiny_checkpoint: Checkpoi
 
     image_tower = ChunkedTower(locked, pixels, chunk=2, trained=False)
     text_tower = ChunkedTower(model.texts, tokens, chunk=2)
-    backward(image_tower, text_tower, loss_function(model), gather=gather)
+    backward([image_tower, text_tower], lambda rows: loss_function(model)(*rows), gather=gather)
     assert passes == [False] * 3
     grads = gradients(model)
     assert "token_embedding.weight" in grads and "visual.proj" not in grads

@@ -13,10 +13,13 @@ import torch
 
 from clipkit import towers
 from clipkit.errors import ModelError
+from clipkit.losses import LOSSES
 from clipkit.training.config import TrainConfig
 from clipkit.training.frozen_towers import find_heads
+from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import (
     LowRank,
+    Trained,
     adapter_parameters,
     add_adapters,
     choose_parameters,
@@ -25,6 +28,7 @@ from clipkit.training.recipes import (
     merge_adapters,
     rate_factor,
 )
+from clipkit.training.registry import METHODS
 from clipkit.training.towers import TrainableTowers
 from clipkit.training.weights import L2SP, Ema
 
@@ -41,23 +45,30 @@ def options(**changes: Any) -> TrainConfig:
     return TrainConfig.from_mapping({"data": "d", **changes})
 
 
+def pairs(model: TrainableTowers, config: TrainConfig) -> Method:
+    loss = LOSSES["siglip" if model.logit_bias is not None else "infonce"]
+    return METHODS["pairs"](Setup(config, loss, config.method_options(), {}, model))
+
+
+def chosen(model: TrainableTowers, config: TrainConfig) -> Trained:
+    return choose_parameters(model, config, pairs(model, config))
+
+
 # ---- what is trained
 
 
 def test_lit_locks_the_whole_image_tower(tiny_checkpoint: Checkpoint) -> None:
-    trained = choose_parameters(tiny(tiny_checkpoint("vit")), options(recipe="lit"))
-    assert not trained.image and trained.text
+    trained = chosen(tiny(tiny_checkpoint("vit")), options(recipe="lit"))
+    assert trained.sides == {"text"}
     assert not any(name.startswith("visual.") for name in trained.towers)
-    assert "text_projection" in trained.towers and set(trained.scalars) == {"logit_scale"}
+    assert "text_projection" in trained.towers and set(trained.shared) == {"logit_scale"}
 
 
 def test_full_trains_everything_or_the_last_layers(tiny_checkpoint: Checkpoint) -> None:
     model = tiny(tiny_checkpoint("vit"))
-    everything = choose_parameters(model, options(recipe="full"))
+    everything = chosen(model, options(recipe="full"))
     assert everything.count == everything.total
-    few = choose_parameters(
-        model, options(recipe="full", train_image_layers=1, train_text_layers=0)
-    )
+    few = chosen(model, options(recipe="full", train_image_layers=1, train_text_layers=0))
     assert "visual.transformer.resblocks.1.ln_1.weight" in few.towers
     assert "visual.proj" in few.towers  # what follows the last layer
     assert "visual.transformer.resblocks.0.ln_1.weight" not in few.towers
@@ -70,7 +81,7 @@ def test_full_trains_everything_or_the_last_layers(tiny_checkpoint: Checkpoint) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_heads_trains_only_the_projections(tiny_checkpoint: Checkpoint, kind: str) -> None:
     model = tiny(tiny_checkpoint(kind))
-    trained = choose_parameters(model, options(recipe="heads"))
+    trained = chosen(model, options(recipe="heads"))
     names = {
         "vit": {"visual.proj", "text_projection"},
         "resnet": {
@@ -124,8 +135,8 @@ def test_towers_without_projections_are_refused() -> None:
 
 def test_a_loss_with_a_bias_gives_a_model_without_one_its_own(tiny_checkpoint: Checkpoint) -> None:
     model = tiny(tiny_checkpoint("vit"), loss="siglip")
-    trained = choose_parameters(model, options(recipe="lit"))
-    assert trained.scalars["logit_bias"].item() == -10.0
+    trained = chosen(model, options(recipe="lit"))
+    assert trained.shared["logit_bias"].item() == -10.0
     assert model.model.logit_bias is None  # no part of the checkpoint
     assert tiny(tiny_checkpoint("siglip"), loss="infonce").logit_bias is None
 
@@ -137,7 +148,7 @@ def test_gains_biases_embeddings_and_scalars_do_not_decay(tiny_checkpoint: Check
     """Fails for the version that gives AdamW `model.parameters()`: everything decays."""
     for kind in KINDS:
         model = tiny(tiny_checkpoint(kind), loss="siglip")
-        trained = choose_parameters(model, options(recipe="full"))
+        trained = chosen(model, options(recipe="full"))
         decaying = {n for n, p in trained.named.items() if is_matrix(n, p)}
         spared = trained.named.keys() - decaying
         assert {"logit_scale", "logit_bias"} <= spared
@@ -154,7 +165,7 @@ def test_each_layer_learns_less_than_the_one_above(tiny_checkpoint: Checkpoint) 
     """Two blocks, so: projection 1, block 1 0.5, block 0 0.25, stem 0.125 of the rate."""
     model = tiny(tiny_checkpoint("vit"))
     config = options(recipe="full", learning_rate=0.08, layer_decay=0.5, image_rate=2, head_rate=3)
-    trained = choose_parameters(model, config)
+    trained = chosen(model, config)
     rates = {
         name: group["base_lr"]
         for group in make_optimizer(trained, config).param_groups
@@ -178,7 +189,7 @@ def test_each_layer_learns_less_than_the_one_above(tiny_checkpoint: Checkpoint) 
 
 def test_stages_of_other_towers_are_layers_too(tiny_checkpoint: Checkpoint) -> None:
     config = options(recipe="full", learning_rate=1.0, layer_decay=0.5)
-    trained = choose_parameters(tiny(tiny_checkpoint("timm-hf")), config)
+    trained = chosen(tiny(tiny_checkpoint("timm-hf")), config)
     rates = {
         name: group["base_lr"]
         for group in make_optimizer(trained, config).param_groups
@@ -234,7 +245,7 @@ def test_adapters_start_as_nothing_and_merge_to_what_they_were(
 def test_fused_attention_gets_adapters_for_query_key_and_value(tiny_checkpoint: Checkpoint) -> None:
     """Fails for the version that looks for linear layers only: in_proj_weight is no layer."""
     model = tiny(tiny_checkpoint("vit"))
-    choose_parameters(model, options(recipe="lora", lora_rank=2, lora_alpha=2.0))
+    chosen(model, options(recipe="lora", lora_rank=2, lora_alpha=2.0))
     attention = model.model.visual.transformer.resblocks[0].attn
     start = attention.in_proj_weight.detach().clone()
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
@@ -251,8 +262,8 @@ def test_fused_attention_gets_adapters_for_query_key_and_value(tiny_checkpoint: 
 
 def test_lora_trains_adapters_projections_and_the_scale_only(tiny_checkpoint: Checkpoint) -> None:
     model = tiny(tiny_checkpoint("vit"))
-    trained = choose_parameters(model, options(recipe="lora"))
-    assert trained.image and trained.text
+    trained = chosen(model, options(recipe="lora"))
+    assert trained.sides == {"image", "text"}
     assert all("parametrizations" in n for n in trained.towers if n not in trained.heads)
     assert trained.heads == {"visual.proj", "text_projection"}
     assert trained.count < trained.total / 10

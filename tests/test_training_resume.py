@@ -125,5 +125,5 @@ def test_a_state_of_another_format_is_refused(tmp_path: Path) -> None:
     folder.save(3, {"history": {"step": 3}})
     assert folder.load() == {"history": {"step": 3}}
     torch.save({"format": 1, "step": 3}, folder.states / "step_000003" / "training_state.pt")
-    with pytest.raises(InputError, match=r"has state format 1; this version of clipkit reads 2"):
+    with pytest.raises(InputError, match=r"has state format 1; this version of clipkit reads 3"):
         folder.load()

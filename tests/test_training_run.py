@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ from training_runs import altered, metrics, run, weights, without_validation, wr
 from clipkit import checkpoint, strength, towers
 from clipkit.errors import DatasetError, InputError
 from clipkit.losses import LOSSES, Loss
-from clipkit.training import Progress, TrainConfig, train
+from clipkit.options import option
+from clipkit.training import Progress, TrainConfig, resume, train
+from clipkit.training.gradient_cache import View
+from clipkit.training.inputs import Batch
+from clipkit.training.methods.method import Method, Setup
+from clipkit.training.registry import METHODS, MethodEntry
 from clipkit.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.end_to_end
@@ -240,24 +246,111 @@ def test_half_precision_and_activation_checkpointing_train_every_layer(
         run(options, name="half", precision="float16")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SevenOptions:
+    added: float = option("what is added", 1.0, low=0)
+
+
 def test_a_loss_registered_from_outside_is_trained_with(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss 7 + the sum of squares of the pictures' unit rows: 7 + 6 for a batch of six. Nothing but
-    its entry in LOSSES is needed to name it. Fails for a configuration with a closed list."""
+    its entry in LOSSES is needed to name it and its option. Fails for a configuration with a closed
+    list."""
     batches: list[tuple[int, ...]] = []
 
     def seven(
         images: torch.Tensor, texts: torch.Tensor, logit_scale: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         batches.append((*images.shape, *texts.shape))
-        assert options["debias"] == 0.25 and "hardness" not in options
-        return 7 + images.square().sum() + 0 * (texts.sum() + logit_scale)
+        assert options["added"] == 7 and "hardness" not in options
+        return options["added"] + images.square().sum() + 0 * (texts.sum() + logit_scale)
 
-    entry = Loss(seven, options=frozenset({"debias"}))
+    entry = Loss(seven, options=SevenOptions)
     monkeypatch.setitem(LOSSES, "seven", entry)
-    summary = run(options, loss="seven", debias=0.25, max_steps=1, recipe="lit")
+    with pytest.raises(
+        InputError, match=r"added is 7.0, but loss infonce has no such option.*use loss seven"
+    ):
+        run(options, loss="infonce", added=7)
+    summary = run(options, loss="seven", added=7, max_steps=1, recipe="lit")
     assert batches == [(6, 24, 6, 24)]
     (line,) = [line for line in metrics(summary.folder) if "loss" in line]
     assert line["loss"] == pytest.approx(13, abs=1e-5)
     assert json.loads((summary.folder / "config.json").read_text())["loss"] == "seven"
+
+
+class Farther(Method):
+    """Only pictures: move their mean vector away from where it is; counts its steps."""
+
+    sides = frozenset(("image",))
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.gain = torch.nn.Parameter(torch.ones(()))
+        self.steps = 0
+
+    @property
+    def shared(self) -> dict[str, torch.nn.Parameter]:
+        return {"gain": self.gain}
+
+    def views(self, batch: Batch) -> list[View]:
+        return [View(self.setup.towers.images, batch.pictures[0], side="image")]
+
+    def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+        assert len(rows) == 1 and rows[0].shape == (len(batch.plan.pictures), 24)
+        return self.gain * rows[0].mean(0).square().sum() * self.setup.options.weight
+
+    def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:
+        self.steps += 1
+        assert step == self.steps and not rows[0].requires_grad
+
+    def metrics(self) -> dict[str, float]:
+        return {"own_steps": self.steps}
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.steps = state["steps"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FartherOptions:
+    weight: float = option("factor of the loss", 1.0, above=0)
+
+
+def test_a_method_registered_from_outside_trains_and_resumes(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its entry in METHODS is enough for its name, its option, its default and its saved state; what is
+    not of its sides stays as it is."""
+    entry = MethodEntry(
+        Farther,
+        "farther",
+        options=FartherOptions,
+        defaults={"learning_rate": 1e-2},
+        unused=frozenset({"text_rate"}),
+    )
+    monkeypatch.setitem(METHODS, "farther", entry)
+    options |= {"method": "farther", "recipe": "full", "interpolate": False, "ema": 0.0}
+    with pytest.raises(InputError, match=r"text_rate is 0.5, but method farther does not use it"):
+        run(options, text_rate=0.5)
+    with pytest.raises(InputError, match="loss is 'infonce'; use one of auto"):
+        run(options, loss="infonce")
+    with pytest.raises(InputError, match=r"weight is 2.0, but method pairs has no such option"):
+        run({**options, "method": "pairs"}, weight=2)
+    options["data"] = without_validation(Path(options["data"]), options["out"].parent / "d")
+    whole = run(options, weight=2, name="whole")
+    lines = [line for line in metrics(whole.folder) if "loss" in line]
+    assert [line["own_steps"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    before, after = weights(Path(options["start"])), weights(whole.checkpoint)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("visual.") for name in changed)
+    stop = threading.Event()
+    config = TrainConfig.from_mapping({**options, "weight": 2, "name": "parts"})
+    train(config, stop=stop, on_progress=lambda p: stop.set() if p.done == 1 else None)
+    parts = resume(options["out"] / "parts")
+    assert not parts.stopped
+    again = weights(parts.checkpoint)
+    assert all(torch.equal(after[name], again[name]) for name in after)

@@ -8,13 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, Field, fields, replace
+from dataclasses import MISSING, Field, replace
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -34,7 +34,14 @@ from app.cli.terminal import (
 )
 from app.paths import features_folder
 from clipkit.errors import InputError
-from clipkit.training.config import RECIPES, TrainConfig
+from clipkit.options import option_fields
+from clipkit.training.config import (
+    RECIPES,
+    TrainConfig,
+    method_and_loss_options,
+    usable_losses,
+)
+from clipkit.training.registry import METHODS
 from clipkit.wording import duration, percent, printable
 
 if TYPE_CHECKING:
@@ -64,28 +71,27 @@ class TrainCommand(Command):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
-        left_out = {item.name for item in fields(TrainConfig)} - {*SHOWN, *_OWN}
+        left_out = _every_option().keys() - {*SHOWN, *_OWN}
         for param in self.params:
             param.hidden = param.name in left_out
         super().format_help(ctx, formatter)
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Add every field of TrainConfig to a command's options, which it gets as `flags`.
+    """Add every option of a run to a command's, which it gets as `flags`.
 
     Typer reads them from the function's signature. One that was not given is not in `flags`: its
     default depends on the recipe or the configuration file.
     """
-    hints = get_type_hints(TrainConfig)
     flags = [
         Parameter(
-            item.name,
+            name,
             Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[hints[item.name] | None, _option(item, hints[item.name])],
+            annotation=Annotated[kind | None, _option(item, kind)],
         )
-        for item in fields(TrainConfig)
-        if item.name not in _OWN
+        for name, (item, kind) in _every_option().items()
+        if name not in _OWN
     ]
     own = signature(command, eval_str=True).parameters.values()
     parameters = [p for p in own if p.name != "flags"] + flags
@@ -100,8 +106,13 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def _every_option() -> dict[str, tuple[Field[Any], Any]]:
+    """Return the options of a run by name, those of its methods and losses too."""
+    return {**option_fields(TrainConfig), **method_and_loss_options()}
+
+
 def _option(item: Field[Any], kind: Any) -> Any:
-    """Return the option of a field of TrainConfig."""
+    """Return the command line's option for an option of a run."""
     if item.name == "device":
         return device_option
     flag = f"--{item.name.replace('_', '-')}"
@@ -115,15 +126,11 @@ def _option(item: Field[Any], kind: Any) -> Any:
     if choices := get_args(kind):
         return choice(flag, choices, help=help, show_default=default, rich_help_panel=MORE)
     if item.name == "loss":
-        return choice(flag, _losses, help=help, show_default=default)
+        return choice(flag, ["auto", *usable_losses()], help=help, show_default=default)
+    if item.name == "method":
+        return choice(flag, METHODS, help=help, show_default=default)
     metavar = "DIR" if item.name == "out" else "NAME"
     return typer.Option(flag, metavar=metavar, help=help, show_default=default or True)
-
-
-def _losses() -> list[str]:
-    from clipkit.losses import LOSSES
-
-    return ["auto", *LOSSES]
 
 
 @with_flags
@@ -175,6 +182,9 @@ def train(
     options: Annotated[
         bool, typer.Option("--options", help="List every option of a run with its default.")
     ] = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="Explain every method and loss, with its paper.")
+    ] = False,
     quiet: QuietOption = False,
     *,
     flags: dict[str, Any],
@@ -185,8 +195,8 @@ def train(
     recall before and after. DATA that is not a dataset yet is built into one first, in runs/.datasets.
     Stop with Ctrl-C, go on with --resume. `clipkit train --options` lists thirty more options.
     """
-    if options:
-        for line in _listed(recipe or "heads"):
+    if options or methods:
+        for line in _methods() if methods else _listed(recipe or "heads"):
             print(fill(line, get_terminal_size().columns, subsequent_indent=" " * 31))
         return
     from clipkit.towers import choose_device
@@ -274,11 +284,20 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bo
 def _listed(recipe: str) -> Iterator[str]:
     """Yield a line for each option of a run, with its default in `recipe`."""
     yield f"defaults of recipe {recipe}; in a TOML file a line is: batch = 1024"
-    for item in fields(TrainConfig):
-        default = RECIPES[recipe].get(item.name, item.default)
+    for name, (item, _) in _every_option().items():
+        default = RECIPES[recipe].get(name, item.default)
         shown = "" if default in ("", MISSING) else f" [{default}]"
-        flag = _OWN.get(item.name, f"--{item.name.replace('_', '-')}")
+        flag = _OWN.get(name, f"--{name.replace('_', '-')}")
         yield f"  {flag:<28} {item.metadata['help']}{shown}"
+
+
+def _methods() -> Iterator[str]:
+    """Yield what each method and each loss does."""
+    for name, method in METHODS.items():
+        yield f"  --method {name:<19} {method.summary}"
+    yield ""
+    for name, loss in usable_losses().items():
+        yield f"  --loss {name:<21} {loss.summary}"
 
 
 def _slow(config: TrainConfig) -> str:

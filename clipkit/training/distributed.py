@@ -110,11 +110,11 @@ def wait_for_all() -> None:
 
 
 def sum_gradients(
-    towers: Iterable[torch.nn.Parameter], scalars: Sequence[torch.nn.Parameter]
+    towers: Iterable[torch.nn.Parameter], shared: Sequence[torch.nn.Parameter]
 ) -> None:
     """Sum the towers' gradients over processes, in place.
 
-    Those of `scalars` (logit_scale, logit_bias) are complete already; they are averaged, so that
+    Those of `shared`, such as logit_scale, are complete already; they are averaged, so that
     rounding cannot let processes drift apart.
     """
     size = world_size()
@@ -129,7 +129,7 @@ def sum_gradients(
             _sum_in_place(bucket)
             bucket = []
     _sum_in_place(bucket)
-    complete = [parameter.grad for parameter in scalars if parameter.grad is not None]
+    complete = [parameter.grad for parameter in shared if parameter.grad is not None]
     _sum_in_place(complete)
     for grad in complete:
         grad /= size

@@ -242,7 +242,8 @@ class HeadInputs:
         for plan in plans:
             own = own_slice(len(plan.pictures))
             images = self.image_features[torch.from_numpy(plan.pictures[own])]
-            yield Batch(plan, images, self.text_features[torch.from_numpy(plan.texts[own])], None)
+            texts = self.text_features[torch.from_numpy(plan.texts[own])]
+            yield Batch(plan, self.data, (images,), texts, None)
 
     def pictures(self) -> Generator[torch.Tensor]:
         return _chunks(self.image_features)

@@ -16,8 +16,9 @@ A batch that fits into one chunk passes its tower once, as in plain training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -36,6 +37,21 @@ class Rows(Protocol):
     def device(self) -> torch.device: ...
     def __len__(self) -> int: ...
     def __getitem__(self, rows: torch.Tensor, /) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """One column of a batch: a tower, and this process's rows that go through it.
+
+    side: the tower whose parameters `encode` uses, to be trained if the run trains that tower; None
+        for what is never trained, such as a momentum tower.
+    order: int64 (B,), see `ChunkedTower`.
+    """
+
+    encode: Encode
+    rows: Rows
+    side: Literal["image", "text"] | None = None
+    order: torch.Tensor | None = None
 
 
 class ChunkedTower:
@@ -95,32 +111,33 @@ class ChunkedTower:
 
 
 def backward(
-    images: ChunkedTower,
-    texts: ChunkedTower,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    towers: Sequence[ChunkedTower],
+    loss: Callable[[Sequence[torch.Tensor]], torch.Tensor],
     *,
     gather: Gather,
     scale: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,
-    check: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None] = lambda *_: None,
-) -> torch.Tensor:
-    """Compute the loss over all processes' pairs, and add every parameter's gradient to its `.grad`.
+    check: Callable[[Sequence[torch.Tensor], torch.Tensor], None] = lambda *_: None,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Compute the loss over all processes' rows, and add every parameter's gradient to its `.grad`.
 
-    loss: called once in every process with all embeddings, (B, D) each. The gradients of parameters
-        that it uses itself (logit_scale) are complete and equal everywhere; those of a tower are
-        this process's share, to be summed by `distributed.sum_gradients`.
+    Return the loss and the rows (B, D) of each tower, all without a graph.
+
+    loss: called once in every process with all rows, (B, D) for each tower. The gradients of
+        parameters that it uses itself (logit_scale) are complete and equal everywhere; those of a
+        tower are this process's share, to be summed by `distributed.sum_gradients`.
     scale: applied to the loss before the backward pass (loss scaling in half precision).
-    check: called with all embeddings and the loss before the backward pass; it may raise.
+    check: called with all rows and the loss before the backward pass; it may raise.
     """
-    ours = [images.forward(), texts.forward()]
-    gathered = [gather(rows) for rows in ours]
+    gathered = [gather(tower.forward()) for tower in towers]
     leaves = [rows.detach().requires_grad_() for rows, _ in gathered]
-    value = loss(*leaves)
-    check(leaves[0], leaves[1], value.detach())
+    value = loss(leaves)
+    rows = [leaf.detach() for leaf in leaves]
+    check(rows, value.detach())
     scale(value).backward()  # type: ignore[no-untyped-call]
-    for tower, leaf, (_, own) in zip((images, texts), leaves, gathered, strict=True):
+    for tower, leaf, (_, own) in zip(towers, leaves, gathered, strict=True):
         if leaf.grad is not None:
             tower.backward(leaf.grad[own])
-    return value.detach()
+    return value.detach(), rows
 
 
 def freeze_batch_norms(model: torch.nn.Module) -> int:

@@ -11,14 +11,13 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 from clipkit import images
@@ -30,11 +29,10 @@ from clipkit.training.distributed import own_slice, rank, world_size
 from clipkit.training.towers import TrainableTowers
 
 _VIEW = 2  # what a random stream is for; `data` has 0 and 1
-_AHEAD = 256  # pictures decoded before they are needed, at most
+_AHEAD, _MOST_AHEAD = 256, 1024  # pictures decoded before they are needed
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
-_RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
-
 Made = TypeVar("Made")
+Augment = Callable[[Image.Image, np.random.Generator], torch.Tensor]  # -> uint8 (3, H, W)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,9 +40,15 @@ class Batch:
     """This process's share of a plan, ready for the towers."""
 
     plan: Plan
-    images: torch.Tensor | SpilledPictures
-    texts: torch.Tensor
+    data: CaptionedPictures
+    pictures: Sequence[torch.Tensor | SpilledPictures]  # one for each view, uint8 (b, 3, H, W)
+    texts: torch.Tensor | None  # int64 (b, L); None without captions
     text_order: torch.Tensor | None  # texts by length: chunks are cut to their longest
+
+    @property
+    def same(self) -> torch.Tensor | None:
+        """Pairs of the plan that are true beside its own: see `CaptionedPictures.same`."""
+        return self.data.same(self.plan)
 
 
 class SpilledPictures:
@@ -100,26 +104,48 @@ class PictureInputs:
         data: CaptionedPictures,
         towers: TrainableTowers,
         *,
-        crop: float = 1.0,
-        flip: bool = False,
+        augment: Augment | None = None,
+        views: int = 1,
+        captions: bool = True,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
+        """augment: draws a view of a picture; without it each is preprocessed as at inference.
+
+        views: how many views of each picture a batch has; captions: whether it has captions.
+        """
         self.data = data
         self._encoder = towers.encoder
-        self._crop, self._flip, self._seed = crop, flip, seed
+        self._augment, self._views, self._captions = augment, views, captions
+        self._seed = seed
         self.workers = workers or max(2, os.cpu_count() or 1)
 
     def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
         plans = list(plans)
-        jobs = ((plan, int(p)) for plan in plans for p in plan.pictures[self._own(plan)])
-        views = ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=_AHEAD)
-        with closing(views):
+        jobs = (
+            (plan, int(picture), view)
+            for plan in plans
+            for view in range(self._views)
+            for picture in plan.pictures[self._own(plan)]
+        )
+        step = max((self._views * len(plan.pictures[self._own(plan)]) for plan in plans), default=0)
+        # A whole step's pictures ahead: the next ones are decoded while the towers compute.
+        bound = min(max(_AHEAD, step), _MOST_AHEAD)
+        with closing(
+            ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
+        ) as views:
             for plan in plans:
-                captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
-                pixels = self._gathered(views, len(captions))
-                order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
-                yield Batch(plan, pixels, self._encoder.tokenize(captions), order)
+                count = len(plan.pictures[self._own(plan)])
+                pictures = tuple(self._gathered(views, count) for _ in range(self._views))
+                yield Batch(plan, self.data, pictures, *self._texts(plan))
+
+    def _texts(self, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Tokens of this process's captions, and their order by length."""
+        if not self._captions:
+            return None, None
+        captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
+        order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
+        return self._encoder.tokenize(captions), order
 
     def pictures(self) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
@@ -175,56 +201,14 @@ class PictureInputs:
         except ImageError as error:
             raise self.unreadable(picture, error) from error
 
-    def _view(self, plan: Plan, picture: int) -> torch.Tensor:
+    def _view(self, plan: Plan, picture: int, number: int) -> torch.Tensor:
         """uint8 (3, H, W)."""
-        rng = np.random.default_rng([self._seed, _VIEW, plan.epoch, picture])
-        flipped = self._flip and rng.random() < 0.5
-        if self._crop < 1:
-            config = self._encoder.config
-            view = random_view(
-                self._made(picture, self._decoded),
-                config.image_size,
-                rng,
-                keep=self._crop,
-                squash=config.resize_mode == "squash",
-                interpolation=config.interpolation,
-            )
-        else:
-            view = self._made(picture, self.served)
-        return view.flip(2) if flipped else view
-
-
-def random_view(
-    image: Image.Image,
-    size: tuple[int, int],
-    rng: np.random.Generator,
-    *,
-    keep: float,
-    squash: bool,
-    interpolation: Any = "bicubic",
-) -> torch.Tensor:
-    """Return a random resized crop (Szegedy et al. 2014; torchvision's RandomResizedCrop), on uint8.
-
-    It keeps between `keep` and all of the area and is resized, antialiased, to `size` (height,
-    width). Its shape varies around the one that is served: the picture's own if that is squashed,
-    else the target's. Gives uint8 (3, H, W).
-    """
-    width, height = image.size
-    target = width / height if squash else size[1] / size[0]
-    whole_w, whole_h = min(width, round(height * target)), min(height, round(width / target))
-    left, top = (width - max(whole_w, 1)) // 2, (height - max(whole_h, 1)) // 2
-    box = (left, top, left + max(whole_w, 1), top + max(whole_h, 1))  # where no crop fits
-    for _ in range(10):
-        area = rng.uniform(keep, 1.0) * width * height
-        ratio = target * _RATIO ** rng.uniform(-1.0, 1.0)
-        crop_w, crop_h = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
-        if 0 < crop_w <= width and 0 < crop_h <= height:
-            left = int(rng.integers(0, width - crop_w + 1))
-            top = int(rng.integers(0, height - crop_h + 1))
-            box = (left, top, left + crop_w, top + crop_h)
-            break
-    pixels = torch.from_numpy(np.array(image.crop(box), np.uint8)).permute(2, 0, 1)[None]
-    return F.interpolate(pixels, size=size, mode=interpolation, antialias=True)[0].contiguous()
+        if self._augment is None:
+            return self._made(picture, self.served)
+        # The first view's stream has no number, so that adding views changes none.
+        stream = [self._seed, _VIEW, plan.epoch, picture, *([number] if number else [])]
+        rng = np.random.default_rng(stream)
+        return self._augment(self._made(picture, self._decoded), rng)
 
 
 def text_batch(encoder: DualEncoder) -> int:

@@ -1,8 +1,8 @@
 """The training loop.
 
     evaluate the start
-    for each epoch: plan its batches (with hard negatives, if configured)
-        for each batch: embed, loss, gradients, clip, step, L2-SP, clamp, EMA, metrics
+    for each epoch: plan its batches
+        for each batch: embed, loss, gradients, clip, step, L2-SP, the method's own, EMA, metrics
             periodically: evaluate, keep the best weights, save a state, stop early
 
 All randomness comes from the seed, the epoch and the saved random states, so a run that was killed
@@ -15,30 +15,28 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from clipkit.errors import InputError
-from clipkit.losses import LOSSES
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
-from clipkit.training.data import Plan, mine
+from clipkit.training.data import Plan
 from clipkit.training.gradient_cache import ChunkedTower, backward
 from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.methods.method import Method
 from clipkit.training.recipes import Trained, adapter_sizes, make_optimizer, rate_factor
 from clipkit.training.run_folder import RunFolder, Tracker
 from clipkit.training.towers import Towers
-from clipkit.training.validation import Scores, embed, evaluate
+from clipkit.training.validation import Scores, evaluate
 from clipkit.training.weights import L2SP, Ema
 
 log = logging.getLogger(__name__)
 
-_BLOCK_BYTES = 2**23  # of scores at a time, in the loss, which makes a dozen arrays of this size
 _LISTED = 8  # pictures that an error lists
 
 
@@ -63,7 +61,7 @@ class Job:
     """What `fit` needs, with every "auto" resolved."""
 
     config: TrainConfig
-    loss: str
+    method: Method
     batch: int
     chunk: int
     half: bool  # float16: scale the loss, so that small gradients do not vanish
@@ -97,7 +95,6 @@ class History:
     best_step: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     without_gain: int = 0  # evaluations since the best one
-    look_alikes: torch.Tensor | None = None  # int64 (N, K): the hard negatives in use; see `mine`
     warnings: list[str] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,6 +112,7 @@ class State:
 
     def __init__(self, job: Job) -> None:
         self.parameters = job.trained
+        self.method = job.method
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
         self.ema = Ema(job.trained.named, job.config.ema)
@@ -159,12 +157,6 @@ class _Run:
         self.tracker = Tracker(job.folder, job.config)
         # Made now, while the weights are those of the start.
         self.l2sp = L2SP(self.state.optimizer, job.config.drift, adapter_sizes(job.towers.model))
-        self.loss_entry = LOSSES[job.loss]
-        self.scalars = list(job.trained.scalars.values())  # logit_scale, logit_bias if any
-        # CLIP, section 2.5: the scale stays within [1, 100]. A checkpoint that starts above keeps
-        # its own limit, or the first step would change the model. SigLIP's has no limit.
-        self.highest_scale = max(math.log(100.0), float(self.scalars[0].detach().max()))
-        self.loss_options = job.config.loss_options(job.loss)
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         self.first_step = 0  # of this process
         self.evaluations, self.evaluation_seconds = 0, 0.0  # of this process
@@ -200,91 +192,69 @@ class _Run:
     # ---- one step
 
     def remaining_plans(self) -> Iterable[Plan]:
-        """Plan the rest of the epoch; at its beginning, search hard negatives if it is time."""
-        job, config = self.job, self.job.config
+        """Plan the rest of the epoch."""
+        job = self.job
         epoch, position = divmod(self.history.step, job.steps_per_epoch)
-        if config.hard_negatives and position == 0 and epoch % config.hard_negatives_every == 0:
-            self.report("evaluating")
-            rows = mine(
-                *embed(job.towers, job.inputs),
-                job.inputs.data,
-                count=config.hard_negatives,
-                margin=config.hard_negatives_margin,
-            )
-            self.history.look_alikes = torch.from_numpy(rows)
-        look_alikes = self.history.look_alikes
-        plans = job.inputs.data.plans(
-            epoch=epoch,
-            batch=job.batch,
-            seed=config.seed,
-            alike=None if look_alikes is None else look_alikes.numpy(),
+        plans = job.method.plans(
+            job.inputs, epoch=epoch, batch=job.batch, searching=lambda: self.report("evaluating")
         )
         return plans[position : position + job.steps - self.history.step]
 
     def train_step(self, batch: Batch) -> None:
-        """Embed, compute the loss and gradients, clip, step, pull, clamp, average."""
+        """Embed, compute the loss and gradients, clip, step, pull, average."""
         job, config, state = self.job, self.job.config, self.state
         began = time.monotonic()
         factor = rate_factor(self.history.step, job.steps, config.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        towers, trained = job.towers, job.trained
-        towers.mode(True)
+        job.towers.mode(True)
         state.optimizer.zero_grad()
-        tower = partial(ChunkedTower, chunk=job.chunk, device=towers.device)
-        loss = backward(
-            tower(towers.images, batch.images, trained=trained.image),
-            tower(towers.texts, batch.texts, trained=trained.text, order=batch.text_order),
-            lambda i, t: self.loss(i, t, batch.plan),
+        loss, rows = backward(
+            [
+                ChunkedTower(
+                    view.encode,
+                    view.rows,
+                    chunk=job.chunk,
+                    trained=view.side in job.trained.sides,
+                    order=view.order,
+                    device=job.towers.device,
+                )
+                for view in job.method.views(batch)
+            ],
+            lambda rows: job.method.loss(rows, batch),
             gather=distributed.gather,
             scale=state.scaler.scale,
-            check=lambda i, t, value: self.check_finite(i, t, value, batch.plan),
+            check=lambda rows, value: self.check_finite(rows, value, batch.plan),
         )
-        distributed.sum_gradients(job.trained.towers.values(), self.scalars)
+        trained = job.trained
+        distributed.sum_gradients(trained.towers.values(), list(trained.shared.values()))
         state.scaler.unscale_(state.optimizer)
         limit = config.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(list(job.trained.named.values()), limit)
+        norm = torch.nn.utils.clip_grad_norm_(list(trained.named.values()), limit)
         if not torch.isfinite(norm) and not job.half:  # float16's scaler skips such a step itself
             raise self.not_finite("gradient", batch.plan, range(len(batch.plan.pictures)))
         state.scaler.step(state.optimizer)
         state.scaler.update()
         self.l2sp.pull()
-        if self.loss_entry.clamps_scale:
-            with torch.no_grad():
-                job.towers.logit_scale.clamp_(0.0, self.highest_scale)
         self.history.step += 1
+        job.method.after_step(rows, self.history.step)
         state.ema.update(self.history.step)
         metrics = {
             "loss": loss.item(),
             "learning_rate": config.learning_rate * factor,
             "gradient_norm": norm.item(),
-            "logit_scale": float(job.towers.logit_scale.detach().exp().mean()),
+            **job.method.metrics(),
             "pictures_per_second": job.batch / max(time.monotonic() - began, 1e-9),
             "seconds": self.seconds,
         }
         self.tracker.write(self.history.step, metrics)
         self.report("training", loss=metrics["loss"])
 
-    def loss(self, images: torch.Tensor, texts: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Compute the loss over all processes' pairs."""
-        same = self.job.inputs.data.same(plan)
-        return self.loss_entry.function(
-            images,
-            texts,
-            *self.scalars,
-            same=None if same is None else same.to(images.device),
-            duplicates=self.job.config.duplicates,
-            block_rows=max(1, _BLOCK_BYTES // (4 * len(images))),
-            **self.loss_options,
-        )
-
-    def check_finite(
-        self, images: torch.Tensor, texts: torch.Tensor, loss: torch.Tensor, plan: Plan
-    ) -> None:
+    def check_finite(self, rows: Sequence[torch.Tensor], loss: torch.Tensor, plan: Plan) -> None:
         if not torch.isfinite(loss):
-            broken = ~(torch.isfinite(images).all(1) & torch.isfinite(texts).all(1))
-            rows = torch.nonzero(broken).flatten().tolist() or range(len(images))
-            raise self.not_finite("loss", plan, rows)
+            finite = torch.stack([torch.isfinite(column).all(1) for column in rows]).all(0)
+            broken = torch.nonzero(~finite).flatten().tolist() or range(len(finite))
+            raise self.not_finite("loss", plan, broken)
 
     def not_finite(self, what: str, plan: Plan, rows: list[int] | range) -> InputError:
         names = self.job.inputs.data.names(plan.pictures[list(rows)])

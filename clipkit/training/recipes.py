@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.utils import parametrize
@@ -15,6 +15,9 @@ from clipkit.errors import InputError, ModelError
 from clipkit.training.config import TrainConfig
 from clipkit.training.frozen_towers import Head, find_heads
 from clipkit.training.towers import BLOCK, Towers
+
+if TYPE_CHECKING:
+    from clipkit.training.methods.method import Method
 
 # Parameters before the first block. (A projection or a last norm comes after the last block.)
 _STEM = re.compile(
@@ -31,15 +34,15 @@ class Trained:
     """The parameters that a run trains, by name."""
 
     towers: Mapping[str, torch.nn.Parameter]
-    scalars: Mapping[str, torch.nn.Parameter]  # logit_scale, logit_bias: equal in every process
+    shared: Mapping[str, torch.nn.Parameter]  # used by the loss: complete in every process
     heads: frozenset[str]  # names among `towers`
-    image: bool  # whether any parameter of the image tower is trained
-    text: bool
+    own: frozenset[str]  # names of the method's own
+    sides: frozenset[str]  # the towers of which any parameter is trained: "image", "text"
     total: int  # parameters of the model
 
     @property
     def named(self) -> dict[str, torch.nn.Parameter]:
-        return {**self.towers, **self.scalars}
+        return {**self.towers, **self.shared}
 
     @property
     def count(self) -> int:
@@ -58,8 +61,9 @@ class Trained:
         return {name: value.cpu().clone() for name, value in self.state_dict().items()}
 
 
-def choose_parameters(towers: Towers, config: TrainConfig) -> Trained:
-    """Set `requires_grad` as the recipe says, for lora after adding adapters; return what is trained.
+def choose_parameters(towers: Towers, config: TrainConfig, method: Method) -> Trained:
+    """Set `requires_grad` as the recipe says, for lora after adding adapters; return what is trained:
+    parameters of the method's sides, and its own.
 
     Raises InputError if nothing of either tower would be trained, ModelError if a tower has no place
     for adapters or, in recipe heads, no tower has a projection.
@@ -80,18 +84,23 @@ def choose_parameters(towers: Towers, config: TrainConfig) -> Trained:
         chosen = {id(p) for p in adapter_parameters(model)} | head_ids
     else:
         chosen = _last_layers(model, config)
-    scalars = {"logit_scale": towers.logit_scale}
-    if towers.logit_bias is not None:
-        scalars["logit_bias"] = towers.logit_bias
     apart = {"logit_scale", "logit_bias"}
-    trained = {n: p for n, p in model.named_parameters() if id(p) in chosen and n not in apart}
+    trained = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in chosen and name not in apart and _side(name) in method.sides
+    }
     if not trained:
         raise InputError(f"recipe {config.recipe} leaves nothing to train; train more layers")
-    for parameter in (*trained.values(), *scalars.values()):
-        parameter.requires_grad_(True)
-    sides = {_side(name) for name in trained}
+    sides = frozenset(_side(name) for name in trained)
     head_names = frozenset(n for n, p in trained.items() if id(p) in head_ids)
-    return Trained(trained, scalars, head_names, "image" in sides, "text" in sides, total)
+    own = {**method.towers, **method.shared}
+    result = Trained(
+        {**trained, **method.towers}, method.shared, head_names, frozenset(own), sides, total
+    )
+    for parameter in result.named.values():
+        parameter.requires_grad_(True)
+    return result
 
 
 def _heads(model: torch.nn.Module, *, required: bool) -> list[Head]:
@@ -140,14 +149,14 @@ def _layer(name: str, depth: int) -> int:
 
 
 def make_optimizer(trained: Trained, config: TrainConfig) -> torch.optim.AdamW:
-    """Make AdamW with the rate of each tower, layer and projection."""
+    """Make AdamW with the rate of each tower, layer and projection; the method's own have the full."""
     depths = {side: _depth(trained.towers, side) for side in ("image", "text")}
     factors = {"image": config.image_rate, "text": config.text_rate}
 
     def rates() -> Iterator[tuple[str, torch.nn.Parameter, float]]:
         for name, parameter in trained.named.items():
             rate = config.learning_rate
-            if name not in trained.scalars:
+            if name not in trained.own:
                 side = _side(name)
                 rate *= factors[side]
                 rate *= config.layer_decay ** (depths[side] + 1 - _layer(name, depths[side]))

@@ -18,6 +18,7 @@ import torch
 
 from clipkit import checkpoint, strength
 from clipkit.errors import InputError
+from clipkit.losses import LOSSES
 from clipkit.towers import DTYPES, DualEncoder, choose_device, choose_precision, load
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
@@ -25,7 +26,9 @@ from clipkit.training.data import CaptionedPictures, fitted_batch, has_split
 from clipkit.training.frozen_towers import FeaturesStopped, FrozenTowers
 from clipkit.training.inputs import Inputs, PictureInputs
 from clipkit.training.loop import Job, Progress, State, fit
+from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import choose_parameters, merge_adapters
+from clipkit.training.registry import METHODS
 from clipkit.training.run_folder import RunFolder, write_json
 from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
 from clipkit.training.validation import Scores, embed, evaluate
@@ -120,8 +123,9 @@ def _train(
     on_progress = on_progress if on_progress and distributed.rank() == 0 else lambda _: None
     stop = stop or threading.Event()
     encoder = load(config.start, device=str(device), precision="float32")
-    loss = loss_of(encoder, config.loss)
-    config.loss_options(loss)
+    entry = METHODS[config.method]
+    loss = loss_of(encoder, config.loss, entry.losses)
+    loss_options = config.loss_options(loss) if loss else {}
     dtype = DTYPES[_precision(device, config.precision)]
     trainable = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
     if config.activation_checkpointing:
@@ -145,7 +149,10 @@ def _train(
     towers: Towers = trainable
     if config.recipe == "heads":
         towers = FrozenTowers(trainable, dropout=config.feature_dropout)
-    trained = choose_parameters(towers, config)
+    method = entry(
+        Setup(config, LOSSES.get(loss or ""), config.method_options(), loss_options, towers)
+    )
+    trained = choose_parameters(towers, config, method)
     summary = RunSummary(
         folder=folder.path,
         recipe=config.recipe,
@@ -154,7 +161,9 @@ def _train(
         total_parameters=trained.total,
     )
     try:
-        inputs, validation = _inputs(config, trainable, towers, data, held_out, on_progress, stop)
+        inputs, validation = _inputs(
+            config, method, trainable, towers, data, held_out, on_progress, stop
+        )
     except FeaturesStopped:
         note = "stopped before the first step; the features computed so far are kept"
         return replace(summary, notes=(note,))
@@ -164,7 +173,7 @@ def _train(
         config = replace(config, drift=choose_drift(towers, inputs, plan, chunk=chunk))
     job = Job(
         config=config,
-        loss=loss,
+        method=method,
         batch=batch,
         chunk=chunk,
         half=dtype == torch.float16,
@@ -192,6 +201,7 @@ def _precision(device: torch.device, precision: str) -> str:
 
 def _inputs(
     config: TrainConfig,
+    method: Method,
     trainable: TrainableTowers,
     towers: Towers,
     data: CaptionedPictures,
@@ -205,8 +215,9 @@ def _inputs(
     training = PictureInputs(
         data,
         trainable,
-        crop=1.0 if frozen else config.crop,
-        flip=config.flip and not frozen,
+        augment=None if frozen else method.augment(),
+        views=method.picture_views,
+        captions=method.captions,
         seed=config.seed,
         workers=config.workers,
     )
@@ -235,11 +246,11 @@ def _facts(
     held_out: CaptionedPictures | None,
     *,
     batch: int,
-    loss: str,
+    loss: str | None,
 ) -> dict[str, Any]:
     """Return the content of config.json: all that decides the run."""
     return {
-        "config": asdict(replace(config, data=str(Path(config.data).absolute()))),
+        "config": replace(config, data=str(Path(config.data).absolute())).to_mapping(),
         "batch": batch,
         "steps": config.steps(len(data), batch),
         "captions": len(data.captions),

@@ -17,7 +17,6 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from clipkit.errors import InputError
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
 
-_FORMAT = 2
+_FORMAT = 3
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -170,5 +169,5 @@ def _tracker(name: str, folder: RunFolder, config: TrainConfig) -> Any:
         tracker.start()
     except ImportError as error:
         raise InputError(f"trackers names {name!r}, which is not installed: {error}") from error
-    tracker.store_init_configuration(asdict(config))
+    tracker.store_init_configuration(config.to_mapping())
     return tracker

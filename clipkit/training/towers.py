@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from clipkit.losses import LOSSES
+from clipkit.losses import LOSSES, Kind, losses_of
 from clipkit.towers import DualEncoder
 from clipkit.training.gradient_cache import freeze_batch_norms
 
@@ -46,17 +46,18 @@ class TrainableTowers:
         self,
         encoder: DualEncoder,
         *,
-        loss: str,
+        loss: str | None,
         compute: torch.dtype = torch.float32,
         dropout: bool = False,
     ) -> None:
         self.encoder, self.model, self.device = encoder, encoder.model, encoder.device
         self.logit_scale: torch.nn.Parameter = self.model.logit_scale  # type: ignore[assignment]
         bias = getattr(self.model, "logit_bias", None)
-        if bias is None and LOSSES[loss].has_bias:
+        has_bias = loss is not None and LOSSES[loss].has_bias
+        if bias is None and has_bias:
             # Used in training only: embeddings do not depend on it, and no checkpoint holds it.
             bias = torch.nn.Parameter(torch.full_like(self.logit_scale, _SIGLIP_BIAS))
-        self.logit_bias: torch.nn.Parameter | None = bias if LOSSES[loss].has_bias else None
+        self.logit_bias: torch.nn.Parameter | None = bias if has_bias else None
         self.compute, self._dropout = compute, dropout
         self.mode(False)
 
@@ -93,11 +94,14 @@ class TrainableTowers:
         return torch.autocast(self.device.type, self.compute)
 
 
-def loss_of(encoder: DualEncoder, name: str) -> str:
-    """Return the loss called `name`; for "auto", the one that the model was trained with."""
+def loss_of(encoder: DualEncoder, name: str, kind: Kind | None = "pairs") -> str | None:
+    """Return the loss called `name`; for "auto", the first of its kind, or of pairs the one that the
+    model was trained with. None if there is none of the kind."""
     if name != "auto":
         return name
-    return "siglip" if getattr(encoder.model, "logit_bias", None) is not None else "infonce"
+    if kind == "pairs" and getattr(encoder.model, "logit_bias", None) is not None:
+        return "siglip"
+    return next(iter(losses_of(kind)), None)
 
 
 def checkpoint_activations(model: torch.nn.Module) -> int:

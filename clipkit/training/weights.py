@@ -79,7 +79,9 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     towers.mode(False)
     with torch.no_grad():
         rows = torch.split(torch.arange(count // world_size()), chunk)
-        pictures = gather_uneven(torch.cat([towers.images(batch.images[part]) for part in rows]))
+        assert batch.texts is not None
+        views = [towers.images(batch.pictures[0][part]) for part in rows]
+        pictures = gather_uneven(torch.cat(views))
         texts = gather_uneven(torch.cat([towers.texts(batch.texts[part]) for part in rows]))
     scores = pictures @ texts.T
     higher = (scores > scores.diagonal()[:, None]).float().mean().item()

@@ -50,7 +50,7 @@ from transformers import AutoTokenizer
 
 from clipkit import images
 from clipkit.checkpoint import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
-from clipkit.losses import info_nce
+from clipkit.losses.pairs import info_nce
 from clipkit.towers.folding import fold_batch_norms
 from clipkit.training.recipes import adamw, rate_factor
 from data_prep.builtin_model.sources import (

@@ -8,9 +8,9 @@
 migrates it, and measures every row in a process of its own, with one thread, in turns, on public
 interfaces only: clipkit.Library, Catalog, refresh_snapshot and the command line. Every query is asked
 once, so nothing is answered from a cache of results. Peaks are of that process's resident memory
-(VmHWM; mapped files count). A case ends early after LIMIT_S seconds (40, or that variable), or after three times that if it
-has not run three times. With --only, some measures: for five million pictures
-`--only commands,words,filters,similar,recall,flat`.
+(VmHWM; mapped files count). A case ends early after LIMIT_S seconds (40, or what that variable says), or
+after three times that if it has not run three times. With --only, some measures: for five million
+pictures `--only commands,words,filters,similar,recall,flat`.
 """
 
 from __future__ import annotations

@@ -1,19 +1,16 @@
-"""Contrastive losses over a batch of picture-caption pairs: pure functions, and their registry.
+"""Contrastive losses over a batch of picture-caption pairs.
 
 Each takes unit rows `images` and `texts` (B, D), where row i of one belongs to row i of the other,
 and returns a scalar. `same`, bool (B, B), marks other pairs (picture i, caption j) that belong
 together, such as equal captions of two pictures, so that they are not taken for negatives. With
 `block_rows` the (B, B) scores are computed that many rows at a time, and again for the gradient, so
 that memory grows with B and not with its square; value and gradients stay the same.
-
-An entry in `LOSSES` makes a loss available to the configuration, the command line and training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -108,21 +105,6 @@ def siglip(
 
     return _over_rows(block, images, texts, same, block_rows) / len(images)
 
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A registered loss: its function, and what training must know about it."""
-
-    function: Callable[..., torch.Tensor]
-    has_bias: bool = False  # takes logit_bias after logit_scale
-    clamps_scale: bool = True  # keep the scale within [1, 100]: CLIP, section 2.5
-    options: frozenset[str] = frozenset()  # TrainConfig fields that it takes, besides `duplicates`
-
-
-LOSSES: dict[str, Loss] = {
-    "infonce": Loss(info_nce, options=frozenset({"label_smoothing", "hardness", "debias"})),
-    "siglip": Loss(siglip, has_bias=True, clamps_scale=False),
-}
 
 _Block = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 

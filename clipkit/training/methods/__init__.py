@@ -1,0 +1,1 @@
+"""How each training method learns; clipkit.training.registry lists them."""

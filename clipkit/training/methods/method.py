@@ -1,0 +1,97 @@
+"""What a training method is: the columns of a batch, the loss over them, and what it carries along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from clipkit.losses import Loss
+from clipkit.training.augment import CropAndFlip
+from clipkit.training.config import TrainConfig
+from clipkit.training.data import Plan
+from clipkit.training.gradient_cache import View
+from clipkit.training.inputs import Augment, Batch, Inputs
+from clipkit.training.towers import Towers
+
+Side = Literal["image", "text"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setup:
+    """What a method is made of: the run's configuration, with every "auto" resolved."""
+
+    config: TrainConfig
+    loss: Loss | None  # None for a method with a loss of its own
+    options: Any  # an instance of the method's own options
+    loss_options: Mapping[str, Any]
+    towers: Towers
+
+
+class Method:
+    """A training method. One is made for each run; what changes in it, `state_dict` saves.
+
+    A step calls `views`, passes each view through its encoder in chunks, gathers the rows of all
+    processes, calls `loss` once with all of them, goes back through the encoders, steps the optimizer,
+    and calls `after_step`. So the gradients do not depend on the chunks and the processes.
+    """
+
+    sides: ClassVar[frozenset[Side]] = frozenset(("image", "text"))  # towers that it trains
+    picture_views: ClassVar[int] = 1  # views of each picture in a batch
+    captions: ClassVar[bool] = True  # whether a batch has a caption of each picture
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+
+    @property
+    def towers(self) -> Mapping[str, torch.nn.Parameter]:
+        """Own parameters that encoders use: their gradients are summed over processes."""
+        return {}
+
+    @property
+    def shared(self) -> Mapping[str, torch.nn.Parameter]:
+        """Own parameters that `loss` uses: their gradients are complete in every process."""
+        return {}
+
+    def plans(
+        self,
+        inputs: Inputs,
+        *,
+        epoch: int,
+        batch: int,
+        searching: Callable[[], None],  # noqa: ARG002
+    ) -> Sequence[Plan]:
+        """Plan an epoch's batches, the same ones whenever it is called within an epoch.
+
+        searching: to be called before long work, so that the user sees it.
+        """
+        return inputs.data.plans(epoch=epoch, batch=batch, seed=self.setup.config.seed)
+
+    def augment(self) -> Augment | None:
+        """Return what draws a view of a picture; None for the picture as at inference."""
+        config, encoder = self.setup.config, self.setup.towers.encoder
+        return CropAndFlip(encoder, keep=config.crop, flip=config.flip)
+
+    def views(self, batch: Batch) -> Sequence[View]:
+        """Return the columns of this process's share of a batch."""
+        raise NotImplementedError
+
+    def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Compute the loss over all processes' rows (B, D), one tensor a view."""
+        raise NotImplementedError
+
+    def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:
+        """Clamp, enqueue or average after the optimizer's step number `step`. The rows have no graph."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return what is written beside the loss after each step."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that changes during a run, but parameters: plain values and tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
