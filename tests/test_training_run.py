@@ -283,6 +283,7 @@ class Farther(Method):
     """Only pictures: move their mean vector away from where it is; counts its steps."""
 
     sides = frozenset(("image",))
+    captions = False
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -298,6 +299,7 @@ class Farther(Method):
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         assert len(rows) == 1 and rows[0].shape == (len(batch.plan.pictures), 24)
+        assert batch.texts is None
         return self.gain * rows[0].mean(0).square().sum() * self.setup.options.weight
 
     def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:

@@ -70,22 +70,24 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     chance on this data, since its projections or the domain are new.
 
     The start counts as no better if, on average, more than a quarter of the other captions of `plan`
-    score higher for a picture than its own; by chance it is half. At most `chunk` pairs are in memory
-    at a time. All processes return the same value.
+    score higher for a picture than its own; by chance it is half. A method without captions keeps near
+    its start. At most `chunk` pairs are in memory at a time. All processes return the same value.
     """
+    limit = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
     count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
     plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:count])
     (batch,) = inputs.stream([plan])
     towers.mode(False)
     with torch.no_grad():
         rows = torch.split(torch.arange(count // world_size()), chunk)
-        assert batch.texts is not None
+        if batch.texts is None:
+            return limit
         views = [towers.images(batch.pictures[0][part]) for part in rows]
         pictures = gather_uneven(torch.cat(views))
         texts = gather_uneven(torch.cat([towers.texts(batch.texts[part]) for part in rows]))
     scores = pictures @ texts.T
     higher = (scores > scores.diagonal()[:, None]).float().mean().item()
-    return 0.0 if higher > 0.25 else _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
+    return 0.0 if higher > 0.25 else limit
 
 
 class Ema:
