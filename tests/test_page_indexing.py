@@ -171,3 +171,25 @@ def test_a_page_open_to_the_network_does_not_index(tmp_path: Path, visit: Open) 
         assert "clipkit index FOLDER" in page.inner_text("#results")
         with pytest.raises(InputError, match="may not index"):  # nor when asked by other means
             workspace.index([str(tmp_path)])
+
+
+def test_a_start_page_that_failed_is_asked_for_again(tmp_path: Path, visit: Open) -> None:
+    """An index that is just being made cannot be opened for a moment. Fails for the version that took
+    the error for an answer: it stayed, whatever was indexed afterwards."""
+    refused: list[str] = []
+
+    def busy(route: Any) -> None:
+        if len(refused) < 2:
+            refused.append(route.request.url)
+            route.fulfill(status=503, json={"error": "the index is being made"})
+        else:
+            route.continue_()
+
+    workspace = Workspace(tmp_path / "index", HeldModel())  # type: ignore[arg-type]
+    with served(workspace) as address:
+        page = visit(address)
+        page.route("**/start", busy)
+        page.reload()
+        page.wait_for_selector("#results >> text=the index is being made")
+        page.wait_for_selector("#results h1 >> text=Nothing indexed yet")
+        assert len(refused) == 2

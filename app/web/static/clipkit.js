@@ -303,13 +303,18 @@
   // Show the answer to a search, or the start page without one. A server that does not answer is waited for.
   const answer = async (question, k, mine) => {
     let root = null;
+    const start = !FIELDS.some((key) => question[key]);
     while (!root && mine === ticket) {
       try {
-        const start = !FIELDS.some((key) => question[key]);
         root = await (start ? fetch_html("start") : fetch_results(question, k));
       } catch (error) {
         if (!(error instanceof TypeError)) root = failure(error.message);
-        else await sleep(400).then(check_server).then(() => sleep(600));
+        if (root && start) {
+          // As while an index is being made: out of date at once, so `renew` asks again.
+          Object.assign(root.dataset, { view: "empty", stage: "" });
+          await sleep(1000);
+        }
+        if (!root) await sleep(400).then(check_server).then(() => sleep(600));
       }
     }
     await styled();

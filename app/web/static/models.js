@@ -98,8 +98,8 @@
   // Another tab may have begun to index; it or another program may have switched the model. Ticks do not come for
   // a page whose connection broke in the middle of one: it finds out here too.
   const notice_others = async () => {
-    const status = $("#status [data-encoder]");
-    if (document.hidden || !status || document.body.dataset.lost) return;
+    if (document.hidden || document.body.dataset.lost) return;
+    if (!$("#status [data-encoder]")) return fire("refresh", {}); // it could not be read the last time
     try {
       const now = await (await fetched("models/active")).json();
       const shown = $("#status [data-encoder]").dataset;
