@@ -73,7 +73,7 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     score higher for a picture than its own; by chance it is half. A method without captions keeps near
     its start. At most `chunk` pairs are in memory at a time. All processes return the same value.
     """
-    limit = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
+    limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
     count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
     plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:count])
     (batch,) = inputs.stream([plan])
