@@ -1,4 +1,4 @@
-"""What is kept of a catalog in memory: columns of facts by num, places, and sets of pictures.
+"""The parts of a catalog that are kept in memory: columns of facts by num, places, and sets of pictures.
 
 A million pictures take 8 MB for each column that a filter has used, and about 40 MB for the names
 and folders of their places. Sets that are asked for again (the pictures with a word, with a tag, those
@@ -57,7 +57,7 @@ class _Entry:
 
 
 class Columns:
-    """What the threads of a catalog share."""
+    """The memory that the threads of a catalog share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # of the dictionaries

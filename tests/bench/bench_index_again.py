@@ -1,4 +1,4 @@
-"""What does an index run cost that finds nothing new? The real command, on real files, twice.
+"""Measure an index run that finds nothing new. The real command, on real files, twice.
 
     python tests/bench/bench_index_again.py [--pictures 200000] [--model builtin] [--keep FOLDER]
 

@@ -1,4 +1,4 @@
-"""What "Teach it" gains if it trains the text side only, so that an index needs no new vectors.
+"""Measure the gain of "Teach it" if it trains the text side only, so that an index needs no new vectors.
 
     python tests/bench/bench_teaching.py --data DIR [--seeds 5] [--marks 100 300 600]
 

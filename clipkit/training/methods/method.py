@@ -1,4 +1,4 @@
-"""What a training method is: the columns of a batch, the loss over them, and what it carries along."""
+"""The base class of training methods: the columns of a batch, the loss over them, and own state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Side = Literal["image", "text"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setup:
-    """What a method is made of: the run's configuration, with every "auto" resolved."""
+    """The input of a method's constructor: the run's configuration, with every "auto" resolved."""
 
     config: TrainConfig
     loss: Loss | None  # None for a method with a loss of its own
