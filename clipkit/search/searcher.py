@@ -215,7 +215,7 @@ class Searcher:
 
     @property
     def loaded(self) -> bool:
-        """Return whether all vectors are loaded, so that no search waits. Ask once the model is loaded."""
+        """Return whether all vectors are loaded. Ask once the model is loaded."""
         return self._follower.has(self._searched_id(self._current_model()))
 
     def _answer(self, request: _Request) -> SearchResult:
