@@ -100,7 +100,7 @@ def test_a_library_needs_no_torch_to_search_by_text(party: Path) -> None:
 
 @pytest.mark.end_to_end
 def test_a_search_on_the_command_line_imports_little(party: Path) -> None:
-    """What is named here takes 20 to 2,000 ms each."""
+    """Each of the modules named here takes 20 to 2,000 ms to import."""
     heavy = ["torch", "open_clip", "pydantic", "rich", "numpy.ma", "filelock", "PIL", "jinja2"]
     code = (
         "import sys; from app.cli import main\n"

@@ -207,7 +207,7 @@ def test_use_takes_a_new_model_of_a_known_space(index: Path, texts: str, clipkit
 def test_a_model_with_the_vectors_of_the_active_one_may_answer_before_all_have_one(
     index: Path, photos: Path, texts: str
 ) -> None:
-    """What has no vector is found by neither of them: nothing is lost."""
+    """A picture without a vector is found by neither of the models, so the switch loses nothing."""
     with Catalog.open(index, write=True) as catalog:
         added = catalog.add_picture(
             image_id="f" * 32, width=8, height=8, format="PNG", bytes=9,

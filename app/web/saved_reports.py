@@ -25,9 +25,8 @@ class UnknownReportError(InputError):
 class ReportRow:
     """A saved report as the list shows it."""
 
-    name: (
-        str  # of its folder; of a training run's after "run@", of a taught model's after "taught@"
-    )
+    # of its folder; of a training run's after "run@", of a taught model's after "taught@"
+    name: str
     title: str
     models: tuple[str, ...]
     created_at: str  # UTC, ISO 8601; empty if the report has no date

@@ -315,9 +315,8 @@ class Teacher:
             if self._stop.is_set():
                 raise ClipkitError("cancelled; what was encoded so far stays")
             try:
-                workspace.use_model(
-                    spec
-                )  # nothing is missing, or it has the vectors of the model before
+                # nothing is missing, or it has the vectors of the model before
+                workspace.use_model(spec)
                 break
             except CatalogBusy as busy:  # a folder is being indexed
                 self._update(what=str(busy))

@@ -87,9 +87,8 @@ class Searches:
     def spread(self, work: Callable[[int], None], count: int) -> None:
         """Call work(0), ..., work(count - 1), on several cores if at most one search runs."""
         helpers = min(os.cpu_count() or 1, count) - 1
-        todo = iter(
-            range(count)
-        )  # which the threads share: the interpreter's lock makes next() atomic
+        # The threads share it: the interpreter's lock makes next() atomic.
+        todo = iter(range(count))
 
         def some() -> None:
             for number in todo:
