@@ -22,7 +22,7 @@ from catalogs import (  # noqa: F401
     vector_of,
     writer,
 )
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from clipkit.catalog import Catalog, Filters, PictureRow, columns, queries
@@ -112,6 +112,14 @@ def do(writer: Catalog, step: tuple[Any, ...]) -> None:
             writer.commit()
 
 
+def _added(number: int, camera: str | None) -> tuple[Any, ...]:
+    return ("add", number, PATHS[number], None, camera, "JPEG", (300, 600), ())
+
+
+@example(  # the last picture is gone, and purged, before anything is committed
+    [_added(0, "Leica"), _added(1, None), ("remove", PATHS[1]), ("purge",)],
+    [Filters(cameras=("Leica",), orientation="portrait")],
+)
 @settings(
     max_examples=30, suppress_health_check=list(HealthCheck), deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes

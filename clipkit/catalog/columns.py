@@ -179,7 +179,9 @@ class State:
         return self._value(entry, lambda: self._read_fact(name), self._renewed(_FACTS[name]))
 
     def _read_live(self) -> Mask:
-        count, last = self.db.execute(f"SELECT count(*), coalesce(max(num), 0) {_LIVE}").fetchone()
+        count = self.db.execute(f"SELECT count(*) {_LIVE}").fetchone()[0]
+        # as long as all nums, dead ones too, so that a column made anew is as long as one renewed
+        last = self.db.execute("SELECT coalesce(max(num), 0) FROM pictures").fetchone()[0]
         live = np.ones(last + 1, np.bool_)
         live[0] = False
         if count != last:
