@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from clipkit import towers
 from clipkit.errors import ModelError
 from clipkit.losses import LOSSES
 from clipkit.training.config import TrainConfig
+from clipkit.training.data import CaptionedPictures
 from clipkit.training.frozen_towers import find_heads
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import (
@@ -45,9 +47,14 @@ def options(**changes: Any) -> TrainConfig:
     return TrainConfig.from_mapping({"data": "d", **changes})
 
 
+NO_PICTURES = CaptionedPictures(Path("nowhere"), (), (), (), (), np.empty(0, np.int64), 0)
+
+
 def pairs(model: TrainableTowers, config: TrainConfig) -> Method:
     loss = LOSSES["siglip" if model.logit_bias is not None else "infonce"]
-    return METHODS["pairs"](Setup(config, loss, config.method_options(), {}, model))
+    return METHODS["pairs"](
+        Setup(config, loss, config.method_options(), {}, model, NO_PICTURES, 2, 1)
+    )
 
 
 def chosen(model: TrainableTowers, config: TrainConfig) -> Trained:
