@@ -157,7 +157,8 @@ class _Run:
         self.history = self.state.history
         self.tracker = Tracker(job.folder, job.config)
         # Made now, while the weights are those of the start.
-        self.l2sp = L2SP(self.state.optimizer, job.config.drift, adapter_sizes(job.towers.model))
+        sizes, own = adapter_sizes(job.towers.model), job.trained.own
+        self.l2sp = L2SP(self.state.optimizer, job.config.drift, sizes, free=own)
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         self.first_step = 0  # of this process
         self.evaluations, self.evaluation_seconds = 0, 0.0  # of this process

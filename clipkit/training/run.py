@@ -29,7 +29,7 @@ from clipkit.training.loop import Job, Progress, State, fit
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import choose_parameters, merge_adapters
 from clipkit.training.registry import METHODS
-from clipkit.training.run_folder import RunFolder, write_json
+from clipkit.training.run_folder import FEATURES, RunFolder, write_json
 from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
 from clipkit.training.validation import Scores, embed_captions, embed_pictures
 from clipkit.training.weights import ALPHAS, Mixture, choose_alpha, choose_drift
@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 _MOST_BATCH = {"heads": 1024}  # other recipes: 256
 _CHUNK = {"cpu": 32, "mps": 64, "cuda": 256}
 _PACKAGES = ("clipkit", "torch", "open_clip_torch", "timm", "transformers", "numpy")
-_FEATURES = ".features/vectors-1.sqlite"  # beside the runs; the number changes with the schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +130,11 @@ def _train(
     if config.activation_checkpointing:
         checkpoint_activations(encoder.model)
     source, held_out = Path(config.data), None
-    data = CaptionedPictures.read(source, "train", needs=entry.needs)
+    needs = config.needs()
+    data = CaptionedPictures.read(source, "train", needs=needs)
     if has_split(source, "validation"):
         most = config.eval_pictures
-        held_out = CaptionedPictures.read(source, "validation", most=most, needs=entry.needs)
+        held_out = CaptionedPictures.read(source, "validation", most=most, needs=needs)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)  # raises InputError if the processes cannot share it
@@ -160,6 +160,7 @@ def _train(
             data,
             batch,
             config.steps(len(data), batch),
+            held_out,
         )
     )
     trained = choose_parameters(towers, config, method)
@@ -183,7 +184,9 @@ def _train(
         note = "stopped before the first step; the features computed so far are kept"
         return replace(summary, notes=(note,))
     chunk = config.chunk or (batch if config.recipe == "heads" else _CHUNK[device.type])
-    if config.drift < 0:
+    if config.drift < 0 and method.leaves_start:
+        config = replace(config, drift=0.0)
+    elif config.drift < 0:
         texts = method.text_views
         plan = data.plans(epoch=0, batch=batch, seed=config.seed, texts=texts)[0]
         config = replace(config, drift=choose_drift(towers, inputs, plan, chunk=chunk))
@@ -239,7 +242,7 @@ def _inputs(
     validation = PictureInputs(held_out, trainable, workers=config.workers) if held_out else None
     if frozen is None:
         return training, validation
-    store = Path(config.out) / _FEATURES
+    store = Path(config.out) / FEATURES
     return (
         frozen.features(training, store, on_features, stop),
         frozen.features(validation, store, on_features, stop) if validation else None,
@@ -388,7 +391,7 @@ def _notes(job: Job, state: State) -> list[str]:
     """Return sentences about the training for the user."""
     notes = []
     if left_out := job.inputs.data.left_out:
-        what = " and ".join(need.removesuffix("s") for need in METHODS[job.config.method].needs)
+        what = " and ".join(need.removesuffix("s") for need in sorted(job.config.needs()))
         notes.append(f"{left_out} training pictures without a {what} were left out")
     if job.validation is None:
         notes.append(

@@ -7,7 +7,7 @@ al. 2022, arXiv 2109.01903) interpolates between the start and the trained weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -38,6 +38,7 @@ class L2SP:
     drift: limit of a weight's change, as a share of its matrix's root mean square; 0 for no limit.
     sizes: root mean square to use, by parameter id, for parameters initialised to zero; other zero
         parameters are not constrained.
+    free: names of parameters that are not constrained, such as a method's own, which begin anew.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class L2SP:
         optimizer: torch.optim.Optimizer,
         drift: float,
         sizes: Mapping[int, float] | None = None,
+        free: Collection[str] = (),
     ) -> None:
         self._optimizer = optimizer
         self._starts: dict[str, tuple[torch.Tensor, float]] = {}  # with the limit
@@ -52,7 +54,7 @@ class L2SP:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 start = parameter.detach().clone()
                 size = (sizes or {}).get(id(parameter), start.square().mean().sqrt().item())
-                if is_matrix(name, start) and size > 0:
+                if is_matrix(name, start) and size > 0 and name not in free:
                     self._starts[name] = start, drift * size
 
     @torch.no_grad()
