@@ -212,8 +212,11 @@ def _placed(row: Row | Broken, folder: str) -> Row | Broken:
     image_id = row.meta.get("image_id")
     if not isinstance(image_id, str):
         return replace(row, place=place, name=name)
+    captions = tuple(text for text in row.captions if text)  # without what gives the column a type
     meta = _unpacked(row.meta)
-    return replace(row, place=place, name=name, image_id=image_id or None, meta=meta)
+    return replace(
+        row, place=place, name=name, captions=captions, image_id=image_id or None, meta=meta
+    )
 
 
 def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:
