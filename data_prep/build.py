@@ -61,6 +61,7 @@ from clipkit.sources import (
     Row,
     Source,
     TarMember,
+    ZipMember,
     open_source,
 )
 from clipkit.sources.rows import LISTS
@@ -155,10 +156,14 @@ def build_once(
     data: str,
     below: Path,
     *,
+    uncaptioned: bool = False,
     command: str = "",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Path, Built | None]:
     """Build a dataset of the source `data` in a folder below `below`, unless that was done before.
+
+    With `uncaptioned` pictures without a caption stay, for methods that need none, and the folder has
+    another name.
 
     The folder's name holds a hash of the rows and of the files' sizes and times: a changed source
     gives another folder, and runs that began on the former one can be resumed. Of a hub dataset only
@@ -169,13 +174,15 @@ def build_once(
 
     source = open_source(data)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(data).stem).strip("-.") or "data"
-    out = below / f"{name[:40]}-{_rows_hash(source)}"
+    kind = "-uncaptioned" if uncaptioned else ""
+    out = below / f"{name[:40]}{kind}-{_rows_hash(source)}"
+    rules = Rules(uncaptioned="keep" if uncaptioned else "reject")
     try:
         below.mkdir(parents=True, exist_ok=True)
         with FileLock(below / f".{out.name}.lock"):
             if (out / MANIFEST).is_file():
                 return out, None
-            return out, build([source], out, command=command, on_progress=on_progress)
+            return out, build([source], out, rules=rules, command=command, on_progress=on_progress)
     except OSError as error:
         raise InputError(f"cannot write into {below}: {error.strerror or error}") from error
 
@@ -197,7 +204,9 @@ def _stamp(picture: Picture) -> tuple[object, ...]:
     """Return what changes with a picture: its place, and its file's size and time, or its content."""
     if isinstance(picture, PictureBytes):
         return (blake2b(picture.data).hexdigest(),)
-    file = picture.tar if isinstance(picture, TarMember) else picture.path
+    file = picture.path
+    if isinstance(picture, TarMember | ZipMember):
+        file = picture.tar if isinstance(picture, TarMember) else picture.zip
     if file is None or not file.exists():
         return (str(file),)
     status = file.stat()
