@@ -174,10 +174,21 @@ def _garbled(caption: str) -> bool:
 
 
 def label_text(label: object, classes: Sequence[str] | None) -> str | None:
-    """Return a row's label as text, on one line: a numbered class by its name in `classes`, if known.
+    """Return the name of the one class that a row's label means; None for no label.
 
-    None for no label. A list of one class is that class. Raises LabelError for several, and for
-    anything that is neither a name nor a whole number.
+    Raises LabelError for several classes, and for anything that is neither a name nor a whole number.
+    """
+    names = class_names(label, classes)
+    if len(names) > 1:
+        raise LabelError("several-labels", f"{len(names)} classes: {', '.join(names):.200}")
+    return names[0] if names else None
+
+
+def class_names(label: object, classes: Sequence[str] | None) -> list[str]:
+    """Return the classes that a row's label means, each once: as text, on one line.
+
+    A numbered class has its name in `classes`, if known there. Raises LabelError for anything that is
+    neither a name nor a whole number.
     """
     names = []
     for item in label if isinstance(label, list | tuple) else [label]:
@@ -188,10 +199,7 @@ def label_text(label: object, classes: Sequence[str] | None) -> str | None:
         # A folder's name need not be UTF-8, and JSON can escape half a surrogate pair.
         text = "" if item is None else str(item).encode("utf-8", "backslashreplace").decode()
         names.append(" ".join(text.split()))
-    names = [name for name in dict.fromkeys(names) if name]
-    if len(names) > 1:
-        raise LabelError("several-labels", f"{len(names)} classes: {', '.join(names):.200}")
-    return names[0] if names else None
+    return [name for name in dict.fromkeys(names) if name]
 
 
 class LabelError(ValueError):
