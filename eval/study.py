@@ -46,7 +46,7 @@ from eval.data import Labelled
 from eval.features import Encoder
 from eval.probes import evaluate_probe
 from eval.reports.report import EvalReport, curve, interval_series
-from eval.reports.wording import change_text, p_text, percent_interval
+from eval.reports.wording import change_text, interval_text, p_text, value_text
 from eval.session import Results, Session
 
 _OWN = {"title", "groups"}  # keys of the file that are no options of a run
@@ -296,8 +296,8 @@ def _sentences(
         best = max(others, key=lambda name: reports[name].metrics[figure].value)
         paired, p = tests[best, figure]
         yield (
-            f"{best} is best: a linear probe on it is right in "
-            f"{percent_interval(reports[best].metrics[figure])} of cases, "
+            f"{best} has the highest figure: a linear probe on it is right in "
+            f"{value_text(figure, reports[best].metrics[figure].value)} of cases, "
             f"{change_text(figure, paired.difference)} against {baseline} ({p_text(p)})."
         )
     collapsed = [
@@ -327,7 +327,8 @@ def _table(
     for name, report in reports.items():
         row: list[Any] = [name]
         for figure in FIGURES:
-            row.append(percent_interval(report.metrics[figure]))
+            found = report.metrics[figure]
+            row.append([value_text(figure, found.value), interval_text(figure, found)])
             if (name, figure) in tests:
                 paired, p = tests[name, figure]
                 low, high = (change_text(figure, end) for end in (paired.low, paired.high))
@@ -382,8 +383,8 @@ def _curves(
     label = "log10 of the share of the variance"
     yield curve(f"{group.title}: spectrum", "direction", label, series, log_x=True, note=note)
     for figure, label in (
-        ("knn_accuracy", "accuracy of 5 nearest neighbours, validation"),
-        ("effective_rank", "effective rank, validation"),
+        ("knn_accuracy", "accuracy of 5 nearest neighbours"),
+        ("effective_rank", "effective rank"),
     ):
         series = []
         for name, run in group.runs.items():
@@ -397,8 +398,8 @@ def _curves(
                     }
                 )
         if series:
-            title = f"{group.title}: {label.partition(',')[0]} by step"
-            yield curve(title, "step", label, series)
+            title = f"{group.title}: {label} by step, validation split"
+            yield curve(title, "step", label.partition(" of ")[0], series)
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ def test_a_study_trains_and_reports(
     call = ["train", tmp_path / "data", "--config", path, "--out", tmp_path / "runs"]
     code, out, err = clipkit(*call)
     assert code == 0, err
-    assert "0.001 is best" in out or "0.01 is best" in out or "before is best" in out
+    assert "0.01 has the highest figure" in out or "before has the highest figure" in out
     folder = tmp_path / "runs" / "rates"
     assert {p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."} == {
         "0.001",
@@ -112,6 +112,7 @@ def test_a_study_trains_and_reports(
     assert report["metrics"]["before/knn@5/acc@1"]["value"] == 1.0
     (table,) = report["details"]["tables"]
     assert [row[0] for row in table["rows"]] == ["0.001", "0.01", "before"]
+    assert table["rows"][2][3][0] == "100.0 %" and report["title"].startswith("Study on")
     titles = [plot["title"] for plot in report["details"]["curves"]]
     assert "Learning rate: accuracy" in titles and "models: spectrum" in titles
     made = (folder / "0.01" / "summary.json").stat().st_mtime_ns

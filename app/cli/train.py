@@ -310,7 +310,7 @@ def _study(
     except Stopped:
         print(f"stopped before the report; {again}")
         raise typer.Exit(130) from None
-    save(replace(report, command=command), folder)
+    save(replace(report, command=command, dataset=configs[0].data), folder)
     print("\n".join(report.lines()))
     _print_commands([("Report", str(folder / "report.html"))])
 
