@@ -9,10 +9,12 @@ torch: an entry names its class, which is imported when a run begins.
 # ruff: noqa: RUF009  `option` returns a field
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipkit import checkpoint
 from clipkit.errors import InputError
 from clipkit.losses import Kind, imported
 from clipkit.options import NoOptions, option
@@ -94,6 +96,15 @@ class DistillOptions:
     def teachers(self) -> tuple[str, ...]:
         """Return the models and files, one by one."""
         return tuple(name.strip() for name in str(self.teacher).split(",") if name.strip())
+
+    @property
+    def absolute(self) -> Mapping[str, str]:
+        """Return options that name the same from any working folder, in place of their values."""
+        places = (
+            os.path.abspath(os.path.expanduser(n)) if n.endswith(".npz") else n
+            for n in self.teachers
+        )
+        return {"teacher": ",".join(map(checkpoint.absolute, places))}
 
     @property
     def needs(self) -> frozenset[Need]:

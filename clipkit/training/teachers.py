@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Protocol
@@ -26,14 +26,12 @@ import clipkit
 from clipkit import checkpoint, images
 from clipkit.arrays import Float32
 from clipkit.catalog import VectorStore
-from clipkit.embed import Encoded, Unreadable, encode_pictures
+from clipkit.embed import Encoded, encode_pictures
 from clipkit.errors import DatasetError, InputError
 from clipkit.lazy_encoder import LazyEncoder
-from clipkit.training.data import CaptionedPictures
+from clipkit.training.data import CaptionedPictures, Ints
 from clipkit.training.distributed import gather_uneven
-from clipkit.training.inputs import even_share
-
-_LISTED = 8  # pictures that an error lists
+from clipkit.training.inputs import even_share, listed
 
 
 class Teacher(Protocol):
@@ -49,7 +47,8 @@ class Teacher(Protocol):
         """What the vectors depend on, beside the pictures."""
 
     def vectors(self, data: CaptionedPictures, on_batch: Callable[[int], None]) -> Float32:
-        """Return this process's share of a split's vectors, (n, D). on_batch: gets the number done."""
+        """Return this process's share of a split's vectors, (n, D); zero for pictures that cannot be
+        read. on_batch: gets the number done."""
 
 
 def open_teacher(name: str, *, store: Path, device: str, precision: str, workers: int) -> Teacher:
@@ -83,7 +82,7 @@ class ModelTeacher:
 
     def vectors(self, data: CaptionedPictures, on_batch: Callable[[int], None]) -> Float32:
         """Encode each picture as at inference, unless its vector is stored; a run that is stopped or
-        killed goes on with what is missing. Raises DatasetError for a picture that cannot be read."""
+        killed goes on with what is missing."""
         # with the fingerprint: an image_id is whatever the dataset says, unique within it
         space = f"{self.identity}-{clipkit.__version__}/{data.fingerprint()}/teacher"
         share = range(len(data))[even_share(len(data))]
@@ -96,14 +95,15 @@ class ModelTeacher:
                 store.put(new, vectors)
                 rows.update(zip(new, vectors, strict=True))
                 on_batch(len(rows))
-        if not keys:  # fewer pictures than processes
-            return np.empty((0, self.dim), np.float32)
-        return np.stack([rows[key] for key in keys.values()])
+        width = len(next(iter(rows.values()))) if rows else self.dim
+        unread = np.zeros(width, np.float32)
+        vectors = [rows.get(key, unread) for key in keys.values()]
+        return np.array(vectors, np.float32).reshape(len(keys), width)
 
     def _encoded(
         self, data: CaptionedPictures, pictures: list[int]
     ) -> Iterator[tuple[list[int], Float32]]:
-        """Yield batches of pictures, by number, and their unit rows."""
+        """Yield batches of pictures that can be read, by number, and their unit rows."""
         if not pictures:
             return
         encoder = self.encoder.towers()
@@ -127,11 +127,6 @@ class ModelTeacher:
         )
         with closing(results):
             for result in results:
-                if isinstance(result, Unreadable):
-                    path = data.folder / data.paths[result.item]
-                    raise DatasetError(
-                        f"{path}: {result.error}; remove it, or build the dataset again"
-                    ) from result.error
                 if isinstance(result, Encoded):
                     yield [picture.item for picture in result.pictures], result.vectors
 
@@ -170,37 +165,30 @@ class VectorFile:
         """Look the vectors up. Raises DatasetError, naming the pictures that have none."""
         missing = [n for n, image_id in enumerate(data.image_ids) if image_id not in self._rows]
         if missing:
-            raise DatasetError(
-                f"{self.name} has no vectors of {len(missing)} of {len(data)} pictures: "
-                f"{listed(data, missing)}; add them"
-            )
-        share = data.image_ids[even_share(len(data))]
+            raise DatasetError(f"{self.name} has no vectors of {_listed(data, missing)}; add them")
         vectors: Float32
-        vectors = self._vectors[[self._rows[image_id] for image_id in share]].astype(np.float32)
-        return vectors
+        vectors = self._vectors[[self._rows[i] for i in data.image_ids]].astype(np.float32)
+        sizes = np.linalg.norm(vectors, axis=1)
+        if len(broken := np.flatnonzero(~(np.isfinite(sizes) & (sizes > 0)))):
+            raise DatasetError(
+                f"{self.name} has vectors that are zero or not finite, of {_listed(data, broken)}; "
+                "leave those pictures out of the dataset, or compute their vectors again"
+            )
+        return vectors[even_share(len(data))]
+
+
+def _listed(data: CaptionedPictures, numbers: Sequence[int] | Ints) -> str:
+    """Say how many pictures those are, and name the first."""
+    names = listed({int(number): data.paths[number] for number in numbers})
+    return f"{len(numbers)} of {len(data)} pictures: {names}"
 
 
 def unit_vectors(
     teacher: Teacher, data: CaptionedPictures, on_batch: Callable[[int], None]
 ) -> torch.Tensor:
-    """Return a teacher's unit rows of all pictures of a split, float32 (N, D); all processes call it.
-
-    Raises DatasetError for a vector that is zero or not finite.
-    """
-    rows = gather_uneven(torch.from_numpy(teacher.vectors(data, on_batch)))
-    sizes = rows.norm(dim=1)
-    if broken := torch.nonzero(~(sizes.isfinite() & (sizes > 0))).flatten().tolist():
-        raise DatasetError(
-            f"{teacher.name}: the vectors of {len(broken)} pictures are zero or not finite: "
-            f"{listed(data, broken)}"
-        )
-    return F.normalize(rows, dim=1)
-
-
-def listed(data: CaptionedPictures, numbers: list[int]) -> str:
-    """Return the names of the first few pictures of those numbers."""
-    more = f" and {len(numbers) - _LISTED} more" if len(numbers) > _LISTED else ""
-    return ", ".join(data.names(numbers[:_LISTED])) + more
+    """Return a teacher's unit rows of all pictures of a split, float32 (N, D), zero for pictures that
+    cannot be read; all processes must call it."""
+    return F.normalize(gather_uneven(torch.from_numpy(teacher.vectors(data, on_batch))), dim=1)
 
 
 def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -7,7 +7,7 @@ al. 2022, arXiv 2109.01903) interpolates between the start and the trained weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ import torch
 
 from clipkit.training.data import Plan
 from clipkit.training.distributed import gather_uneven, world_size
-from clipkit.training.inputs import Inputs
+from clipkit.training.inputs import Inputs, readable_batch
 from clipkit.training.recipes import is_matrix
 from clipkit.training.towers import Towers
 from clipkit.training.validation import Scores, exceeds
@@ -36,9 +36,8 @@ class L2SP:
     (limit + lr) * (1 - lr / (limit + lr)) = limit.
 
     drift: limit of a weight's change, as a share of its matrix's root mean square; 0 for no limit.
-    sizes: root mean square to use, by parameter id, for parameters initialised to zero; other zero
-        parameters are not constrained.
-    free: names of parameters that are not constrained, such as a method's own, which begin anew.
+    sizes: root mean square to use, by parameter id, for parameters that start at zero; those of size 0,
+        such as a method's own, are not constrained.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class L2SP:
         optimizer: torch.optim.Optimizer,
         drift: float,
         sizes: Mapping[int, float] | None = None,
-        free: Collection[str] = (),
     ) -> None:
         self._optimizer = optimizer
         self._starts: dict[str, tuple[torch.Tensor, float]] = {}  # with the limit
@@ -54,7 +52,7 @@ class L2SP:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 start = parameter.detach().clone()
                 size = (sizes or {}).get(id(parameter), start.square().mean().sqrt().item())
-                if is_matrix(name, start) and size > 0 and name not in free:
+                if is_matrix(name, start) and size > 0:
                     self._starts[name] = start, drift * size
 
     @torch.no_grad()
@@ -78,7 +76,7 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
     count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
     plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
-    (batch,) = inputs.stream([plan])
+    batch = readable_batch(inputs, plan)
     towers.mode(False)
     with torch.no_grad():
         rows = torch.split(torch.arange(count // world_size()), chunk)

@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 
@@ -25,7 +24,7 @@ from clipkit.training.data import CaptionedPictures
 from clipkit.training.distributed import gather_uneven, world_size
 from clipkit.training.frozen_towers import FeaturesStopped
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.inputs import Batch, Inputs, readable_batch
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.methods.pairs import Pairs
 from clipkit.training.registry import PairOptions
@@ -40,6 +39,7 @@ from clipkit.training.teachers import (
 from clipkit.training.validation import Scores, of_pairs, of_teacher
 
 _FITTED = 4096  # pictures that the map is fitted to before the first step
+_CHUNK = 32  # of them at a time
 _RIDGE = 0.1  # of the student's mean variance, added to each direction of the fit
 _PROBES = ("a dog on a beach", "birthday cake", "two people at a table")
 _SAME_TEXT = 0.99  # cosine of one text by two copies of a tower, one of them in half precision
@@ -83,7 +83,8 @@ class Distill(Method):
             towers.encoder.dim, width, device=towers.device, dtype=towers.logit_scale.dtype
         )
         self._targets = torch.empty(0)  # float16 (pictures, T), unit rows: the training split's
-        self._held_out_targets: torch.Tensor | None = None
+        # by image_id; empty if validation is by captions
+        self._held_out_targets: dict[str, torch.Tensor] = {}
         self._terms: dict[str, torch.Tensor] = {}  # the last step's
 
     def _check_same_texts(self) -> None:
@@ -121,13 +122,13 @@ class Distill(Method):
         parts = self._vectors(inputs.data, on_progress, stop)
         # Networks' features share a large mean, which tells nothing of a picture. In the teacher's own
         # space vectors stay as they are.
-        means = [part.mean(0) if self._in_own_space else part.new_zeros(()) for part in parts]
+        means = [p[p.any(1)].mean(0) if self._in_own_space else torch.zeros(()) for p in parts]
         self._targets = side_by_side([p - m for p, m in zip(parts, means, strict=True)])
         held_out = self.setup.held_out
-        if held_out is not None and not _captioned(held_out):
+        if held_out is not None and not all(map(len, held_out.owned)):
             parts = self._vectors(held_out, on_progress, stop)
-            joined = side_by_side([p - m for p, m in zip(parts, means, strict=True)])
-            self._held_out_targets = joined
+            rows = side_by_side([p - m for p, m in zip(parts, means, strict=True)])
+            self._held_out_targets = dict(zip(held_out.image_ids, rows, strict=True))
         self._teachers = []  # a large model need not stay in memory
         if self._in_own_space:
             self._fit_map(inputs)
@@ -159,14 +160,14 @@ class Distill(Method):
         towers, config = self.setup.towers, self.setup.config
         towers.mode(False)
         plans = inputs.data.plans(epoch=0, batch=self.setup.batch, seed=config.seed, texts=0)
-        plans = plans[: -(-_FITTED // self.setup.batch)]
-        students = []
-        for batch in inputs.stream(plans):
-            rows = torch.split(torch.arange(len(batch.pictures[0])), config.chunk or 32)
+        students, targets = [], []
+        for plan in plans[: -(-_FITTED // self.setup.batch)]:
+            batch = readable_batch(inputs, plan)
+            rows = torch.split(torch.arange(len(batch.pictures[0])), config.chunk or _CHUNK)
             views = [towers.images(batch.pictures[0][part]) for part in rows]
             students.append(gather_uneven(torch.cat(views)).cpu().double())
-        x = torch.cat(students)
-        y = self._targets[np.concatenate([plan.pictures for plan in plans])].double()
+            targets.append(self._targets[torch.from_numpy(batch.plan.pictures)].double())
+        x, y = torch.cat(students), torch.cat(targets)
         x_mean, y_mean = x.mean(0), y.mean(0)
         covariance = (x - x_mean).T @ (x - x_mean) / len(x)
         covariance += torch.eye(x.shape[1]) * (_RIDGE * covariance.diag().mean() + 1e-12)
@@ -212,9 +213,10 @@ class Distill(Method):
 
     def evaluate(self, inputs: Inputs) -> Scores:
         """Measure recall with captions if every picture has one, else agreement with the teachers."""
-        if self._held_out_targets is None:
+        if not self._held_out_targets:
             return of_pairs(self.setup.towers, inputs)
-        return of_teacher(self.setup.towers, inputs, self._held_out_targets, self.mapped)
+        targets = torch.stack([self._held_out_targets[i] for i in inputs.data.image_ids])
+        return of_teacher(self.setup.towers, inputs, targets, self.mapped)
 
     def state_dict(self) -> dict[str, Any]:
         return {"teachers": self._identities}
@@ -228,8 +230,3 @@ class Distill(Method):
                     f"{name} has changed since the run began (it was {earlier}, now it is {now}); "
                     "restore it, or start a new run"
                 )
-
-
-def _captioned(data: CaptionedPictures) -> bool:
-    """Return whether every picture has a caption."""
-    return all(map(len, data.owned))
