@@ -95,10 +95,10 @@ class ModelTeacher:
                 store.put(new, vectors)
                 rows.update(zip(new, vectors, strict=True))
                 on_batch(len(rows))
-        width = len(next(iter(rows.values()))) if rows else self.dim
-        unread = np.zeros(width, np.float32)
-        vectors = [rows.get(key, unread) for key in keys.values()]
-        return np.array(vectors, np.float32).reshape(len(keys), width)
+        result = np.zeros((len(keys), len(next(iter(rows.values()), ())) or self.dim), np.float32)
+        for row, key in zip(result, keys.values(), strict=True):
+            row[:] = rows.get(key, 0)
+        return result
 
     def _encoded(
         self, data: CaptionedPictures, pictures: list[int]
