@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from test_training_choices import captioned
+from test_training_choices import Fixed, captioned
 from test_training_data import write_split
 from test_training_resume import final_state, train_with_a_kill
 from training_runs import metrics, run, weights
@@ -28,6 +28,7 @@ from clipkit.training.methods.distill import Distill
 from clipkit.training.methods.method import Setup
 from clipkit.training.run_folder import RunFolder
 from clipkit.training.teachers import ModelTeacher, VectorFile, side_by_side, unit_vectors
+from clipkit.training.validation import of_teacher
 
 Checkpoint = Callable[..., Path]
 
@@ -125,6 +126,19 @@ def test_the_map_begins_where_it_fits_best(tmp_path: Path) -> None:
     assert method.metrics()["loss/cosine"] < 0.06  # a cosine of 0.97
     value.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.shared.values())
+
+
+def test_agreement_is_recall_of_the_teachers_vectors() -> None:
+    """The student's map turns its vectors by one place; the teacher's are turned too, but for the first
+    two of twelve, which are each other's. The cosine of those is 0, of the other ten 1."""
+    rows = torch.eye(12)
+    fixed = Fixed(captioned([[]] * 12), rows, rows)
+    fixed.device = torch.device("cpu")  # type: ignore[attr-defined]
+    teachers = rows.roll(1, 1)
+    teachers[[0, 1]] = teachers[[1, 0]]
+    scores = of_teacher(fixed, fixed, teachers.half(), lambda x: x.roll(1, 1))  # type: ignore[arg-type]
+    assert scores.metrics["student_to_teacher/R@1"] == pytest.approx(10 / 12)
+    assert scores.space["positive_cosine"] == pytest.approx(10 / 12)
 
 
 def test_several_teachers_count_alike() -> None:
