@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipkit.errors import InputError
 from clipkit.losses import Kind, imported
 from clipkit.options import NoOptions, option
 
@@ -82,6 +83,27 @@ class PictureViewOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByolOptions(PictureViewOptions):
+    """The options of BYOL; without predictor, stop_gradient or momentum it may collapse."""
+
+    momentum: float = option(
+        "share of itself that the momentum tower keeps, rising to 1 (0: the tower itself, SimSiam)",
+        0.996,
+        low=0,
+        below=1,
+    )
+    predictor: bool = option("predict the target by a head of its own", True)
+    stop_gradient: bool = option("targets get no gradient; can be off with momentum 0", True)
+
+    def __post_init__(self) -> None:
+        if not self.stop_gradient and self.momentum:
+            raise InputError(
+                f"stop_gradient is off, but momentum is {self.momentum:g}: a momentum tower gets no "
+                "gradient; use momentum 0"
+            )
+
+
 # What a method over views of pictures has in place of a recipe's defaults. Views are cut small, as in
 # MoCo v2 (SimCLR: 0.08). How well views find each other says little of what a tower is good for, so
 # the last weights are kept, as in the papers.
@@ -102,6 +124,16 @@ METHODS: dict[str, MethodEntry] = {
         "(SimCLR; Chen et al. 2020, arXiv 2002.05709)",
         options=PictureViewOptions,
         losses="views",
+        needs=frozenset(),
+        recipes=("full", "lora"),
+        defaults=_VIEW_DEFAULTS,
+        unused=_TEXTS_ONLY,
+    ),
+    "byol": MethodEntry(
+        "clipkit.training.methods.byol:Byol",
+        "predict what a momentum tower makes of the other view, without captions or negatives "
+        "(BYOL; Grill et al. 2020, arXiv 2006.07733)",
+        options=ByolOptions,
         needs=frozenset(),
         recipes=("full", "lora"),
         defaults=_VIEW_DEFAULTS,
