@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MT5Config, MT5EncoderModel
 
 from clipkit import towers
 from clipkit.errors import ModelError
@@ -29,7 +30,7 @@ from clipkit.training.recipes import (
     rate_factor,
 )
 from clipkit.training.registry import METHODS
-from clipkit.training.towers import TrainableTowers
+from clipkit.training.towers import TrainableTowers, checkpoint_activations
 from clipkit.training.weights import L2SP, Ema
 
 Checkpoint = Callable[..., Path]
@@ -199,6 +200,29 @@ def test_stages_of_other_towers_are_layers_too(tiny_checkpoint: Checkpoint) -> N
     assert stem < rates["visual.trunk.blocks.0.0.conv.weight"] < top == 1.0
     assert rates["visual.trunk.bn2.weight"] == 1.0 and rates["visual.trunk.bn1.weight"] == stem
     assert rates["text.transformer.encoder.layer.1.output.dense.weight"] == 0.5
+
+
+def test_a_block_of_t5_is_a_layer() -> None:
+    """mT5 calls its blocks `block.N`, and the two parts of each `layer.0` and `layer.1`. Three blocks, so
+    the rates are 0.5, 0.25 and 0.125, of the embedding 0.0625. Fails where the parts are taken for the
+    layers: every depth is 2 then."""
+    t5 = MT5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
+    model = torch.nn.Module()
+    model.transformer = MT5EncoderModel(t5).encoder
+    config = options(recipe="full", learning_rate=1.0, layer_decay=0.5, train_text_layers=2)
+    named = {f"text.{name}": p for name, p in model.named_parameters()}
+    trained = Trained(named, {}, frozenset(), frozenset(), frozenset({"text"}), 0)
+    rates = {
+        name: group["base_lr"]
+        for group in make_optimizer(trained, config).param_groups
+        for name in group["names"]
+    }
+    for block, rate in enumerate((0.125, 0.25, 0.5)):
+        own = [r for name, r in rates.items() if f".block.{block}." in name]
+        assert len(own) >= 9 and set(own) == {rate}
+    assert rates["text.transformer.embed_tokens.weight"] == 0.0625
+    assert rates["text.transformer.final_layer_norm.weight"] == 1.0
+    assert checkpoint_activations(model) == 3
 
 
 def test_the_rate_rises_over_a_share_of_the_run_and_falls_to_nothing() -> None:
