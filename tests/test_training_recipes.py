@@ -203,8 +203,8 @@ def test_stages_of_other_towers_are_layers_too(tiny_checkpoint: Checkpoint) -> N
 
 
 def test_a_block_of_t5_is_a_layer() -> None:
-    """mT5 calls its blocks `block.N`, and the two parts of each `layer.0` and `layer.1`. Three blocks, so
-    the rates are 0.5, 0.25 and 0.125, of the embedding 0.0625. Fails where the parts are taken for the
+    """mT5 calls its blocks `block.N`, and the parts of each `layer.0` and `layer.1`. Three blocks, so the
+    rates are 0.5, 0.25 and 0.125, of the embedding 0.0625. Fails where the parts are taken for the
     layers: every depth is 2 then."""
     t5 = MT5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
     model = torch.nn.Module()
