@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from clipkit.errors import InputError
+from clipkit.errors import DatasetError, InputError
 from clipkit.index import VectorIndex
 from clipkit.training import data as data_module
 from clipkit.training.data import CaptionedPictures, mine
-from clipkit.training.validation import Scores, evaluate, exceeds, picture_losses
+from clipkit.training.validation import (
+    Scores,
+    exceeds,
+    of_labels,
+    of_pairs,
+    of_texts,
+    of_views,
+    picture_losses,
+)
 from clipkit.training.weights import ALPHAS, choose_alpha, mix
 
 
@@ -59,7 +68,7 @@ class Fixed:
 
 def scores_of(images: torch.Tensor, texts: torch.Tensor, captions: list[list[str]]) -> Scores:
     fixed = Fixed(captioned(captions), images, texts)
-    return evaluate(fixed, fixed)  # type: ignore[arg-type]
+    return of_pairs(fixed, fixed)  # type: ignore[arg-type]
 
 
 TWO_EACH = [[f"{i}a", f"{i}b"] for i in range(12)]
@@ -68,8 +77,8 @@ EYE = torch.eye(12)
 
 def test_a_perfect_model_scores_one_hundred_percent() -> None:
     scores = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
-    assert set(scores.recall.values()) == {1.0} and scores.mean_recall == 1.0
-    assert (scores.pictures, scores.captions) == (12, 24)
+    assert set(scores.metrics.values()) == {1.0} and scores.mean == 1.0
+    assert len(scores.hits) == len(scores.losses) == 12
     assert scores.space["alignment"] == 0.0
     assert scores.space["effective_rank"] == pytest.approx(
         11
@@ -81,11 +90,54 @@ def test_a_collapsed_model_scores_chance_and_gets_a_warning() -> None:
     Fails for the version that counts only strictly greater scores: 100 %."""
     same = F.normalize(torch.ones(12, 12), dim=1)
     collapsed = scores_of(same, same.repeat_interleave(2, 0), TWO_EACH)
-    assert collapsed.recall["text_to_image/R@1"] == pytest.approx(1 / 12)
-    assert collapsed.recall["image_to_text/R@1"] == pytest.approx(2 / 24)
+    assert collapsed.metrics["text_to_image/R@1"] == pytest.approx(1 / 12)
+    assert collapsed.metrics["image_to_text/R@1"] == pytest.approx(2 / 24)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
     assert "collapsing: variance fell from 0.917 to 0" in (collapsed.collapse_warning(start) or "")
     assert start.collapse_warning(start) is None and collapsed.collapse_warning(None) is None
+
+
+def test_a_view_finds_the_other_view_of_its_picture() -> None:
+    """Three of twelve second views lie where the next picture's first one is: eight pictures find their
+    own, picture 3 ties with the one that came, 0 with all twelve, 1 and 2 find another's."""
+    second = EYE.clone()
+    second[:3] = EYE[1:4]
+    fixed = Fixed(captioned(TWO_EACH), EYE, EYE)
+    scores = of_views(fixed, fixed, [[EYE], torch.split(second, 5)])  # type: ignore[arg-type]
+    assert scores.metrics["view_to_view/R@1"] == pytest.approx((8 + 1 / 2 + 1 / 12) / 12)
+    assert scores.space["positive_cosine"] == pytest.approx(9 / 12)
+    assert scores.space["alignment"] == pytest.approx(2 - 2 * 9 / 12)
+    assert scores.spectrum == sorted(scores.spectrum, reverse=True)
+
+
+def test_a_caption_finds_the_other_caption_of_its_picture() -> None:
+    """One picture has a single caption and does not count; without two that have two, an error."""
+    captions = [["a", "b"], ["c"], ["d", "e"]]
+    texts = torch.eye(3)[[0, 0, 1, 2, 2]]
+    fixed = Fixed(captioned(captions), EYE[:3, :3], texts)
+    scores = of_texts(fixed, fixed)  # type: ignore[arg-type]
+    assert set(scores.metrics) == {f"text_to_text/R@{k}" for k in (1, 5, 10)}
+    assert scores.mean == 1.0 and len(scores.hits) == 2
+    few = Fixed(captioned([["a", "b"], ["c"]]), EYE[:2, :2], EYE[:3, :3])
+    with pytest.raises(
+        DatasetError, match="1 pictures of the validation split of nowhere have two"
+    ):
+        of_texts(few, few)  # type: ignore[arg-type]
+
+
+def test_neighbours_vote_for_labels() -> None:
+    """Two clusters of six; one picture lies in the other's. Fails if a picture votes for itself."""
+    rows = EYE[[0] * 6 + [1] * 6] + 0.01 * EYE
+    rows = F.normalize(rows, dim=1)
+    labels = np.array([0] * 5 + [1] * 7)
+    data = replace(captioned(TWO_EACH), labels=labels, classes=("a", "b"))
+    fixed = Fixed(data, rows, EYE.repeat_interleave(2, 0))
+    scores = of_labels(fixed, fixed)  # type: ignore[arg-type]
+    assert scores.metrics["neighbours/acc@5nn"] == pytest.approx(11 / 12)
+    assert scores.space["knn_accuracy"] == pytest.approx(11 / 12)
+    assert 0.7 < scores.space["linear_accuracy"] <= 11 / 12
+    with pytest.raises(DatasetError, match="has no labels"):
+        of_labels(*[Fixed(captioned(TWO_EACH), rows, EYE)] * 2)  # type: ignore[arg-type]
 
 
 def test_a_lower_rank_gets_a_warning_too() -> None:
@@ -142,8 +194,8 @@ def test_a_caption_on_two_pictures_counts_for_both() -> None:
     captions = [["same", "one"], ["same", "two"]]
     texts = F.normalize(torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), dim=1)
     scores = scores_of(torch.eye(2), texts, captions)
-    assert scores.recall["text_to_image/R@1"] == pytest.approx((0.5 + 1 + 0.5 + 1) / 4)
-    assert scores.recall["image_to_text/R@1"] == 1.0
+    assert scores.metrics["text_to_image/R@1"] == pytest.approx((0.5 + 1 + 0.5 + 1) / 4)
+    assert scores.metrics["image_to_text/R@1"] == 1.0
 
 
 # ---- mixing with the start
@@ -161,7 +213,8 @@ TUNED = {"tuned": torch.tensor([4.0])}
 
 
 def scored(hits: list[float], losses: list[float]) -> Scores:
-    return Scores({"text_to_image/R@1": float(np.mean(hits))}, {}, len(hits), 1, hits, losses)
+    metrics = {"text_to_image/R@1": float(np.mean(hits))}
+    return Scores("mean recall", metrics, {}, hits, losses, [])
 
 
 ALMOST = [1.0, 1.0, 0.0, 1.0]  # one of four pictures is not found

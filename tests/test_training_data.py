@@ -17,7 +17,7 @@ from clipkit import towers
 from clipkit.errors import DatasetError
 from clipkit.training import inputs as inputs_module
 from clipkit.training.augment import CropAndFlip, random_view
-from clipkit.training.data import CaptionedPictures, fitted_batch
+from clipkit.training.data import CaptionedPictures, fitted_batch, together
 from clipkit.training.inputs import Batch, PictureInputs, SpilledPictures
 from clipkit.training.towers import TrainableTowers
 
@@ -56,7 +56,7 @@ def test_no_batch_holds_two_captions_of_a_picture(ten: CaptionedPictures) -> Non
         seen = np.concatenate([plan.pictures for plan in plans])
         assert len(set(seen)) == 9
         for plan in plans:
-            for picture, text in zip(plan.pictures, plan.texts, strict=True):
+            for picture, text in zip(plan.pictures, plan.texts[0], strict=True):
                 assert text in ten.owned[picture]
 
 
@@ -65,7 +65,7 @@ def test_every_epoch_has_its_own_order_and_captions(ten: CaptionedPictures) -> N
     epochs = [ten.plans(epoch=e, batch=10, seed=0)[0] for e in range(5)]
     assert len({tuple(plan.pictures) for plan in epochs}) == 5
     for picture in range(10):  # five epochs use each of the five captions once
-        used = [int(plan.texts[list(plan.pictures).index(picture)]) for plan in epochs]
+        used = [int(plan.texts[0, list(plan.pictures).index(picture)]) for plan in epochs]
         assert sorted(used) == sorted(ten.owned[picture])
     again = ten.plans(epoch=3, batch=10, seed=0)[0]
     assert (again.pictures == epochs[3].pictures).all() and (again.texts == epochs[3].texts).all()
@@ -75,7 +75,7 @@ def test_every_epoch_has_its_own_order_and_captions(ten: CaptionedPictures) -> N
 
 def test_too_few_pictures_are_an_error(ten: CaptionedPictures) -> None:
     """Fails for a loader that drops the last partial batch in silence: no steps, and no error."""
-    words = "10 training pictures with captions, fewer than one batch of 11; use a batch of at most"
+    words = "10 training pictures, fewer than one batch of 11; use a batch of at most"
     with pytest.raises(DatasetError, match=words):
         ten.plans(epoch=0, batch=11, seed=0)
 
@@ -93,7 +93,7 @@ def test_equal_captions_are_known_whatever_their_spelling(
         same = data.same(plan)
         assert same is not None
         place = {int(p): i for i, p in enumerate(plan.pictures)}
-        said = data.texts[plan.texts[place[0]]]
+        said = data.texts[plan.texts[0, place[0]]]
         found.add(said)
         expected = torch.zeros(3, 3, dtype=torch.bool)
         expected[place[0], place[1]] = True
@@ -114,7 +114,7 @@ def test_files_of_equal_content_are_one_picture(tmp_path: Path, noise_picture: P
     data = CaptionedPictures.read(folder, "train")
     assert data.image_ids == ("0000", "0003") and data.paths == ("train/0.png", "train/3.png")
     assert [[data.texts[n] for n in numbers] for numbers in data.owned] == [["one", "two"], ["one"]]
-    assert data.without_captions == 1
+    assert data.left_out == 1
     assert data.owner.tolist() == [0, 0, 1] and data.captions.tolist() == [0, 1, 0]
 
 
@@ -179,11 +179,22 @@ def test_hard_negatives_share_a_batch(ten: CaptionedPictures) -> None:
     """Pictures 0-4 and 5-9 are look-alikes: batches of five hold one kind where both are whole."""
     alike = np.array([[j for j in range(i // 5 * 5, i // 5 * 5 + 5) if j != i] for i in range(10)])
     for epoch in range(3):
-        plans = ten.plans(epoch=epoch, batch=5, seed=0, alike=alike)
+        order = together(ten.order(epoch, 0), alike)
+        plans = ten.plans(epoch=epoch, batch=5, seed=0, order=order)
         assert {len({int(p) // 5 for p in plan.pictures}) for plan in plans} == {1}
         assert len({int(p) for plan in plans for p in plan.pictures}) == 10
     nobody = np.full((10, 2), -1)
-    assert len(set(ten.plans(epoch=0, batch=10, seed=0, alike=nobody)[0].pictures)) == 10
+    assert sorted(together(ten.order(0, 0), nobody)) == list(range(10))
+
+
+def test_two_captions_of_a_picture_are_different_ones(ten: CaptionedPictures) -> None:
+    """Two of five a time: five epochs use each caption twice. Without captions there are no texts."""
+    epochs = [ten.plans(epoch=e, batch=10, seed=0, texts=2)[0] for e in range(5)]
+    for picture in range(10):
+        used = [plan.texts[:, list(plan.pictures).index(picture)] for plan in epochs]
+        assert all(first != second for first, second in used)
+        assert sorted(np.concatenate(used)) == sorted([*ten.owned[picture]] * 2)
+    assert ten.plans(epoch=0, batch=10, seed=0, texts=0)[0].texts.shape == (0, 10)
 
 
 @given(st.integers(1, 10**6), st.integers(2, 4096))

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import MT5Config, MT5EncoderModel
@@ -16,6 +17,7 @@ from clipkit import towers
 from clipkit.errors import ModelError
 from clipkit.losses import LOSSES
 from clipkit.training.config import TrainConfig
+from clipkit.training.data import CaptionedPictures
 from clipkit.training.frozen_towers import find_heads
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import (
@@ -46,9 +48,14 @@ def options(**changes: Any) -> TrainConfig:
     return TrainConfig.from_mapping({"data": "d", **changes})
 
 
+NO_PICTURES = CaptionedPictures(Path("nowhere"), (), (), (), (), np.empty(0, np.int64), 0)
+
+
 def pairs(model: TrainableTowers, config: TrainConfig) -> Method:
     loss = LOSSES["siglip" if model.logit_bias is not None else "infonce"]
-    return METHODS["pairs"](Setup(config, loss, config.method_options(), {}, model))
+    return METHODS["pairs"](
+        Setup(config, loss, config.method_options(), {}, model, NO_PICTURES, 2, 1)
+    )
 
 
 def chosen(model: TrainableTowers, config: TrainConfig) -> Trained:
@@ -203,9 +210,9 @@ def test_stages_of_other_towers_are_layers_too(tiny_checkpoint: Checkpoint) -> N
 
 
 def test_a_block_of_t5_is_a_layer() -> None:
-    """mT5 calls its blocks `block.N`, and the parts of each `layer.0` and `layer.1`. Three blocks, so the
-    rates are 0.5, 0.25 and 0.125, of the embedding 0.0625. Fails where the parts are taken for the
-    layers: every depth is 2 then."""
+    """mT5 calls its blocks `block.N`, and the parts of each `layer.0` and `layer.1`. Three blocks, so
+    the rates are 0.5, 0.25 and 0.125, of the embedding 0.0625. Fails where the parts are taken for
+    the layers: every depth is 2 then."""
     t5 = MT5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
     model = torch.nn.Module()
     model.transformer = MT5EncoderModel(t5).encoder

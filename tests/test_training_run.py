@@ -283,7 +283,7 @@ class Farther(Method):
     """Only pictures: move their mean vector away from where it is; counts its steps."""
 
     sides = frozenset(("image",))
-    captions = False
+    text_views = 0
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -299,7 +299,7 @@ class Farther(Method):
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         assert len(rows) == 1 and rows[0].shape == (len(batch.plan.pictures), 24)
-        assert batch.texts is None
+        assert not batch.texts
         return self.gain * rows[0].mean(0).square().sum() * self.setup.options.weight
 
     def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:
@@ -329,12 +329,17 @@ def test_a_method_registered_from_outside_trains_and_resumes(
     entry = MethodEntry(
         Farther,
         "farther",
+        recipes=("full", "lora"),
         options=FartherOptions,
         defaults={"learning_rate": 1e-2},
         unused=frozenset({"text_rate"}),
     )
     monkeypatch.setitem(METHODS, "farther", entry)
     options |= {"method": "farther", "recipe": "full", "interpolate": False, "ema": 0.0}
+    with pytest.raises(
+        InputError, match="recipe heads cannot learn by method farther; use recipe ful"
+    ):
+        run(options, recipe="heads")
     with pytest.raises(InputError, match=r"text_rate is 0.5, but method farther does not use it"):
         run(options, text_rate=0.5)
     with pytest.raises(InputError, match="loss is 'infonce'; use one of auto"):

@@ -342,7 +342,7 @@ def _line(progress: Progress) -> str:
     """Return what the last evaluation showed."""
     where = f"step {progress.done:,} of {progress.total:,}" if progress.done else "start"
     line = f"{where}: validation loss {progress.validation_loss:.3f}, "
-    line += f"mean recall {percent(progress.mean_recall or 0.0)}"
+    line += f"{progress.score_title} {percent(progress.score or 0.0)}"
     if progress.best_step:
         line += f", best so far: step {progress.best_step:,}"
     left = progress.eta_seconds

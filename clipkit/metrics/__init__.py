@@ -24,6 +24,7 @@ from clipkit.metrics.intervals import (
     paired_test,
     statistic_interval,
 )
+from clipkit.metrics.probes import neighbour_losses, neighbour_votes, ridge_accuracy
 from clipkit.metrics.ranking import Ranking, rank_captions, rank_pairs
 from clipkit.metrics.space import (
     Statistic,
@@ -58,13 +59,16 @@ __all__ = [
     "knn_predict",
     "mean_interval",
     "mean_shift",
+    "neighbour_losses",
     "neighbour_overlap",
+    "neighbour_votes",
     "paired_test",
     "per_class_recall",
     "predictions",
     "rank_captions",
     "rank_pairs",
     "reliability",
+    "ridge_accuracy",
     "statistic_interval",
     "topk_hits",
     "uniformity",

@@ -16,12 +16,12 @@ from typing import Any, Literal
 from clipkit.errors import InputError, check_choice, suggestion
 from clipkit.losses import LOSSES, Loss, losses_of
 from clipkit.options import check_options, check_type, converted, option, option_fields
-from clipkit.training.registry import METHODS
+from clipkit.training.registry import METHODS, Recipe
 
 # The command line's options are made of this module: it must not wait for torch. `towers.Precision`
 # is the same.
-Recipe = Literal["heads", "lit", "lora", "full"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Keep = Literal["best", "last"]
 _WHOLE = ("lit", "lora", "full")  # the recipes that pass pictures and captions through the towers
 
 # Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
@@ -93,6 +93,7 @@ class TrainConfig:
     interpolate: bool = option("mix with the start as validation suggests (WiSE-FT)", True)
     eval_every: int = option("steps between evaluations (0: once an epoch)", 0, low=0)
     eval_pictures: int = option("most validation pictures to use (0: all)", 5000, low=0)
+    keep: Keep = option("weights: the best on validation, or the last, then not mixed", "best")
     patience: int = option("stop after N evaluations without improvement (0: never)", 5, low=0)
     checkpoint_every: int = option("steps between resumable states (0: at evaluations)", 0, low=0)
 
@@ -111,6 +112,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_options(self)
         check_choice("method", self.method, METHODS)
+        if self.recipe not in (able := METHODS[self.method].recipes):
+            raise InputError(
+                f"recipe {self.recipe} cannot learn by method {self.method}; use recipe "
+                f"{' or '.join(able)}"
+            )
         check_choice("loss", self.loss, ("auto", *losses_of(METHODS[self.method].losses)))
         if -1 < self.drift < 0:
             raise InputError(f"drift is {self.drift:g}; it must be 0 or more, or -1 to be fitted")
@@ -135,9 +141,10 @@ class TrainConfig:
                 "data is not given; name a dataset folder, as `clipkit data build` writes it"
             )
         values = converted({**own, **others}, options)
-        recipe, method = values.get("recipe", "heads"), values.get("method", "pairs")
-        check_type("recipe", recipe, Recipe)
+        method = values.get("method", "pairs")
         check_choice("method", method, METHODS)
+        recipe = values.setdefault("recipe", METHODS[method].recipes[0])
+        check_type("recipe", recipe, Recipe)
         given = {name: values.pop(name) for name in list(values) if name in others}
         given = {name: v for name, v in given.items() if v != others[name][0].default}
         return cls(**{**RECIPES[recipe], **METHODS[method].defaults, **values}, options=given)

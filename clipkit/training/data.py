@@ -1,4 +1,4 @@
-"""Plan batches of pairs from (seed, epoch) alone, before any picture is read.
+"""Plan batches of pictures from (seed, epoch) alone, before any picture is read.
 
 A picture appears once an epoch, with one of its captions, so that no batch holds a picture twice.
 Plans have no state: a run that is resumed at epoch 3, batch 17 computes the same plans again.
@@ -7,7 +7,8 @@ Plans have no state: a run that is resumed at epoch 3, batch 17 computes the sam
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,14 @@ import torch
 from clipkit.errors import DatasetError
 from clipkit.records import METADATA, SPLITS, stripped
 from clipkit.sources import Broken, Options, Picture, PictureFile, Row, TarMember, open_source
+from clipkit.training.registry import Need
 
 Vectors = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _SEARCHED = 10  # candidates for each hard negative
 _SCORES = 2**24  # similarities in memory at a time
+_CAPTIONS: frozenset[Need] = frozenset(("captions",))
 
 
 def mine(
@@ -49,9 +52,7 @@ def mine(
     rows = torch.from_numpy(pictures).to(device)
     most = min(_SEARCHED * count + 1, len(data))
     widest = max(len(numbers) for numbers in data.owned)
-    block = max(
-        1, _SCORES // (len(data) * widest)
-    )  # pictures whose captions are compared at a time
+    block = max(1, _SCORES // (len(data) * widest))  # pictures at a time
     result = np.full((len(chosen), count), -1, np.int64)
     for start in range(0, len(chosen), block):
         part = chosen[start : start + block]
@@ -99,17 +100,17 @@ _ORDER, _CAPTION = 0, 1  # the purpose of a random stream, beside seed and epoch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """One batch over all processes: numbers of pictures and of their captions."""
+    """One batch over all processes: numbers of pictures and of texts that belong to them."""
 
     epoch: int
     number: int  # of the batch within its epoch
     pictures: Ints  # (B,)
-    texts: Ints  # (B,)
+    texts: Ints  # (T, B): a row for each text view; T is 0 for methods without captions
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CaptionedPictures:
-    """A split of a dataset: its pictures, its distinct captions, and their pairs."""
+    """A split of a dataset: its pictures, its distinct captions, their pairs, and labels."""
 
     folder: Path
     image_ids: tuple[str, ...]  # distinct
@@ -117,34 +118,45 @@ class CaptionedPictures:
     texts: tuple[str, ...]  # distinct, short ones first
     owned: tuple[Ints, ...]  # of each picture: its captions' numbers in `texts`
     meanings: Ints  # (texts,): equal for captions that differ in case, spaces or a full stop
-    without_captions: int  # pictures left out
+    left_out: int  # pictures without what is needed
     members: tuple[TarMember, ...] = ()  # the pictures in shards; empty: files below `folder`
+    labels: Ints | None = (
+        None  # (N,): numbers in `classes`, -1 for none; None if no picture has one
+    )
+    classes: tuple[str, ...] = ()  # sorted
 
     @classmethod
-    def read(cls, folder: Path, split: str, *, most: int = 0) -> CaptionedPictures:
-        """Read the pictures of a split that have captions; equal files are one picture.
+    def read(
+        cls, folder: Path, split: str, *, most: int = 0, needs: Collection[Need] = _CAPTIONS
+    ) -> CaptionedPictures:
+        """Read the pictures of a split that have what is needed; equal files are one picture.
 
         `folder` is a dataset as `clipkit data build` writes it, with files or shards. At most `most`
         pictures are taken, the same ones each time (0: all). Raises DatasetError if the split is not
-        there, a row is broken, a file is missing, or no picture has a caption.
+        there, a row is broken, a file is missing, or no picture has what is needed.
         """
         names: dict[str, str] = {}
         pictures: dict[str, Picture] = {}
         captions: dict[str, list[str]] = {}
-        without = 0
+        labelled: dict[str, str] = {}
+        left_out = 0
         for row in _rows(Path(folder), split):
-            texts = stripped(row.captions)
-            if not texts:
-                without += 1
+            texts, label = stripped(row.captions), "" if row.label is None else str(row.label)
+            if ("captions" in needs and not texts) or ("labels" in needs and not label):
+                left_out += 1
                 continue
             assert row.image_id is not None
             names.setdefault(row.image_id, f"{split}/{row.name}")
             pictures.setdefault(row.image_id, row.picture)
             captions.setdefault(row.image_id, []).extend(texts)
+            if label:
+                labelled.setdefault(row.image_id, label)
         # Content hashes are as good as random, and stay when pictures are added.
         chosen = sorted(names)[:most] if most else list(names)
         if not chosen:
-            raise DatasetError(f"{folder} has no picture with a caption in split {split!r}")
+            what = " and ".join(need.removesuffix("s") for need in sorted(needs))
+            having = f" with a {what}" if what else ""
+            raise DatasetError(f"{folder} has no picture{having} in split {split!r}")
         for image_id in chosen:
             path = pictures[image_id].path
             if path is not None and not path.is_file():
@@ -164,6 +176,9 @@ class CaptionedPictures:
             meanings.setdefault(" ".join(text.lower().split()).rstrip(" .!"), len(meanings))
             for text in texts
         ]
+        classes = sorted({labelled[i] for i in chosen if i in labelled})
+        number = {label: n for n, label in enumerate(classes)}
+        labels = [number.get(labelled.get(i, ""), -1) for i in chosen]
         return cls(
             Path(folder),
             tuple(chosen),
@@ -171,8 +186,10 @@ class CaptionedPictures:
             tuple(texts),
             owned,
             np.array(meant, np.int64),
-            without,
+            left_out,
             tuple(p for i in chosen if isinstance(p := pictures[i], TarMember)),
+            np.array(labels, np.int64) if classes else None,
+            tuple(classes),
         )
 
     def __len__(self) -> int:
@@ -186,51 +203,57 @@ class CaptionedPictures:
     @property
     def captions(self) -> Ints:
         """Return int64 (captions,): the numbers of all captions, in the order of the pictures."""
-        return np.concatenate(self.owned)
+        return np.concatenate(self.owned) if self.owned else np.empty(0, np.int64)
 
     def fingerprint(self) -> str:
-        """Return 16 hex digits that change with the pictures' content, captions and order."""
+        """Return 16 hex digits that change with the pictures' content, captions, labels and order."""
         digest = hashlib.sha256()
         for image_id, numbers in zip(self.image_ids, self.owned, strict=True):
             captions = "\x1f".join(self.texts[n] for n in numbers)
             digest.update(f"{image_id}\x1e{captions}\x1d".encode())
+        if self.labels is not None:
+            digest.update(json.dumps([self.classes, self.labels.tolist()]).encode())
         return digest.hexdigest()[:16]
 
     def check_batch(self, batch: int) -> None:
         """Raise DatasetError if there are fewer pictures than a batch: an epoch would have no step."""
         if len(self) < batch:
             raise DatasetError(
-                f"{self.folder} has {len(self)} training pictures with captions, fewer than one "
+                f"{self.folder} has {len(self)} training pictures, fewer than one "
                 f"batch of {batch}; use a batch of at most {len(self)}"
             )
 
-    def plans(self, *, epoch: int, batch: int, seed: int, alike: Ints | None = None) -> list[Plan]:
-        """Return one epoch's batches, in an order of its own.
+    def order(self, epoch: int, seed: int) -> Ints:
+        """Return the numbers of all pictures in an epoch's own order: int64 (N,)."""
+        return np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self))
 
-        The pictures behind the last whole batch are left out, different ones each epoch. `alike` (N, K)
-        are hard negatives, to be put into one batch with each picture; -1 if there are fewer. Every
-        picture still appears once. Raises DatasetError if there are fewer pictures than a batch.
+    def plans(
+        self, *, epoch: int, batch: int, seed: int, order: Ints | None = None, texts: int = 1
+    ) -> list[Plan]:
+        """Return one epoch's batches, with `texts` captions of each picture.
+
+        The pictures behind the last whole batch are left out, different ones each epoch. `order`
+        (default: `self.order`) may put pictures beside others that they should be compared with; see
+        `together`. Raises DatasetError if there are fewer pictures than a batch.
         """
         self.check_batch(batch)
-        order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self))
-        if alike is not None:
-            order = _together(order, alike)
-        # Each epoch takes a picture's next caption, from a random first one: all are used evenly.
-        counts = np.array([len(texts) for texts in self.owned])
-        first = np.random.default_rng([seed, _CAPTION]).integers(0, counts)
-        turn = (first + epoch) % counts
-        plans = []
-        for number in range(len(self) // batch):
-            pictures = order[number * batch : (number + 1) * batch]
-            texts = np.array([self.owned[p][turn[p]] for p in pictures], np.int64)
-            plans.append(Plan(epoch, number, pictures, texts))
-        return plans
+        order = self.order(epoch, seed) if order is None else order
+        chosen = np.empty((texts, len(self)), np.int64)
+        if texts:
+            # Each epoch takes a picture's next captions, from a random first one: all are used evenly.
+            counts = np.array([len(owned) for owned in self.owned])
+            first = np.random.default_rng([seed, _CAPTION]).integers(0, counts)
+            for view in range(texts):
+                turn = (first + texts * epoch + view) % counts
+                chosen[view] = [owned[t] for owned, t in zip(self.owned, turn, strict=True)]
+        batches = order[: len(order) // batch * batch].reshape(-1, batch)
+        return [Plan(epoch, n, pictures, chosen[:, pictures]) for n, pictures in enumerate(batches)]
 
     def same(self, plan: Plan) -> torch.Tensor | None:
         """Return bool (B, B): the pairs (picture i, caption j), i != j, in which picture i has a caption
         with the meaning of j, so that they are no negatives. None if there are no such pairs."""
         columns: dict[int, list[int]] = {}
-        for j, text in enumerate(plan.texts):
+        for j, text in enumerate(plan.texts[0]):
             columns.setdefault(int(self.meanings[text]), []).append(j)
         pairs = [
             (i, j)
@@ -306,8 +329,9 @@ def fitted_batch(pictures: int, *, most: int) -> int:
     return max(2, min(most, 1 << ((pictures // 4).bit_length() - 1) if pictures >= 8 else 2))
 
 
-def _together(order: Ints, alike: Ints) -> Ints:
-    """Return the order with each picture followed by its hard negatives that are not placed yet."""
+def together(order: Ints, alike: Ints) -> Ints:
+    """Return the order with each picture followed by its hard negatives `alike` (N, K), -1 if there are
+    fewer, that are not placed yet. Every picture still appears once."""
     placed = np.zeros(len(order), bool)
     result: list[int] = []
     for picture in order:

@@ -242,8 +242,8 @@ class HeadInputs:
         for plan in plans:
             own = own_slice(len(plan.pictures))
             images = self.image_features[torch.from_numpy(plan.pictures[own])]
-            texts = self.text_features[torch.from_numpy(plan.texts[own])]
-            yield Batch(plan, self.data, (images,), texts, None)
+            texts = [self.text_features[torch.from_numpy(view)] for view in plan.texts[:, own]]
+            yield Batch(plan, self.data, (images,), texts, [torch.arange(len(images))] * len(texts))
 
     def pictures(self) -> Generator[torch.Tensor]:
         return _chunks(self.image_features)

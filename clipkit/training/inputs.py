@@ -28,7 +28,7 @@ from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.distributed import own_slice, rank, world_size
 from clipkit.training.towers import TrainableTowers
 
-_VIEW = 2  # what a random stream is for; `data` has 0 and 1
+_VIEW, _FIXED_VIEW = 2, 3  # what a random stream is for; `data` has 0 and 1
 _AHEAD, _MOST_AHEAD = 256, 1024  # pictures decoded before they are needed
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 Made = TypeVar("Made")
@@ -42,13 +42,21 @@ class Batch:
     plan: Plan
     data: CaptionedPictures
     pictures: Sequence[torch.Tensor | SpilledPictures]  # one for each view, uint8 (b, 3, H, W)
-    texts: torch.Tensor | None  # int64 (b, L); None without captions
-    text_order: torch.Tensor | None  # texts by length: chunks are cut to their longest
+    texts: Sequence[torch.Tensor]  # one for each view, int64 (b, L)
+    text_orders: Sequence[
+        torch.Tensor
+    ]  # of each: by length, so that chunks are cut to their longest
 
     @property
     def same(self) -> torch.Tensor | None:
         """Pairs of the plan that are true beside its own: see `CaptionedPictures.same`."""
         return self.data.same(self.plan)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """Return int64 (B,): the labels of the plan's pictures, of all processes."""
+        assert self.data.labels is not None
+        return torch.from_numpy(self.data.labels[self.plan.pictures])
 
 
 class SpilledPictures:
@@ -106,17 +114,16 @@ class PictureInputs:
         *,
         augment: Augment | None = None,
         views: int = 1,
-        captions: bool = True,
         seed: int = 0,
         workers: int = 0,
     ) -> None:
         """augment: draws a view of a picture; without it each is preprocessed as at inference.
 
-        views: how many views of each picture a batch has; captions: whether it has captions.
+        views: how many views of each picture a batch has. Texts are those of the plan.
         """
         self.data = data
         self._encoder = towers.encoder
-        self._augment, self._views, self._captions = augment, views, captions
+        self._augment, self._views = augment, views
         self._seed = seed
         self.workers = workers or max(2, os.cpu_count() or 1)
 
@@ -139,21 +146,28 @@ class PictureInputs:
                 pictures = tuple(self._gathered(views, count) for _ in range(self._views))
                 yield Batch(plan, self.data, pictures, *self._texts(plan))
 
-    def _texts(self, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Tokens of this process's captions, and their order by length."""
-        if not self._captions:
-            return None, None
-        captions = [self.data.texts[text] for text in plan.texts[self._own(plan)]]
-        order = torch.tensor(np.argsort([len(text) for text in captions], kind="stable"))
-        return self._encoder.tokenize(captions), order
+    def _texts(self, plan: Plan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Tokens of this process's captions, and their order by length; one of each a view."""
+        views = [[self.data.texts[t] for t in texts] for texts in plan.texts[:, self._own(plan)]]
+        orders = [np.argsort([len(text) for text in texts], kind="stable") for texts in views]
+        return [self._encoder.tokenize(texts) for texts in views], list(map(torch.tensor, orders))
 
     def pictures(self) -> Generator[torch.Tensor]:
+        return self._all(lambda picture: self._made(picture, self.served))
+
+    def fixed_views(self, augment: Augment, number: int) -> Generator[torch.Tensor]:
+        """Yield view `number` of this process's share of all pictures in chunks, the same each time."""
+
+        def view(picture: int) -> torch.Tensor:
+            rng = np.random.default_rng([self._seed, _FIXED_VIEW, picture, number])
+            return augment(self._made(picture, self._decoded), rng)
+
+        return self._all(view)
+
+    def _all(self, make: Callable[[int], torch.Tensor]) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
         chunk = self._encoder.preferred_batch
-        jobs = ahead(
-            share, lambda p: self._made(p, self.served), workers=self.workers, bound=_AHEAD
-        )
-        with closing(jobs) as views:
+        with closing(ahead(share, make, workers=self.workers, bound=_AHEAD)) as views:
             for start in range(0, len(share), chunk):
                 yield torch.stack([next(views) for _ in share[start : start + chunk]])
 

@@ -32,7 +32,7 @@ from clipkit.training.methods.method import Method
 from clipkit.training.recipes import Trained, adapter_sizes, make_optimizer, rate_factor
 from clipkit.training.run_folder import RunFolder, Tracker
 from clipkit.training.towers import Towers
-from clipkit.training.validation import Scores, evaluate
+from clipkit.training.validation import Scores
 from clipkit.training.weights import L2SP, Ema
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Progress:
     loss: float | None = None
     evaluated: int | None = None  # the step of the last evaluation; 0: the start
     validation_loss: float | None = None  # of that evaluation
-    mean_recall: float | None = None  # of that evaluation
+    score: float | None = None  # of that evaluation: the mean of the method's metrics
+    score_title: str = ""  # such as "mean recall"
     best_step: int = 0  # of the best evaluation after the start; 0: none yet
     eta_seconds: float | None = None  # of the training, should it not stop early
     message: str = ""  # what features are computed of, or a warning, shown once
@@ -287,16 +288,17 @@ class _Run:
         history, began = self.history, time.monotonic()
         self.report("evaluating")
         with self.state.ema.applied():
-            scores = history.last = evaluate(self.job.towers, validation)
+            scores = history.last = self.job.method.evaluate(validation)
+            keep_last = self.job.config.keep == "last"
             if history.step == 0:
                 history.start = scores
-            elif history.best is None or scores.beats(history.best):
+            elif history.best is None or keep_last or scores.beats(history.best):
                 history.best, history.best_step, history.without_gain = scores, history.step, 0
                 history.best_weights = self.job.trained.copy()
             else:
                 history.without_gain += 1
-        metrics = {**scores.recall, "validation_loss": scores.loss, **scores.space}
-        self.tracker.write(history.step, metrics)
+        metrics = {**scores.metrics, "validation_loss": scores.loss, **scores.space}
+        self.tracker.write(history.step, metrics, spectrum=scores.spectrum)
         if (warning := scores.collapse_warning(history.start)) and not history.warnings:
             history.warnings.append(f"at step {history.step} {warning}")
             log.warning(history.warnings[0])
@@ -341,7 +343,8 @@ class _Run:
                 loss=loss,
                 evaluated=self.evaluated,
                 validation_loss=last.loss if last else None,
-                mean_recall=last.mean_recall if last else None,
+                score=last.mean if last else None,
+                score_title=last.title if last else "",
                 best_step=self.history.best_step,
                 eta_seconds=self.eta_seconds,
                 message=message,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from clipkit.training.methods.method import Method
 
 Duplicates = Literal["mask", "positive"]  # as clipkit.losses.pairs, which imports torch
+Need = Literal["captions", "labels"]
+Recipe = Literal["heads", "lit", "lora", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class MethodEntry:
     summary: str  # two lines: what it does, with its paper
     options: type = NoOptions
     losses: Kind | None = None  # the kind of the losses that it may be trained with; None: its own
+    needs: frozenset[Need] = frozenset(("captions",))  # what a picture must have to be used
+    # the recipes that can be used with it, the usual one first
+    recipes: tuple[Recipe, ...] = ("heads", "lit", "lora", "full")
     # of TrainConfig's options, in place of the recipe's
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()  # TrainConfig's options that mean nothing here

@@ -31,7 +31,7 @@ from clipkit.training.recipes import choose_parameters, merge_adapters
 from clipkit.training.registry import METHODS
 from clipkit.training.run_folder import RunFolder, write_json
 from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
-from clipkit.training.validation import Scores, embed, evaluate
+from clipkit.training.validation import Scores, embed_captions, embed_pictures
 from clipkit.training.weights import ALPHAS, Mixture, choose_alpha, choose_drift
 
 log = logging.getLogger(__name__)
@@ -131,9 +131,10 @@ def _train(
     if config.activation_checkpointing:
         checkpoint_activations(encoder.model)
     source, held_out = Path(config.data), None
-    data = CaptionedPictures.read(source, "train")
+    data = CaptionedPictures.read(source, "train", needs=entry.needs)
     if has_split(source, "validation"):
-        held_out = CaptionedPictures.read(source, "validation", most=config.eval_pictures)
+        most = config.eval_pictures
+        held_out = CaptionedPictures.read(source, "validation", most=most, needs=entry.needs)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)  # raises InputError if the processes cannot share it
@@ -150,7 +151,16 @@ def _train(
     if config.recipe == "heads":
         towers = FrozenTowers(trainable, dropout=config.feature_dropout)
     method = entry(
-        Setup(config, LOSSES.get(loss or ""), config.method_options(), loss_options, towers)
+        Setup(
+            config,
+            LOSSES.get(loss or ""),
+            config.method_options(),
+            loss_options,
+            towers,
+            data,
+            batch,
+            config.steps(len(data), batch),
+        )
     )
     trained = choose_parameters(towers, config, method)
     summary = RunSummary(
@@ -160,16 +170,22 @@ def _train(
         trained_parameters=trained.count,
         total_parameters=trained.total,
     )
+
+    def on_features(what: str, done: int, total: int) -> None:
+        on_progress(Progress("features", done, total, message=what))
+
     try:
         inputs, validation = _inputs(
-            config, method, trainable, towers, data, held_out, on_progress, stop
+            config, method, trainable, towers, data, held_out, on_features, stop
         )
+        method.prepare(inputs, on_features, stop)
     except FeaturesStopped:
         note = "stopped before the first step; the features computed so far are kept"
         return replace(summary, notes=(note,))
     chunk = config.chunk or (batch if config.recipe == "heads" else _CHUNK[device.type])
     if config.drift < 0:
-        plan = data.plans(epoch=0, batch=batch, seed=config.seed)[0]
+        texts = method.text_views
+        plan = data.plans(epoch=0, batch=batch, seed=config.seed, texts=texts)[0]
         config = replace(config, drift=choose_drift(towers, inputs, plan, chunk=chunk))
     job = Job(
         config=config,
@@ -206,7 +222,7 @@ def _inputs(
     towers: Towers,
     data: CaptionedPictures,
     held_out: CaptionedPictures | None,
-    on_progress: Callable[[Progress], None],
+    on_features: Callable[[str, int, int], None],
     stop: threading.Event,
 ) -> tuple[Inputs, Inputs | None]:
     """Return the training split, augmented, and the validation split if there is one; both as
@@ -217,7 +233,6 @@ def _inputs(
         trainable,
         augment=None if frozen else method.augment(),
         views=method.picture_views,
-        captions=method.captions,
         seed=config.seed,
         workers=config.workers,
     )
@@ -225,13 +240,9 @@ def _inputs(
     if frozen is None:
         return training, validation
     store = Path(config.out) / _FEATURES
-
-    def on_batch(what: str, done: int, total: int) -> None:
-        on_progress(Progress("features", done, total, message=what))
-
     return (
-        frozen.features(training, store, on_batch, stop),
-        frozen.features(validation, store, on_batch, stop) if validation else None,
+        frozen.features(training, store, on_features, stop),
+        frozen.features(validation, store, on_features, stop) if validation else None,
     )
 
 
@@ -300,8 +311,8 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
         best_step=history.best_step or history.step,
         seconds=history.seconds,
         drift=job.config.drift,
-        before=history.start.recall if history.start else None,
-        after=history.best.recall if history.best else None,
+        before=history.start.metrics if history.start else None,
+        after=history.best.metrics if history.best else None,
         notes=(*_notes(job, state), *history.warnings),
     )
     if history.stopped:
@@ -314,9 +325,10 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
     job.towers.mode(False)
     merge_adapters(job.towers.model)
     mixture = Mixture(1.0, {})
-    if job.validation is not None and history.start is not None:
-        mixture = _mix(job, job.validation, history.start)
-        summary = replace(summary, alpha=mixture.alpha, after=mixture.scores[mixture.alpha].recall)
+    validation, at_start = job.validation, history.start
+    if validation is not None and at_start is not None and job.config.keep == "best":
+        mixture = _mix(job, validation, at_start)
+        summary = replace(summary, alpha=mixture.alpha, after=mixture.scores[mixture.alpha].metrics)
         if mixture.alpha == 0:
             note = (
                 "no trained weights were better than the starting model on the validation split, "
@@ -340,7 +352,7 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
             calibration.write(result)
         content = json.loads(json.dumps(asdict(summary), default=str))
         content["mixture"] = {
-            str(alpha): {"loss": s.loss, **s.recall} for alpha, s in mixture.scores.items()
+            str(alpha): {"loss": s.loss, **s.metrics} for alpha, s in mixture.scores.items()
         }
         write_json(folder.summary, content)
     return summary
@@ -352,9 +364,11 @@ def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibrat
     model's, None if it has none. All processes must call it."""
     start = strength.read(job.config.start, parent_id)
     validation = job.validation
-    if validation is not None and encoder_id != parent_id:
-        pictures, texts = embed(job.towers, validation)
-        captions, owner = texts[validation.data.captions], np.asarray(validation.data.owner)
+    captioned = validation is not None and min(map(len, validation.data.owned)) > 0
+    if validation is not None and captioned and encoder_id != parent_id:
+        pictures = embed_pictures(job.towers, validation)
+        captions = embed_captions(job.towers, validation)[validation.data.captions]
+        owner = np.asarray(validation.data.owner)
         fitted = strength.fit_captions(
             pictures,
             captions,
@@ -373,8 +387,9 @@ def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibrat
 def _notes(job: Job, state: State) -> list[str]:
     """Return sentences about the training for the user."""
     notes = []
-    if left_out := job.inputs.data.without_captions:
-        notes.append(f"{left_out} training pictures without a caption were left out")
+    if left_out := job.inputs.data.left_out:
+        what = " and ".join(need.removesuffix("s") for need in METHODS[job.config.method].needs)
+        notes.append(f"{left_out} training pictures without a {what} were left out")
     if job.validation is None:
         notes.append(
             "the dataset has no validation split, so the last weights were kept without a comparison"
@@ -400,7 +415,7 @@ def _mix(job: Job, validation: Inputs, at_start: Scores) -> Mixture:
 
     def scores() -> Scores:
         job.on_progress(Progress("mixing", 0, len(alphas)))
-        return evaluate(job.towers, validation)
+        return job.method.evaluate(validation)
 
     return choose_alpha(model, start, trained, scores, at_start=at_start, alphas=alphas)
 

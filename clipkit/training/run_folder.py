@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,11 @@ class Tracker:
         names = [name.strip() for name in config.trackers.split(",") if name.strip()]
         self._trackers = [_tracker(name, folder, config) for name in names if self._active]
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float], **lists: Sequence[float]) -> None:
+        """Write a line of metrics; `lists` go to metrics.jsonl alone."""
         if self._active:
             with self._folder.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps({"step": step, **metrics, **lists}) + "\n")
         if self._events is not None:
             for name, value in metrics.items():
                 self._events.add_scalar(name, value, step)

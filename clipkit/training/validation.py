@@ -1,5 +1,13 @@
-"""Validation during training: recall and loss on the validation split, the comparison of two models
-by them, and a warning if the embeddings collapse."""
+"""Validation during training: what each kind of method is measured by on the validation split, the
+comparison of two models by it, and a warning if the embeddings collapse.
+
+    of_pairs    a caption finds its picture, and a picture one of its captions
+    of_views    a view of a picture finds another view of it among all pictures' views
+    of_texts    a caption finds another caption of its picture
+    of_labels   a picture's nearest neighbours have its label
+
+All processes share the work and return the same.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +19,43 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipkit.arrays import Float32
+from clipkit.arrays import Float32, Int64
+from clipkit.errors import DatasetError
 from clipkit.metrics import (
     alignment,
     covariance_spectrum,
     effective_rank,
+    neighbour_losses,
+    neighbour_votes,
     rank_captions,
+    ridge_accuracy,
     uniformity,
 )
-from clipkit.training.distributed import gather_uneven
+from clipkit.training.distributed import collect
 from clipkit.training.inputs import Inputs
 from clipkit.training.towers import Towers
 
 _KS = (1, 5, 10)
 _BLOCK_ROWS = 256  # rows of similarities at a time
 _COLLAPSED = 0.25  # of the variance or effective rank at the start
+_VIEW_SCALE = 10.0  # of cosines of views, whose methods have temperatures of their own
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The result of an evaluation. Recalls are fractions; `space` describes the pictures' vectors."""
+    """The result of an evaluation of n items: pictures, or captions."""
 
-    recall: dict[str, float]  # "text_to_image/R@1", ...
-    space: dict[str, float]
-    pictures: int
-    captions: int
-    hits: list[float]  # per picture: mean of its hits at 1, 5 and 10, both ways
-    losses: list[float]  # per picture: see `picture_losses`
+    title: str  # of the mean of `metrics`, such as "mean recall"
+    metrics: dict[str, float]  # fractions by name, "text_to_image/R@1", ...
+    space: dict[str, float]  # the shape of the space, and probes
+    hits: list[float]  # (n,): of each item, how far it was right
+    losses: list[float]  # (n,): of each item, lower is better
+    spectrum: list[float]  # eigenvalues of the covariance, largest first
 
     @property
-    def mean_recall(self) -> float:
-        """Return the mean of R@1, R@5 and R@10, both ways."""
-        return float(np.mean(list(self.recall.values())))
+    def mean(self) -> float:
+        """Return the mean of `metrics`."""
+        return float(np.mean(list(self.metrics.values())))
 
     @property
     def loss(self) -> float:
@@ -50,10 +63,10 @@ class Scores:
         return round(float(np.mean(self.losses)), 6)
 
     def beats(self, other: Scores) -> bool:
-        """Return whether recall is higher by more than a standard error of the paired difference or,
-        if recalls differ by less, the loss is lower.
+        """Return whether the hits are higher by more than a standard error of the paired difference or,
+        if they differ by less, the loss is lower.
 
-        The loss decides on small splits, and where recall is at its ceiling.
+        The loss decides on small splits, and where hits are at their ceiling.
         """
         if exceeds(self.hits, other.hits):
             return True
@@ -71,16 +84,15 @@ class Scores:
         return None
 
 
-def evaluate(towers: Towers, inputs: Inputs) -> Scores:
-    """Measure recall at 1, 5 and 10 both ways, the loss, and the space's shape.
+def of_pairs(towers: Towers, inputs: Inputs) -> Scores:
+    """Measure recall at 1, 5 and 10 both ways.
 
-    All processes share the work and return the same. Raises InputError if an embedding is not finite.
+    Raises InputError if an embedding is not finite, as the other evaluations do.
     """
-    pictures, texts = embed(towers, inputs)
-    data = inputs.data
-    captions = texts[data.captions]
+    data, pictures = inputs.data, embed_pictures(towers, inputs)
+    captions = embed_captions(towers, inputs)[data.captions]
     rankings = rank_captions(pictures, captions, data.owner)
-    recall = {
+    metrics = {
         f"{direction}/R@{k}": float(ranking.hit_at(k).mean())
         for direction, ranking in zip(("text_to_image", "image_to_text"), rankings, strict=True)
         for k in _KS
@@ -89,30 +101,116 @@ def evaluate(towers: Towers, inputs: Inputs) -> Scores:
     hits = (_by_picture(to_image, data.owner) + to_text) / 2
     scale = float(towers.logit_scale.detach().exp())
     losses = picture_losses(pictures, captions, data.owner, scale=scale)
-    spectrum = covariance_spectrum(pictures)
+    space = {"alignment": alignment(pictures[data.owner], captions)}
+    return _scores("mean recall", metrics, hits, losses, pictures, space, data.labels)
+
+
+def of_views(towers: Towers, inputs: Inputs, views: Sequence[Iterable[torch.Tensor]]) -> Scores:
+    """Measure recall at 1, 5 and 10 of a picture's second view, given its first.
+
+    views: two, each this process's share of all pictures in chunks, uint8 (n, 3, H, W).
+    """
+    pictures = embed_pictures(towers, inputs)
+    with torch.no_grad():
+        first, second = (gathered(map(towers.images, chunks)) for chunks in views)
+    return _found(first, second, "view_to_view", pictures, inputs.data.labels)
+
+
+def of_texts(towers: Towers, inputs: Inputs) -> Scores:
+    """Measure recall at 1, 5 and 10 of a picture's second caption, given its first.
+
+    Raises DatasetError if fewer than two pictures have two captions.
+    """
+    data = inputs.data
+    pairs = np.array([owned[:2] for owned in data.owned if len(owned) > 1], np.int64).reshape(-1, 2)
+    if len(pairs) < 2:
+        raise DatasetError(
+            f"{len(pairs)} pictures of the validation split of {data.folder} have two captions; at "
+            "least 2 must, so that a caption can find another one of its picture"
+        )
+    texts = embed_captions(towers, inputs)
+    return _found(texts[pairs[:, 0]], texts[pairs[:, 1]], "text_to_text", texts)
+
+
+def of_labels(towers: Towers, inputs: Inputs) -> Scores:
+    """Measure accuracy of the 1, 5 and 10 nearest other pictures' votes, and mean average precision.
+
+    Raises DatasetError if there are no labels.
+    """
+    data, pictures = inputs.data, embed_pictures(towers, inputs)
+    if data.labels is None:
+        raise DatasetError(f"the validation split of {data.folder} has no labels")
+    metrics = {}
+    right = np.zeros(len(pictures))
+    for k in _KS:
+        hit = neighbour_votes(pictures, data.labels, k) == data.labels
+        metrics[f"neighbours/acc@{k}nn"] = float(hit.mean())
+        right += hit / len(_KS)
+    losses = neighbour_losses(pictures, data.labels)
+    return _scores("accuracy of neighbours", metrics, right, losses, pictures, {}, data.labels)
+
+
+def _found(
+    first: Float32, second: Float32, name: str, vectors: Float32, labels: Int64 | None = None
+) -> Scores:
+    """Measure how `first` finds the same row of `second`; `vectors` show the space's shape."""
+    numbers = np.arange(len(first))
+    ranking = rank_captions(second, first, numbers)[0]
+    metrics = {f"{name}/R@{k}": float(ranking.hit_at(k).mean()) for k in _KS}
+    hits = np.mean([ranking.hit_at(k) for k in _KS], axis=0)
+    losses = picture_losses(second, first, numbers, scale=_VIEW_SCALE)
+    space = {"alignment": alignment(first, second)}
+    return _scores("mean recall", metrics, hits, losses, vectors, space, labels)
+
+
+def _scores(
+    title: str,
+    metrics: dict[str, float],
+    hits: npt.NDArray[Any],
+    losses: npt.NDArray[Any],
+    vectors: Float32,
+    space: dict[str, float],
+    labels: Int64 | None = None,
+) -> Scores:
+    """Add what describes a space of unit rows (N, D): its shape and, with labels, two probes."""
+    spectrum = covariance_spectrum(vectors)
     space = {
         "variance": float(spectrum.sum()),
         "effective_rank": effective_rank(spectrum),
-        "alignment": alignment(pictures[data.owner], captions),
+        **space,
     }
-    if len(pictures) > 1:
-        space["uniformity"] = uniformity(pictures)
-    return Scores(recall, space, len(pictures), len(captions), hits.tolist(), losses.tolist())
+    if "alignment" in space:
+        space["positive_cosine"] = 1 - space["alignment"] / 2
+    if len(vectors) > 1:
+        space["uniformity"] = uniformity(vectors)
+    if labels is not None and (known := labels >= 0).sum() > 1:
+        rows, labels = vectors[known], labels[known]
+        space["knn_accuracy"] = float((neighbour_votes(rows, labels, 5) == labels).mean())
+        space["linear_accuracy"] = ridge_accuracy(rows, labels)
+    return Scores(title, metrics, space, hits.tolist(), losses.tolist(), spectrum.tolist())
 
 
-def embed(towers: Towers, inputs: Inputs) -> tuple[Float32, Float32]:
-    """Encode all pictures, preprocessed as at inference, and all distinct captions: float32 unit rows
-    (N, D) and (M, D)."""
+def embed_pictures(towers: Towers, inputs: Inputs) -> Float32:
+    """Encode all pictures, preprocessed as at inference: float32 unit rows (N, D)."""
     towers.mode(False)
     # no_grad, not inference_mode: under autocast on a CPU that is five times slower.
     with torch.no_grad():
-        pictures = _gathered(towers.images(chunk) for chunk in inputs.pictures())
-        texts = _gathered(towers.texts(chunk) for chunk in inputs.captions())
-    return pictures, texts
+        return gathered(towers.images(chunk) for chunk in inputs.pictures())
 
 
-def _gathered(chunks: Iterable[torch.Tensor]) -> Float32:
-    return gather_uneven(torch.cat(list(chunks))).float().cpu().numpy()
+def embed_captions(towers: Towers, inputs: Inputs) -> Float32:
+    """Encode all distinct captions: float32 unit rows (M, D)."""
+    towers.mode(False)
+    with torch.no_grad():
+        return gathered(towers.texts(chunk) for chunk in inputs.captions())
+
+
+def gathered(chunks: Iterable[torch.Tensor]) -> Float32:
+    """Gather all processes' rows, in order of rank; some may have none."""
+    own = [chunk.float().cpu() for chunk in chunks]
+    return np.concatenate(
+        [p for p in collect(torch.cat(own).numpy() if own else None) if p is not None]
+    )
 
 
 def exceeds(these: Sequence[float], those: Sequence[float]) -> bool:

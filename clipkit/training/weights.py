@@ -75,16 +75,16 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     """
     limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
     count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
-    plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:count])
+    plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
     (batch,) = inputs.stream([plan])
     towers.mode(False)
     with torch.no_grad():
         rows = torch.split(torch.arange(count // world_size()), chunk)
-        if batch.texts is None:
+        if not batch.texts or not batch.pictures:
             return limit
         views = [towers.images(batch.pictures[0][part]) for part in rows]
         pictures = gather_uneven(torch.cat(views))
-        texts = gather_uneven(torch.cat([towers.texts(batch.texts[part]) for part in rows]))
+        texts = gather_uneven(torch.cat([towers.texts(batch.texts[0][part]) for part in rows]))
     scores = pictures @ texts.T
     higher = (scores > scores.diagonal()[:, None]).float().mean().item()
     return 0.0 if higher > 0.25 else limit
@@ -156,7 +156,7 @@ def choose_alpha(
     for alpha in alphas:
         mix(model, start, trained, alpha)
         scores[alpha] = evaluate()
-    highest = max(scores.values(), key=lambda s: s.mean_recall)
+    highest = max(scores.values(), key=lambda s: s.mean)
     level = {alpha: s for alpha, s in scores.items() if not exceeds(highest.hits, s.hits)}
     chosen = min(level, key=lambda alpha: level[alpha].loss)
     if chosen > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,10 +12,11 @@ import torch
 from clipkit.losses import Loss
 from clipkit.training.augment import CropAndFlip
 from clipkit.training.config import TrainConfig
-from clipkit.training.data import Plan
+from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.gradient_cache import View
 from clipkit.training.inputs import Augment, Batch, Inputs
 from clipkit.training.towers import Towers
+from clipkit.training.validation import Scores, of_pairs
 
 Side = Literal["image", "text"]
 
@@ -28,6 +30,9 @@ class Setup:
     options: Any  # an instance of the method's own options
     loss_options: Mapping[str, Any]
     towers: Towers
+    data: CaptionedPictures  # the training split
+    batch: int  # pictures in a batch, over all processes
+    steps: int  # of the whole run
 
 
 class Method:
@@ -36,11 +41,13 @@ class Method:
     A step calls `views`, passes each view through its encoder in chunks, gathers the rows of all
     processes, calls `loss` once with all of them, goes back through the encoders, steps the optimizer,
     and calls `after_step`. So the gradients do not depend on the chunks and the processes.
+
+    What must be known before a method is made is in its entry (`registry.MethodEntry`).
     """
 
     sides: ClassVar[frozenset[Side]] = frozenset(("image", "text"))  # towers that it trains
     picture_views: ClassVar[int] = 1  # views of each picture in a batch
-    captions: ClassVar[bool] = True  # whether a batch has a caption of each picture
+    text_views: ClassVar[int] = 1  # captions of each picture in a batch
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
@@ -55,6 +62,16 @@ class Method:
         """Own parameters that `loss` uses: their gradients are complete in every process."""
         return {}
 
+    def prepare(
+        self, inputs: Inputs, on_progress: Callable[[str, int, int], None], stop: threading.Event
+    ) -> None:
+        """Compute, once before the first step, what the run needs of the whole training split.
+
+        It is called again when a run is resumed, before `load_state_dict`: what takes long should be
+        stored. on_progress: gets what it is computed of, the number done and the total. Raises
+        FeaturesStopped once `stop` is set; all processes must raise it together.
+        """
+
     def plans(
         self,
         inputs: Inputs,
@@ -67,7 +84,8 @@ class Method:
 
         searching: to be called before long work, so that the user sees it.
         """
-        return inputs.data.plans(epoch=epoch, batch=batch, seed=self.setup.config.seed)
+        seed = self.setup.config.seed
+        return inputs.data.plans(epoch=epoch, batch=batch, seed=seed, texts=self.text_views)
 
     def augment(self) -> Augment | None:
         """Return what draws a view of a picture; None for the picture as at inference."""
@@ -81,6 +99,10 @@ class Method:
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         """Compute the loss over all processes' rows (B, D), one tensor a view."""
         raise NotImplementedError
+
+    def evaluate(self, inputs: Inputs) -> Scores:
+        """Measure the towers on the validation split; see `validation`. All processes call this."""
+        return of_pairs(self.setup.towers, inputs)
 
     def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:
         """Clamp, enqueue or average after the optimizer's step number `step`. The rows have no graph."""

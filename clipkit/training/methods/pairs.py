@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from clipkit.training.data import Plan, mine
+from clipkit.training.data import Plan, mine, together
 from clipkit.training.distributed import gather_uneven
 from clipkit.training.gradient_cache import View
 from clipkit.training.inputs import Batch, Inputs, even_share
 from clipkit.training.methods.method import Method, Setup
-from clipkit.training.validation import embed
+from clipkit.training.validation import embed_captions, embed_pictures
 
 _BLOCK_BYTES = 2**23  # of scores at a time, in the loss, which makes a dozen arrays of this size
 
@@ -41,13 +41,15 @@ class Pairs(Method):
     def plans(
         self, inputs: Inputs, *, epoch: int, batch: int, searching: Callable[[], None]
     ) -> Sequence[Plan]:
-        options, alike = self.setup.options, None
+        options, seed = self.setup.options, self.setup.config.seed
+        order = inputs.data.order(epoch, seed)
         if options.hard_negatives:
             due = epoch % options.hard_negatives_every == 0 or self._look_alikes is None
             if due and self._searched != epoch:
                 searching()
                 rows = mine(
-                    *embed(self.setup.towers, inputs),
+                    embed_pictures(self.setup.towers, inputs),
+                    embed_captions(self.setup.towers, inputs),
                     inputs.data,
                     count=options.hard_negatives,
                     margin=options.hard_negatives_margin,
@@ -57,16 +59,14 @@ class Pairs(Method):
                 self._look_alikes = gather_uneven(torch.from_numpy(rows))
                 self._searched = epoch
             assert self._look_alikes is not None
-            alike = self._look_alikes.numpy()
-        seed = self.setup.config.seed
-        return inputs.data.plans(epoch=epoch, batch=batch, seed=seed, alike=alike)
+            order = together(order, self._look_alikes.numpy())
+        return inputs.data.plans(epoch=epoch, batch=batch, seed=seed, order=order)
 
     def views(self, batch: Batch) -> Sequence[View]:
         towers = self.setup.towers
-        assert batch.texts is not None
         return (
             View(towers.images, batch.pictures[0], side="image"),
-            View(towers.texts, batch.texts, side="text", order=batch.text_order),
+            View(towers.texts, batch.texts[0], side="text", order=batch.text_orders[0]),
         )
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
