@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from clipkit.errors import DatasetError
+from clipkit.losses.pairs import Same
 from clipkit.records import METADATA, SPLITS, stripped
 from clipkit.sources import Broken, Options, Picture, PictureFile, Row, TarMember, open_source
 from clipkit.training.registry import Need
@@ -249,25 +250,23 @@ class CaptionedPictures:
         batches = order[: len(order) // batch * batch].reshape(-1, batch)
         return [Plan(epoch, n, pictures, chosen[:, pictures]) for n, pictures in enumerate(batches)]
 
-    def same(self, plan: Plan) -> torch.Tensor | None:
-        """Return bool (B, B): the pairs (picture i, caption j), i != j, in which picture i has a caption
-        with the meaning of j, so that they are no negatives. None if there are no such pairs."""
-        columns: dict[int, list[int]] = {}
-        for j, text in enumerate(plan.texts[0]):
-            columns.setdefault(int(self.meanings[text]), []).append(j)
-        pairs = [
-            (i, j)
-            for i, picture in enumerate(plan.pictures)
-            for meaning in {int(self.meanings[text]) for text in self.owned[picture]}
-            for j in columns.get(meaning, ())
-            if i != j
-        ]
-        if not pairs:
+    def same(self, plan: Plan) -> Same | None:
+        """Group pictures and captions of a plan by meaning: a picture is in the groups of all captions
+        that it has, as far as the batch has such captions of other pictures, so that they are no
+        negatives. None if there are none."""
+        kinds, captions, counts = np.unique(
+            self.meanings[plan.texts[0]], return_inverse=True, return_counts=True
+        )
+        owned = [self.owned[picture] for picture in plan.pictures]
+        owner = np.repeat(np.arange(len(owned)), [len(numbers) for numbers in owned])
+        keys = np.unique(owner * len(self.texts) + self.meanings[np.concatenate(owned)])
+        pictures, meanings = np.divmod(keys, len(self.texts))
+        groups = np.minimum(np.searchsorted(kinds, meanings), len(kinds) - 1)
+        others = counts[groups] - (captions[pictures] == groups)  # of these captions in the batch
+        shared = (kinds[groups] == meanings) & (others > 0)
+        if not shared.any():
             return None
-        same = torch.zeros(len(plan.pictures), len(plan.pictures), dtype=torch.bool)
-        rows, others = torch.tensor(pairs).T
-        same[rows, others] = True
-        return same
+        return Same(*map(torch.from_numpy, (captions, pictures[shared], groups[shared])))
 
     def names(self, pictures: Sequence[int] | Ints) -> list[str]:
         return [self.paths[picture] for picture in pictures]
