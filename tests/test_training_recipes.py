@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from open_clip.coca_model import CoCa
 from transformers import MT5Config, MT5EncoderModel
 
 from clipkit import towers
@@ -132,6 +134,66 @@ def test_a_removed_head_and_the_head_are_the_tower(tiny_checkpoint: Checkpoint, 
                 features = encode(inputs)
             torch.testing.assert_close(head(features), whole)
             torch.testing.assert_close(encode(inputs), whole)  # it is back
+
+
+TRUNKS: dict[str, dict[str, Any]] = {
+    "fastvit_t8": {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 64)},  # MobileCLIP's
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    "test_efficientnet": {},
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_what_precedes_a_trunks_last_layer_is_pooled(name: str) -> None:
+    """Fails for the version that takes out the trunk's whole head, with its pooling: a FastViT of 256
+    pixels then keeps 1,024 x 8 x 8 numbers of each picture, and an EfficientNet had no head."""
+    with torch.random.fork_rng():
+        trunk = timm.create_model(name, num_classes=6, **TRUNKS[name]).eval()
+    kinds = [type(module) for module in trunk.modules()]
+    side = TRUNKS[name].get("img_size", 64)
+    visual = torch.nn.Sequential()
+    visual.trunk = trunk
+    model = torch.nn.Module()
+    model.visual, model.text = visual, torch.nn.Module()
+    head, _ = find_heads(model)
+    assert head is not None
+    pixels = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        whole = visual(pixels)
+        with head.removed():
+            features = visual(pixels)
+        assert features.ndim == 2 and whole.shape == (2, 6)
+        torch.testing.assert_close(head(features), whole)
+        torch.testing.assert_close(visual(pixels), whole)
+    assert [type(module) for module in trunk.modules()] == kinds
+
+
+def test_cocas_projections_are_its_heads() -> None:
+    with torch.random.fork_rng():
+        model = CoCa(
+            embed_dim=8,
+            multimodal_cfg={"width": 16, "heads": 2, "layers": 1, "context_length": 6},
+            text_cfg={
+                **{"context_length": 6, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
+                **{"embed_cls": True, "output_tokens": True},
+            },
+            vision_cfg={
+                **{"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+                **{"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+            },
+        ).eval()
+    pixels, tokens = torch.randn(2, 3, 16, 16), torch.tensor([[1, 9, 49, 0, 0], [1, 2, 3, 49, 0]])
+    for head, encode, inputs in zip(
+        find_heads(model), (model.encode_image, model.encode_text), (pixels, tokens), strict=True
+    ):
+        assert head is not None
+        with torch.no_grad():
+            whole = encode(inputs, normalize=False)
+            with head.removed():
+                features = encode(inputs, normalize=False)
+            torch.testing.assert_close(head(features), whole)
 
 
 def test_towers_without_projections_are_refused() -> None:

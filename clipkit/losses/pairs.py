@@ -91,17 +91,20 @@ def info_nce(
 
     share = duplicates == "positive" and same is not None
     plain = not (share or label_smoothing or hardness or debias)
+    if plain and (block_rows is None or block_rows >= len(images)):  # both ways from one product
+        logits = logit_scale.exp() * images @ texts.T
+        marks = None if same is None else same.of_pictures(0, len(images))
+        other_way = _cross_entropy(logits.T, 0, None if marks is None else marks.T)
+        return (_cross_entropy(logits, 0, marks) + other_way) / (2 * len(images))
 
     def one_way(
         start: int, rows: torch.Tensor, others: torch.Tensor, marks: torch.Tensor | None
     ) -> torch.Tensor:
         scale = logit_scale.exp()
         logits = scale * rows @ others.T
+        if plain:
+            return _cross_entropy(logits, start, marks)
         own = _own_pairs(logits, start)
-        if plain:  # the same as below, in fewer passes over the scores
-            if marks is not None:
-                logits = logits.masked_fill(marks & ~own, -math.inf)
-            return F.cross_entropy(logits, own.int().argmax(1), reduction="sum")
         true = own if marks is None else marks | own
         positive = true if duplicates == "positive" else own
         target = _mean(logits, positive)
@@ -116,11 +119,9 @@ def info_nce(
             )
         return (torch.logaddexp(log_positive, log_negative) - target).sum()
 
-    of_pictures, of_captions = (
-        (None, None) if same is None else (same.of_pictures, same.of_captions)
-    )
-    image_to_text = _over_rows(one_way, images, texts, of_pictures, block_rows)
-    text_to_image = _over_rows(one_way, texts, images, of_captions, block_rows)
+    ways = (None, None) if same is None else (same.of_pictures, same.of_captions)
+    image_to_text = _over_rows(one_way, images, texts, ways[0], block_rows)
+    text_to_image = _over_rows(one_way, texts, images, ways[1], block_rows)
     return (image_to_text + text_to_image) / (2 * len(images))
 
 
@@ -175,6 +176,14 @@ def _over_rows(
         own = rows[start : start + block_rows]
         total = total + checkpoint(part, start, own, use_reentrant=False)
     return total
+
+
+def _cross_entropy(logits: torch.Tensor, start: int, marks: torch.Tensor | None) -> torch.Tensor:
+    """Sum -log softmax of each row's own pair, in column start + r of row r, without other marked ones."""
+    if marks is not None:
+        logits = logits.masked_fill(marks & ~_own_pairs(logits, start), -math.inf)
+    own = torch.arange(start, start + len(logits), device=logits.device)
+    return F.cross_entropy(logits, own, reduction="sum")
 
 
 def _own_pairs(logits: torch.Tensor, start: int) -> torch.Tensor:
