@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 import timm
 import torch
 from open_clip.coca_model import CoCa
+from open_clip.model import CLIP
+from torch.nn.utils import parametrize
 from transformers import MT5Config, MT5EncoderModel
+from transformers.pytorch_utils import Conv1D
 
 from clipkit import towers
 from clipkit.errors import ModelError
@@ -351,6 +355,55 @@ def test_fused_attention_gets_adapters_for_query_key_and_value(tiny_checkpoint: 
     for part in change:  # query, key, value
         assert part.abs().max() > 1e-7
         assert torch.linalg.matrix_rank(part.double(), rtol=1e-3) <= 2
+
+
+@pytest.mark.parametrize("change", ["qk_norm", "scale_heads", "attentional_pool"])
+def test_every_attention_of_openclip_gets_adapters(change: str) -> None:
+    """Fails for the version that knows torch's attention only: OpenCLIP's own, of blocks with norms or
+    scales inside, keeps its query, key and value as they are. The pooler's keys are of another width,
+    so that its matrices are apart."""
+    vision: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2}
+    text = {"context_length": 6, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2}
+    if change == "attentional_pool":
+        vision["attn_pooler_heads"] = 2
+    else:
+        text[change] = True
+    with torch.random.fork_rng():
+        model = CLIP(
+            embed_dim=8, vision_cfg={**vision, "head_width": 8, change: True}, text_cfg=text
+        )
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("AttentionalPooler" if change == "attentional_pool" else "Attention") in kinds
+    expected = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and re.search(r"(in|q|k|v)_proj_weight|out_proj|c_fc|c_proj", name)
+    ]
+    count = add_adapters(model.eval(), rank=2, alpha=2.0)
+    adapted = {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for weight in module.parametrizations  # type: ignore[union-attr]
+    }
+    assert adapted == set(expected) and count == len(expected) >= 16
+    rows = model.encode_image(torch.randn(2, 3, 16, 16), normalize=True)
+    texts = model.encode_text(
+        torch.tensor([[1, 9, 49, 0, 0, 0], [1, 2, 3, 49, 0, 0]]), normalize=True
+    )
+    (rows * torch.arange(8.0)).sum().backward()
+    (texts * torch.arange(8.0)).sum().backward()
+    for up in (m.up for m in model.modules() if isinstance(m, LowRank)):
+        assert up.grad is not None and up.grad.flatten(1).abs().amax(1).gt(0).all()
+
+
+def test_a_weight_that_no_adapter_fits_is_named() -> None:
+    """Hugging Face's Conv1D is a linear layer whose weight lies the other way round."""
+    model = torch.nn.Module()
+    model.visual = torch.nn.Linear(2, 2)
+    model.text = torch.nn.Sequential(torch.nn.Linear(2, 2), Conv1D(6, 2))
+    with pytest.raises(ModelError, match=r"no adapter for weight \(2, 6\) of 1 \(Conv1D\); use"):
+        add_adapters(model, rank=2, alpha=2.0)
 
 
 def test_lora_trains_adapters_projections_and_the_scale_only(tiny_checkpoint: Checkpoint) -> None:

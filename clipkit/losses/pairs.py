@@ -179,7 +179,7 @@ def _over_rows(
 
 
 def _cross_entropy(logits: torch.Tensor, start: int, marks: torch.Tensor | None) -> torch.Tensor:
-    """Sum -log softmax of each row's own pair, in column start + r of row r, without other marked ones."""
+    """Sum -log softmax of each row's own pair, column start + r of row r, without others of `marks`."""
     if marks is not None:
         logits = logits.masked_fill(marks & ~_own_pairs(logits, start), -math.inf)
     own = torch.arange(start, start + len(logits), device=logits.device)
