@@ -32,6 +32,7 @@ from PIL import Image
 from clipkit import images
 from clipkit.embed import ahead
 from clipkit.errors import DatasetError, ImageError
+from clipkit.losses.pairs import Same
 from clipkit.towers import DualEncoder
 from clipkit.training.data import CaptionedPictures, Ints, Plan, replaced
 from clipkit.training.distributed import collect, own_slice, rank, world_size
@@ -57,7 +58,7 @@ class Batch:
     ]  # of each: by length, so that chunks are cut to their longest
 
     @property
-    def same(self) -> torch.Tensor | None:
+    def same(self) -> Same | None:
         """Pairs of the plan that are true beside its own: see `CaptionedPictures.same`."""
         return self.data.same(self.plan)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from clipkit.errors import InputError, ModelError
@@ -218,6 +219,8 @@ def rate_factor(step: int, total: int, warmup: float) -> float:
 
 # ---- adapters
 
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # torch's, of several widths
+
 
 class LowRank(torch.nn.Module):
     """A low-rank update of a weight: W + (alpha / rank) B A (LoRA; Hu et al. 2021, arXiv 2106.09685).
@@ -264,7 +267,7 @@ def add_adapters(
 
     skip: modules that are trained in full (the projections), with their submodules.
     Returns the number of adapters. Raises ModelError, naming the tower, if a tower has no such
-    weight, since it would stay untrained.
+    weight, since it would stay untrained, or the module of a weight that adapters do not fit.
     """
     generator = torch.Generator().manual_seed(seed)
     text = getattr(model, "text", None) or model.transformer
@@ -308,22 +311,29 @@ def merge_adapters(model: torch.nn.Module) -> None:
 def _adaptable(
     tower: torch.nn.Module, skip: Collection[torch.nn.Module]
 ) -> Iterator[tuple[torch.nn.Module, str, int]]:
-    """Yield (module, name of its weight, number of matrices stacked in the weight)."""
+    """Yield (module, name of its weight, number of matrices stacked in the weight).
+
+    Kernels of several pixels and embeddings get no adapters. Raises ModelError for a module with
+    another weight matrix, which would stay as it is without a word.
+    """
     skipped = {id(below) for module in skip for below in module.modules()}
     for name, module in tower.named_modules():
-        if id(module) in skipped:
+        if id(module) in skipped or isinstance(module, torch.nn.Embedding):
             continue
-        if isinstance(module, torch.nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
-                yield module, "in_proj_weight", 3
-            else:
-                yield from ((module, f"{part}_proj_weight", 1) for part in "qkv")
-        elif isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear):
             fused = name.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0
             yield module, "weight", 3 if fused else 1
-        elif (
-            isinstance(module, torch.nn.Conv2d)
-            and module.kernel_size == (1, 1)
-            and module.groups == 1
-        ):
-            yield module, "weight", 1  # a linear layer over channels
+        elif isinstance(module, _ConvNd):
+            if math.prod(module.kernel_size) == 1 and module.groups == 1:
+                yield module, "weight", 1  # a linear layer over channels
+        else:
+            for own, parameter in module.named_parameters(recurse=False):
+                if own == "in_proj_weight":  # q, k and v, by torch and by OpenCLIP
+                    yield module, own, 3
+                elif own in _SEPARATE:
+                    yield module, own, 1
+                elif parameter.ndim >= 2 and "weight" in own:
+                    raise ModelError(
+                        f"recipe lora has no adapter for {own} {tuple(parameter.shape)} of {name} "
+                        f"({type(module).__name__}); use recipe full"
+                    )

@@ -21,7 +21,7 @@ from clipkit.training.gradient_cache import batch_norms, freeze_batch_norms
 
 # A block and its number in a parameter's or module's name, as OpenCLIP, timm and Hugging Face name
 # them. `search` finds the outermost block.
-BLOCK = re.compile(r"(?:resblocks|blocks|layers?|stages)\.?(\d+)(?:\.|$)")
+BLOCK = re.compile(r"(?:resblocks|blocks?|layers?|stages)\.?(\d+)(?:\.|$)")
 
 _SIGLIP_BIAS = -10.0  # initial bias of a model made without one: arXiv 2303.15343, section 3.2
 
