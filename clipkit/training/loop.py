@@ -157,7 +157,9 @@ class _Run:
         self.history = self.state.history
         self.tracker = Tracker(job.folder, job.config)
         # Made now, while the weights are those of the start.
-        self.l2sp = L2SP(self.state.optimizer, job.config.drift, adapter_sizes(job.towers.model))
+        sizes = {id(job.trained.named[name]): 0.0 for name in job.trained.own}
+        sizes |= adapter_sizes(job.towers.model)
+        self.l2sp = L2SP(self.state.optimizer, job.config.drift, sizes)
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         self.first_step = 0  # of this process
         self.evaluations, self.evaluation_seconds = 0, 0.0  # of this process

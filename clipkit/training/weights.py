@@ -36,8 +36,8 @@ class L2SP:
     (limit + lr) * (1 - lr / (limit + lr)) = limit.
 
     drift: limit of a weight's change, as a share of its matrix's root mean square; 0 for no limit.
-    sizes: root mean square to use, by parameter id, for parameters initialised to zero; other zero
-        parameters are not constrained.
+    sizes: root mean square to use, by parameter id, for parameters that start at zero; those of size 0,
+        such as a method's own, are not constrained.
     """
 
     def __init__(
