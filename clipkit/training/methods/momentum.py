@@ -165,12 +165,12 @@ class KeyQueue:
 
 def _averaged(model: torch.nn.Module, sides: Collection[str]) -> dict[str, torch.Tensor]:
     """Return the trained parameters of the sides' towers, and the statistics of their norms."""
-    result: dict[str, torch.Tensor] = {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, tensor in {**trained, **_statistics(model)}.items():
-        if _side(name) in sides and name not in ("logit_scale", "logit_bias"):
-            result[name] = tensor
-    return result
+    return {
+        name: tensor
+        for name, tensor in {**trained, **_statistics(model)}.items()
+        if _side(name) in sides and name not in ("logit_scale", "logit_bias")
+    }
 
 
 def _side(name: str) -> str:
