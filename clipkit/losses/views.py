@@ -54,11 +54,11 @@ def queued(
     same: bool (B, K), the keys of the queue that belong to a query and are left out.
     """
     _check(queries, keys)
-    positive = (queries * keys.detach()).sum(1, keepdim=True)
-    negative = queries @ queue.detach().T
+    positive = (queries * keys.detach()).sum(1, keepdim=True) / temperature
+    negative = queries @ queue.detach().T / temperature
     if same is not None:
         negative = negative.masked_fill(same, -math.inf)
-    logits = torch.cat([positive, negative], 1) / temperature
+    logits = torch.cat([positive, negative], 1)
     return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 

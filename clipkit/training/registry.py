@@ -140,13 +140,13 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "queue": MethodEntry(
         "clipkit.training.methods.queue:QueuedPairs",
-        "pictures and their captions, keys of earlier batches are negatives too, so that a small batch "
-        "is enough (MoCo on both sides; He et al. 2020, arXiv 1911.05722)",
+        "as pairs, with keys of earlier batches as negatives too, for small batches "
+        "(MoCo on both sides; He et al. 2020, arXiv 1911.05722)",
         options=QueueOptions,
     ),
     "moco": MethodEntry(
         "clipkit.training.methods.moco:Moco",
-        "two views of a picture, keys of earlier batches are the negatives, without captions "
+        "two views of a picture, keys of earlier batches are negatives, without captions "
         "(MoCo v2; Chen et al. 2020, arXiv 2003.04297)",
         options=MocoOptions,
         needs=frozenset(),
@@ -156,8 +156,8 @@ METHODS: dict[str, MethodEntry] = {
     ),
     "memory": MethodEntry(
         "clipkit.training.methods.moco:MemoryBank",
-        "one view of a picture, the vectors that it and others had before in a memory bank, without "
-        "captions (Wu et al. 2018, arXiv 1805.01978)",
+        "a view of a picture, its and others' rows in a memory bank, without captions "
+        "(Wu et al. 2018, arXiv 1805.01978)",
         options=MemoryOptions,
         needs=frozenset(),
         recipes=("full", "lora"),
