@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ from app.cli.terminal import (
     stop_on_signal,
 )
 from app.paths import features_folder
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.options import option_fields
 from clipkit.training.config import (
@@ -179,6 +181,12 @@ def train(
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not compare the result with the start model.")
     ] = False,
+    show_views: Annotated[
+        bool,
+        typer.Option(
+            "--show-views", help="Draw what the run would see of some pictures, and do not train."
+        ),
+    ] = False,
     options: Annotated[
         bool, typer.Option("--options", help="List every option of a run with its default.")
     ] = False,
@@ -205,7 +213,7 @@ def train(
 
     named = {"data": data, "recipe": recipe, "start": model}
     flags |= {key: value for key, value in named.items() if value is not None}
-    if resume is not None and (flags or config is not None):
+    if resume is not None and (flags or config is not None or show_views):
         raise InputError("--resume goes on with the run's own options; give no others")
     command = command_line()
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
@@ -224,6 +232,9 @@ def train(
             )
             choose_device(chosen.device)  # a configuration file's, too, before a dataset is built
             chosen = replace(chosen, data=_dataset(chosen, command, stop, quiet))
+            if show_views:
+                _draw_views(chosen)
+                return
             with _progress(_slow(chosen), quiet=quiet) as show:
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
         if not _is_first_process():
@@ -265,6 +276,7 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bo
             folder, built = build_once(
                 config.data,
                 Path(config.out) / ".datasets",
+                uncaptioned="captions" not in METHODS[config.method].needs,
                 command=command,
                 on_progress=on_progress,
             )
@@ -279,6 +291,19 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bo
             state += f"; {rejected:,} rejected, see rejected.jsonl there" if rejected else ""
         print(f"dataset of {printable(config.data)}: {printable(str(folder))} ({state})")
     return str(folder)
+
+
+def _draw_views(config: TrainConfig) -> None:
+    """Write the sheet of views into the folder for runs, and print its path."""
+    from clipkit.training import draw_views
+
+    folder = Path(config.out).expanduser()
+    path = folder / f"views-{config.method}.png"
+    content = io.BytesIO()
+    draw_views(config).save(content, "PNG")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())
+    print(f"views: {printable(str(path))}")
 
 
 def _listed(recipe: str) -> Iterator[str]:

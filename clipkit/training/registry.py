@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipkit.errors import InputError
 from clipkit.losses import Kind, imported
 from clipkit.options import NoOptions, option
 
@@ -89,7 +90,7 @@ class QueueOptions:
     queue_size: int = option(
         "earlier keys that are negatives (at most the other pictures)", 4096, low=0
     )
-    momentum: float = option("m of the running mean that encodes keys", 0.99, low=0, below=1)
+    momentum: float = option("share of itself that the momentum tower keeps", 0.99, low=0, below=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +100,7 @@ class MocoOptions(PictureViewOptions):
     queue_size: int = option(
         "earlier keys that are negatives (at most the other pictures)", 4096, low=0
     )
-    momentum: float = option("m of the running mean that encodes keys", 0.99, low=0, below=1)
+    momentum: float = option("share of itself that the momentum tower keeps", 0.99, low=0, below=1)
     temperature: float = option("cosines are divided by it", 0.2, above=0)
     symmetric: bool = option("use each view as query and as key, for twice the time", False)
 
@@ -111,6 +112,27 @@ class MemoryOptions(PictureViewOptions):
     bank_negatives: int = option("rows of the bank drawn for a batch", 4096, low=1)
     bank_momentum: float = option("share of its row that a picture keeps", 0.5, low=0, below=1)
     temperature: float = option("cosines are divided by it", 0.07, above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByolOptions(PictureViewOptions):
+    """The options of BYOL; without predictor, stop_gradient or momentum it may collapse."""
+
+    momentum: float = option(
+        "share of itself that the momentum tower keeps, rising to 1 (0: the tower itself, SimSiam)",
+        0.996,
+        low=0,
+        below=1,
+    )
+    predictor: bool = option("predict the target by a head of its own", True)
+    stop_gradient: bool = option("targets get no gradient; can be off with momentum 0", True)
+
+    def __post_init__(self) -> None:
+        if not self.stop_gradient and self.momentum:
+            raise InputError(
+                f"stop_gradient is off, but momentum is {self.momentum:g}: a momentum tower gets no "
+                "gradient; use momentum 0"
+            )
 
 
 # What a method over views of pictures has in place of a recipe's defaults. Views are cut small, as in
@@ -159,6 +181,16 @@ METHODS: dict[str, MethodEntry] = {
         "a view of a picture, its and others' rows in a memory bank, without captions "
         "(Wu et al. 2018, arXiv 1805.01978)",
         options=MemoryOptions,
+        needs=frozenset(),
+        recipes=("full", "lora"),
+        defaults=_VIEW_DEFAULTS,
+        unused=_TEXTS_ONLY,
+    ),
+    "byol": MethodEntry(
+        "clipkit.training.methods.byol:Byol",
+        "predict what a momentum tower makes of the other view, without captions or negatives "
+        "(BYOL; Grill et al. 2020, arXiv 2006.07733)",
+        options=ByolOptions,
         needs=frozenset(),
         recipes=("full", "lora"),
         defaults=_VIEW_DEFAULTS,

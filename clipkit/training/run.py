@@ -131,7 +131,8 @@ def _train(
     encoder = load(config.start, device=str(device), precision="float32")
     entry = METHODS[config.method]
     loss = loss_of(encoder, config.loss, entry.losses)
-    loss_options = config.loss_options(loss) if loss else {}
+    if loss:
+        config.loss_options(loss)  # raises InputError for one that the loss does not have
     dtype = DTYPES[_precision(device, config.precision)]
     trainable = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
     if config.activation_checkpointing:
@@ -156,18 +157,7 @@ def _train(
     towers: Towers = trainable
     if config.recipe == "heads":
         towers = FrozenTowers(trainable, dropout=config.feature_dropout)
-    method = entry(
-        Setup(
-            config,
-            LOSSES.get(loss or ""),
-            config.method_options(),
-            loss_options,
-            towers,
-            data,
-            batch,
-            config.steps(len(data), batch),
-        )
-    )
+    method = make_method(config, loss, towers, data, batch)
     trained = choose_parameters(towers, config, method)
     summary = RunSummary(
         folder=folder.path,
@@ -225,6 +215,24 @@ def _train(
         job = _without(job, error.pictures)  # from the start: every evaluation is of the same
         state = fit(job)
     return _finish(job, state, summary, facts)
+
+
+def make_method(
+    config: TrainConfig, loss: str | None, towers: Towers, data: CaptionedPictures, batch: int
+) -> Method:
+    """Make a run's method, with every "auto" of the loss and the batch resolved."""
+    return METHODS[config.method](
+        Setup(
+            config,
+            LOSSES.get(loss or ""),
+            config.method_options(),
+            config.loss_options(loss) if loss else {},
+            towers,
+            data,
+            batch,
+            config.steps(len(data), batch),
+        )
+    )
 
 
 def _precision(device: torch.device, precision: str) -> str:

@@ -8,7 +8,8 @@ to others (SimCLR, section 4.2).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 
 import torch
@@ -20,7 +21,13 @@ from clipkit.training.augment import CropAndFlip, StrongView
 from clipkit.training.distributed import world_size
 from clipkit.training.frozen_towers import FeaturesStopped
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Augment, Batch, Inputs, PictureInputs
+from clipkit.training.inputs import (
+    Augment,
+    Batch,
+    Inputs,
+    PictureInputs,
+    UnreadablePicturesError,
+)
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.towers import TrainableTowers
 from clipkit.training.validation import Scores, gathered, of_views
@@ -106,16 +113,18 @@ class PictureViews(Method):
         towers, done, total = self.setup.towers, 0, len(inputs.data)
         towers.mode(False)
 
-        def encoded(pixels: torch.Tensor) -> torch.Tensor:
+        def encoded() -> Iterator[torch.Tensor]:
             nonlocal done
-            if stop.is_set() and world_size() == 1:  # others would wait for this one at the gather
-                raise FeaturesStopped
-            done += len(pixels) * world_size()
-            on_progress("pictures", min(done, total), total)
-            return towers.images(pixels)
+            with suppress(UnreadablePicturesError):  # no batch will hold them
+                for pixels in inputs.pictures():
+                    if stop.is_set() and world_size() == 1:  # others would wait at the gather
+                        raise FeaturesStopped
+                    yield towers.images(pixels)
+                    done += len(pixels) * world_size()
+                    on_progress("pictures", min(done, total), total)
 
         with torch.no_grad():
-            self._starts = torch.from_numpy(gathered(map(encoded, inputs.pictures())))
+            self._starts = torch.from_numpy(gathered(encoded(), inputs.data))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode uint8 pixels (B, 3, H, W) as float32 (B, D), not normalised."""
