@@ -331,8 +331,10 @@ def _slow(config: TrainConfig) -> str:
 
     if config.recipe == "heads" or choose_device(config.device).type != "cpu":
         return ""
+    heads = "heads" in METHODS[config.method].recipes
+    faster = ", recipe heads takes minutes" if heads else ""
     gpu = "; a GPU would be used if there were one" if config.device == "auto" else ""
-    return f"recipe {config.recipe} is slow on a CPU, recipe heads takes minutes{gpu}"
+    return f"recipe {config.recipe} is slow on a CPU{faster}{gpu}"
 
 
 @contextmanager
@@ -399,8 +401,7 @@ def _print_validation(summary: RunSummary) -> None:
 
     facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
     if summary.before and summary.after:
-        count = facts["data"]["validation_pictures"]
-        group = validation_group(summary.before, summary.after, count)
+        group = validation_group(summary.before, summary.after, facts)
         print("\n".join(summary_lines([group])) + "\n")
     _print_commands(next_commands(summary.folder, facts["config"]["start"]))
 
@@ -422,12 +423,14 @@ def _report(folder: Path, generic: str | None, stop: threading.Event, quiet: boo
     from eval.training_report import summary_lines, training_report
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    own: Captioned | None = None
     try:
         own = open_captioned(config["data"])
     except InputError as error:
-        print(f"no report: {error}\n")
-        return False
-    if own.split not in ("test", "validation"):
+        if "captions" in METHODS[config["method"]].needs:
+            print(f"no report: {error}\n")
+            return False
+    if own is not None and own.split not in ("test", "validation"):
         print("no report: the dataset has neither a test nor a validation split to compare on\n")
         return False
     try:
