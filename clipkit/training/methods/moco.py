@@ -24,8 +24,8 @@ class Moco(PictureViews):
     """Learn that a view of a picture is nearest the key of another, of all keys in a queue.
 
     MoCo v2 (Chen et al. 2020, arXiv 2003.04297): momentum tower and momentum head encode the keys. A
-    picture's own keys of earlier epochs are left out. Rows need not be shuffled among processes, since
-    no norm uses a batch's statistics.
+    picture's own keys of earlier epochs are left out. Rows are not shuffled among processes as in the
+    paper: a key depends on no other row of its batch, so norms cannot give away which belong together.
     """
 
     norm = False  # as in the paper
