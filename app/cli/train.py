@@ -403,8 +403,10 @@ def _slow(config: TrainConfig) -> str:
 
     if config.recipe == "heads" or choose_device(config.device).type != "cpu":
         return ""
+    heads = "heads" in METHODS[config.method].recipes
+    faster = ", recipe heads takes minutes" if heads else ""
     gpu = "; a GPU would be used if there were one" if config.device == "auto" else ""
-    return f"recipe {config.recipe} is slow on a CPU, recipe heads takes minutes{gpu}"
+    return f"recipe {config.recipe} is slow on a CPU{faster}{gpu}"
 
 
 @contextmanager

@@ -84,6 +84,37 @@ class PictureViewOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class QueueOptions:
+    """The options of learning from pairs with a queue of keys."""
+
+    queue_size: int = option(
+        "earlier keys that are negatives (at most the other pictures)", 4096, low=0
+    )
+    momentum: float = option("share of itself that the momentum tower keeps", 0.99, low=0, below=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MocoOptions(PictureViewOptions):
+    """The options of MoCo."""
+
+    queue_size: int = option(
+        "earlier keys that are negatives (at most the other pictures)", 4096, low=0
+    )
+    momentum: float = option("share of itself that the momentum tower keeps", 0.99, low=0, below=1)
+    temperature: float = option("cosines are divided by it", 0.2, above=0)
+    symmetric: bool = option("use each view as query and as key, for twice the time", False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryOptions(PictureViewOptions):
+    """The options of the memory bank."""
+
+    bank_negatives: int = option("rows of the bank drawn for a batch", 4096, low=1)
+    bank_momentum: float = option("share of its row that a picture keeps", 0.5, low=0, below=1)
+    temperature: float = option("cosines are divided by it", 0.07, above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ByolOptions(PictureViewOptions):
     """The options of BYOL; without predictor, stop_gradient or momentum it may collapse."""
 
@@ -124,6 +155,32 @@ METHODS: dict[str, MethodEntry] = {
         "(SimCLR; Chen et al. 2020, arXiv 2002.05709)",
         options=PictureViewOptions,
         losses="views",
+        needs=frozenset(),
+        recipes=("full", "lora"),
+        defaults=_VIEW_DEFAULTS,
+        unused=_TEXTS_ONLY,
+    ),
+    "queue": MethodEntry(
+        "clipkit.training.methods.queue:QueuedPairs",
+        "as pairs, with keys of earlier batches as negatives too, for small batches "
+        "(MoCo on both sides; He et al. 2020, arXiv 1911.05722)",
+        options=QueueOptions,
+    ),
+    "moco": MethodEntry(
+        "clipkit.training.methods.moco:Moco",
+        "two views of a picture, keys of earlier batches are negatives, without captions "
+        "(MoCo v2; Chen et al. 2020, arXiv 2003.04297)",
+        options=MocoOptions,
+        needs=frozenset(),
+        recipes=("full", "lora"),
+        defaults=_VIEW_DEFAULTS,
+        unused=_TEXTS_ONLY,
+    ),
+    "memory": MethodEntry(
+        "clipkit.training.methods.moco:MemoryBank",
+        "a view of a picture, its and others' rows in a memory bank, without captions "
+        "(Wu et al. 2018, arXiv 1805.01978)",
+        options=MemoryOptions,
         needs=frozenset(),
         recipes=("full", "lora"),
         defaults=_VIEW_DEFAULTS,

@@ -1,14 +1,14 @@
-"""The momentum towers: running means of the trained weights, which encode what is compared with.
+"""The momentum towers, running means of the trained weights, and the queue of what they encoded.
 
     mean <- m mean + (1 - m) weights, after every step (MoCo; He et al. 2020, arXiv 1911.05722)
 
-They change slowly, so that rows which they computed some steps ago can still be compared with.
+They change slowly, so that the keys which they computed some steps ago are still good negatives.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,9 @@ class Momentum:
         self._towers, self._own = towers, own or {}
         self._momentum, self._rise = momentum, rise
         self._tensors = _averaged(towers.model, sides)
+        trained = [n for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)]
+        # The towers of which any parameter is averaged; the keys of another are its rows.
+        self.sides = frozenset(_side(name) for name in trained)
         for name, module in self._own.items():
             tensors = {**dict(module.named_parameters()), **_statistics(module)}
             self._tensors.update({f"{name}.{key}": tensor for key, tensor in tensors.items()})
@@ -102,15 +105,76 @@ class Momentum:
             self._mean[name], tensor.data = tensor.data, mean
 
 
+class KeyQueue:
+    """The last `size` keys of one or several kinds; the oldest are overwritten first.
+
+    It begins empty and holds fewer until it is full. Every process adds the keys of all of them, so
+    that all hold the same.
+
+    widths: of the rows of each kind. numbers: how many numbers say what a key is of.
+    """
+
+    def __init__(
+        self, size: int, widths: Sequence[int], *, numbers: int, device: torch.device
+    ) -> None:
+        self._size, self._added = size, 0
+        self._rows = [torch.zeros(size, width, device=device) for width in widths]
+        self._of = torch.zeros(numbers, size, dtype=torch.int64)
+        self._steps = torch.zeros(size, dtype=torch.int64)
+
+    @property
+    def rows(self) -> list[torch.Tensor]:
+        """Return the keys of each kind: float32 (n, D)."""
+        return [rows[: self._added] for rows in self._rows]
+
+    @property
+    def of(self) -> torch.Tensor:
+        """Return what the keys are of, as it was added: int64 (numbers, n), on the CPU."""
+        return self._of[:, : self._added]
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return the share of the queue that is in use, and the age of the oldest key in steps."""
+        steps = self._steps[: self._added]
+        age = step - int(steps.min()) if len(steps) else 0
+        return {"queue_fill": len(steps) / max(1, self._size), "queue_age": float(age)}
+
+    @torch.no_grad()
+    def add(self, rows: Sequence[torch.Tensor], of: torch.Tensor, *, step: int) -> None:
+        """Add keys: (B, D) of each kind, and int64 (numbers, B) what they are of."""
+        count = min(of.shape[1], self._size)  # of more than there is room for, the last ones
+        if not count:
+            return
+        places = (self._added + torch.arange(count)) % self._size
+        for queue, new in zip(self._rows, rows, strict=True):
+            queue[places.to(queue.device)] = new[-count:].to(queue.dtype)
+        self._of[:, places], self._steps[places] = of[:, -count:], step
+        self._added += count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"added": self._added, "rows": self._rows, "of": self._of, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._added = state["added"]
+        for own, saved in zip(
+            [*self._rows, self._of, self._steps],
+            [*state["rows"], state["of"], state["steps"]],
+            strict=True,
+        ):
+            own.copy_(saved)
+
+
 def _averaged(model: torch.nn.Module, sides: Collection[str]) -> dict[str, torch.Tensor]:
     """Return the trained parameters of the sides' towers, and the statistics of their norms."""
-    result: dict[str, torch.Tensor] = {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name, tensor in {**trained, **_statistics(model)}.items():
-        side = "image" if name.startswith("visual.") else "text"
-        if side in sides and name not in ("logit_scale", "logit_bias"):
-            result[name] = tensor
-    return result
+    return {
+        name: tensor
+        for name, tensor in {**trained, **_statistics(model)}.items()
+        if _side(name) in sides and name not in ("logit_scale", "logit_bias")
+    }
+
+
+def _side(name: str) -> str:
+    return "image" if name.startswith("visual.") else "text"
 
 
 def _statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
