@@ -295,6 +295,54 @@ def test_a_batch_beyond_memory_lies_in_a_file_and_is_the_same(
         assert torch.equal(a.pictures[0][rows], b.pictures[0][rows])
 
 
+@pytest.mark.parametrize(
+    ("small", "most", "expected"),
+    [(96, 2**28, 10), (96, 3 * (4 * 40 * 32 + 1024), 3 + 7 * 6), (39, 2**28, 60), (96, 0, 60)],
+    ids=["all kept", "some kept", "too large", "no room"],
+)
+def test_small_pictures_are_decoded_once(
+    ten: CaptionedPictures,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    small: int,
+    most: int,
+    expected: int,
+) -> None:
+    """Ten pictures of 40 x 32, two views of each, three epochs: ten files are read in place of sixty,
+    unless they are too large or there is no room. The views are the same."""
+    model = TrainableTowers(towers.load(str(tiny_checkpoint()), device="cpu"), loss="infonce")
+    reads: list[int] = []
+
+    class Counted(PictureInputs):
+        def read(self, picture: int) -> bytes:
+            reads.append(picture)
+            return super().read(picture)
+
+    def views() -> torch.Tensor:
+        augment = CropAndFlip(model.encoder, 0.5)
+        inputs = Counted(ten, model, augment=augment, views=2, workers=1)
+        inputs._decoded_before = inputs_module._Decoded(most)
+        plans = [plan for epoch in range(3) for plan in ten.plans(epoch=epoch, batch=5, seed=0)]
+        return torch.cat([view for batch in inputs.stream(plans) for view in batch.pictures])
+
+    monkeypatch.setattr(inputs_module, "_SMALL", small)
+    got, count = views(), len(reads)
+    assert count == expected
+    monkeypatch.setattr(inputs_module, "_SMALL", 0)
+    assert torch.equal(got, views())
+
+
+def test_a_split_without_some_pictures_decodes_its_own(
+    ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """What is kept goes by the picture, not by its number, which changes."""
+    encoder = towers.load(str(tiny_checkpoint()), device="cpu")
+    inputs = PictureInputs(ten, TrainableTowers(encoder, loss="infonce"))
+    whole = torch.cat(list(inputs.pictures()))
+    rest = torch.cat(list(inputs.without({0, 4}).pictures()))
+    assert torch.equal(rest, whole[[1, 2, 3, 5, 6, 7, 8, 9]])
+
+
 def test_what_is_served_is_what_the_encoder_makes_of_it(
     ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
 ) -> None:
