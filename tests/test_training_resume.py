@@ -61,8 +61,9 @@ def train_with_a_kill(config: TrainConfig, folder: Path, step: int) -> RunSummar
         {"recipe": "full", "dropout": True, "hard_negatives": 2, "drift": 0.05},
         {"recipe": "lora", "hardness": 0.3, "hard_negatives": 1, "hard_negatives_every": 2},
         {"recipe": "heads", "ema": 0.9},
+        {"recipe": "lit", "loss": "siglip", "train_text_layers": 1, "weight_decay": 0.1},
     ],
-    ids=["full", "lora", "heads"],
+    ids=["full", "lora", "heads", "siglip"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
