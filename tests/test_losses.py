@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 from clipkit.losses import losses_of
-from clipkit.losses.pairs import Same, info_nce, siglip
+from clipkit.losses.pairs import Same, fit_bias, info_nce, siglip
 from clipkit.options import option_fields
 
 
@@ -149,6 +149,39 @@ def test_siglip_by_hand() -> None:
     eye = torch.eye(2, dtype=torch.float64)
     value = siglip(eye, eye, SCALE, BIAS)
     assert value.item() == pytest.approx(math.log1p(math.exp(-3)) + math.log1p(math.exp(-2)))
+
+
+def test_a_bias_by_hand() -> None:
+    """All cosines are 0 in a sample of two pairs, of batches of four: one sigmoid of four is to be true,
+    so the sigmoid of the bias is 1/4 and the bias ln(1/3)."""
+    eye = torch.eye(4)
+    assert fit_bias(eye[:2], eye[2:], SCALE, batch=4) == pytest.approx(-math.log(3))
+
+
+@pytest.mark.parametrize("same", [None, SAME], ids=["alone", "same"])
+def test_a_fitted_bias_has_the_least_loss(same: Same | None) -> None:
+    fitted = torch.tensor(fit_bias(IMAGES, TEXTS, SCALE, batch=6, same=None), dtype=torch.float64)
+    fitted.requires_grad_()
+    siglip(IMAGES, TEXTS, SCALE, fitted).backward()
+    assert fitted.grad is not None and abs(fitted.grad.item()) < 1e-12
+    if same is not None:  # left out, so that fewer are to be true by mistake
+        assert fit_bias(IMAGES, TEXTS, SCALE, batch=6, same=same) != fitted.item()
+
+
+def test_a_fitted_bias_makes_the_first_loss_of_clips_weights_sane() -> None:
+    """Cosines as CLIP's, 0.3 +- 0.03 of a pair and 0.15 +- 0.05 of others, at its scale of 100. With
+    SigLIP's bias of -10 almost every pair is taken for true: a loss of over 500 from 128 pairs."""
+    rows = F.normalize(torch.randn(128, 512, generator=torch.Generator().manual_seed(0)), dim=1)
+    noise = F.normalize(torch.randn(128, 512, generator=torch.Generator().manual_seed(1)), dim=1)
+    common = F.normalize(torch.randn(512, generator=torch.Generator().manual_seed(2)), dim=0)
+    images = F.normalize(rows + 0.45 * common, dim=1)
+    texts = F.normalize(0.22 * rows + noise + 0.42 * common, dim=1)
+    cosines = images @ texts.T
+    assert 0.25 < cosines.diagonal().mean() < 0.35 and 0.1 < cosines.mean() < 0.2
+    scale = torch.tensor(math.log(100.0))
+    bias = fit_bias(images, texts, scale, batch=128)
+    assert siglip(images, texts, scale, torch.tensor(-10.0)).item() > 500
+    assert siglip(images, texts, scale, torch.tensor(bias)).item() < math.log(128) + 1
 
 
 def test_siglip_with_an_equal_caption() -> None:

@@ -68,10 +68,11 @@ def train_with_a_kill(config: TrainConfig, folder: Path, step: int) -> RunSummar
             "ema": 0.9,
             "learning_rate": 0.01,
         },
+        {"recipe": "lit", "loss": "siglip", "train_text_layers": 1, "weight_decay": 0.1},
         {"recipe": "lora", "method": "simclr", "keep_space": 0.5},
         {"recipe": "full", "method": "byol", "dropout": True, "keep": "best"},
     ],
-    ids=["full", "lora", "heads", "batch-norm", "simclr", "byol"],
+    ids=["full", "lora", "heads", "batch-norm", "siglip", "simclr", "byol"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]

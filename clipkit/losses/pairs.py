@@ -154,6 +154,38 @@ def siglip(
     return _over_rows(block, images, texts, marks, block_rows) / len(images)
 
 
+@torch.no_grad()
+def fit_bias(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    logit_scale: torch.Tensor,
+    *,
+    batch: int,
+    same: Same | None = None,
+) -> float:
+    """Return the bias at which the sigmoid loss of batches of `batch` pairs is least, with this scale.
+
+    images and texts (n, D), unit rows, are a sample of pairs. The loss is convex in the bias, with the
+    derivative sum of sigmoids - number of true pairs, so that at its minimum one pair of a row is
+    expected to be true. Pairs of `same` are left out. The result depends on the rows alone: float64, on
+    the CPU, by bisection.
+    """
+    _check(images, texts, same)
+    images, texts = images.double().cpu(), texts.double().cpu()
+    scale = logit_scale.double().exp().cpu()
+    logits = scale * images @ texts.T
+    own = torch.eye(len(logits), dtype=torch.bool)
+    false = ~own if same is None else ~(own | same.to(own.device).of_pictures(0, len(own)))
+    # Of `batch` pairs a row has one true and batch - 1 others, however many are in the sample.
+    weights = own.double() / len(own) + (batch - 1) * false.double() / false.sum().clamp(min=1)
+    low, high = -float(scale) - 40.0, float(scale) + 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = (weights * torch.sigmoid(logits + middle)).sum().item()
+        low, high = (low, middle) if expected > 1 else (middle, high)
+    return (low + high) / 2
+
+
 _Block = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 

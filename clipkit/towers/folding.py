@@ -94,8 +94,9 @@ def _convolve(
         return plain(x)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
+    kernel = conv.weight  # read once: an adapter makes it at every reading
     # In float32 if the weights are in half: small variances would lose their digits.
-    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    wide = torch.promote_types(kernel.dtype, torch.float32)
     gain = torch.rsqrt(variance.to(wide) + norm.eps)
     if norm.weight is not None:
         gain = gain * norm.weight.to(wide)
@@ -104,8 +105,8 @@ def _convolve(
         shift = shift + conv.bias.to(wide) * gain
     if norm.bias is not None:
         shift = shift + norm.bias.to(wide)
-    weight = (conv.weight * gain[:, None, None, None]).to(conv.weight.dtype)
-    folded: torch.Tensor = conv._conv_forward(x, weight, shift.to(conv.weight.dtype))
+    weight = (kernel * gain[:, None, None, None]).to(kernel.dtype)
+    folded: torch.Tensor = conv._conv_forward(x, weight, shift.to(kernel.dtype))
     return folded
 
 

@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
 
 from clipkit.errors import InputError
 from clipkit.training.distributed import random_state, set_random_state
@@ -91,9 +92,9 @@ class ChunkedTower:
             self._whole = self._encode(self._inputs[rows])
             return _scattered([self._whole.detach()], rows)
         parts = []
-        for rows in self._chunks:
-            self._states.append(random_state(self._device))
-            with torch.no_grad():
+        with torch.no_grad(), parametrize.cached():  # adapters make each weight once for all chunks
+            for rows in self._chunks:
+                self._states.append(random_state(self._device))
                 parts.append(self._encode(self._inputs[rows]))
         return _scattered(parts, torch.cat(self._chunks))
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -285,8 +286,17 @@ def add_adapters(
                 getattr(module, attribute), rank=rank, alpha=alpha, parts=parts, generator=generator
             )
             parametrize.register_parametrization(module, attribute, adapter)
+            if isinstance(module, torch.nn.MultiheadAttention) and "forward" not in vars(module):
+                # It reads its weights two or three times. A cache for the whole tower would not go
+                # with activations that are computed again.
+                module.forward = partial(_cached, module.forward)  # type: ignore[method-assign]
         count += len(weights)
     return count
+
+
+def _cached(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    with parametrize.cached():
+        return forward(*args, **options)
 
 
 def adapter_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -304,6 +314,8 @@ def merge_adapters(model: torch.nn.Module) -> None:
     """Add every adapter's update to its weight and remove it: the architecture is the original one."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
+            if isinstance(module, torch.nn.MultiheadAttention):
+                del module.forward  # there is nothing to cache any more
             for attribute in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
 

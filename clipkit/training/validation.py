@@ -12,7 +12,7 @@ All processes share the work and return the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,9 @@ from clipkit.metrics import (
     ridge_accuracy,
     uniformity,
 )
-from clipkit.training.data import CaptionedPictures
-from clipkit.training.distributed import collect
-from clipkit.training.inputs import Inputs, UnreadablePicturesError
+from clipkit.training.data import CaptionedPictures, Plan
+from clipkit.training.distributed import collect, gather_uneven, world_size
+from clipkit.training.inputs import Batch, Inputs, UnreadablePicturesError, readable_batch
 from clipkit.training.towers import Towers
 
 _KS = (1, 5, 10)
@@ -272,3 +272,22 @@ def _by_picture(values: npt.NDArray[Any], owner: npt.NDArray[np.int64]) -> npt.N
     """Average over each picture's captions: (M,) -> (N,)."""
     means: npt.NDArray[np.float64] = np.bincount(owner, values) / np.bincount(owner)
     return means
+
+
+def embed_pairs(
+    towers: Towers, inputs: Inputs, plan: Plan, *, most: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, Batch] | None:
+    """Encode at most `most` pairs of a plan, `chunk` at a time: unit rows of pictures and of captions,
+    (n, D) each, of all processes, and the batch that they are of; None where batches have no pictures
+    or no captions. All processes must call it."""
+    count = min(len(plan.pictures), most) // world_size() * world_size()
+    plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
+    batch = readable_batch(inputs, plan)
+    if not batch.pictures or not batch.texts:
+        return None
+    parts = torch.split(torch.arange(count // world_size()), chunk)
+    towers.mode(False)
+    with torch.no_grad():
+        pictures = torch.cat([towers.images(batch.pictures[0][part]) for part in parts])
+        texts = torch.cat([towers.texts(batch.texts[0][part]) for part in parts])
+    return gather_uneven(pictures), gather_uneven(texts), batch

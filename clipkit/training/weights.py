@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from clipkit.training.data import Plan
-from clipkit.training.distributed import gather_uneven, world_size
-from clipkit.training.inputs import Inputs, readable_batch
+from clipkit.training.inputs import Inputs
 from clipkit.training.recipes import is_matrix
 from clipkit.training.towers import Towers
-from clipkit.training.validation import Scores, exceeds
+from clipkit.training.validation import Scores, embed_pairs, exceeds
 
 _DRIFT_PAIRS = 256  # pairs that show whether the start is better than chance
 _DRIFT_OF_1000 = 0.06  # `drift` for a thousand pictures
@@ -77,17 +76,10 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     if "image" in towers.encoder.untrained:
         return 0.0
     limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
-    count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
-    plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
-    batch = readable_batch(inputs, plan)
-    towers.mode(False)
-    with torch.no_grad():
-        rows = torch.split(torch.arange(count // world_size()), chunk)
-        if not batch.texts or not batch.pictures:
-            return limit
-        views = [towers.images(batch.pictures[0][part]) for part in rows]
-        pictures = gather_uneven(torch.cat(views))
-        texts = gather_uneven(torch.cat([towers.texts(batch.texts[0][part]) for part in rows]))
+    pairs = embed_pairs(towers, inputs, plan, most=_DRIFT_PAIRS, chunk=chunk)
+    if pairs is None:
+        return limit
+    pictures, texts, _ = pairs
     scores = pictures @ texts.T
     higher = (scores > scores.diagonal()[:, None]).float().mean().item()
     return 0.0 if higher > 0.25 else limit
