@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Unicode's bidirectional controls: in a file name they would reorder the text around it (UAX 9).
 _BIDIRECTIONAL = frozenset(
@@ -38,6 +38,14 @@ def printable(value: object) -> str:
 def count(number: int, noun: str = "picture") -> str:
     """1 -> "1 picture", 1234 -> "1,234 pictures"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def class_sizes(sizes: Collection[int], without: int) -> str:
+    """Return "10 classes of 40 to 5,000 pictures; 3 pictures without" a label."""
+    number = f"{len(sizes):,} {'class' if len(sizes) == 1 else 'classes'}"
+    least = f"{min(sizes):,} to " if min(sizes) < max(sizes) else ""
+    text = f"{number} of {least}{count(max(sizes))}"
+    return f"{text}; {count(without)} without" if without else text
 
 
 def reason_text(reason: str) -> str:

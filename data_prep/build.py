@@ -13,7 +13,8 @@ in the same order on every line of every split:
 
     file_name   IMAGE_ID.jpg
     image_id    BLAKE2b-128 of the source's bytes, 32 hex digits
-    captions    [one or more]
+    captions    [one or more; none only with rules.uncaptioned="keep"]
+    label       the class's name, or "" if it has none; only if any picture of the sources has one
     keywords, not_captions    [any number]; only if the sources have any
     width, height             of the picture beside it, pixels
     source      "captions.csv, line 12"
@@ -21,7 +22,12 @@ in the same order on every line of every split:
 
 `meta` is text because Arrow must find one type per column, the same in every split: nulls, mixed
 numbers, dates in one split only, and names such as "thumb_file_name" would each break
-`datasets.load_dataset`. Shards have the same columns in each picture's .json, `meta` as an object.
+`datasets.load_dataset`. For the same reason the first list of a split may end with "", which readers
+leave out. Shards have the same columns in each picture's .json, `meta` as an object; pictures without a
+caption have no .txt.
+
+A picture has one label. A row with several classes gives none; of rows with different labels the first
+counts; both are listed in rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -55,10 +61,19 @@ from clipkit.sources import (
     Row,
     Source,
     TarMember,
+    ZipMember,
     open_source,
 )
 from clipkit.sources.rows import LISTS
-from data_prep.clean import Rules, caption_fault, kind_of_repair, mend, same_caption
+from data_prep.clean import (
+    LabelError,
+    Rules,
+    caption_fault,
+    kind_of_repair,
+    label_text,
+    mend,
+    same_caption,
+)
 from data_prep.load import Fault, Loaded, Loader
 from data_prep.split import HASH_BYTES, Fractions, assign, groups_of, near_pairs
 from data_prep.staging import MANIFEST, Built, Progress, aside, check_out, swap, write_manifest
@@ -93,8 +108,8 @@ def build(
     with all their captions. Every rejected row, picture and caption is listed in rejected.jsonl.
 
     Raises InputError if `out` exists and is not a dataset, or `overwrite` is not given; if a source
-    gives no pictures; or if no captioned picture is left. Any exception, KeyboardInterrupt included,
-    leaves `out` unchanged.
+    gives no pictures; or if none is left, or none with a caption where `rules` reject the others. Any
+    exception, KeyboardInterrupt included, leaves `out` unchanged.
     """
     out = Path(os.path.abspath(out.expanduser()))
     check_out(out, sources, overwrite)
@@ -124,6 +139,8 @@ def build(
             run.counts["parted"],
             {what: dict(reasons.most_common()) for what, reasons in run.rejected.items()},
             f"{run.fingerprint:032x}",
+            run.counts["uncaptioned"],
+            dict(run.labels.most_common()),
         )
         options = {
             "rules": asdict(rules) | {"allow": sorted(rules.allow)},
@@ -139,10 +156,14 @@ def build_once(
     data: str,
     below: Path,
     *,
+    uncaptioned: bool = False,
     command: str = "",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[Path, Built | None]:
     """Build a dataset of the source `data` in a folder below `below`, unless that was done before.
+
+    With `uncaptioned` pictures without a caption stay, for methods that need none, and the folder has
+    another name.
 
     The folder's name holds a hash of the rows and of the files' sizes and times: a changed source
     gives another folder, and runs that began on the former one can be resumed. Of a hub dataset only
@@ -153,13 +174,15 @@ def build_once(
 
     source = open_source(data)
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(data).stem).strip("-.") or "data"
-    out = below / f"{name[:40]}-{_rows_hash(source)}"
+    kind = "-uncaptioned" if uncaptioned else ""
+    out = below / f"{name[:40]}{kind}-{_rows_hash(source)}"
+    rules = Rules(uncaptioned="keep" if uncaptioned else "reject")
     try:
         below.mkdir(parents=True, exist_ok=True)
         with FileLock(below / f".{out.name}.lock"):
             if (out / MANIFEST).is_file():
                 return out, None
-            return out, build([source], out, command=command, on_progress=on_progress)
+            return out, build([source], out, rules=rules, command=command, on_progress=on_progress)
     except OSError as error:
         raise InputError(f"cannot write into {below}: {error.strerror or error}") from error
 
@@ -172,6 +195,7 @@ def _rows_hash(source: Source) -> str:
             content: list[Any] = [row.place, row.reason]
         else:
             content = [row.name, row.captions, row.split, dict(row.meta), *_stamp(row.picture)]
+            content += [] if row.label is None else [row.label]
         digest.update(json.dumps(content, default=str).encode())
     return digest.hexdigest()[:12]
 
@@ -180,7 +204,9 @@ def _stamp(picture: Picture) -> tuple[object, ...]:
     """Return what changes with a picture: its place, and its file's size and time, or its content."""
     if isinstance(picture, PictureBytes):
         return (blake2b(picture.data).hexdigest(),)
-    file = picture.tar if isinstance(picture, TarMember) else picture.path
+    file = picture.path
+    if isinstance(picture, TarMember | ZipMember):
+        file = picture.tar if isinstance(picture, TarMember) else picture.zip
     if file is None or not file.exists():
         return (str(file),)
     status = file.stat()
@@ -204,6 +230,7 @@ class _Build:
         self.counts: Counter[str] = Counter()
         self.mended: Counter[str] = Counter()
         self.written: Counter[str] = Counter()
+        self.labels: Counter[str] = Counter()
         self.rejected: dict[str, Counter[str]] = {}
         self.fingerprint = 0
         self._spool = stack.enter_context((folder / _SPOOL).open("w+b"))
@@ -212,7 +239,11 @@ class _Build:
         self._numbers: dict[str, int] = {}  # image_id -> the picture's number, from 0
         self._offsets: list[list[int]] = []  # of its rows in the spool
         self._looks = bytearray()
+        self._first: Broken | None = (
+            None  # what is wrong with the source's first row that is rejected
+        )
         self._official: list[str | None] = []
+        self._labels: list[str | None] = []
         self._loaded: dict[str, int | Fault | None] = {}  # by path; None: still loading
         self._repeats: Counter[int] = Counter()  # hash of a caption -> pictures that have it
 
@@ -220,18 +251,18 @@ class _Build:
 
     def read(self, source: Source, workers: int) -> None:
         """Load a source's pictures in threads, and spool its rows in the source's order."""
-        first: Broken | None = None
+        self._first = None
         done, start = 0, self._spool.tell()
         for done, (row, future) in enumerate(in_order(source.rows(), self._start, workers), 1):
             if isinstance(row, Broken):
-                first = first or row
+                self._first = self._first or row
                 self._reject("row", source, row.place, row.reason, row.detail)
             else:
                 self._take(source, row, future)
             self._report("reading", done, source.total)
         self.rows += done
         if self._spool.tell() == start:
-            raise source.nothing_read(done, first)
+            raise source.nothing_read(done, self._first)
 
     def _start(self, pool: ThreadPoolExecutor, row: Row | Broken) -> Future[Loaded | Fault] | None:
         """Start to load a picture; None for a broken row and for a file that was loaded before."""
@@ -272,10 +303,12 @@ class _Build:
                 self._loaded[path] = result
         if not isinstance(result, int):
             assert result is not None
+            self._first = self._first or Broken(row.place, result.reason, result.detail)
             self._reject("picture", source, row.place, result.reason, result.detail, row.name)
             return
         self._official[result] = max(self._official[result], row.split, key=_RANK.__getitem__)
-        entry |= {"captions": self._clean(source, row), "meta": dict(row.meta)}
+        entry |= {"captions": self._clean(source, row), "label": self._label(source, row)}
+        entry["meta"] = dict(row.meta)
         self._offsets[result].append(self._spool.tell())
         self._spool.write(_line(entry))
 
@@ -291,6 +324,13 @@ class _Build:
                     self.mended[kind_of_repair(original, caption)] += 1
         return captions
 
+    def _label(self, source: Source, row: Row) -> str | None:
+        try:
+            return label_text(row.label, source.classes)
+        except LabelError as error:
+            self._reject("label", source, row.place, error.reason, str(error), row.name)
+            return None
+
     # ---- between the passes: a picture's rows joined, look-alikes, splits
 
     def merge(self) -> list[str]:
@@ -304,6 +344,7 @@ class _Build:
                 rows.append(json.loads(self._spool.readline()))
             self._offsets[number] = []
             record = self._merge_rows(image_id, rows)
+            self._labels.append(record.get("label"))
             columns |= {name for name in LISTS if record.get(name)}
             self._repeats.update(hash(same_caption(c)) for c in record["captions"])
             self._merged.write(_line(record))
@@ -326,6 +367,12 @@ class _Build:
                     self._reject("caption", row, row["row"], reason, caption, row["name"])
                 else:
                     captions[key] = caption
+        label = None
+        for row in rows:
+            label = label or row["label"]
+            if row["label"] and row["label"] != label:
+                detail = f"{row['label']}; it has the label {label} already"
+                self._reject("label", row, row["row"], "other-label", detail, row["name"])
         meta: dict[str, Any] = {}
         for row in reversed(rows):  # the first row wins
             meta |= row["meta"]
@@ -333,6 +380,7 @@ class _Build:
         return {
             "image_id": image_id,
             "captions": list(captions.values()),
+            **({"label": label} if label else {}),
             **{name: texts for name, texts in lists.items() if texts},
             **{key: first[key] for key in ("width", "height")},
             "source": f"{Path(first['path']).name}, {first['row']}",
@@ -352,7 +400,7 @@ class _Build:
         self.counts["groups"] = int((np.bincount(groups) > 1).sum())
         ids = list(self._numbers)
         splits: list[str | None] = list(
-            assign(ids, self._official, groups, fractions=fractions, seed=seed)
+            assign(ids, self._official, groups, self._labels, fractions=fractions, seed=seed)
         )
         ranks = np.array([_RANK[split] for split in splits], np.int64)
         first, last = np.full(count, len(_RANK)), np.zeros(count, np.int64)
@@ -378,8 +426,10 @@ class _Build:
     def write(
         self, writer: FolderWriter | ShardWriter, splits: list[str | None], pool: Path
     ) -> None:
-        """Write every picture that still has a caption. Raises DatasetError if there is none."""
+        """Write every picture that stays. Raises DatasetError if there is none."""
         self._merged.seek(0)
+        labelled = any(self._labels)
+        keeping = self.rules.uncaptioned == "keep"
         most = self.rules.max_repeats or len(splits)
         for number, (line, split) in enumerate(zip(self._merged, splits, strict=True), 1):
             record = json.loads(line)
@@ -397,13 +447,17 @@ class _Build:
             if split is None:
                 detail = "looks like another picture, which stays"
                 self._reject("picture", *where, "near-duplicate", detail, origin["name"])
-            elif not captions:
+            elif not captions and not keeping:
                 detail = "none of its captions is left"
                 self._reject("picture", *where, "no-caption", detail, origin["name"])
             else:
+                if labelled:
+                    record.setdefault("label", "")
                 writer.add(split, record, pool / origin["file"])
                 self.written[split] += 1
                 self.counts["captions"] += len(captions)
+                self.counts["uncaptioned"] += not captions
+                self.labels.update([record["label"]] if record.get("label") else ())
                 self.fingerprint ^= _print(split, record)
             self._report("writing", number, len(splits))
         if not self.written:
@@ -411,10 +465,13 @@ class _Build:
                 {f"{what} {why}": n for what, of in self.rejected.items() for why, n in of.items()}
             )
             counts = ", ".join(f"{why} {n:,}" for why, n in reasons.most_common(5))
-            raise DatasetError(
-                f"no picture with a caption is left of {len(splits):,}; rejected: {counts}; "
-                "loosen the rule that rejects most"
-            )
+            left = "no picture" if keeping else "no picture with a caption"
+            remedy = "loosen the rule that rejects most"
+            if not keeping:
+                remedy += (
+                    ", or keep pictures without captions: clipkit data build --uncaptioned keep"
+                )
+            raise DatasetError(f"{left} is left of {len(splits):,}; rejected: {counts}; {remedy}")
 
     # ---- rejections and progress
 
@@ -445,9 +502,11 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _print(split: str, record: Record) -> int:
-    """Return 128 bits of split, identity and captions; the xor of all does not depend on the order."""
-    content = json.dumps([split, record["image_id"], record["captions"]]).encode()
-    return int.from_bytes(blake2b(content, digest_size=16).digest(), "big")
+    """Return 128 bits of split, identity, captions and label, to be joined by xor in any order."""
+    content = [split, record["image_id"], record["captions"]]
+    content += [record["label"]] if record.get("label") else []
+    text = json.dumps(content).encode()
+    return int.from_bytes(blake2b(text, digest_size=16).digest(), "big")
 
 
 # ---- the dataset's files
@@ -472,7 +531,9 @@ class FolderWriter:
             self._files[split] = (self._folder / split / METADATA).open("w", encoding="utf-8")
         os.rename(picture, self._folder / split / picture.name)
         line: Record = {"file_name": picture.name}
-        line |= {key: record[key] for key in ("image_id", "captions")}
+        line["image_id"] = record["image_id"]
+        line["captions"] = _typed(record["captions"]) if first else record["captions"]
+        line |= {"label": record["label"]} if "label" in record else {}
         for name in self._lists:
             line[name] = _typed(record.get(name, [])) if first else record.get(name, [])
         line |= {key: record[key] for key in ("width", "height", "source")}
@@ -508,9 +569,10 @@ class ShardWriter:
                 self._tars[split].close()
             self._tars[split] = tarfile.open(self._folder / split / f"{shard:05d}.tar", "w")  # noqa: SIM115
         key = f"{shard:05d}{place:04d}"
+        first = record["captions"][:1]
         fields: Mapping[str, Any] = {
             "key": key,
-            "caption": record["captions"][0],
+            **({"caption": first[0]} if first else {}),
             **{name: value for name, value in record.items() if name != "meta"},
             "split": split,
             "meta": record["meta"],
@@ -518,7 +580,7 @@ class ShardWriter:
         text = json.dumps(fields, ensure_ascii=False, default=str)
         for suffix, body in (
             ("jpg", picture.read_bytes()),
-            ("txt", record["captions"][0].encode()),
+            *(("txt", caption.encode()) for caption in first),
             ("json", text.encode()),
         ):
             member = tarfile.TarInfo(f"{key}.{suffix}")

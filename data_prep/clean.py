@@ -1,9 +1,9 @@
-"""Rules that reject captions and pictures; every rejection has a reason code.
+"""Rules that reject pictures, captions and labels; every rejection has a reason code.
 
     blank                 a picture of one colour: a placeholder
     too-small             a picture with a side below `min_side` pixels
     near-duplicate        a picture that looks like one before it (only with near="drop")
-    no-caption            none of the picture's captions is left
+    no-caption            none of the picture's captions is left (only with uncaptioned="reject")
     empty                 only white space
     too-short, too-long   below `min_chars`, above `max_chars` characters
     url, file-name        "https://...", "IMG_1234.JPG", "DSC00042"
@@ -14,6 +14,9 @@
     repeated              the picture has the caption already
     repeated-on-many      more than `max_repeats` pictures have the caption
     marked-wrong          a correction says that the caption does not fit the picture
+    several-labels        a row with two classes or more: a dataset has one label a picture
+    other-label           the picture has another label already, by a row before
+    not-a-class           a label that is neither a name nor a whole number
 
 Pictures that cannot be read have the reasons of `clipkit.images` (truncated, broken, ...). Captions are
 repaired first: HTML entities and tags, control characters, text decoded the wrong way (by ftfy), runs of
@@ -25,6 +28,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -54,6 +58,7 @@ class Rules:
     near: Literal["group", "drop", "ignore"] = "group"  # near-duplicates: in one split, or only one
     radius: int = 15  # bits of 256 in which near-duplicates' hashes may differ, see split.py
     allow: frozenset[str] = frozenset()  # of ALLOWABLE
+    uncaptioned: Literal["reject", "keep"] = "reject"  # pictures without a caption
 
     def __post_init__(self) -> None:
         for name in ("min_side", "min_chars", "max_chars", "max_repeats"):
@@ -63,6 +68,8 @@ class Rules:
             raise InputError(f"radius is {self.radius}; it must be 0 to {MAX_RADIUS} bits of 256")
         if self.near not in ("group", "drop", "ignore"):
             raise InputError(f"near is {self.near!r}; it must be group, drop or ignore")
+        if self.uncaptioned not in ("reject", "keep"):
+            raise InputError(f"uncaptioned is {self.uncaptioned!r}; it must be reject or keep")
         for name in sorted(self.allow - set(ALLOWABLE)):
             raise InputError(f"cannot allow {name!r}; use one of {', '.join(ALLOWABLE)}")
 
@@ -164,6 +171,43 @@ def _garbled(caption: str) -> bool:
     from ftfy.badness import is_bad
 
     return "\ufffd" in caption or is_bad(caption)
+
+
+def label_text(label: object, classes: Sequence[str] | None) -> str | None:
+    """Return the name of the one class that a row's label means; None for no label.
+
+    Raises LabelError for several classes, and for anything that is neither a name nor a whole number.
+    """
+    names = class_names(label, classes)
+    if len(names) > 1:
+        raise LabelError("several-labels", f"{len(names)} classes: {', '.join(names):.200}")
+    return names[0] if names else None
+
+
+def class_names(label: object, classes: Sequence[str] | None) -> list[str]:
+    """Return the classes that a row's label means, each once: as text, on one line.
+
+    A numbered class has its name in `classes`, if known there. Raises LabelError for anything that is
+    neither a name nor a whole number.
+    """
+    names = []
+    for item in label if isinstance(label, list | tuple) else [label]:
+        if isinstance(item, bool) or not isinstance(item, int | str | None):
+            raise LabelError("not-a-class", f"a label must be a name or a number, got {item!r:.80}")
+        if isinstance(item, int) and classes is not None and 0 <= item < len(classes):
+            item = classes[item]
+        # A folder's name need not be UTF-8, and JSON can escape half a surrogate pair.
+        text = "" if item is None else str(item).encode("utf-8", "backslashreplace").decode()
+        names.append(" ".join(text.split()))
+    return [name for name in dict.fromkeys(names) if name]
+
+
+class LabelError(ValueError):
+    """A label that a dataset cannot hold; `reason` is a reason code."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
 
 
 def same_caption(caption: str) -> str:

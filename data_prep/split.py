@@ -4,8 +4,11 @@ A picture's split follows from its content alone: its hash (with the seed), read
 falls into one of three ranges. Adding data moves nothing. Pictures that look alike form groups, and a
 group goes to the split, in the order train, validation, test, that comes first among its members. So a
 training picture never becomes a test picture when data is added; the reverse can happen, with a new
-look-alike. One exception: where fewer than LEAST_TRAINING pictures would train, which happens to sets of
-a few pictures, those with the lowest numbers train too, and may leave again when data is added.
+look-alike. Two exceptions, whose pictures may move again when data is added. Where fewer than
+LEAST_TRAINING pictures would train, which happens to sets of a few pictures, those with the lowest
+numbers train too. And where pictures have labels, each class is in each split of which its share
+rounds to one picture or more (of fractions 0.8, 0.1, 0.1: a class of six): if the hashes leave it out
+there, the group moves whose number is next to the split's range. A class of one picture stays.
 
 Look-alikes are found by a perceptual hash of 256 bits (pHash, Zauner 2010, by imagehash): of 6,091
 photos saved again smaller or as worse JPEGs all but 1 % stay within 8 bits, brightened by 15 % within
@@ -111,6 +114,7 @@ def assign(
     image_ids: Sequence[str],
     official: Sequence[str | None],
     groups: NDArray[np.int64],
+    labels: Sequence[str | None] = (),
     *,
     fractions: Fractions,
     seed: int = 0,
@@ -118,7 +122,8 @@ def assign(
     """Return a split for each picture: its official one, else that of its group.
 
     A group with official members follows them; if they disagree, the first of train, validation, test.
-    Official splits are never changed: `leaks` reports look-alikes between them. If fewer than
+    Official splits are never changed: `leaks` reports look-alikes between them. `labels`, one a picture
+    if there are any, bring the classes into all splits that they have pictures for. If fewer than
     LEAST_TRAINING pictures train, so do the groups without official members whose numbers are lowest,
     one after the other.
     """
@@ -133,12 +138,59 @@ def assign(
     np.minimum.at(by_source, groups, fixed)
     of_group = np.where(by_source < len(SPLITS), by_source, by_hash)
     splits = np.where(fixed < len(SPLITS), fixed, of_group[groups])
-    free = np.flatnonzero((splits > 0) & (by_source == len(SPLITS))[groups])
+    unofficial = (by_source == len(SPLITS))[groups]
+    if any(labels):
+        _spread_classes(splits, labels, groups, places, unofficial, (0.0, *edges, 1.0))
+    free = np.flatnonzero((splits > 0) & unofficial)
     for row in free[np.argsort(places[free])]:
         if (splits == 0).sum() >= LEAST_TRAINING:
             break
         splits[groups == groups[row]] = 0
     return [SPLITS[n] for n in splits]
+
+
+def _spread_classes(
+    splits: NDArray[np.int64],
+    labels: Sequence[str | None],
+    groups: NDArray[np.int64],
+    places: NDArray[np.float64],
+    unofficial: NDArray[np.bool_],
+    edges: Sequence[float],
+) -> None:
+    """Move unofficial groups, in `splits`, until each class is in each split of which it has a share.
+
+    The split number s has the places from edges[s] to edges[s + 1]. A group moves only if no class that
+    is due in its split is lost there.
+    """
+    numbers = {name: n for n, name in enumerate(sorted({label for label in labels if label}))}
+    classes = np.array([numbers.get(label or "", -1) for label in labels])
+    counts = np.zeros((len(numbers), len(SPLITS)), np.int64)  # pictures of each class in each split
+    labelled = classes >= 0
+    np.add.at(counts, (classes[labelled], splits[labelled]), 1)
+    free = np.bincount(classes[labelled & unofficial], minlength=len(numbers))
+    due = (np.round(free[:, None] * np.diff(edges)) >= 1) & (free > 1)[:, None]  # bool (C, 3)
+    of_class = _members(classes)
+    of_group = _members(groups)
+    for number, split in np.argwhere(due & (counts == 0)):
+        rows = of_class[number][unofficial[of_class[number]]]
+        distance = np.maximum(edges[split] - places[rows], places[rows] - edges[split + 1])
+        for row in rows[np.argsort(distance, kind="stable")]:
+            members = of_group[groups[row]]
+            moving = np.zeros(len(numbers), np.int64)
+            np.add.at(moving, classes[members][classes[members] >= 0], 1)
+            left = counts[:, splits[row]] - moving
+            if ((left > 0) | ~due[:, splits[row]] | (moving == 0)).all():
+                counts[:, splits[row]] -= moving
+                counts[:, split] += moving
+                splits[members] = split
+                break
+
+
+def _members(numbers: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
+    """Return the rows of each number."""
+    order = np.argsort(numbers, kind="stable")
+    values, starts = np.unique(numbers[order], return_index=True)
+    return dict(zip(values.tolist(), np.split(order, starts[1:]), strict=True))
 
 
 def _place(image_id: str, seed: int) -> float:

@@ -34,7 +34,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The result of a build. `rejected`: {"row" | "picture" | "caption": {reason: count}}."""
+    """The result of a build. `rejected`: {"row" | "picture" | "caption" | "label": {reason: count}}."""
 
     folder: Path
     rows: int
@@ -45,6 +45,8 @@ class Built:
     parted: int  # groups that official splits part
     rejected: Mapping[str, Mapping[str, int]]
     fingerprint: str
+    uncaptioned: int  # of the pictures
+    labels: Mapping[str, int]  # pictures by class, the largest first
 
 
 def check_out(out: Path, sources: Sequence[Source], overwrite: bool) -> None:
@@ -132,6 +134,8 @@ def write_manifest(
             "rows": built.rows,
             "pictures": built.pictures,
             "captions": built.captions,
+            "uncaptioned_pictures": built.uncaptioned,
+            "classes": len(built.labels),
             "mended_captions": built.mended,
             "groups_of_look_alikes": built.groups,
             "parted_by_official_splits": built.parted,

@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from clipkit.errors import ImageError, InputError
 from clipkit.images import decode, image_id
 from clipkit.records import SPLITS
 from clipkit.sources import Broken, Picture, Row, Source
+from clipkit.wording import class_sizes, count
+from data_prep.clean import LabelError, class_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,10 +55,17 @@ class Stats:
     caption_words: NDArray[np.int64]  # (M,) words in each caption
     sizes: NDArray[np.int64]  # (R, 2): width, height of the pictures that could be read
     words: Counter[str]  # without stop words
+    labels: Counter[str]  # pictures of each class; one with several classes counts in each
+    labelled: int  # pictures with a label
     captions: int
     distinct_captions: int
     unreadable: int
     tiles: tuple[Image.Image, ...]  # a sample by content hash: the same in each run
+
+    @property
+    def uncaptioned(self) -> int:
+        """Return the number of pictures without a caption."""
+        return int((self.captions_per_picture == 0).sum())
 
 
 _Thumbnail = tuple[str, tuple[int, int], Image.Image]  # image_id, (width, height), small picture
@@ -73,6 +83,7 @@ def collect(
     lengths: list[int] = []
     sizes: list[tuple[int, int]] = []
     words: Counter[str] = Counter()
+    classes: dict[int, list[str]] = {}  # of each labelled picture, by its place in per_picture
     distinct: set[int] = set()
     unreadable = done = 0
     first: Broken | None = None
@@ -101,6 +112,9 @@ def collect(
                 pictures[row.split or ""] += 1
                 per_picture.append(0)
             per_picture[number] += len(row.captions)
+            with suppress(LabelError):  # `build` lists what is no class
+                if names := class_names(row.label, source.classes):
+                    classes.setdefault(number, names)
             for caption in row.captions:
                 tokens = re.findall(r"\w+(?:['’]\w+)?", caption.casefold())
                 lengths.append(len(tokens))
@@ -125,6 +139,8 @@ def collect(
         np.array(lengths, np.int64),
         np.array(sizes, np.int64).reshape(-1, 2),
         words,
+        Counter(name for names in classes.values() for name in names),
+        len(classes),
         len(lengths),
         len(distinct),
         unreadable,
@@ -153,22 +169,29 @@ def lines(stats: Stats) -> list[str]:
     """Return the statistics as lines of text."""
     total = sum(stats.pictures.values())
     splits = [n for n in (*SPLITS, "") if n in stats.pictures]
-    counts = ", ".join(f"{name or 'no split'} {stats.pictures[name]:,}" for name in splits)
-    text = [f"pictures   {total:,} ({counts})"]
+    listed = ", ".join(f"{name or 'no split'} {stats.pictures[name]:,}" for name in splits)
+    text = [f"pictures   {total:,} ({listed})"]
     if stats.unreadable:
         text.append(f"unreadable {stats.unreadable:,}")
     each = stats.captions_per_picture
-    text.append(
+    captions = (
         f"captions   {stats.captions:,}, {stats.distinct_captions:,} distinct; "
         f"{each.min()} to {each.max()} a picture, mean {each.mean():.2f}"
     )
+    captions += f"; {count(stats.uncaptioned)} without" if stats.uncaptioned else ""
+    text.append(captions if stats.captions else "captions   none")
+    if stats.labels:
+        largest = ", ".join(f"{name} {n:,}" for name, n in stats.labels.most_common(15))
+        without = sum(stats.pictures.values()) - stats.labelled
+        text.append(f"labels     {class_sizes(stats.labels.values(), without)}")
+        text.append(f"classes    {largest}{', ...' if len(stats.labels) > 15 else ''}")
     if stats.caption_words.size:
         low, middle, high = np.percentile(stats.caption_words, (5, 50, 95))
         text.append(
             f"words      {middle:g} in a caption (5 % below {low:g}, 5 % above {high:g}, "
             f"longest {stats.caption_words.max():,})"
         )
-        common = ", ".join(f"{word} {count:,}" for word, count in stats.words.most_common(15))
+        common = ", ".join(f"{word} {n:,}" for word, n in stats.words.most_common(15))
         text.append(f"frequent   {common}")
     if stats.sizes.size:
         sides = stats.sizes.min(axis=1)
@@ -225,7 +248,8 @@ def draw(stats: Stats, path: Path, *, title: str) -> None:
         total = sum(stats.pictures.values())
         figure.text(0.045, 0.962, title, size=21, weight="bold", va="center")
         summary = f"{total:,} pictures · {stats.captions:,} captions"
-        summary += f", {stats.distinct_captions:,} distinct"
+        summary += f", {stats.distinct_captions:,} distinct" if stats.captions else ""
+        summary += f" · {len(stats.labels):,} classes" if stats.labels else ""
         summary += f" · {stats.unreadable:,} unreadable" if stats.unreadable else ""
         figure.text(0.045, 0.934, summary, size=11.5, color=_FAINT, va="center")
         try:
@@ -294,7 +318,10 @@ def _splits(axes: Axes, stats: Stats) -> None:
 
 
 def _words(axes: Axes, stats: Stats) -> None:
-    common = stats.words.most_common(_WORDS)
+    counter, title = stats.words, "Most frequent words"
+    if not counter and stats.labels:
+        counter, title = stats.labels, "Largest classes"
+    common = counter.most_common(_WORDS)
     places = range(len(common))
     bars = axes.bar(places, [count for _, count in common], color=_BLUE, width=0.72)
     axes.bar_label(bars, [f"{c:,}" for _, c in common], color=_FAINT, size=7.5, padding=2)
@@ -302,7 +329,7 @@ def _words(axes: Axes, stats: Stats) -> None:
     axes.set_xticks(places, shown, rotation=38, ha="right", rotation_mode="anchor")
     axes.set_yticks([])
     axes.margins(x=0.01, y=0.12)
-    _heading(axes, "Most frequent words", f"{len(stats.words):,} distinct")
+    _heading(axes, title, f"{len(counter):,} distinct")
     axes.tick_params(axis="x", labelcolor=_INK)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from app.cli.data import data
-from clipkit.errors import InputError
+from clipkit.errors import DatasetError, InputError
 
 pytestmark = pytest.mark.end_to_end
 
@@ -183,3 +183,25 @@ def test_ctrl_c_leaves_nothing(captions: Path, tmp_path: Path) -> None:
         assert process.wait(30) == 130
     assert "stopped; " in said and "was not touched" in said and "Traceback" not in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["from marketing"]
+
+
+def test_class_folders_without_captions(tmp_path: Path) -> None:
+    """The default says what to do; then the folder, and the dataset, show classes of three pictures."""
+    save_all(tmp_path / "in", *(f"{name}/{n}.png" for name in ("cat", "dog") for n in range(3)))
+    with pytest.raises(
+        DatasetError, match=r"keep pictures without captions: .* --uncaptioned keep"
+    ):
+        clipkit("build", tmp_path / "in", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="--uncaptioned is 'yes'; use one of reject, keep"):
+        clipkit("build", tmp_path / "in", "--out", tmp_path / "out", "--uncaptioned", "yes")
+    code, said = clipkit(
+        "build", tmp_path / "in", "--out", tmp_path / "out", "--uncaptioned", "keep"
+    )
+    assert code == 0 and "folder of 6 pictures in 2 class folders" in said
+    assert "captions   0; 6 pictures without\nlabels     2 classes of 3 pictures\n" in said
+    for name in ("in", "out"):
+        code, said = clipkit("stats", tmp_path / name)
+        assert code == 0 and "captions   none\nlabels     2 classes of 3 pictures\n" in said, name
+        assert "classes    cat 3, dog 3\n" in said
+    code, said = clipkit("check", tmp_path / "out")
+    assert code == 0 and "leaks      none across splits" in said

@@ -33,6 +33,26 @@ def test_counts(tmp_path: Path) -> None:
     assert lines(found)[0] == "pictures   3 (train 2, test 1)"
 
 
+def test_labels_and_pictures_without_captions(tmp_path: Path) -> None:
+    """Two of four pictures have no caption; b has two classes, d none."""
+    save_all(tmp_path, "a.png", "b.png", "c.png", "d.png")
+    (tmp_path / "t.jsonl").write_text(
+        '{"image": "a.png", "caption": "A dog", "label": "dog"}\n'
+        '{"image": "b.png", "caption": "Pets", "label": ["dog", "cat"]}\n'
+        '{"image": "c.png", "label": 3}\n{"image": "d.png", "label": 0.5}\n'
+    )
+    found = collect(open_source(tmp_path / "t.jsonl"))
+    assert found.labels == Counter({"dog": 2, "cat": 1, "3": 1})
+    assert (found.labelled, found.uncaptioned) == (3, 2)
+    text = lines(found)
+    assert "captions   2, 2 distinct; 0 to 1 a picture, mean 0.50; 2 pictures without" in text
+    assert "labels     3 classes of 1 to 2 pictures; 1 picture without" in text
+    assert "classes    dog 2, cat 1, 3 1" in text
+    (tmp_path / "t.jsonl").write_text('{"image": "a.png", "label": 3}\n')
+    text = lines(collect(open_source(tmp_path / "t.jsonl")))
+    assert text[1:4] == ["captions   none", "labels     1 class of 1 picture", "classes    3 1"]
+
+
 def test_the_sample_follows_content_not_order(tmp_path: Path) -> None:
     save_all(tmp_path, *(f"{n:03}.png" for n in range(80)))
     rows = [f"{n:03}.png,Thing {n}" for n in range(80)]
@@ -52,7 +72,7 @@ def test_nothing_to_count() -> None:
         collect(broken)
 
 
-@pytest.mark.parametrize("case", ["one", "no captions", "unreadable", "odd words"])
+@pytest.mark.parametrize("case", ["one", "no captions", "labels", "unreadable", "odd words"])
 def test_any_data_set_can_be_drawn(tmp_path: Path, case: str) -> None:
     """A single picture, none readable, no captions, words that the font has no letters for."""
     none = np.zeros(0, np.int64)
@@ -61,10 +81,12 @@ def test_any_data_set_can_be_drawn(tmp_path: Path, case: str) -> None:
     )
     stats = Stats(
         {"": 1},
-        np.array([0 if case == "no captions" else 1]),
-        none if case == "no captions" else np.array([2]),
+        np.array([0 if case in ("no captions", "labels") else 1]),
+        none if case in ("no captions", "labels") else np.array([2]),
         none.reshape(0, 2) if case == "unreadable" else np.array([[640, 480]]),
-        Counter() if case == "no captions" else words,
+        Counter() if case in ("no captions", "labels") else words,
+        Counter(cat=3, dog=1) if case == "labels" else Counter(),
+        labelled=4 * (case == "labels"),
         captions=1,
         distinct_captions=1,
         unreadable=case == "unreadable",

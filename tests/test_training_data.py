@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from clipkit import towers
 from clipkit.errors import DatasetError
 from clipkit.training import inputs as inputs_module
 from clipkit.training.augment import CropAndFlip, random_view
-from clipkit.training.data import CaptionedPictures, fitted_batch, together
+from clipkit.training.data import CaptionedPictures, fitted_batch, replaced, together
 from clipkit.training.inputs import Batch, PictureInputs, SpilledPictures
 from clipkit.training.towers import TrainableTowers
 
@@ -197,6 +198,35 @@ def test_two_captions_of_a_picture_are_different_ones(ten: CaptionedPictures) ->
     assert ten.plans(epoch=0, batch=10, seed=0, texts=0)[0].texts.shape == (0, 10)
 
 
+def test_unreadable_pictures_give_way_to_others(ten: CaptionedPictures) -> None:
+    """Two batches of four leave two of ten out: these come first, then pictures of the other batch."""
+    plans = ten.plans(epoch=0, batch=4, seed=0)
+    planned = np.concatenate([plan.pictures for plan in plans])
+    bad = {int(p) for p in (*plans[0].pictures[:3], plans[1].pictures[0])}
+    done = replaced(plans, bad, ten)
+    for plan, before in zip(done, plans, strict=True):
+        assert not bad & set(plan.pictures.tolist()) and len(set(plan.pictures.tolist())) == 4
+        kept = ~np.isin(before.pictures, list(bad))
+        assert (plan.pictures[kept] == before.pictures[kept]).all()
+        assert all(t in ten.owned[p] for p, t in zip(plan.pictures, plan.texts[0], strict=True))
+    left_out = set(range(10)) - set(planned.tolist())
+    assert left_out <= set(np.concatenate([plan.pictures for plan in done]).tolist())
+    assert all(a is b for a, b in zip(replaced(plans, left_out, ten), plans, strict=True))
+    with pytest.raises(
+        DatasetError, match="too few readable training pictures for a batch of 4: 7"
+    ):
+        replaced(plans, range(7), ten)
+
+
+def test_an_unreadable_picture_gives_way_to_one_of_its_label(ten: CaptionedPictures) -> None:
+    labelled = replace(ten, labels=np.arange(10) % 5, classes=tuple("abcde"))
+    plans = labelled.plans(epoch=0, batch=5, seed=0)
+    bad = int(plans[0].pictures[2])
+    other = replaced(plans, {bad}, labelled)[0].pictures[2]
+    partner = (bad + 5) % 10
+    assert other == partner or partner in plans[0].pictures
+
+
 @given(st.integers(1, 10**6), st.integers(2, 4096))
 def test_a_fitted_batch_is_a_power_of_two_with_four_to_an_epoch(pictures: int, most: int) -> None:
     batch = fitted_batch(pictures, most=most)
@@ -264,7 +294,7 @@ def test_a_broken_picture_is_named(
     (ten.folder / "train" / "7.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
     encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
     inputs = PictureInputs(ten, TrainableTowers(encoder, loss="infonce"))
-    with pytest.raises(DatasetError, match=r"7\.png: .*; remove it"):
+    with pytest.raises(DatasetError, match=r"train/7\.png: .*; restore them"):
         list(inputs.pictures())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,33 @@ def test_a_stopped_run_goes_on(options: dict[str, Any], tmp_path: Path) -> None:
     assert stopped.stopped and stopped.steps == 3 and stopped.checkpoint is None
     finished = resume(stopped.folder)
     assert not finished.stopped and finished.encoder_id == whole.encoder_id
+
+
+def test_a_run_is_resumed_from_another_working_folder(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails for a version that keeps the starting model's path as it was given, and for one that looks
+    for the features of the frozen towers below the new folder."""
+    shutil.copytree(options["start"], tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    stop = threading.Event()
+
+    def ask(progress: Progress) -> None:
+        if progress.phase == "training":
+            stop.set()
+
+    options |= {"start": "model", "out": "made", "recipe": "heads"}
+    stopped = train(TrainConfig.from_mapping(options), on_progress=ask, stop=stop)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    computed: list[str] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.phase == "features":
+            computed.append(progress.message)
+
+    assert not resume(tmp_path / stopped.folder, on_progress=watch).stopped
+    assert not computed and not any(Path().iterdir())
 
 
 def test_only_what_began_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:

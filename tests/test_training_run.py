@@ -279,6 +279,37 @@ def test_a_loss_registered_from_outside_is_trained_with(
     assert json.loads((summary.folder / "config.json").read_text())["loss"] == "seven"
 
 
+@pytest.mark.parametrize("recipe", ["full", "heads"])
+def test_pictures_that_cannot_be_read_are_left_out_and_named(
+    options: dict[str, Any], tmp_path: Path, recipe: str
+) -> None:
+    """A training and a validation picture are no pictures: the run goes on with others, batches of the
+    same size, and so does one that is resumed. Fails for a version that ends at the first."""
+    data = tmp_path / "broken"
+    shutil.copytree(options["data"], data)
+    for split in ("train", "validation"):
+        sorted((data / split).glob("*.png"))[3].write_bytes(b"no picture")
+    options |= {"data": data, "recipe": recipe, "checkpoint_every": 1, "hard_negatives": 0}
+    whole = run(options, name="whole")
+    (training,) = [note for note in whole.notes if "1 training pictures were left out: " in note]
+    assert "train/" in training and ".png: " in training
+    assert any("1 validation pictures were left out: validation/" in note for note in whole.notes)
+    stop = threading.Event()
+
+    def ask(progress: Progress) -> None:
+        if progress.phase == "training" and progress.done == 3:
+            stop.set()
+
+    config = TrainConfig.from_mapping({**options, "name": "parts"})
+    parts = train(config, on_progress=ask, stop=stop)
+    again = resume(parts.folder)
+    assert again.encoder_id == whole.encoder_id and again.after == whole.after
+    sorted((data / "train").glob("*.png"))[5].write_bytes(b"no picture")
+    shutil.rmtree(options["out"] / ".features", ignore_errors=True)
+    with pytest.raises(DatasetError, match=r"2 of 14 pictures of .*broken cannot be read: train/"):
+        run(options, name="too many")
+
+
 class Farther(Method):
     """Only pictures: move their mean vector away from where it is; counts its steps."""
 

@@ -1,4 +1,4 @@
-"""`clipkit data`: build a dataset from captioned pictures, check its splits, show its statistics."""
+"""`clipkit data`: build a dataset of pictures and captions, check its splits, show its statistics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from app.cli.terminal import (
     number,
     progress_shown,
 )
-from clipkit.wording import count, duration, printable
+from clipkit.wording import class_sizes, count, duration, printable
 
 if TYPE_CHECKING:
     from data_prep.build import Built, Progress
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 data = group(
     "data",
-    "Build a dataset from captions, check its splits, show its statistics.",
+    "Build a dataset of pictures and captions, check its splits, show its statistics.",
     "clipkit data build captions.csv --out dataset",
 )
 
@@ -55,8 +55,8 @@ KindOption = Annotated[
         "--kind",
         _kinds,
         metavar="KIND",
-        help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table or "
-        "webdataset.",
+        help="classes, coco, corrections, flickr, folder, hf, imagefolder, jsonl, karpathy, table, "
+        "webdataset or zip.",
         show_default="detected",
     ),
 ]
@@ -98,6 +98,7 @@ _SHARE = {"low": 0.0, "below": 1.0}
         "clipkit data build dataset_flickr8k.json --pictures Flicker8k --out flickr8k",
         "clipkit data build captions.csv corrections.jsonl --out dataset --overwrite",
         "clipkit data build hf:nlphuji/flickr30k --out flickr30k --shards",
+        "clipkit data build cifar10.zip --out dataset --uncaptioned keep",
     )
 )
 def build(
@@ -131,6 +132,14 @@ def build(
         bool, typer.Option("--shards", help="Write WebDataset tars, for very many pictures.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the dataset.")] = False,
+    uncaptioned: Annotated[
+        Literal["reject", "keep"],
+        choice(
+            "--uncaptioned",
+            ("reject", "keep"),
+            help="Pictures without a caption: reject or keep.",
+        ),
+    ] = "reject",
     quiet: QuietOption = False,
     seed: Annotated[int, number("--seed", help="Another seed gives other splits.", more=True)] = 0,
     near: Annotated[
@@ -183,11 +192,12 @@ def build(
     max_megapixels: MegapixelsOption = 100.0,
     workers: WorkersOption = None,
 ) -> None:
-    """Build a dataset from tables, folders, JSON, shards or the hub, all sources together.
+    """Build a dataset from tables, folders, JSON, shards, zips or the hub.
 
     Captions are repaired and filtered, equal pictures become one with all their captions, look-alikes
-    stay in one split. Everything rejected is counted and listed in DIR/rejected.jsonl. Pictures are
-    hard-linked where the file system can. DIR appears when the dataset is complete, or not at all.
+    stay in one split, classes are in all. Everything rejected is counted and listed in
+    DIR/rejected.jsonl. Pictures are hard-linked where the file system can. DIR appears when the dataset
+    is complete, or not at all.
     """
     from clipkit.images import Limits
     from clipkit.sources import Options, open_sources
@@ -204,6 +214,7 @@ def build(
         near=near,
         radius=radius,
         allow=frozenset(allow or ()),
+        uncaptioned=uncaptioned,
     )
     fractions = Fractions(validation, test)
     limits = Limits(max_megapixels=max_megapixels)
@@ -300,7 +311,7 @@ def stats(
     quiet: QuietOption = False,
     workers: WorkersOption = None,
 ) -> None:
-    """Show the statistics of a dataset or of any source: captions, words, sizes, splits."""
+    """Show the statistics of a dataset or of any source: captions, words, labels, sizes, splits."""
     from clipkit.sources import Options, open_source
     from data_prep.stats import collect, lines
 
@@ -342,7 +353,10 @@ def _print_built(built: Built, seconds: float) -> None:
     print(f"pictures   {sum(built.pictures.values()):,} ({splits})")
     repairs = ", ".join(f"{kind} {number:,}" for kind, number in built.mended.items())
     repaired = f", {sum(built.mended.values()):,} repaired ({repairs})" if repairs else ""
-    print(f"captions   {built.captions:,}{repaired}")
+    without = f"; {count(built.uncaptioned)} without" if built.uncaptioned else ""
+    print(f"captions   {built.captions:,}{repaired}{without}")
+    if sizes := built.labels.values():
+        print(f"labels     {class_sizes(sizes, sum(built.pictures.values()) - sum(sizes))}")
     if "train" not in built.pictures:
         print("note       none is in train, by its source or --split: there is nothing to train on")
     elif len(built.pictures) == 1:

@@ -43,10 +43,12 @@ from clipkit.sources.rows import (
     Row,
     Source,
     TarMember,
+    ZipMember,
     split_of_file,
 )
 from clipkit.sources.shards import open_shards, shard_files
 from clipkit.sources.tables import open_table
+from clipkit.sources.zips import open_zip
 
 __all__ = [
     "SOURCES",
@@ -58,6 +60,7 @@ __all__ = [
     "Row",
     "Source",
     "TarMember",
+    "ZipMember",
     "detect",
     "open_source",
     "open_sources",
@@ -75,6 +78,7 @@ SOURCES: dict[str, Callable[[Path, Options], Source]] = {
     "karpathy": open_karpathy,
     "table": open_table,
     "webdataset": open_shards,
+    "zip": open_zip,
 }
 
 _TABLES = {".csv", ".tsv", ".tab", ".psv", ".txt"}
@@ -169,6 +173,8 @@ def _kind_of_file(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix == ".tar" or path.name.lower().endswith((".tar.gz", ".tgz")):
         return "webdataset"
+    if suffix == ".zip":
+        return "zip"
     if suffix in (".json", ".jsonl", ".ndjson"):
         return json_kind(path)
     if suffix in (".parquet", ".arrow"):

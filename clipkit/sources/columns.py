@@ -79,6 +79,7 @@ class Columns:
         tags = [tag for column in self.tags for tag in tag_list(rest.pop(column, None))]
         meta = ({"keywords": tags} if tags else {}) | rest
         label = fields.get(self.label) if self.label else None
+        label = None if label == "" else label
         return make(picture, place, tuple(captions), label, split_name(own_split) or split, meta)
 
 

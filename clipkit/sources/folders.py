@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from clipkit.errors import DatasetError, InputError
@@ -35,10 +35,10 @@ _SPLIT_FOLDERS = ("test", "validation", "val", "valid", "dev", "train")
 
 
 def open_folder(path: Path, options: Options) -> Source:
-    """Open pictures at any depth with NAME.txt (a caption a line) or NAME.json beside them.
+    """Open pictures at any depth, with captions where NAME.txt (one a line) or NAME.json is beside them.
 
-    Folders named train, val, validation or test are the splits. Raises DatasetError if there are no
-    pictures.
+    Folders named train, val, validation or test are the splits; `FolderRoles` says which folders are
+    classes. Raises DatasetError if there are no pictures.
     """
     pictures = options.pictures or path
     if not pictures.is_dir():
@@ -49,21 +49,70 @@ def open_folder(path: Path, options: Options) -> Source:
         suffixes = " ".join(sorted(SUFFIXES))
         raise DatasetError(f"{pictures} holds no pictures; looked for {suffixes}")
 
+    roles = FolderRoles.of(file.relative_to(pictures) for file in files if isinstance(file, Path))
+
     def rows() -> Iterator[Row | Broken]:
         beside = FolderCaptions()
 
         def row(file: Path) -> Row:
             texts = beside.for_picture(file)
-            name = file.relative_to(pictures).as_posix()
-            split = split_name(PurePosixPath(name).parts[0]) if "/" in name else None
+            below = file.relative_to(pictures)
+            split, label = roles.split_and_label(below)
             meta = {"keywords": list(texts.tags)} if texts.tags else {}
+            name = below.as_posix()
             split = split or options.split
-            return Row(PictureFile(file), name, name, texts.captions, split=split, meta=meta)
+            return Row(PictureFile(file), name, name, texts.captions, label, split, meta=meta)
 
         return rows_of(files, row)
 
-    description = f"folder of {total:,} pictures, captions from the files beside them"
-    return Source("folder", str(path), description, total, rows)
+    description = f"folder of {total:,} pictures{roles}, captions from the files beside them"
+    return Source("folder", str(path), description, total, rows, roles.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class FolderRoles:
+    """Which folders of a tree of pictures are splits, and which are classes.
+
+    Folders that hold everything are passed over. The folders then first in the pictures' paths are the
+    splits, if they have splits' names, and those below are the classes; else they are the classes. They
+    are classes only if there are two or more and every picture lies in one, at any depth. One split's
+    name among two other folders or more is no split: CIFAR-100 has a class "train".
+    """
+
+    above: int  # folders that are passed over
+    splits: frozenset[str]  # names of folders
+    classes: tuple[str, ...] | None  # sorted; None: no folders of classes
+
+    @classmethod
+    def of(cls, paths: Iterable[PurePath]) -> FolderRoles:
+        """Find the roles from the pictures' paths, relative to the tree's root."""
+        parents = {path.parts[:-1] for path in paths}
+        above = 0
+        while len(first := {parent[above : above + 1] for parent in parents}) == 1:
+            name = "".join(*first)
+            if not name or split_name(name):
+                break
+            above += 1
+        firsts = {name for head in first for name in head}
+        splits = frozenset(name for name in firsts if split_name(name))
+        if len(splits) == 1 and len(firsts) > 2:
+            splits = frozenset()
+        classes: tuple[str, ...] | None = None
+        if splits in (frozenset(), firsts):
+            place = above + bool(splits)
+            heads = {parent[place : place + 1] for parent in parents}
+            names = sorted(name for head in heads for name in head)
+            classes = tuple(names) if len(names) == len(heads) > 1 else None
+        return cls(above, splits, classes)
+
+    def split_and_label(self, path: PurePath) -> tuple[str | None, str | None]:
+        """Return the split and the class of the picture at `path`."""
+        folders = path.parts[self.above : -1]
+        split = split_name(folders[0]) if folders and folders[0] in self.splits else None
+        return split, folders[split is not None] if self.classes else None
+
+    def __str__(self) -> str:
+        return f" in {len(self.classes):,} class folders" if self.classes else ""
 
 
 def open_class_folders(path: Path, options: Options) -> Source:
@@ -212,8 +261,11 @@ def _placed(row: Row | Broken, folder: str) -> Row | Broken:
     image_id = row.meta.get("image_id")
     if not isinstance(image_id, str):
         return replace(row, place=place, name=name)
+    captions = tuple(text for text in row.captions if text)  # without what gives the column a type
     meta = _unpacked(row.meta)
-    return replace(row, place=place, name=name, image_id=image_id or None, meta=meta)
+    return replace(
+        row, place=place, name=name, captions=captions, image_id=image_id or None, meta=meta
+    )
 
 
 def _unpacked(meta: Mapping[str, Any]) -> Mapping[str, Any]:

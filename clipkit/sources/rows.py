@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -92,6 +94,42 @@ class TarMember:
             ) from error
         if len(data) < self.size:
             raise ImageError(f"shard {self.tar} ends inside the picture", reason="truncated")
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class ZipMember:
+    """A picture inside a zip, stored or deflated: the entry whose header is at `offset`."""
+
+    zip: Path
+    offset: int
+    packed: int  # bytes in the zip
+    size: int  # bytes of the picture
+    crc: int
+    deflated: bool
+    path: None = None
+
+    def read(self, limits: Limits = _LIMITS) -> bytes:
+        limits.check_bytes(self.size)
+        limits.check_bytes(self.packed)
+        try:
+            with self.zip.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                head = file.read(30)  # the name and a field of extras follow, then the content
+                file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)
+                data = file.read(self.packed)
+            if self.deflated:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
+        except OSError as error:
+            raise ImageError(
+                f"{self.zip} cannot be read: {error.strerror or error}", reason="unreadable"
+            ) from error
+        except (struct.error, zlib.error) as error:
+            raise ImageError(f"{self.zip} is damaged: {error}", reason="broken") from error
+        if len(data) != self.size or zlib.crc32(data) != self.crc:
+            raise ImageError(
+                f"{self.zip} is damaged: the picture is not the one packed", reason="broken"
+            )
         return data
 
 

@@ -185,7 +185,8 @@ def _label(texts: dict[str, bytes], fields: dict[str, Any]) -> object:
     if "npy" in texts:  # clip-benchmark's multi-label sets: a 0/1 vector over the classes
         vector = np.load(io.BytesIO(texts["npy"]), allow_pickle=False)
         return [int(at) for at in np.flatnonzero(vector > 0)]
-    return fields.get("labels", fields.get("label"))
+    label = fields.get("labels", fields.get("label"))
+    return None if label == "" else label
 
 
 def _is_compressed(file: Path) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -234,6 +235,22 @@ class CaptionedPictures:
         same[rows, others] = True
         return same
 
+    def without(self, pictures: Collection[int]) -> CaptionedPictures:
+        """Return the split without some pictures; its texts stay."""
+        kept = [number for number in range(len(self)) if number not in pictures]
+
+        def of(values: Sequence[Any]) -> tuple[Any, ...]:
+            return tuple(values[number] for number in kept)
+
+        return replace(
+            self,
+            image_ids=of(self.image_ids),
+            paths=of(self.paths),
+            owned=of(self.owned),
+            members=of(self.members) if self.members else (),
+            labels=None if self.labels is None else self.labels[kept],
+        )
+
     def names(self, pictures: Sequence[int] | Ints) -> list[str]:
         return [self.paths[picture] for picture in pictures]
 
@@ -242,6 +259,42 @@ class CaptionedPictures:
         if self.members:
             return self.members[number]
         return PictureFile(self.folder / self.paths[number])
+
+
+def replaced(
+    plans: Sequence[Plan], unreadable: Collection[int], data: CaptionedPictures
+) -> list[Plan]:
+    """Put other pictures, with their first captions, in the place of those that cannot be read.
+
+    They are pictures that the plans leave out, then pictures of other batches, of the same label where
+    there are labels. The same plans give the same result. Raises DatasetError if no batch can be filled.
+    """
+    bad = np.fromiter(unreadable, np.int64)
+    if not any(np.isin(plan.pictures, bad).any() for plan in plans):
+        return list(plans)
+    planned = np.concatenate([plan.pictures for plan in plans])
+    spare = np.concatenate([np.setdiff1d(np.arange(len(data)), planned), planned])
+    spare = spare[~np.isin(spare, bad)]
+    result = []
+    for plan in plans:
+        pictures, texts = plan.pictures.copy(), plan.texts.copy()
+        for at in np.flatnonzero(np.isin(pictures, bad)):
+            fitting = ~np.isin(spare, pictures)
+            if data.labels is not None:
+                alike = fitting & (data.labels[spare] == data.labels[pictures[at]])
+                fitting = alike if alike.any() else fitting
+            if not fitting.any():
+                raise DatasetError(
+                    f"{data.folder} has too few readable training pictures for a batch of "
+                    f"{len(pictures)}: {len(bad)} of {len(data)} cannot be read"
+                )
+            first = int(fitting.argmax())
+            other = pictures[at] = spare[first]
+            spare = np.append(np.delete(spare, first), other)  # the last to be taken again
+            if len(texts):
+                texts[:, at] = np.resize(data.owned[other], len(texts))
+        result.append(replace(plan, pictures=pictures, texts=texts))
+    return result
 
 
 def has_split(folder: Path, split: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import clipkit
+from clipkit import embed
 from clipkit.catalog import VectorStore
-from clipkit.embed import Encoded, Unreadable, encode_pictures
+from clipkit.embed import Encoded, encode_pictures
 from clipkit.errors import ModelError
 from clipkit.training.data import CaptionedPictures, Plan
-from clipkit.training.distributed import gather_uneven, own_slice, world_size
-from clipkit.training.inputs import Batch, PictureInputs, even_share, text_batch
+from clipkit.training.distributed import collect, gather_uneven, own_slice, world_size
+from clipkit.training.inputs import (
+    Batch,
+    PictureInputs,
+    Unreadable,
+    UnreadablePicturesError,
+    even_share,
+    text_batch,
+)
 from clipkit.training.towers import TrainableTowers
 
 _EVAL_CHUNK = 8192  # features are small
@@ -147,7 +155,7 @@ class FrozenTowers:
         Features are stored by encoder, arithmetic and content: those of other weights, pictures or
         captions are never used, and a run that was stopped or killed goes on with what is missing.
         on_batch: gets "pictures" or "texts", the number done and the total. Raises FeaturesStopped
-        once `stop` is set, DatasetError for a picture that cannot be read.
+        once `stop` is set.
         """
         data = inputs.data
         dtype = str(self._towers.compute).removeprefix("torch.")
@@ -164,7 +172,7 @@ class FrozenTowers:
             VectorStore(store, f"{space}/{data.fingerprint()}/pictures") as pictures,
             self._image.removed() if self._image else nullcontext(),
         ):
-            image_features = self._picture_features(
+            image_features, broken = self._picture_features(
                 inputs, pictures, lambda done: check("pictures", done, len(data))
             )
         with (
@@ -175,11 +183,12 @@ class FrozenTowers:
             text_features = self._text_features(
                 data, texts, lambda done: check("texts", done, len(data.texts))
             )
-        return HeadInputs(data, image_features, text_features)
+        return HeadInputs(data, image_features, text_features, broken)
 
     def _picture_features(
         self, inputs: PictureInputs, store: VectorStore, on_batch: Callable[[int], None]
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, dict[int, str]]:
+        """Return the features (N, F) and which pictures have none, with the reasons."""
         encoder, data = self._towers.encoder, inputs.data
         share = range(len(data))[even_share(len(data))]
         keys = {picture: data.image_ids[picture].encode() for picture in share}
@@ -201,16 +210,25 @@ class FrozenTowers:
             encode=encode,
             workers=inputs.workers,
         )
+        broken: dict[int, str] = {}
         with closing(results):
             for result in results:
-                if isinstance(result, Unreadable):
-                    raise inputs.unreadable(result.item, result.error)
+                if isinstance(result, embed.Unreadable):
+                    broken[result.item] = f"{data.paths[result.item]}: {result.error}"
                 if isinstance(result, Encoded):
                     new = [keys[picture.item] for picture in result.pictures]
                     store.put(new, result.vectors)
                     rows.update(zip(new, result.vectors, strict=True))
                     on_batch(len(rows))
-        return gather_uneven(torch.from_numpy(np.stack([rows[key] for key in keys.values()])))
+        broken = {p: why for part in collect(broken) for p, why in part.items()}
+        if len(broken) == len(data):
+            raise UnreadablePicturesError(data, broken)
+        width = max(collect(len(next(iter(rows.values()), ()))))
+        own = np.zeros((len(keys), width), np.float32)
+        for at, key in enumerate(keys.values()):
+            if key in rows:
+                own[at] = rows[key]
+        return gather_uneven(torch.from_numpy(own)), broken
 
     def _text_features(
         self, data: CaptionedPictures, store: VectorStore, on_batch: Callable[[int], None]
@@ -239,16 +257,27 @@ class HeadInputs:
     data: CaptionedPictures
     image_features: torch.Tensor  # float32 (pictures, F)
     text_features: torch.Tensor  # float32 (distinct captions, G)
+    broken: Mapping[int, str]  # pictures that have no features, with the reasons
 
-    def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
+    def without(self, pictures: Collection[int]) -> HeadInputs:
+        kept = [number for number in range(len(self.data)) if number not in pictures]
+        data = self.data.without(pictures)
+        return HeadInputs(data, self.image_features[kept], self.text_features, {})
+
+    def stream(self, plans: Iterable[Plan]) -> Generator[Batch | Unreadable]:
         for plan in plans:
+            if broken := {int(p): self.broken[p] for p in plan.pictures if p in self.broken}:
+                yield Unreadable(broken)
+                continue
             own = own_slice(len(plan.pictures))
             images = self.image_features[torch.from_numpy(plan.pictures[own])]
             texts = [self.text_features[torch.from_numpy(view)] for view in plan.texts[:, own]]
             yield Batch(plan, self.data, (images,), texts, [torch.arange(len(images))] * len(texts))
 
     def pictures(self) -> Generator[torch.Tensor]:
-        return _chunks(self.image_features)
+        yield from _chunks(self.image_features)
+        if self.broken:
+            raise UnreadablePicturesError(self.data, self.broken)
 
     def captions(self) -> Generator[torch.Tensor]:
         return _chunks(self.text_features)

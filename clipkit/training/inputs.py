@@ -11,10 +11,19 @@ import math
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import closing
+from copy import copy
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,14 +33,14 @@ from clipkit import images
 from clipkit.embed import ahead
 from clipkit.errors import DatasetError, ImageError
 from clipkit.towers import DualEncoder
-from clipkit.training.data import CaptionedPictures, Plan
-from clipkit.training.distributed import own_slice, rank, world_size
+from clipkit.training.data import CaptionedPictures, Ints, Plan, replaced
+from clipkit.training.distributed import collect, own_slice, rank, world_size
 from clipkit.training.towers import TrainableTowers
 
 _VIEW, _FIXED_VIEW = 2, 3  # what a random stream is for; `data` has 0 and 1
 _AHEAD, _MOST_AHEAD = 256, 1024  # pictures decoded before they are needed
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
-Made = TypeVar("Made")
+_LISTED = 8  # pictures that an error lists
 Augment = Callable[[Image.Image, np.random.Generator], torch.Tensor]  # -> uint8 (3, H, W)
 
 
@@ -57,6 +66,31 @@ class Batch:
         """Return int64 (B,): the labels of the plan's pictures, of all processes."""
         assert self.data.labels is not None
         return torch.from_numpy(self.data.labels[self.plan.pictures])
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a batch that could not be made: names and reasons of its pictures that cannot be read,
+    by number."""
+
+    pictures: Mapping[int, str]
+
+
+class UnreadablePicturesError(DatasetError):
+    """Pictures of a split cannot be read; `pictures` has their names and reasons by number."""
+
+    def __init__(self, data: CaptionedPictures, pictures: Mapping[int, str]) -> None:
+        self.data, self.pictures = data, pictures
+        super().__init__(
+            f"{len(pictures)} of {len(data)} pictures of {data.folder} cannot be read: "
+            f"{listed(pictures)}; restore them, or build the dataset again"
+        )
+
+
+def listed(unreadable: Mapping[int, str]) -> str:
+    """Return the first of the names and reasons."""
+    more = f"; and {len(unreadable) - _LISTED} more" if len(unreadable) > _LISTED else ""
+    return "; ".join([*unreadable.values()][:_LISTED]) + more
 
 
 class SpilledPictures:
@@ -94,11 +128,17 @@ class Inputs(Protocol):
     def data(self) -> CaptionedPictures:
         """What the split holds."""
 
-    def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
+    def stream(self, plans: Iterable[Plan]) -> Generator[Batch | Unreadable]:
         """Yield this process's share of each plan's batch, augmented."""
 
     def pictures(self) -> Generator[torch.Tensor]:
-        """Yield this process's share of all pictures in chunks, preprocessed as at inference."""
+        """Yield this process's share of all pictures in chunks, preprocessed as at inference.
+
+        Raises UnreadablePicturesError, after the last one, for all that cannot be read.
+        """
+
+    def without(self, pictures: Collection[int]) -> Inputs:
+        """Return the same for a split without some pictures."""
 
     def captions(self) -> Generator[torch.Tensor]:
         """Yield this process's share of all distinct captions in chunks."""
@@ -127,7 +167,12 @@ class PictureInputs:
         self._seed = seed
         self.workers = workers or max(2, os.cpu_count() or 1)
 
-    def stream(self, plans: Iterable[Plan]) -> Generator[Batch]:
+    def without(self, pictures: Collection[int]) -> PictureInputs:
+        other = copy(self)
+        other.data = self.data.without(pictures)
+        return other
+
+    def stream(self, plans: Iterable[Plan]) -> Generator[Batch | Unreadable]:
         plans = list(plans)
         jobs = (
             (plan, int(picture), view)
@@ -142,9 +187,14 @@ class PictureInputs:
             ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
         ) as views:
             for plan in plans:
-                count = len(plan.pictures[self._own(plan)])
-                pictures = tuple(self._gathered(views, count) for _ in range(self._views))
-                yield Batch(plan, self.data, pictures, *self._texts(plan))
+                own = plan.pictures[self._own(plan)]
+                broken: dict[int, str] = {}
+                pictures = tuple(self._gathered(views, own, broken) for _ in range(self._views))
+                yield (
+                    Unreadable(broken)
+                    if broken
+                    else Batch(plan, self.data, pictures, *self._texts(plan))
+                )
 
     def _texts(self, plan: Plan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens of this process's captions, and their order by length; one of each a view."""
@@ -158,18 +208,22 @@ class PictureInputs:
     def fixed_views(self, augment: Augment, number: int) -> Generator[torch.Tensor]:
         """Yield view `number` of this process's share of all pictures in chunks, the same each time."""
 
-        def view(picture: int) -> torch.Tensor:
+        def view(picture: int) -> torch.Tensor | str:
             rng = np.random.default_rng([self._seed, _FIXED_VIEW, picture, number])
-            return augment(self._made(picture, self._decoded), rng)
+            return self._made(picture, lambda file: augment(self._decoded(file), rng))
 
         return self._all(view)
 
-    def _all(self, make: Callable[[int], torch.Tensor]) -> Generator[torch.Tensor]:
+    def _all(self, make: Callable[[int], torch.Tensor | str]) -> Generator[torch.Tensor]:
         share = range(len(self.data))[even_share(len(self.data))]
         chunk = self._encoder.preferred_batch
+        broken: dict[int, str] = {}
         with closing(ahead(share, make, workers=self.workers, bound=_AHEAD)) as views:
             for start in range(0, len(share), chunk):
-                yield torch.stack([next(views) for _ in share[start : start + chunk]])
+                own = np.array(share[start : start + chunk])
+                yield torch.stack(list(self._readable(views, own, broken)))
+        if broken:
+            raise UnreadablePicturesError(self.data, broken)
 
     def captions(self) -> Generator[torch.Tensor]:
         share = self.data.texts[even_share(len(self.data.texts))]
@@ -178,17 +232,30 @@ class PictureInputs:
             yield self._encoder.tokenize(share[start : start + chunk])
 
     def _gathered(
-        self, views: Iterator[torch.Tensor], count: int
+        self, views: Iterator[torch.Tensor | str], pictures: Ints, broken: dict[int, str]
     ) -> torch.Tensor | SpilledPictures:
-        """Return the next `count` views, uint8; large batches go to a temporary file."""
-        own = itertools.islice(views, count)
-        shape = (count, 3, *self._encoder.config.image_size)
+        """Return the next views, of `pictures`, uint8; large batches go to a temporary file."""
+        own = self._readable(views, pictures, broken)
+        shape = (len(pictures), 3, *self._encoder.config.image_size)
         if math.prod(shape) > _IN_MEMORY:
             return SpilledPictures(own)
         pixels = torch.empty(shape, dtype=torch.uint8)
         for row, view in zip(pixels, own, strict=True):
             row.copy_(view)
         return pixels
+
+    def _readable(
+        self, views: Iterator[torch.Tensor | str], pictures: Ints, broken: dict[int, str]
+    ) -> Iterator[torch.Tensor]:
+        """Yield the next views, of `pictures`; of one that cannot be read black, and note the reason."""
+        for picture, view in zip(pictures, itertools.islice(views, len(pictures)), strict=True):
+            if isinstance(view, str):
+                broken[int(picture)] = f"{self.data.paths[picture]}: {view}"
+            yield (
+                torch.zeros((3, *self._encoder.config.image_size), dtype=torch.uint8)
+                if isinstance(view, str)
+                else view
+            )
 
     def _own(self, plan: Plan) -> slice:
         return own_slice(len(plan.pictures))
@@ -201,28 +268,39 @@ class PictureInputs:
         """Decode and preprocess a picture as at inference: uint8 (3, H, W). Raises ImageError."""
         return self._encoder.preprocess(self._decoded(file, admit))
 
-    def unreadable(self, picture: int, error: ImageError) -> DatasetError:
-        """Return the error for a picture that cannot be read or decoded."""
-        path = self.data.folder / self.data.paths[picture]
-        return DatasetError(f"{path}: {error}; remove it, or build the dataset again")
-
     def _decoded(self, file: bytes, admit: Callable[[int], None] | None = None) -> Image.Image:
         return images.decode(file, target=self._encoder.preferred_side, admit=admit).rgb
 
-    def _made(self, picture: int, make: Callable[[bytes], Made]) -> Made:
+    def _made(self, picture: int, make: Callable[[bytes], torch.Tensor]) -> torch.Tensor | str:
+        """Return what is made of a picture's file; the reason if it cannot be read or decoded."""
         try:
             return make(self.read(picture))
         except ImageError as error:
-            raise self.unreadable(picture, error) from error
+            return str(error)
 
-    def _view(self, plan: Plan, picture: int, number: int) -> torch.Tensor:
-        """uint8 (3, H, W)."""
-        if self._augment is None:
+    def _view(self, plan: Plan, picture: int, number: int) -> torch.Tensor | str:
+        """Return uint8 (3, H, W), or why there is none."""
+        augment = self._augment
+        if augment is None:
             return self._made(picture, self.served)
         # The first view's stream has no number, so that adding views changes none.
         stream = [self._seed, _VIEW, plan.epoch, picture, *([number] if number else [])]
         rng = np.random.default_rng(stream)
-        return self._augment(self._made(picture, self._decoded), rng)
+        return self._made(picture, lambda file: augment(self._decoded(file), rng))
+
+
+def readable_batch(inputs: Inputs, plan: Plan) -> Batch:
+    """Return this process's share of a plan's batch, with other pictures in the place of those that no
+    process can read. All processes must call it."""
+    unreadable: set[int] = set()
+    while True:
+        with closing(inputs.stream(replaced([plan], unreadable, inputs.data))) as batches:
+            batch = next(batches)
+        found = set(batch.pictures) if isinstance(batch, Unreadable) else set()
+        if not (new := set().union(*collect(found))):
+            assert isinstance(batch, Batch)
+            return batch
+        unreadable |= new
 
 
 def text_batch(encoder: DualEncoder) -> int:

@@ -25,9 +25,10 @@ import torch
 from clipkit.errors import InputError
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
-from clipkit.training.data import Plan
+from clipkit.training.data import Plan, replaced
 from clipkit.training.gradient_cache import ChunkedTower, backward
-from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.inputs import Batch, Inputs, Unreadable, UnreadablePicturesError
+from clipkit.training.memory import explained_out_of_memory
 from clipkit.training.methods.method import Method
 from clipkit.training.recipes import Trained, adapter_sizes, make_optimizer, rate_factor
 from clipkit.training.run_folder import RunFolder, Tracker
@@ -38,6 +39,7 @@ from clipkit.training.weights import L2SP, Ema
 log = logging.getLogger(__name__)
 
 _LISTED = 8  # pictures that an error lists
+_MOST_UNREADABLE = 0.1  # of the training pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Job:
     folder: RunFolder
     on_progress: Callable[[Progress], None]
     stop: threading.Event
+    unreadable: Mapping[int, str] = field(default_factory=dict)  # pictures not in `validation`
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,6 +99,9 @@ class History:
     best_step: int = 0
     best_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     without_gain: int = 0  # evaluations since the best one
+    # names and reasons of pictures that are left out, by number
+    unreadable: dict[int, str] = field(default_factory=dict)
+    unreadable_validation: dict[int, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,15 +138,22 @@ class State:
 def fit(job: Job, saved: Mapping[str, Any] | None = None) -> State:
     """Train until the steps are done, validation stops improving, or `job.stop` is set.
 
+    A picture that cannot be read is left out, and named in the history.
+
     saved: the state from `RunFolder.load`, to resume from. Torch's default generators, which dropout
     uses, are seeded; see `distributed.own_generators`. The parameters hold the weights of the last
-    step. Raises InputError for a loss or gradient that is not finite, with the step and the pictures.
+    step. Raises InputError for a loss or gradient that is not finite, with the step and the pictures;
+    UnreadablePicturesError if validation pictures, or too many training pictures, cannot be read.
     """
     run = _Run(job)
     run.resume(saved) if saved else run.begin()
+    run.ready = time.monotonic()
     while not run.is_over:
         with closing(job.inputs.stream(run.remaining_plans())) as batches:
             for batch in batches:
+                if run.leaves_out(batch):
+                    break  # and plan again
+                assert isinstance(batch, Batch)
                 run.train_step(batch)
                 run.after_step()
                 if run.is_over:
@@ -159,6 +172,7 @@ class _Run:
         # Made now, while the weights are those of the start.
         self.l2sp = L2SP(self.state.optimizer, job.config.drift, adapter_sizes(job.towers.model))
         self.started, self.earlier_seconds = time.monotonic(), 0.0
+        self.ready = self.started  # when what came before the next step was done
         self.first_step = 0  # of this process
         self.evaluations, self.evaluation_seconds = 0, 0.0  # of this process
         self.evaluated: int | None = None
@@ -168,6 +182,7 @@ class _Run:
     def begin(self) -> None:
         # Each process drops other values.
         torch.manual_seed(self.job.config.seed + 7919 * distributed.rank())
+        self.history.unreadable_validation |= self.job.unreadable
         if self.job.validation is not None:
             self.evaluate(self.job.validation)
 
@@ -199,34 +214,54 @@ class _Run:
         plans = job.method.plans(
             job.inputs, epoch=epoch, batch=job.batch, searching=lambda: self.report("evaluating")
         )
+        assert len(plans) == job.steps_per_epoch, (
+            f"{type(job.method).__name__} planned {len(plans)}"
+        )
+        plans = replaced(plans, self.history.unreadable, job.inputs.data)
         return plans[position : position + job.steps - self.history.step]
+
+    def leaves_out(self, batch: Batch | Unreadable) -> bool:
+        """Note pictures that could not be read, here or in another process; return whether there are
+        any, so that the step must be planned without them."""
+        job, history = self.job, self.history
+        found = batch.pictures if isinstance(batch, Unreadable) else {}
+        new = {p: why for part in distributed.collect(found) for p, why in part.items()}
+        if not new:
+            return False
+        history.unreadable |= new
+        if len(history.unreadable) > _MOST_UNREADABLE * len(job.inputs.data):
+            raise UnreadablePicturesError(job.inputs.data, history.unreadable)
+        for why in new.values():
+            log.warning("left out: %s", why)
+            self.report("training", f"left out: {why}")
+        return True
 
     def train_step(self, batch: Batch) -> None:
         """Embed, compute the loss and gradients, clip, step, pull, average."""
         job, config, state = self.job, self.job.config, self.state
-        began = time.monotonic()
         factor = rate_factor(self.history.step, job.steps, config.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         job.towers.mode(True)
         state.optimizer.zero_grad()
-        loss, rows = backward(
-            [
-                ChunkedTower(
-                    view.encode,
-                    view.rows,
-                    chunk=job.chunk,
-                    trained=view.side in job.trained.sides,
-                    order=view.order,
-                    device=job.towers.device,
-                )
-                for view in job.method.views(batch)
-            ],
-            lambda rows: job.method.loss(rows, batch),
-            gather=distributed.gather,
-            scale=state.scaler.scale,
-            check=lambda rows, value: self.check_finite(rows, value, batch.plan),
-        )
+        with explained_out_of_memory(job.chunk):
+            loss, rows = backward(
+                [
+                    ChunkedTower(
+                        view.encode,
+                        view.rows,
+                        chunk=job.chunk,
+                        trained=view.side in job.trained.sides,
+                        order=view.order,
+                        device=job.towers.device,
+                    )
+                    for view in job.method.views(batch)
+                ],
+                lambda rows: job.method.loss(rows, batch),
+                gather=distributed.gather,
+                scale=state.scaler.scale,
+                check=lambda rows, value: self.check_finite(rows, value, batch.plan),
+            )
         trained = job.trained
         distributed.sum_gradients(trained.towers.values(), list(trained.shared.values()))
         state.scaler.unscale_(state.optimizer)
@@ -245,7 +280,7 @@ class _Run:
             "learning_rate": config.learning_rate * factor,
             "gradient_norm": norm.item(),
             **job.method.metrics(),
-            "pictures_per_second": job.batch / max(time.monotonic() - began, 1e-9),
+            "pictures_per_second": job.batch / max(time.monotonic() - self.ready, 1e-9),
             "seconds": self.seconds,
         }
         self.tracker.write(self.history.step, metrics)
@@ -279,6 +314,7 @@ class _Run:
             self.history.stopped = True
         if step % (job.config.checkpoint_every or every) == 0 and not self.is_over:
             self.save()
+        self.ready = time.monotonic()  # waiting for the next batch counts as its time
 
     def evaluate(self, validation: Inputs) -> None:
         """Evaluate the mean of the weights, and keep it if it is the best so far.

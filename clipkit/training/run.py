@@ -22,12 +22,19 @@ from clipkit.losses import LOSSES
 from clipkit.towers import DTYPES, DualEncoder, choose_device, choose_precision, load
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
-from clipkit.training.data import CaptionedPictures, fitted_batch, has_split
+from clipkit.training.data import CaptionedPictures, Plan, fitted_batch, has_split
 from clipkit.training.frozen_towers import FeaturesStopped, FrozenTowers
-from clipkit.training.inputs import Inputs, PictureInputs
+from clipkit.training.inputs import (
+    Inputs,
+    PictureInputs,
+    UnreadablePicturesError,
+    listed,
+    readable_batch,
+)
 from clipkit.training.loop import Job, Progress, State, fit
+from clipkit.training.memory import fitted_chunk
 from clipkit.training.methods.method import Method, Setup
-from clipkit.training.recipes import choose_parameters, merge_adapters
+from clipkit.training.recipes import Trained, choose_parameters, merge_adapters
 from clipkit.training.registry import METHODS
 from clipkit.training.run_folder import RunFolder, write_json
 from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
@@ -37,7 +44,6 @@ from clipkit.training.weights import ALPHAS, Mixture, choose_alpha, choose_drift
 log = logging.getLogger(__name__)
 
 _MOST_BATCH = {"heads": 1024}  # other recipes: 256
-_CHUNK = {"cpu": 32, "mps": 64, "cuda": 256}
 _PACKAGES = ("clipkit", "torch", "open_clip_torch", "timm", "transformers", "numpy")
 _FEATURES = ".features/vectors-1.sqlite"  # beside the runs; the number changes with the schema
 
@@ -176,16 +182,22 @@ def _train(
 
     try:
         inputs, validation = _inputs(
-            config, method, trainable, towers, data, held_out, on_features, stop
+            config, folder, method, trainable, towers, data, held_out, on_features, stop
         )
         method.prepare(inputs, on_features, stop)
     except FeaturesStopped:
         note = "stopped before the first step; the features computed so far are kept"
         return replace(summary, notes=(note,))
-    chunk = config.chunk or (batch if config.recipe == "heads" else _CHUNK[device.type])
+    plan = data.plans(epoch=0, batch=batch, seed=config.seed, texts=method.text_views)[0]
+    chunk = config.chunk or batch
+    if not config.chunk and config.recipe != "heads":
+        own_rows = batch // distributed.world_size()
+
+        def try_rows(rows: int) -> None:
+            _try_rows(rows, method, trained, inputs, plan)
+
+        chunk = min(distributed.collect(fitted_chunk(device, own_rows, try_rows)))
     if config.drift < 0:
-        texts = method.text_views
-        plan = data.plans(epoch=0, batch=batch, seed=config.seed, texts=texts)[0]
         config = replace(config, drift=choose_drift(towers, inputs, plan, chunk=chunk))
     job = Job(
         config=config,
@@ -202,7 +214,16 @@ def _train(
         stop=stop,
     )
     log.info("training %d of %d parameters", trained.count, trained.total)
-    state = fit(job, folder.load() if earlier is not None else None)
+    saved = folder.load() if earlier is not None else None
+    if saved is not None:
+        job = _without(job, saved["history"]["unreadable_validation"])
+    try:
+        state = fit(job, saved)
+    except UnreadablePicturesError as error:
+        if saved is not None or error.data is not held_out:
+            raise
+        job = _without(job, error.pictures)  # from the start: every evaluation is of the same
+        state = fit(job)
     return _finish(job, state, summary, facts)
 
 
@@ -217,6 +238,7 @@ def _precision(device: torch.device, precision: str) -> str:
 
 def _inputs(
     config: TrainConfig,
+    folder: RunFolder,
     method: Method,
     trainable: TrainableTowers,
     towers: Towers,
@@ -239,11 +261,31 @@ def _inputs(
     validation = PictureInputs(held_out, trainable, workers=config.workers) if held_out else None
     if frozen is None:
         return training, validation
-    store = Path(config.out) / _FEATURES
+    store = folder.path.parent / _FEATURES
     return (
         frozen.features(training, store, on_features, stop),
         frozen.features(validation, store, on_features, stop) if validation else None,
     )
+
+
+def _without(job: Job, pictures: Mapping[int, str]) -> Job:
+    """Leave validation pictures out that cannot be read."""
+    if not pictures or job.validation is None:
+        return job
+    return replace(job, validation=job.validation.without(pictures), unreadable=pictures)
+
+
+def _try_rows(rows: int, method: Method, trained: Trained, inputs: Inputs, plan: Plan) -> None:
+    """Pass the first rows of a batch through the towers, and back through those that are trained."""
+    views = method.views(readable_batch(inputs, plan))
+    method.setup.towers.mode(True)
+    for view in views:
+        with torch.set_grad_enabled(view.side in trained.sides):
+            made = view.encode(view.rows[torch.arange(rows)])
+        if made.requires_grad:
+            made.sum().backward()  # type: ignore[no-untyped-call]
+    for parameter in trained.named.values():
+        parameter.grad = None
 
 
 # ---- what identifies a run
@@ -261,7 +303,12 @@ def _facts(
 ) -> dict[str, Any]:
     """Return the content of config.json: all that decides the run."""
     return {
-        "config": replace(config, data=str(Path(config.data).absolute())).to_mapping(),
+        "config": replace(
+            config,  # a run can be resumed from any working folder
+            data=str(Path(config.data).absolute()),
+            out=str(Path(config.out).absolute()),
+            start=checkpoint.absolute(config.start),
+        ).to_mapping(),
         "batch": batch,
         "steps": config.steps(len(data), batch),
         "captions": len(data.captions),
@@ -395,6 +442,12 @@ def _notes(job: Job, state: State) -> list[str]:
             "the dataset has no validation split, so the last weights were kept without a comparison"
         )
     history = state.history
+    for split, pictures in (
+        ("training", history.unreadable),
+        ("validation", history.unreadable_validation),
+    ):
+        if pictures:
+            notes.append(f"{len(pictures)} {split} pictures were left out: {listed(pictures)}")
     if not history.stopped and history.step < job.steps:
         notes.append(
             f"stopped early after step {history.step} of {job.steps}: validation did not improve"

@@ -11,7 +11,7 @@ All processes share the work and return the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +31,9 @@ from clipkit.metrics import (
     ridge_accuracy,
     uniformity,
 )
+from clipkit.training.data import CaptionedPictures
 from clipkit.training.distributed import collect
-from clipkit.training.inputs import Inputs
+from clipkit.training.inputs import Inputs, UnreadablePicturesError
 from clipkit.training.towers import Towers
 
 _KS = (1, 5, 10)
@@ -112,7 +113,7 @@ def of_views(towers: Towers, inputs: Inputs, views: Sequence[Iterable[torch.Tens
     """
     pictures = embed_pictures(towers, inputs)
     with torch.no_grad():
-        first, second = (gathered(map(towers.images, chunks)) for chunks in views)
+        first, second = (gathered(map(towers.images, part), inputs.data) for part in views)
     return _found(first, second, "view_to_view", pictures, inputs.data.labels)
 
 
@@ -202,22 +203,31 @@ def embed_pictures(towers: Towers, inputs: Inputs) -> Float32:
     towers.mode(False)
     # no_grad, not inference_mode: under autocast on a CPU that is five times slower.
     with torch.no_grad():
-        return gathered(towers.images(chunk) for chunk in inputs.pictures())
+        return gathered(map(towers.images, inputs.pictures()), inputs.data)
 
 
 def embed_captions(towers: Towers, inputs: Inputs) -> Float32:
     """Encode all distinct captions: float32 unit rows (M, D)."""
     towers.mode(False)
     with torch.no_grad():
-        return gathered(towers.texts(chunk) for chunk in inputs.captions())
+        return gathered(map(towers.texts, inputs.captions()), inputs.data)
 
 
-def gathered(chunks: Iterable[torch.Tensor]) -> Float32:
-    """Gather all processes' rows, in order of rank; some may have none."""
-    own = [chunk.float().cpu() for chunk in chunks]
-    return np.concatenate(
-        [p for p in collect(torch.cat(own).numpy() if own else None) if p is not None]
-    )
+def gathered(chunks: Iterable[torch.Tensor], data: CaptionedPictures) -> Float32:
+    """Gather all processes' rows, in order of rank; some may have none.
+
+    Raises UnreadablePicturesError in all of them if one meets a picture that cannot be read.
+    """
+    own: list[Float32] = []
+    broken: Mapping[int, str] = {}
+    try:
+        own = [chunk.float().cpu().numpy() for chunk in chunks]
+    except UnreadablePicturesError as error:
+        broken = error.pictures
+    parts = collect((own, broken))
+    if unreadable := {picture: why for _, of in parts for picture, why in of.items()}:
+        raise UnreadablePicturesError(data, unreadable)
+    return np.concatenate([rows for part, _ in parts for rows in part])
 
 
 def exceeds(these: Sequence[float], those: Sequence[float]) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from clipkit.training.data import Plan
 from clipkit.training.distributed import gather_uneven, world_size
-from clipkit.training.inputs import Inputs
+from clipkit.training.inputs import Inputs, readable_batch
 from clipkit.training.recipes import is_matrix
 from clipkit.training.towers import Towers
 from clipkit.training.validation import Scores, exceeds
@@ -76,7 +76,7 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
     limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
     count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
     plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
-    (batch,) = inputs.stream([plan])
+    batch = readable_batch(inputs, plan)
     towers.mode(False)
     with torch.no_grad():
         rows = torch.split(torch.arange(count // world_size()), chunk)
