@@ -135,7 +135,7 @@ class Texts(Method):
 
         towers.mode(False)
         with torch.no_grad():
-            return gathered(encoded())
+            return gathered(encoded(), inputs.data)
 
 
 class SimCse(Texts):
