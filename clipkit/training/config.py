@@ -8,7 +8,7 @@ recipe are in `RECIPES`. A command line can be made from `dataclasses.fields(Tra
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +157,7 @@ class TrainConfig:
         recipe = values.setdefault("recipe", METHODS[method].recipes[0])
         check_type("recipe", recipe, Recipe)
         given = {name: values.pop(name) for name in list(values) if name in others}
-        given = {name: v for name, v in given.items() if v != others[name][0].default}
+        given = {name: v for name, v in given.items() if any(v != d for d in _defaults(name))}
         return cls(**{**RECIPES[recipe], **METHODS[method].defaults, **values}, options=given)
 
     @classmethod
@@ -231,11 +231,22 @@ class TrainConfig:
                 )
 
 
+def _defaults(name: str) -> Iterator[Any]:
+    """Yield the default of an option in each method and loss that has it; they may differ."""
+    for kind in _option_kinds():
+        if name in (own := option_fields(kind)):
+            yield own[name][0].default
+
+
 def method_and_loss_options() -> dict[str, tuple[Field[Any], Any]]:
     """Return the options of all methods and losses by name: their fields and types."""
-    kinds = [method.options for method in METHODS.values()]
-    kinds += [loss.options for loss in usable_losses().values()]
-    return {name: found for kind in kinds for name, found in option_fields(kind).items()}
+    return {n: found for kind in _option_kinds() for n, found in option_fields(kind).items()}
+
+
+def _option_kinds() -> list[type]:
+    """Return the classes of options of all methods and losses."""
+    methods = [method.options for method in METHODS.values()]
+    return methods + [loss.options for loss in usable_losses().values()]
 
 
 def usable_losses() -> dict[str, Loss]:

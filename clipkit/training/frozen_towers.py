@@ -261,6 +261,8 @@ class FrozenTowers:
             store.put(batch, vectors)
             rows.update(zip(batch, vectors, strict=True))
             on_batch(len(rows))
+        if not keys:  # torch.cat, which joins the processes' rows, leaves out a row of no width
+            return gather_uneven(torch.empty(0))
         return gather_uneven(torch.from_numpy(np.stack([rows[key] for key in keys])))
 
 

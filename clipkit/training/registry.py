@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from clipkit.training.methods.method import Method
 
 Duplicates = Literal["mask", "positive"]  # as clipkit.losses.pairs, which imports torch
+TextPair = Literal["dropout", "other", "triplet"]
 Need = Literal["captions", "labels"]
 Recipe = Literal["heads", "lit", "lora", "full"]
 
@@ -141,6 +142,42 @@ class ByolOptions(PictureViewOptions):
 _VIEW_DEFAULTS = {"crop": 0.2, "keep": "last", "interpolate": False, "patience": 0}
 _TEXTS_ONLY = frozenset(("text_rate", "train_text_layers"))
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelOptions:
+    """The options of learning from labels."""
+
+    per_class: int = option("pictures of a label in a batch, at least", 4, low=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimCseOptions:
+    """The options of SimCSE."""
+
+    captions: TextPair = option(
+        "a caption's positive: itself by dropout, another of its picture, or that and a hard negative "
+        "(triplet)",
+        "dropout",
+    )
+    dropout_rate: float = option("dropout of the text tower", 0.1, low=0, below=1)
+    temperature: float = option("cosines are divided by it", 0.05, above=0)
+    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassageOptions:
+    """The options of learning from queries and passages."""
+
+    bm25_negatives: int = option(
+        "hard negatives are drawn from this many of BM25's best (0: no hard negatives)", 30, low=0
+    )
+    temperature: float = option("cosines are divided by it", 0.05, above=0)
+    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+
+
+# What a method without pictures does not use.
+_OF_PICTURES = frozenset(("crop", "flip", "image_rate", "train_image_layers"))
+
 METHODS: dict[str, MethodEntry] = {
     "pairs": MethodEntry(
         "clipkit.training.methods.pairs:Pairs",
@@ -195,5 +232,31 @@ METHODS: dict[str, MethodEntry] = {
         recipes=("full", "lora"),
         defaults=_VIEW_DEFAULTS,
         unused=_TEXTS_ONLY,
+    ),
+    "labels": MethodEntry(
+        "clipkit.training.methods.labels:Labels",
+        "pictures with labels, those of one label close and others apart "
+        "(SupCon; Khosla et al. 2020, arXiv 2004.11362)",
+        options=LabelOptions,
+        losses="labels",
+        needs=frozenset(("labels",)),
+        recipes=("full", "lora", "heads"),
+        unused=_TEXTS_ONLY,
+    ),
+    "simcse": MethodEntry(
+        "clipkit.training.methods.texts:SimCse",
+        "captions alone, each found again under dropout, or another of its picture "
+        "(SimCSE; Gao et al. 2021, arXiv 2104.08821)",
+        options=SimCseOptions,
+        recipes=("full", "lora"),
+        unused=_OF_PICTURES | {"dropout"},
+    ),
+    "passages": MethodEntry(
+        "clipkit.training.methods.texts:Passages",
+        "captions alone: a query finds another caption among the batch's and hard negatives by BM25 "
+        "(DPR; Karpukhin et al. 2020, arXiv 2004.04906)",
+        options=PassageOptions,
+        recipes=("full", "lora"),
+        unused=_OF_PICTURES,
     ),
 }

@@ -117,9 +117,11 @@ def of_views(towers: Towers, inputs: Inputs, views: Sequence[Iterable[torch.Tens
     return _found(first, second, "view_to_view", pictures, inputs.data.labels)
 
 
-def of_texts(towers: Towers, inputs: Inputs) -> Scores:
+def of_texts(towers: Towers, inputs: Inputs, pictures: Float32 | None = None) -> Scores:
     """Measure recall at 1, 5 and 10 of a picture's second caption, given its first.
 
+    pictures: float32 unit rows (N, D); with them `space` also has the mean recall of pictures and
+        captions, "picture_recall", which is not what the texts are trained for.
     Raises DatasetError if fewer than two pictures have two captions.
     """
     data = inputs.data
@@ -130,7 +132,12 @@ def of_texts(towers: Towers, inputs: Inputs) -> Scores:
             "least 2 must, so that a caption can find another one of its picture"
         )
     texts = embed_captions(towers, inputs)
-    return _found(texts[pairs[:, 0]], texts[pairs[:, 1]], "text_to_text", texts)
+    scores = _found(texts[pairs[:, 0]], texts[pairs[:, 1]], "text_to_text", texts)
+    if pictures is not None:
+        rankings = rank_captions(pictures, texts[data.captions], data.owner)
+        recall = np.mean([ranking.hit_at(k).mean() for ranking in rankings for k in _KS])
+        scores.space["picture_recall"] = float(recall)
+    return scores
 
 
 def of_labels(towers: Towers, inputs: Inputs) -> Scores:
