@@ -21,7 +21,7 @@ from clipkit.losses.labels import (
     sup_con,
     triplet,
 )
-from clipkit.losses.views import cosine_regression, nt_xent, queued, relational
+from clipkit.losses.views import cosine_regression, nt_xent, queued, relational, teacher_contrast
 
 E1, E2 = torch.eye(2, dtype=torch.float64)
 TWO_AND_TWO = torch.tensor([0, 0, 1, 1])
@@ -85,6 +85,18 @@ def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:
         (
             relational(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]])),
             1 / 48,
+        ),
+        # both teachers are the same, so that no student tells them apart
+        (
+            teacher_contrast(torch.stack([E1, E2]), torch.stack([E1, E1]), temperature=1.0),
+            math.log(2),
+        ),
+        # cosines over 1/2: (2, 0) and (1.6, 1.2) for the teachers E1 and E2, whose own are 2 and 1.2
+        (
+            teacher_contrast(
+                torch.stack([E1, 0.8 * E1 + 0.6 * E2]), torch.stack([E1, E2]), temperature=0.5
+            ),
+            (math.log1p(math.exp(-2)) + math.log1p(math.exp(0.4))) / 2,
         ),
     ],
 )
@@ -154,6 +166,7 @@ def test_n_pairs_are_the_first_two_of_each_label() -> None:
         lambda: norm_softmax(ROWS, LABELS, PROXIES[:, :4]),
         lambda: nt_xent(ROWS[:3], ROWS[:4]),
         lambda: relational(ROWS[:3], ROWS[:4]),
+        lambda: teacher_contrast(ROWS[:3], ROWS[:4]),
     ],
 )
 def test_shapes_are_checked(call: Callable[[], torch.Tensor]) -> None:
@@ -223,3 +236,13 @@ def test_lightly_agrees() -> None:
     assert cosine_regression(first, second).item() == pytest.approx(
         2 + 2 * peer.NegativeCosineSimilarity()(first, second).item(), rel=1e-5
     )
+
+
+def test_the_gradient_towards_a_teacher() -> None:
+    """Against finite differences; the teacher gets none."""
+    students, teachers = ROWS.clone().requires_grad_(), unit_rows(8, 5, 2).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda rows: teacher_contrast(F.normalize(rows, dim=1), teachers), students
+    )
+    teacher_contrast(students, teachers).backward()
+    assert students.grad is not None and teachers.grad is None

@@ -394,7 +394,7 @@ def test_processes_of_one_machine_share_its_cores(
     tiny_checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Fails for a version in which each of eight processes starts as many decoders as there are cores."""
+    """Fails for a version in which each process starts a decoder for every core of the machine."""
     encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
     trainable = TrainableTowers(encoder, loss="infonce")
     monkeypatch.setattr("os.cpu_count", lambda: 32)

@@ -11,7 +11,16 @@ encoder = load("builtin")
 encoder.encode_texts(["birthday cake"]) @ encoder.encode_images(pictures).T
 """
 
+from clipkit.towers.combining import combine
 from clipkit.towers.encoder import DTYPES, DualEncoder, Precision
 from clipkit.towers.loading import choose_device, choose_precision, load
 
-__all__ = ["DTYPES", "DualEncoder", "Precision", "choose_device", "choose_precision", "load"]
+__all__ = [
+    "DTYPES",
+    "DualEncoder",
+    "Precision",
+    "choose_device",
+    "choose_precision",
+    "combine",
+    "load",
+]

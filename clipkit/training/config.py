@@ -16,7 +16,7 @@ from typing import Any, Literal
 from clipkit.errors import InputError, check_choice, suggestion
 from clipkit.losses import LOSSES, Loss, losses_of
 from clipkit.options import check_options, check_type, converted, option, option_fields
-from clipkit.training.registry import METHODS, Recipe
+from clipkit.training.registry import METHODS, Need, Recipe
 
 # The command line's options are made of this module: it must not wait for torch. `towers.Precision`
 # is the same.
@@ -191,6 +191,11 @@ class TrainConfig:
         options = self._chosen(METHODS[self.method].options)
         check_options(options)
         return options
+
+    def needs(self) -> frozenset[Need]:
+        """Return what a picture must have to be used: the method's needs, and those of its options."""
+        more: frozenset[Need] = getattr(self.method_options(), "needs", frozenset())
+        return METHODS[self.method].needs | more
 
     def loss_options(self, loss: str) -> dict[str, Any]:
         """Return the options of `loss` by name.

@@ -36,7 +36,7 @@ from clipkit.training.memory import fitted_chunk
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import Trained, choose_parameters, merge_adapters
 from clipkit.training.registry import METHODS
-from clipkit.training.run_folder import RunFolder, write_json
+from clipkit.training.run_folder import FEATURES, RunFolder, write_json
 from clipkit.training.towers import (
     Towers,
     TrainableTowers,
@@ -51,7 +51,6 @@ log = logging.getLogger(__name__)
 
 _MOST_BATCH = {"heads": 1024}  # other recipes: 256
 _PACKAGES = ("clipkit", "torch", "open_clip_torch", "timm", "transformers", "numpy")
-_FEATURES = ".features/vectors-1.sqlite"  # beside the runs; the number changes with the schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,10 +140,11 @@ def _train(
         config.loss_options(loss)  # raises InputError for one that the loss does not have
     dtype = DTYPES[_precision(device, config.precision)]
     source, held_out = Path(config.data), None
-    data = CaptionedPictures.read(source, "train", needs=entry.needs)
+    needs = config.needs()
+    data = CaptionedPictures.read(source, "train", needs=needs)
     if has_split(source, "validation"):
         most = config.eval_pictures
-        held_out = CaptionedPictures.read(source, "validation", most=most, needs=entry.needs)
+        held_out = CaptionedPictures.read(source, "validation", most=most, needs=needs)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)  # raises InputError if the processes cannot share it
@@ -164,14 +164,15 @@ def _train(
         facts = dict(earlier)
     else:
         folder.check_new()
-        distributed.wait_for_all()  # every process has looked before one creates the folder
-        if distributed.rank() == 0:
-            folder.create(facts)
     towers: Towers = trainable
     if config.recipe == "heads":
         towers = FrozenTowers(trainable, dropout=config.feature_dropout)
-    method = make_method(config, loss, towers, data, batch)
+    method = make_method(config, loss, towers, data, batch, held_out)
     trained = choose_parameters(towers, config, method)
+    if earlier is None:
+        distributed.wait_for_all()  # every process has looked before one creates the folder
+        if distributed.rank() == 0:
+            folder.create(facts)
     summary = RunSummary(
         folder=folder.path,
         recipe=config.recipe,
@@ -201,7 +202,9 @@ def _train(
             _try_rows(rows, method, trained, inputs, plan)
 
         chunk = min(distributed.collect(fitted_chunk(device, own_rows, try_rows)))
-    if config.drift < 0:
+    if config.drift < 0 and method.leaves_start:
+        config = replace(config, drift=0.0)
+    elif config.drift < 0:
         config = replace(config, drift=choose_drift(towers, inputs, plan, chunk=chunk))
     job = Job(
         config=config,
@@ -232,7 +235,12 @@ def _train(
 
 
 def make_method(
-    config: TrainConfig, loss: str | None, towers: Towers, data: CaptionedPictures, batch: int
+    config: TrainConfig,
+    loss: str | None,
+    towers: Towers,
+    data: CaptionedPictures,
+    batch: int,
+    held_out: CaptionedPictures | None = None,
 ) -> Method:
     """Make a run's method, with every "auto" of the loss and the batch resolved."""
     return METHODS[config.method](
@@ -245,6 +253,7 @@ def make_method(
             data,
             batch,
             config.steps(len(data), batch),
+            held_out,
         )
     )
 
@@ -283,7 +292,7 @@ def _inputs(
     validation = PictureInputs(held_out, trainable, workers=config.workers) if held_out else None
     if frozen is None:
         return training, validation
-    store = folder.path.parent / _FEATURES
+    store = folder.path.parent / FEATURES
     return (
         frozen.features(training, store, on_features, stop),
         frozen.features(validation, store, on_features, stop) if validation else None,
@@ -330,6 +339,7 @@ def _facts(
             data=str(Path(config.data).absolute()),
             out=str(Path(config.out).absolute()),
             start=checkpoint.absolute(config.start),
+            options={**config.options, **getattr(config.method_options(), "absolute", {})},
         ).to_mapping(),
         "batch": batch,
         "steps": config.steps(len(data), batch),
@@ -460,7 +470,7 @@ def _notes(job: Job, state: State) -> list[str]:
     """Return sentences about the training for the user."""
     notes = []
     if left_out := job.inputs.data.left_out:
-        what = " and ".join(need.removesuffix("s") for need in METHODS[job.config.method].needs)
+        what = " and ".join(need.removesuffix("s") for need in sorted(job.config.needs()))
         notes.append(f"{left_out} training pictures without a {what} were left out")
     if job.validation is None:
         notes.append(

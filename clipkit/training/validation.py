@@ -5,13 +5,14 @@ comparison of two models by it, and a warning if the embeddings collapse.
     of_views    a view of a picture finds another view of it among all pictures' views
     of_texts    a caption finds another caption of its picture
     of_labels   a picture's nearest neighbours have its label
+    of_teacher  a picture's vector finds the teacher's vector of it
 
 All processes share the work and return the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -156,6 +157,23 @@ def of_labels(towers: Towers, inputs: Inputs) -> Scores:
         right += hit / len(_KS)
     losses = neighbour_losses(pictures, data.labels)
     return _scores("accuracy of neighbours", metrics, right, losses, pictures, {}, data.labels)
+
+
+def of_teacher(
+    towers: Towers,
+    inputs: Inputs,
+    teachers: torch.Tensor,
+    mapped: Callable[[torch.Tensor], torch.Tensor],
+) -> Scores:
+    """Measure recall at 1, 5 and 10 of a picture's teacher vector, given the student's vector.
+
+    teachers: unit rows (N, T); mapped: takes the student's unit rows (N, D) there.
+    """
+    pictures = embed_pictures(towers, inputs)
+    with torch.no_grad():
+        students = mapped(torch.from_numpy(pictures).to(towers.device)).float().cpu().numpy()
+    targets = teachers.float().cpu().numpy()
+    return _found(students, targets, "student_to_teacher", pictures, inputs.data.labels)
 
 
 def _found(
