@@ -339,3 +339,18 @@ def test_any_picture_gives_a_view_of_the_target_size(
     )
     assert view.shape == (3, *size) and view.dtype == torch.uint8
     assert (view.float() - torch.tensor([10, 200, 30.0]).view(3, 1, 1)).abs().max() <= 1
+
+
+def test_processes_of_one_machine_share_its_cores(
+    ten: CaptionedPictures,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails for a version in which each of eight processes starts as many decoders as there are cores."""
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
+    trainable = TrainableTowers(encoder, loss="infonce")
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    assert PictureInputs(ten, trainable).workers == 32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert PictureInputs(ten, trainable).workers == 4
+    assert PictureInputs(ten, trainable, workers=5).workers == 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from clipkit.errors import InputError, ModelError
 from clipkit.training.config import TrainConfig
 from clipkit.training.frozen_towers import Head, find_heads
-from clipkit.training.towers import BLOCK, Towers
+from clipkit.training.towers import BLOCK, Towers, trained_batch_norms
 
 if TYPE_CHECKING:
     from clipkit.training.methods.method import Method
@@ -41,6 +41,8 @@ class Trained:
     own: frozenset[str]  # names of the method's own
     sides: frozenset[str]  # the towers of which any parameter is trained: "image", "text"
     total: int  # parameters of the model
+    # Running statistics of BatchNorms that change with the weights; they belong to them.
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def named(self) -> dict[str, torch.nn.Parameter]:
@@ -50,17 +52,27 @@ class Trained:
     def count(self) -> int:
         return sum(p.numel() for p in self.named.values())
 
+    @property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """Return the parameters and statistics that a running mean of the weights consists of."""
+        means = {n: value for n, value in self.statistics.items() if value.is_floating_point()}
+        return {**self.named, **means}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named.items()}
+        return {name: value.detach() for name, value in self._values.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.named.items():
-            parameter.copy_(state[name])
+        for name, value in self._values.items():
+            value.copy_(state[name])
 
     def copy(self) -> dict[str, torch.Tensor]:
         """Copy the values to the CPU."""
         return {name: value.cpu().clone() for name, value in self.state_dict().items()}
+
+    @property
+    def _values(self) -> dict[str, torch.Tensor]:
+        return {**self.named, **self.statistics}
 
 
 def choose_parameters(towers: Towers, config: TrainConfig, method: Method) -> Trained:
@@ -102,6 +114,10 @@ def choose_parameters(towers: Towers, config: TrainConfig, method: Method) -> Tr
     )
     for parameter in result.named.values():
         parameter.requires_grad_(True)
+    if config.batch_norm == "batch":
+        norms = trained_batch_norms(model).items()
+        values = {f"{n}.{part}": v for n, norm in norms for part, v in norm.named_buffers()}
+        result = replace(result, statistics=values)
     return result
 
 
