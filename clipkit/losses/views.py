@@ -45,22 +45,31 @@ def queued(
     keys: torch.Tensor,
     queue: torch.Tensor,
     *,
-    temperature: float = 0.2,
+    temperature: float | torch.Tensor = 0.2,
+    same: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute InfoNCE against a queue of earlier keys (K, D) as the negatives (MoCo; He et al. 2020,
-    arXiv 1911.05722). Keys and queue get no gradient."""
+    arXiv 1911.05722). Keys and queue get no gradient.
+
+    same: bool (B, K), the keys of the queue that belong to a query and are left out.
+    """
     _check(queries, keys)
-    positive = (queries * keys.detach()).sum(1, keepdim=True)
-    logits = torch.cat([positive, queries @ queue.detach().T], 1) / temperature
-    target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-    return F.cross_entropy(logits, target)
+    positive = (queries * keys.detach()).sum(1, keepdim=True) / temperature
+    negative = queries @ queue.detach().T / temperature
+    if same is not None:
+        negative = negative.masked_fill(same, -math.inf)
+    logits = torch.cat([positive, negative], 1)
+    return (logits.logsumexp(1) - logits[:, 0]).mean()
 
 
-def cosine_regression(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cosine_regression(
+    predictions: torch.Tensor, targets: torch.Tensor, *, stop_gradient: bool = True
+) -> torch.Tensor:
     """Compute the mean squared distance of unit rows, 2 - 2 cosine (BYOL; Grill et al. 2020, arXiv
-    2006.07733). Targets get no gradient."""
+    2006.07733). Targets get no gradient, unless `stop_gradient` is off, to study the collapse."""
     _check(predictions, targets)
-    return (2 - 2 * (predictions * targets.detach()).sum(1)).mean()
+    targets = targets.detach() if stop_gradient else targets
+    return (2 - 2 * (predictions * targets).sum(1)).mean()
 
 
 def relational(students: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ class Progress:
     validation_loss: float | None = None  # of that evaluation
     score: float | None = None  # of that evaluation: the mean of the method's metrics
     score_title: str = ""  # such as "mean recall"
-    best_step: int = 0  # of the best evaluation after the start; 0: none yet
+    best_step: int = 0  # of the best evaluation after the start; 0: none yet, or the last counts
     eta_seconds: float | None = None  # of the training, should it not stop early
     message: str = ""  # what features are computed of, or a warning, shown once
 
@@ -122,7 +122,7 @@ class State:
         self.method = job.method
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
-        self.ema = Ema(job.trained.named, job.config.ema)
+        self.ema = Ema(job.trained.averaged, job.config.ema)
         self.random = distributed.RandomStates(job.towers.device)
         self.history = History()
 
@@ -383,7 +383,7 @@ class _Run:
                 validation_loss=last.loss if last else None,
                 score=last.mean if last else None,
                 score_title=last.title if last else "",
-                best_step=self.history.best_step,
+                best_step=self.history.best_step if self.job.config.keep == "best" else 0,
                 eta_seconds=self.eta_seconds,
                 message=message,
             )
