@@ -210,7 +210,7 @@ class Distill(Method):
             self._pairs.after_step(rows, step)
 
     def metrics(self) -> dict[str, float]:
-        return {f"loss/{name}": float(value) for name, value in self._terms.items()}
+        return {f"{name}_loss": float(value) for name, value in self._terms.items()}
 
     def evaluate(self, inputs: Inputs) -> Scores:
         """Measure recall with captions if every picture has one, else agreement with the teachers."""
