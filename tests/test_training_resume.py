@@ -63,13 +63,21 @@ def train_with_a_kill(config: TrainConfig, folder: Path, step: int) -> RunSummar
         {"recipe": "heads", "ema": 0.9},
         {"recipe": "lora", "method": "simclr", "keep_space": 0.5},
         {"recipe": "full", "method": "byol", "dropout": True, "keep": "best"},
+        {
+            "start": "scratch:cifar-resnet10-w16",
+            "batch_norm": "batch",
+            "chunk": 0,
+            "ema": 0.9,
+            "learning_rate": 0.01,
+        },
     ],
-    ids=["full", "lora", "heads", "simclr", "byol"],
+    ids=["full", "lora", "heads", "simclr", "byol", "batch-norm"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Model, optimizer, mean of the weights, best, random states, negatives: every bit.
+    """Model, running statistics, optimizer, mean of the weights, best, random states, negatives: every
+    bit.
 
     Fails for any version that forgets one of them, or the position within the epoch.
     """

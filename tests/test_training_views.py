@@ -249,7 +249,7 @@ def test_the_targets_of_byol_are_the_momentum_towers() -> None:
 def test_simsiam_is_byol_whose_target_is_the_tower_itself() -> None:
     method, batch = byol(momentum=0.0), two_views()
     views = method.views(batch)
-    assert len(views) == 2 and method.state_dict() == {}
+    assert len(views) == 2 and method.state_dict() == {"variances": []}
     rows = [view.encode(view.rows) for view in views]
     unit = torch.nn.functional.normalize
     z = [unit(method.projection(view), dim=1) for view in rows]
@@ -279,6 +279,20 @@ def test_the_space_is_kept_by_the_distance_to_the_start() -> None:
     assert method.kept_space([along, along], batch).item() == pytest.approx(0)
     assert method.kept_space([along, along.roll(1, 0)], batch).item() == pytest.approx(0.5)
     assert simclr().kept_space([along], batch).item() == 0
+
+
+def test_collapsed_projections_get_a_warning() -> None:
+    """Eight orthogonal rows have the mean 1/8 of ones, so a variance of 1 - 8/64; equal ones have 0."""
+    method = simclr()
+    assert method.warning() is None and method.metrics() == {}
+    method.unit_rows(2 * torch.eye(8))
+    assert method.metrics()["projection_variance"] == pytest.approx(7 / 8)
+    assert method.warning() is None
+    method.unit_rows(torch.ones(8, 8))
+    assert "variance fell from 0.875 to" in (method.warning() or "")
+    resumed = byol()
+    resumed.load_state_dict({**resumed.state_dict(), **method.state_dict()})
+    assert "use predictor, stop_gradient and momentum" in (resumed.warning() or "")
 
 
 # ---- options

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -34,6 +35,7 @@ from clipkit.training.validation import Scores, gathered, of_views
 
 _BLURRED = 0.5  # share of views, of pictures from _SMALL pixels
 _SMALL = 64
+_COLLAPSED = 0.25  # of the projections' variance at the first step
 
 
 class Perceptron(torch.nn.Sequential):
@@ -74,6 +76,7 @@ class PictureViews(Method):
     picture_views = 2
     text_views = 0
     norm = True  # whether the head has BatchNorm
+    remedy = "lower learning_rate or raise batch"  # of a collapse
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -89,6 +92,8 @@ class PictureViews(Method):
             norm=self.norm,
         ).to(setup.towers.device)
         self._starts: torch.Tensor | None = None  # float32 (N, D), unit rows: see keep_space
+        # The variance of the projections of a batch, in 0..1: of the first step, and of the last.
+        self._variances: list[float] = []
 
     @property
     def shared(self) -> Mapping[str, torch.nn.Parameter]:
@@ -132,6 +137,13 @@ class PictureViews(Method):
         assert isinstance(towers, TrainableTowers)  # recipe heads has no views
         return towers.image_features(pixels).float()
 
+    def unit_rows(self, projections: torch.Tensor) -> torch.Tensor:
+        """Normalise the head's output (B, width), and note its variance."""
+        result = F.normalize(projections, dim=1)
+        variance = 1 - result.detach().mean(0).square().sum().item()
+        self._variances = [*self._variances[:1], variance]
+        return result
+
     def views(self, batch: Batch) -> Sequence[View]:
         return [View(self.features, pixels, side="image") for pixels in batch.pictures]
 
@@ -150,12 +162,29 @@ class PictureViews(Method):
         augment = self.augment()
         return of_views(self.setup.towers, inputs, [inputs.fixed_views(augment, n) for n in (0, 1)])
 
+    def metrics(self) -> dict[str, float]:
+        return {"projection_variance": self._variances[-1]} if self._variances else {}
+
+    def warning(self) -> str | None:
+        """Return a sentence if the projections have collapsed; the tower's vectors may not show it."""
+        if not self._variances or self._variances[-1] > _COLLAPSED * self._variances[0]:
+            return None
+        return (
+            f"the projections are collapsing: their variance fell from {self._variances[0]:.3g} to "
+            f"{self._variances[-1]:.3g}; {self.remedy}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"variances": self._variances}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._variances = state["variances"]
+
 
 class SimClr(PictureViews):
     """Learn that the two views of a picture are nearest each other in the batch."""
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         assert self.setup.loss is not None
-        projected = F.normalize(self.projection(torch.cat(list(rows))), dim=1)
-        views = projected.chunk(2)
+        views = self.unit_rows(self.projection(torch.cat(list(rows)))).chunk(2)
         return self.setup.loss(*views, **self.setup.loss_options) + self.kept_space(rows, batch)
