@@ -221,7 +221,7 @@ def test_the_queue_is_no_longer_than_the_other_pictures() -> None:
 
 def test_who_has_a_caption() -> None:
     """Meanings 0 "a dog", 1 "a cat", 2 "a pet", 3 "a car"; picture 2 has 0 and 2."""
-    owners = CaptionOwners(DATA)
+    owners = CaptionOwners(DATA, CPU)
     of_pictures = owners.of_pictures(np.array([0, 2, 3]), np.array([0, 1, 2]))
     assert of_pictures.tolist() == [[True, False, False], [True, False, True], [False] * 3]
     of_meanings = owners.of_meanings(np.array([0, 2]), np.array([0, 1, 2, 3, 2]))
@@ -236,7 +236,7 @@ def test_masks_of_many_agree_with_sets() -> None:
     data = captioned(
         [[f"c{n}" for n in rng.choice(20, rng.integers(1, 6), replace=False)] for _ in range(30)]
     )
-    owners = CaptionOwners(data)
+    owners = CaptionOwners(data, CPU)
     pictures, meanings = rng.integers(0, 30, 12), rng.integers(0, len(data.texts), 40)
     owned = [{*data.meanings[own].tolist()} for own in data.owned]
     expected = [[m in owned[p] for m in meanings] for p in pictures]
