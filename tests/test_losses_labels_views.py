@@ -16,11 +16,12 @@ from clipkit.losses.labels import (
     contrastive,
     lifted_structure,
     n_pair,
+    norm_softmax,
     soft_nearest_neighbour,
     sup_con,
     triplet,
 )
-from clipkit.losses.views import cosine_regression, nt_xent, queued, relational
+from clipkit.losses.views import cosine_regression, nt_xent, queued, relational, teacher_contrast
 
 E1, E2 = torch.eye(2, dtype=torch.float64)
 TWO_AND_TWO = torch.tensor([0, 0, 1, 1])
@@ -69,6 +70,11 @@ def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:
         (lifted_structure(TIGHT, TWO_AND_TWO, margin=1.0), (math.log(4) + 1 - ROOT) ** 2 / 2),
         # squared distances: own 0, two others 2
         (soft_nearest_neighbour(TIGHT, TWO_AND_TWO, temperature=1.0), math.log1p(2 * math.exp(-2))),
+        # each row's class 1, the other 0; proxies of any length
+        (
+            norm_softmax(TIGHT, TWO_AND_TWO, 3 * torch.stack([E1, E2]), temperature=1.0),
+            math.log1p(math.exp(-1)),
+        ),
         # the other view with score 1, two others with 0
         (nt_xent(TIGHT[1:3], TIGHT[1:3], temperature=1.0), math.log(1 + 2 / math.e)),
         (nt_xent(TIGHT[1:3], TIGHT[1:3], temperature=1.0, decoupled=True), math.log(2) - 1),
@@ -80,6 +86,18 @@ def unit_rows(count: int, dim: int, seed: int) -> torch.Tensor:
             relational(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [1.0], [2.0]])),
             1 / 48,
         ),
+        # both teachers are the same, so that no student tells them apart
+        (
+            teacher_contrast(torch.stack([E1, E2]), torch.stack([E1, E1]), temperature=1.0),
+            math.log(2),
+        ),
+        # cosines over 1/2: (2, 0) and (1.6, 1.2) for the teachers E1 and E2, whose own are 2 and 1.2
+        (
+            teacher_contrast(
+                torch.stack([E1, 0.8 * E1 + 0.6 * E2]), torch.stack([E1, E2]), temperature=0.5
+            ),
+            (math.log1p(math.exp(-2)) + math.log1p(math.exp(0.4))) / 2,
+        ),
     ],
 )
 def test_values_by_hand(value: torch.Tensor, expected: float) -> None:
@@ -88,6 +106,7 @@ def test_values_by_hand(value: torch.Tensor, expected: float) -> None:
 
 ROWS = unit_rows(8, 5, 1)
 LABELS = torch.tensor([0, 1, 0, 2, 1, 2, 0, 3])  # three, two, two, and one alone
+PROXIES = 2 * unit_rows(4, 5, 3)
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "supcon": [{}, {"inside": True}],
     "triplet": [{"mining": kind, "margin": 0.9} for kind in ("all", "semihard", "hard")],
@@ -104,12 +123,16 @@ def test_gradients(name: str) -> None:
         def value(rows: torch.Tensor, options: dict[str, Any] = options) -> torch.Tensor:
             rows = F.normalize(rows, dim=1)
             args = (rows, LABELS) if loss.kind == "labels" else (rows[:4], rows[4:])
+            args += (PROXIES,) if loss.has_proxies else ()
             return loss(*args, **options)
 
         assert torch.autograd.gradcheck(value, (ROWS.clone().requires_grad_(),))
 
 
-@pytest.mark.parametrize("name", losses_of("labels"))
+COMPARING = sorted(name for name, loss in losses_of("labels").items() if not loss.has_proxies)
+
+
+@pytest.mark.parametrize("name", COMPARING)
 @pytest.mark.parametrize("labels", [[0, 0, 0], [0, 1, 2], [5]])
 def test_a_batch_without_positives_or_negatives_is_no_error(name: str, labels: list[int]) -> None:
     rows = unit_rows(len(labels), 4, 2).requires_grad_()
@@ -119,7 +142,7 @@ def test_a_batch_without_positives_or_negatives_is_no_error(name: str, labels: l
     assert torch.isfinite(rows.grad).all()
 
 
-@pytest.mark.parametrize("name", sorted({*losses_of("labels")} - {"npair"}))
+@pytest.mark.parametrize("name", sorted({*COMPARING} - {"npair"}))
 def test_the_order_of_the_batch_does_not_matter(name: str) -> None:
     """(N-pair's anchors are the first of their label.)"""
     order = torch.tensor([5, 1, 7, 0, 2, 6, 4, 3])
@@ -140,13 +163,20 @@ def test_n_pairs_are_the_first_two_of_each_label() -> None:
     [
         lambda: sup_con(ROWS, LABELS[:3]),
         lambda: sup_con(ROWS[:0], LABELS[:0]),
+        lambda: norm_softmax(ROWS, LABELS, PROXIES[:, :4]),
         lambda: nt_xent(ROWS[:3], ROWS[:4]),
         lambda: relational(ROWS[:3], ROWS[:4]),
+        lambda: teacher_contrast(ROWS[:3], ROWS[:4]),
     ],
 )
 def test_shapes_are_checked(call: Callable[[], torch.Tensor]) -> None:
     with pytest.raises(InputError, match="must"):
         call()
+
+
+def test_the_vectors_of_classes_are_learned() -> None:
+    proxies = PROXIES.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: norm_softmax(ROWS, LABELS, p), (proxies,))
 
 
 def test_targets_and_keys_get_no_gradient() -> None:
@@ -183,6 +213,17 @@ def test_pytorch_metric_learning_agrees() -> None:
     )
 
 
+def test_the_normalised_softmax_of_pytorch_metric_learning_agrees() -> None:
+    losses = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="the extra `peers` is not installed"
+    )
+    peer = losses.NormalizedSoftmaxLoss(num_classes=4, embedding_size=5, temperature=0.05)
+    proxies = peer.W.detach().T
+    assert norm_softmax(ROWS.float(), LABELS, proxies).item() == pytest.approx(
+        peer(ROWS.float(), LABELS).item(), rel=1e-5
+    )
+
+
 def test_lightly_agrees() -> None:
     peer = pytest.importorskip("lightly.loss", reason="the extra `peers` is not installed")
     first, second = ROWS[:4].float(), ROWS[4:].float()
@@ -195,3 +236,13 @@ def test_lightly_agrees() -> None:
     assert cosine_regression(first, second).item() == pytest.approx(
         2 + 2 * peer.NegativeCosineSimilarity()(first, second).item(), rel=1e-5
     )
+
+
+def test_the_gradient_towards_a_teacher() -> None:
+    """Against finite differences; the teacher gets none."""
+    students, teachers = ROWS.clone().requires_grad_(), unit_rows(8, 5, 2).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda rows: teacher_contrast(F.normalize(rows, dim=1), teachers), students
+    )
+    teacher_contrast(students, teachers).backward()
+    assert students.grad is not None and teachers.grad is None

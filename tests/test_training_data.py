@@ -96,12 +96,34 @@ def test_equal_captions_are_known_whatever_their_spelling(
         place = {int(p): i for i, p in enumerate(plan.pictures)}
         said = data.texts[plan.texts[0, place[0]]]
         found.add(said)
-        expected = torch.zeros(3, 3, dtype=torch.bool)
+        expected = torch.eye(3, dtype=torch.bool)
         expected[place[0], place[1]] = True
         if said == "A dog.":
             expected[place[1], place[0]] = True
-        assert torch.equal(same, expected)
+        assert torch.equal(same.of_pictures(0, 3) | torch.eye(3, dtype=torch.bool), expected)
     assert found == {"A dog.", "a cat"}
+
+
+@pytest.mark.parametrize("captions", [3, 40], ids=["classes", "few in common"])
+def test_pairs_that_belong_together_take_memory_by_the_batch(captions: int) -> None:
+    """400 pictures of up to three of `captions` captions: the groups mark the pairs that a loop finds.
+    Fails for the version that makes a matrix of 400 * 400 marks."""
+    rng = np.random.default_rng(captions)
+    owned = tuple(rng.permutation(captions)[: rng.integers(1, 4)] for _ in range(400))
+    names = tuple(map(str, range(400)))
+    data = CaptionedPictures(
+        Path(), names, names, names[:captions], owned, np.arange(captions) // 2, 0
+    )
+    (plan,) = data.plans(epoch=0, batch=400, seed=0)
+    same = data.same(plan)
+    assert same is not None
+    assert sum(part.numel() for part in (same.captions, same.pictures, same.groups)) <= 7 * 400
+    marks = same.of_pictures(0, 400)
+    meant = data.meanings[plan.texts[0]]
+    for i, picture in enumerate(plan.pictures):
+        expected = np.isin(meant, data.meanings[owned[picture]])
+        marks[i, i] = expected[i] = True
+        assert marks[i].tolist() == expected.tolist()
 
 
 def test_no_equal_captions_need_no_matrix(ten: CaptionedPictures) -> None:
@@ -273,6 +295,54 @@ def test_a_batch_beyond_memory_lies_in_a_file_and_is_the_same(
         assert torch.equal(a.pictures[0][rows], b.pictures[0][rows])
 
 
+@pytest.mark.parametrize(
+    ("small", "most", "expected"),
+    [(96, 2**28, 10), (96, 3 * (4 * 40 * 32 + 1024), 3 + 7 * 6), (39, 2**28, 60), (96, 0, 60)],
+    ids=["all kept", "some kept", "too large", "no room"],
+)
+def test_small_pictures_are_decoded_once(
+    ten: CaptionedPictures,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    small: int,
+    most: int,
+    expected: int,
+) -> None:
+    """Ten pictures of 40 x 32, two views of each, three epochs: ten files are read in place of sixty,
+    unless they are too large or there is no room. The views are the same."""
+    model = TrainableTowers(towers.load(str(tiny_checkpoint()), device="cpu"), loss="infonce")
+    reads: list[int] = []
+
+    class Counted(PictureInputs):
+        def read(self, picture: int) -> bytes:
+            reads.append(picture)
+            return super().read(picture)
+
+    def views() -> torch.Tensor:
+        augment = CropAndFlip(model.encoder, 0.5)
+        inputs = Counted(ten, model, augment=augment, views=2, workers=1)
+        inputs._decoded_before = inputs_module._Decoded(most)
+        plans = [plan for epoch in range(3) for plan in ten.plans(epoch=epoch, batch=5, seed=0)]
+        return torch.cat([view for batch in inputs.stream(plans) for view in batch.pictures])
+
+    monkeypatch.setattr(inputs_module, "_SMALL", small)
+    got, count = views(), len(reads)
+    assert count == expected
+    monkeypatch.setattr(inputs_module, "_SMALL", 0)
+    assert torch.equal(got, views())
+
+
+def test_a_split_without_some_pictures_decodes_its_own(
+    ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    """What is kept goes by the picture, not by its number, which changes."""
+    encoder = towers.load(str(tiny_checkpoint()), device="cpu")
+    inputs = PictureInputs(ten, TrainableTowers(encoder, loss="infonce"))
+    whole = torch.cat(list(inputs.pictures()))
+    rest = torch.cat(list(inputs.without({0, 4}).pictures()))
+    assert torch.equal(rest, whole[[1, 2, 3, 5, 6, 7, 8, 9]])
+
+
 def test_what_is_served_is_what_the_encoder_makes_of_it(
     ten: CaptionedPictures, tiny_checkpoint: Callable[..., Path]
 ) -> None:
@@ -317,3 +387,18 @@ def test_any_picture_gives_a_view_of_the_target_size(
     )
     assert view.shape == (3, *size) and view.dtype == torch.uint8
     assert (view.float() - torch.tensor([10, 200, 30.0]).view(3, 1, 1)).abs().max() <= 1
+
+
+def test_processes_of_one_machine_share_its_cores(
+    ten: CaptionedPictures,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails for a version in which each process starts a decoder for every core of the machine."""
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
+    trainable = TrainableTowers(encoder, loss="infonce")
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    assert PictureInputs(ten, trainable).workers == 32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert PictureInputs(ten, trainable).workers == 4
+    assert PictureInputs(ten, trainable, workers=5).workers == 5

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from clipkit import towers
 from clipkit.errors import InputError
 from clipkit.losses import LOSSES
 from clipkit.training.distributed import gather
 from clipkit.training.gradient_cache import ChunkedTower, backward, freeze_batch_norms
+from clipkit.training.recipes import LowRank, adapter_parameters, add_adapters
 from clipkit.training.towers import TrainableTowers, checkpoint_activations, loss_of
 
 Checkpoint = Callable[..., Path]
@@ -147,6 +149,46 @@ def test_activations_computed_again_are_the_same(tiny_checkpoint: Checkpoint, ki
     expected = plain(model)
     assert checkpoint_activations(model.model) >= 4  # blocks of both towers
     assert_same(cached(model, 2), expected)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+@pytest.mark.parametrize("kind", ["vit", "timm-hf"])
+def test_adapters_make_each_weight_once_a_pass(
+    tiny_checkpoint: Checkpoint, kind: str, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for all three chunks of the pass without graph and once for each of the pass with one; again
+    for blocks whose activations are computed again. Only OpenCLIP's text tower reads one weight more,
+    for its dtype. Fails without a cache: torch's attention reads a weight twice, and so did folded batch
+    norms; and for one cache over all passes, whose graph is gone after the first."""
+    model = tiny(tiny_checkpoint(kind))
+    model.model.requires_grad_(False)
+    count = add_adapters(model.model, rank=2, alpha=2.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in adapter_parameters(model.model):
+            parameter.data.add_(0.05 * torch.randn_like(parameter)).requires_grad_()
+    pixels, tokens = inputs(model)
+    rows = (
+        F.normalize(model.image_features(pixels), dim=-1),
+        F.normalize(model.text_features(tokens), dim=-1),
+    )
+    value = loss_function(model)(*rows)
+    value.backward()
+    expected = value.item(), gradients(model)
+    assert len(expected[1]) >= 2 * count
+    if again:
+        checkpoint_activations(model.model)
+    made: list[LowRank] = []
+    whole = LowRank.forward
+
+    def counted(adapter: LowRank, weight: torch.Tensor) -> torch.Tensor:
+        made.append(adapter)
+        return whole(adapter, weight)
+
+    monkeypatch.setattr(LowRank, "forward", counted)
+    assert_same(cached(model, 2), expected)
+    assert len(set(map(id, made))) == count
+    assert 4 * count <= len(made) <= (7 if again else 4) * count + 3
 
 
 def test_the_order_in_chunks_does_not_matter(tiny_checkpoint: Checkpoint) -> None:

@@ -61,15 +61,24 @@ def train_with_a_kill(config: TrainConfig, folder: Path, step: int) -> RunSummar
         {"recipe": "full", "dropout": True, "hard_negatives": 2, "drift": 0.05},
         {"recipe": "lora", "hardness": 0.3, "hard_negatives": 1, "hard_negatives_every": 2},
         {"recipe": "heads", "ema": 0.9},
+        {
+            "start": "scratch:cifar-resnet10-w16",
+            "batch_norm": "batch",
+            "chunk": 0,
+            "ema": 0.9,
+            "learning_rate": 0.01,
+        },
+        {"recipe": "lit", "loss": "siglip", "train_text_layers": 1, "weight_decay": 0.1},
         {"recipe": "lora", "method": "simclr", "keep_space": 0.5},
         {"recipe": "full", "method": "byol", "dropout": True, "keep": "best"},
     ],
-    ids=["full", "lora", "heads", "simclr", "byol"],
+    ids=["full", "lora", "heads", "batch-norm", "siglip", "simclr", "byol"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Model, optimizer, mean of the weights, best, random states, negatives: every bit.
+    """Model, running statistics, optimizer, mean of the weights, best, random states, negatives: every
+    bit.
 
     Fails for any version that forgets one of them, or the position within the epoch.
     """

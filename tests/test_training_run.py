@@ -196,6 +196,21 @@ def test_infonce_keeps_the_scale_within_one_hundred(
     assert weights(summary.checkpoint)["logit_scale"] <= math.log(100) + 1e-6
 
 
+@pytest.mark.parametrize("recipe", ["heads", "lit"])
+def test_a_model_without_a_bias_begins_the_sigmoid_loss_near_its_least(
+    options: dict[str, Any], tmp_path: Path, recipe: str
+) -> None:
+    """A scale of 4 over random towers. Were all logits the same, a row of B would cost with the fitted
+    bias ln B + (B - 1) ln(B / (B - 1)), below ln B + 1; the rest is noise of the cosines. Fails for
+    SigLIP's own bias of -10: its own pair costs a row 6 at least."""
+    start = altered(
+        Path(options["start"]), tmp_path / "s", lambda t: t["logit_scale"].fill_(math.log(4))
+    )
+    summary = run(options, recipe=recipe, start=start, loss="siglip", max_steps=1, batch=6)
+    loss = next(line["loss"] for line in metrics(summary.folder) if "loss" in line)
+    assert loss < math.log(6) + 2
+
+
 @pytest.mark.parametrize("loss", ["siglip", "infonce"])
 def test_a_siglip_scale_is_not_cut(
     options: dict[str, Any], tiny_checkpoint: Checkpoint, tmp_path: Path, loss: str

@@ -210,6 +210,7 @@ def train(
     from clipkit.towers import choose_device
     from clipkit.training import resume as resume_run
     from clipkit.training import train as train_run
+    from eval.study import is_study
 
     named = {"data": data, "recipe": recipe, "start": model}
     flags |= {key: value for key, value in named.items() if value is not None}
@@ -217,6 +218,9 @@ def train(
         raise InputError("--resume goes on with the run's own options; give no others")
     command = command_line()
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
+        if config is not None and is_study(config):
+            _study(config, flags, command, stop, no_report=no_report, quiet=quiet)
+            return
         if resume is not None:
             folder = resume.expanduser()
             if (folder / "summary.json").is_file():
@@ -252,6 +256,74 @@ def train(
         )
         if no_report or not _report(summary.folder, generic, stop, quiet):
             _print_validation(summary)
+
+
+def _study(
+    file: Path,
+    flags: dict[str, Any],
+    command: str,
+    stop: threading.Event,
+    *,
+    no_report: bool,
+    quiet: bool,
+) -> None:
+    """Train all runs of a study file, or go on with them, and report on them together."""
+    from clipkit.lazy_encoder import LazyEncoder
+    from eval.data import open_labelled
+    from eval.features import FeatureCache, Stopped
+    from eval.reports import save
+    from eval.session import Session
+    from eval.study import read_study, slug, study_report, train_study
+
+    name = flags.pop("name", None) or file.stem
+    study = read_study(file, flags)
+    configs = [run.config for run in study.runs.values() if run.config is not None]
+    if not configs:
+        raise InputError(f"{file} has no run to train; give one options other than model")
+    folder = Path(configs[0].out) / slug(name)
+    data = _dataset(configs[0], command, stop, quiet)
+    print(f"{len(study.runs)} runs in {printable(str(folder))}", file=sys.stderr)
+    current = ""
+    with _progress(quiet=quiet) as show:
+
+        def on_progress(run: str, progress: Progress) -> None:
+            nonlocal current
+            if run != current and not quiet:
+                current = run
+                print(f"-- {run}", file=sys.stderr)
+            show(progress)
+
+        done = train_study(study, folder, data, on_progress=on_progress, stop=stop, command=command)
+    again = f"go on with: {command}"
+    if done is None:
+        print(f"stopped; {again}")
+        raise typer.Exit(130)
+    if no_report or not _is_first_process():
+        return
+    encoders = {
+        run.name: LazyEncoder(
+            run.model or str(folder / slug(run.name)),
+            device=configs[0].device,
+            precision="float32",
+        )
+        for run in study.runs.values()
+    }
+    try:
+        with progress_shown(quiet=quiet) as bar:
+            report = study_report(
+                study,
+                encoders,
+                open_labelled(data, split="train"),
+                open_labelled(data),
+                folder=folder,
+                session=Session(FeatureCache(features_folder(None)), on_progress=bar, stop=stop),
+            )
+    except Stopped:
+        print(f"stopped before the report; {again}")
+        raise typer.Exit(130) from None
+    save(replace(report, command=command, dataset=configs[0].data), folder)
+    print("\n".join(report.lines()))
+    _print_commands([("Report", str(folder / "report.html"))])
 
 
 def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bool) -> str:

@@ -3,8 +3,9 @@ line and training.
 
 Each is a pure function of embeddings, which are unit rows, and returns a scalar. They lie in modules
 by what they compare: `pairs` (a picture and its caption), `views` (two views of one thing), `labels`
-(things of one label). This module imports no torch: an entry names its function, which is imported
-when it is first used.
+(things of one label), `texts` (two texts of one thing; not registered, since their methods have no
+other). This module imports no torch: an entry names its function, which is imported when it is first
+used.
 """
 
 # ruff: noqa: RUF009  `option` returns a field
@@ -35,6 +36,7 @@ class Loss:
     kind: Kind = "pairs"  # what it compares
     options: type = NoOptions
     has_bias: bool = False  # takes logit_bias after logit_scale
+    has_proxies: bool = False  # takes a vector of each class after the labels
     clamps_scale: bool = True  # keep the scale within [1, 100]: CLIP, section 2.5
 
     def __call__(self, *rows: Any, **options: Any) -> torch.Tensor:
@@ -113,6 +115,13 @@ class SoftNearestOptions:
     temperature: float = option("squared distances are divided by it", 0.1, above=0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormSoftmaxOptions:
+    """The options of the normalised softmax."""
+
+    temperature: float = option("cosines are divided by it", 0.05, above=0)
+
+
 LOSSES: dict[str, Loss] = {
     "infonce": Loss(
         "clipkit.losses.pairs:info_nce",
@@ -166,6 +175,13 @@ LOSSES: dict[str, Loss] = {
         "the chance to draw a neighbour of the own label (Frosst et al. 2019, arXiv 1902.01889)",
         kind="labels",
         options=SoftNearestOptions,
+    ),
+    "normsoftmax": Loss(
+        "clipkit.losses.labels:norm_softmax",
+        "classify by the cosine with a learned vector of each class (Zhai & Wu 2019, arXiv 1811.12649)",
+        kind="labels",
+        options=NormSoftmaxOptions,
+        has_proxies=True,
     ),
 }
 

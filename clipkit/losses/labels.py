@@ -1,7 +1,8 @@
 """Losses over labelled rows: those of one label belong together, all others apart.
 
-Each takes unit rows (B, D) and labels, int64 (B,), and returns a scalar: 0, with a graph, if the batch
-has no two rows of one label or none of another. Distances are Euclidean, sqrt(2 - 2 cosine).
+Each takes unit rows (B, D) and labels, int64 (B,), and returns a scalar. Those that compare rows with
+each other return 0, with a graph, for a batch that has no two rows of one label or none of another.
+Distances are Euclidean, sqrt(2 - 2 cosine).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 
@@ -127,6 +129,28 @@ def soft_nearest_neighbour(
     logits = _without_self((2 * rows @ rows.T - 2) / temperature)[anchors]
     own = logits.masked_fill(~same[anchors], -math.inf).logsumexp(1)
     return (logits.logsumexp(1) - own).mean()
+
+
+def norm_softmax(
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    proxies: torch.Tensor,
+    *,
+    temperature: float = 0.05,
+) -> torch.Tensor:
+    """Compute the normalised softmax (Zhai & Wu 2019, arXiv 1811.12649): cross-entropy of the cosines of
+    each row and a vector of each class, divided by the temperature. It classifies, so that a batch
+    needs no two rows of one label.
+
+    proxies: (C, D), a learned vector of any length for each class; labels are its rows' numbers.
+    """
+    _pairs(rows, labels)
+    if proxies.ndim != 2 or proxies.shape[1] != rows.shape[1]:
+        raise InputError(
+            f"proxies {tuple(proxies.shape)} must be (C, D) for rows {tuple(rows.shape)}"
+        )
+    logits = rows @ F.normalize(proxies, dim=1).T / temperature
+    return F.cross_entropy(logits, labels)
 
 
 def distances(rows: torch.Tensor) -> torch.Tensor:

@@ -85,6 +85,21 @@ def relational(students: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:
     return F.smooth_l1_loss(_relative(students), _relative(teachers.detach()))
 
 
+def teacher_contrast(
+    students: torch.Tensor, teachers: torch.Tensor, *, temperature: float = 0.07
+) -> torch.Tensor:
+    """Compute InfoNCE of each student's row against the batch's teacher rows: -log softmax of its own.
+
+    Contrastive representation distillation (CRD; Tian et al. 2020, arXiv 1910.10699), simplified: the
+    negatives are the batch's, not 16,384 of a memory buffer, in a softmax, not in noise contrastive
+    estimation; only the student's rows look for the teacher's; and the teacher's are not projected.
+    Teachers get no gradient.
+    """
+    _check(students, teachers)
+    target = torch.arange(len(students), device=students.device)
+    return F.cross_entropy(students @ teachers.detach().T / temperature, target)
+
+
 def _relative(rows: torch.Tensor) -> torch.Tensor:
     """Return the distances of all pairs, (B (B - 1) / 2,), divided by their mean."""
     distance: torch.Tensor = F.pdist(rows)

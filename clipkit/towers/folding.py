@@ -43,6 +43,20 @@ def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) ->
     return 0
 
 
+def synchronise_batch_norms(model: torch.nn.Module) -> None:
+    """Undo all folding, and let batch norms in training mode take their statistics over all processes.
+
+    torch does that on GPUs only. In evaluation mode they compute as before, anywhere.
+    """
+    from timm.layers import convert_sync_batchnorm  # torch's own would drop timm's activations
+
+    for module in model.modules():
+        folded = vars(module).get("forward")
+        if isinstance(folded, partial) and folded.func in (_convolve, _activate):
+            del module.forward
+    convert_sync_batchnorm(model)
+
+
 def _watched(
     model: torch.nn.Module, norms: list[_BatchNorm], run: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, list[tuple[torch.nn.Conv2d, _BatchNorm]]]:
@@ -80,8 +94,9 @@ def _convolve(
         return plain(x)
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
+    kernel = conv.weight  # read once: an adapter makes it at every reading
     # In float32 if the weights are in half: small variances would lose their digits.
-    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    wide = torch.promote_types(kernel.dtype, torch.float32)
     gain = torch.rsqrt(variance.to(wide) + norm.eps)
     if norm.weight is not None:
         gain = gain * norm.weight.to(wide)
@@ -90,8 +105,8 @@ def _convolve(
         shift = shift + conv.bias.to(wide) * gain
     if norm.bias is not None:
         shift = shift + norm.bias.to(wide)
-    weight = (conv.weight * gain[:, None, None, None]).to(conv.weight.dtype)
-    folded: torch.Tensor = conv._conv_forward(x, weight, shift.to(conv.weight.dtype))
+    weight = (kernel * gain[:, None, None, None]).to(kernel.dtype)
+    folded: torch.Tensor = conv._conv_forward(x, weight, shift.to(kernel.dtype))
     return folded
 
 

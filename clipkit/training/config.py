@@ -8,7 +8,7 @@ recipe are in `RECIPES`. A command line can be made from `dataclasses.fields(Tra
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +16,13 @@ from typing import Any, Literal
 from clipkit.errors import InputError, check_choice, suggestion
 from clipkit.losses import LOSSES, Loss, losses_of
 from clipkit.options import check_options, check_type, converted, option, option_fields
-from clipkit.training.registry import METHODS, Recipe
+from clipkit.training.registry import METHODS, Need, Recipe
 
 # The command line's options are made of this module: it must not wait for torch. `towers.Precision`
 # is the same.
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Keep = Literal["best", "last"]
+BatchNorm = Literal["frozen", "batch"]
 _WHOLE = ("lit", "lora", "full")  # the recipes that pass pictures and captions through the towers
 
 # Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
@@ -83,6 +84,11 @@ class TrainConfig:
     lora_rank: int = option("rank of the adapters", 16, low=1, only=("lora",))
     lora_alpha: float = option("adapters are scaled by alpha / rank", 16.0, above=0, only=("lora",))
     dropout: bool = option("use the towers' own dropout and patch dropout", False, only=_WHOLE)
+    batch_norm: BatchNorm = option(
+        "BatchNorm's statistics: frozen, those of the start, or batch, those of each batch",
+        "frozen",
+        only=("full",),
+    )
     feature_dropout: float = option("dropout of frozen features", low=0, below=1, only=("heads",))
     crop: float = option(
         "smallest share of a picture that crops keep", 0.5, above=0, high=1, only=_WHOLE
@@ -118,6 +124,11 @@ class TrainConfig:
                 f"{' or '.join(able)}"
             )
         check_choice("loss", self.loss, ("auto", *losses_of(METHODS[self.method].losses)))
+        if self.batch_norm == "batch" and self.activation_checkpointing:
+            raise InputError(
+                "batch_norm is batch, but activation_checkpointing passes each block twice, which would "
+                "count each batch's statistics twice; leave one of them out"
+            )
         if -1 < self.drift < 0:
             raise InputError(f"drift is {self.drift:g}; it must be 0 or more, or -1 to be fitted")
         self._refuse_unused()
@@ -146,7 +157,7 @@ class TrainConfig:
         recipe = values.setdefault("recipe", METHODS[method].recipes[0])
         check_type("recipe", recipe, Recipe)
         given = {name: values.pop(name) for name in list(values) if name in others}
-        given = {name: v for name, v in given.items() if v != others[name][0].default}
+        given = {name: v for name, v in given.items() if any(v != d for d in _defaults(name))}
         return cls(**{**RECIPES[recipe], **METHODS[method].defaults, **values}, options=given)
 
     @classmethod
@@ -180,6 +191,11 @@ class TrainConfig:
         options = self._chosen(METHODS[self.method].options)
         check_options(options)
         return options
+
+    def needs(self) -> frozenset[Need]:
+        """Return what a picture must have to be used: the method's needs, and those of its options."""
+        more: frozenset[Need] = getattr(self.method_options(), "needs", frozenset())
+        return METHODS[self.method].needs | more
 
     def loss_options(self, loss: str) -> dict[str, Any]:
         """Return the options of `loss` by name.
@@ -220,11 +236,22 @@ class TrainConfig:
                 )
 
 
+def _defaults(name: str) -> Iterator[Any]:
+    """Yield the default of an option in each method and loss that has it; they may differ."""
+    for kind in _option_kinds():
+        if name in (own := option_fields(kind)):
+            yield own[name][0].default
+
+
 def method_and_loss_options() -> dict[str, tuple[Field[Any], Any]]:
     """Return the options of all methods and losses by name: their fields and types."""
-    kinds = [method.options for method in METHODS.values()]
-    kinds += [loss.options for loss in usable_losses().values()]
-    return {name: found for kind in kinds for name, found in option_fields(kind).items()}
+    return {n: found for kind in _option_kinds() for n, found in option_fields(kind).items()}
+
+
+def _option_kinds() -> list[type]:
+    """Return the classes of options of all methods and losses."""
+    methods = [method.options for method in METHODS.values()]
+    return methods + [loss.options for loss in usable_losses().values()]
 
 
 def usable_losses() -> dict[str, Loss]:

@@ -32,6 +32,7 @@ from PIL import Image
 from clipkit import images
 from clipkit.embed import ahead
 from clipkit.errors import DatasetError, ImageError
+from clipkit.losses.pairs import Same
 from clipkit.towers import DualEncoder
 from clipkit.training.data import CaptionedPictures, Ints, Plan, replaced
 from clipkit.training.distributed import collect, own_slice, rank, world_size
@@ -39,6 +40,8 @@ from clipkit.training.towers import TrainableTowers
 
 _VIEW, _FIXED_VIEW = 2, 3  # what a random stream is for; `data` has 0 and 1
 _AHEAD, _MOST_AHEAD = 256, 1024  # pictures decoded before they are needed
+_SMALL = 96  # pixels of a longer side: such pictures are kept, decoded
+_KEPT_BYTES, _KEPT_OVERHEAD = 2**28, 1024  # of all that are kept, and of one beside its pixels
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 _LISTED = 8  # pictures that an error lists
 Augment = Callable[[Image.Image, np.random.Generator], torch.Tensor]  # -> uint8 (3, H, W)
@@ -57,7 +60,7 @@ class Batch:
     ]  # of each: by length, so that chunks are cut to their longest
 
     @property
-    def same(self) -> torch.Tensor | None:
+    def same(self) -> Same | None:
         """Pairs of the plan that are true beside its own: see `CaptionedPictures.same`."""
         return self.data.same(self.plan)
 
@@ -144,6 +147,26 @@ class Inputs(Protocol):
         """Yield this process's share of all distinct captions in chunks."""
 
 
+class _Decoded:
+    """Small pictures, decoded, by their id: an epoch of 50,000 thumbnails then reads no file twice.
+
+    most: bytes that they may take; when these are full, no more are kept.
+    """
+
+    def __init__(self, most: int = _KEPT_BYTES) -> None:
+        self._most, self._used = most, 0
+        self._images: dict[str, Image.Image] = {}
+
+    def get(self, image_id: str) -> Image.Image | None:
+        return self._images.get(image_id)
+
+    def keep(self, image_id: str, image: Image.Image) -> None:
+        size = 4 * image.width * image.height + _KEPT_OVERHEAD  # Pillow has four bytes for RGB
+        if max(image.size) <= _SMALL and self._used + size <= self._most:
+            self._used += size  # threads may miss each other's: the bound is not sharp
+            self._images[image_id] = image
+
+
 class PictureInputs:
     """Read the pictures of a dataset, in files or shards; see `Inputs`."""
 
@@ -165,7 +188,9 @@ class PictureInputs:
         self._encoder = towers.encoder
         self._augment, self._views = augment, views
         self._seed = seed
-        self.workers = workers or max(2, os.cpu_count() or 1)
+        self._decoded_before = _Decoded()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, by torchrun
+        self.workers = workers or max(2, (os.cpu_count() or 1) // processes)
 
     def without(self, pictures: Collection[int]) -> PictureInputs:
         other = copy(self)
@@ -183,18 +208,18 @@ class PictureInputs:
         step = max((self._views * len(plan.pictures[self._own(plan)]) for plan in plans), default=0)
         # A whole step's pictures ahead: the next ones are decoded while the towers compute.
         bound = min(max(_AHEAD, step), _MOST_AHEAD)
-        with closing(
-            ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
-        ) as views:
+        with (
+            closing(
+                ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
+            ) as views,
+            closing(ahead(plans, self._texts, workers=1, bound=2)) as texts,
+        ):
             for plan in plans:
                 own = plan.pictures[self._own(plan)]
                 broken: dict[int, str] = {}
                 pictures = tuple(self._gathered(views, own, broken) for _ in range(self._views))
-                yield (
-                    Unreadable(broken)
-                    if broken
-                    else Batch(plan, self.data, pictures, *self._texts(plan))
-                )
+                batch = Batch(plan, self.data, pictures, *next(texts))
+                yield Unreadable(broken) if broken else batch
 
     def _texts(self, plan: Plan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens of this process's captions, and their order by length; one of each a view."""
@@ -203,14 +228,14 @@ class PictureInputs:
         return [self._encoder.tokenize(texts) for texts in views], list(map(torch.tensor, orders))
 
     def pictures(self) -> Generator[torch.Tensor]:
-        return self._all(lambda picture: self._made(picture, self.served))
+        return self._all(lambda picture: self._made(picture, self._encoder.preprocess))
 
     def fixed_views(self, augment: Augment, number: int) -> Generator[torch.Tensor]:
         """Yield view `number` of this process's share of all pictures in chunks, the same each time."""
 
         def view(picture: int) -> torch.Tensor | str:
             rng = np.random.default_rng([self._seed, _FIXED_VIEW, picture, number])
-            return self._made(picture, lambda file: augment(self._decoded(file), rng))
+            return self._made(picture, lambda image: augment(image, rng))
 
         return self._all(view)
 
@@ -239,7 +264,9 @@ class PictureInputs:
         shape = (len(pictures), 3, *self._encoder.config.image_size)
         if math.prod(shape) > _IN_MEMORY:
             return SpilledPictures(own)
-        pixels = torch.empty(shape, dtype=torch.uint8)
+        # pinned: copied to a GPU while it computes
+        pinned = self._encoder.device.type == "cuda"
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         for row, view in zip(pixels, own, strict=True):
             row.copy_(view)
         return pixels
@@ -271,10 +298,16 @@ class PictureInputs:
     def _decoded(self, file: bytes, admit: Callable[[int], None] | None = None) -> Image.Image:
         return images.decode(file, target=self._encoder.preferred_side, admit=admit).rgb
 
-    def _made(self, picture: int, make: Callable[[bytes], torch.Tensor]) -> torch.Tensor | str:
-        """Return what is made of a picture's file; the reason if it cannot be read or decoded."""
+    def _made(
+        self, picture: int, make: Callable[[Image.Image], torch.Tensor]
+    ) -> torch.Tensor | str:
+        """Return what is made of a picture; the reason if it cannot be read or decoded."""
+        image_id = self.data.image_ids[picture]
         try:
-            return make(self.read(picture))
+            if (image := self._decoded_before.get(image_id)) is None:
+                image = self._decoded(self.read(picture))
+                self._decoded_before.keep(image_id, image)
+            return make(image)
         except ImageError as error:
             return str(error)
 
@@ -282,11 +315,11 @@ class PictureInputs:
         """Return uint8 (3, H, W), or why there is none."""
         augment = self._augment
         if augment is None:
-            return self._made(picture, self.served)
+            return self._made(picture, self._encoder.preprocess)
         # The first view's stream has no number, so that adding views changes none.
         stream = [self._seed, _VIEW, plan.epoch, picture, *([number] if number else [])]
         rng = np.random.default_rng(stream)
-        return self._made(picture, lambda file: augment(self._decoded(file), rng))
+        return self._made(picture, lambda image: augment(image, rng))
 
 
 def readable_batch(inputs: Inputs, plan: Plan) -> Batch:

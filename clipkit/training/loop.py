@@ -122,7 +122,7 @@ class State:
         self.method = job.method
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
-        self.ema = Ema(job.trained.named, job.config.ema)
+        self.ema = Ema(job.trained.averaged, job.config.ema)
         self.random = distributed.RandomStates(job.towers.device)
         self.history = History()
 

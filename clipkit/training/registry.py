@@ -9,10 +9,12 @@ torch: an entry names its class, which is imported when a run begins.
 # ruff: noqa: RUF009  `option` returns a field
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipkit import checkpoint
 from clipkit.errors import InputError
 from clipkit.losses import Kind, imported
 from clipkit.options import NoOptions, option
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from clipkit.training.methods.method import Method
 
 Duplicates = Literal["mask", "positive"]  # as clipkit.losses.pairs, which imports torch
+TextPair = Literal["dropout", "other", "triplet"]
 Need = Literal["captions", "labels"]
+Space = Literal["own", "teacher"]
 Recipe = Literal["heads", "lit", "lora", "full"]
 
 
@@ -141,6 +145,91 @@ class ByolOptions(PictureViewOptions):
 _VIEW_DEFAULTS = {"crop": 0.2, "keep": "last", "interpolate": False, "patience": 0}
 _TEXTS_ONLY = frozenset(("text_rate", "train_text_layers"))
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelOptions:
+    """The options of learning from labels."""
+
+    per_class: int = option("pictures of a label in a batch, at least", 4, low=2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimCseOptions:
+    """The options of SimCSE."""
+
+    captions: TextPair = option(
+        "a caption's positive: itself by dropout, another of its picture, or that and a hard negative "
+        "(triplet)",
+        "dropout",
+    )
+    dropout_rate: float = option("dropout of the text tower", 0.1, low=0, below=1)
+    temperature: float = option("cosines are divided by it", 0.05, above=0)
+    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassageOptions:
+    """The options of learning from queries and passages."""
+
+    bm25_negatives: int = option(
+        "hard negatives are drawn from this many of BM25's best (0: no hard negatives)", 30, low=0
+    )
+    temperature: float = option("cosines are divided by it", 0.05, above=0)
+    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+
+
+# What a method without pictures does not use.
+_OF_PICTURES = frozenset(("crop", "flip", "image_rate", "train_image_layers"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillOptions:
+    """The options of learning from teachers."""
+
+    teacher: str = option("models, or files of vectors (.npz), separated by commas", "")
+    space: Space = option("the space that results: the start's own, or the teacher's", "own")
+    cosine: float = option("weight of the distance from the teacher's vector", 1.0, low=0)
+    relational: float = option("weight of the difference of distances between pictures", 1.0, low=0)
+    contrastive: float = option("weight of InfoNCE against the teacher's vectors", 1.0, low=0)
+    teacher_temperature: float = option(
+        "cosines to the teacher's vectors are divided by it", 0.07, above=0
+    )
+    pairs: float = option(
+        "weight of the captions' loss, as method pairs has it (0: off)", 0.0, low=0
+    )
+
+    def __post_init__(self) -> None:
+        if not self.teachers:
+            raise InputError(
+                "method distill needs a teacher; name a model, or a file of vectors (.npz): "
+                "--teacher ViT-B-32/laion2b_s34b_b79k"
+            )
+        if not any((self.cosine, self.relational, self.contrastive)):
+            raise InputError(
+                "cosine, relational and contrastive are all 0, so nothing is learnt from the "
+                "teacher; give one of them a weight"
+            )
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Return the models and files, one by one."""
+        return tuple(name.strip() for name in str(self.teacher).split(",") if name.strip())
+
+    @property
+    def absolute(self) -> Mapping[str, str]:
+        """Return options that name the same from any working folder, in place of their values."""
+        places = (
+            os.path.abspath(os.path.expanduser(n)) if n.endswith(".npz") else n
+            for n in self.teachers
+        )
+        return {"teacher": ",".join(map(checkpoint.absolute, places))}
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Return what a picture must have beside what every run of the method needs."""
+        return frozenset(("captions",) if self.pairs else ())
+
+
 METHODS: dict[str, MethodEntry] = {
     "pairs": MethodEntry(
         "clipkit.training.methods.pairs:Pairs",
@@ -195,5 +284,41 @@ METHODS: dict[str, MethodEntry] = {
         recipes=("full", "lora"),
         defaults=_VIEW_DEFAULTS,
         unused=_TEXTS_ONLY,
+    ),
+    "labels": MethodEntry(
+        "clipkit.training.methods.labels:Labels",
+        "pictures with labels, those of one label close and others apart "
+        "(SupCon; Khosla et al. 2020, arXiv 2004.11362)",
+        options=LabelOptions,
+        losses="labels",
+        needs=frozenset(("labels",)),
+        recipes=("full", "lora", "heads"),
+        unused=_TEXTS_ONLY,
+    ),
+    "simcse": MethodEntry(
+        "clipkit.training.methods.texts:SimCse",
+        "captions alone, each found again under dropout, or another of its picture "
+        "(SimCSE; Gao et al. 2021, arXiv 2104.08821)",
+        options=SimCseOptions,
+        recipes=("full", "lora"),
+        unused=_OF_PICTURES | {"dropout"},
+    ),
+    "passages": MethodEntry(
+        "clipkit.training.methods.texts:Passages",
+        "captions alone: a query finds another caption among the batch's and hard negatives by BM25 "
+        "(DPR; Karpukhin et al. 2020, arXiv 2004.04906)",
+        options=PassageOptions,
+        recipes=("full", "lora"),
+        unused=_OF_PICTURES,
+    ),
+    "distill": MethodEntry(
+        "clipkit.training.methods.distill:Distill",
+        "pictures and what a larger model makes of them, computed once: their vectors, distances "
+        "and neighbours (RKD; Park et al. 2019, arXiv 1904.05068; CRD; Tian et al. 2020, arXiv "
+        "1910.10699)",
+        options=DistillOptions,
+        losses="pairs",
+        needs=frozenset(),
+        recipes=("heads", "lora", "full"),
     ),
 }

@@ -36,8 +36,14 @@ from clipkit.training.memory import fitted_chunk
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import Trained, choose_parameters, merge_adapters
 from clipkit.training.registry import METHODS
-from clipkit.training.run_folder import RunFolder, write_json
-from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
+from clipkit.training.run_folder import FEATURES, RunFolder, write_json
+from clipkit.training.towers import (
+    Towers,
+    TrainableTowers,
+    check_batch_norms,
+    checkpoint_activations,
+    loss_of,
+)
 from clipkit.training.validation import Scores, embed_captions, embed_pictures
 from clipkit.training.weights import ALPHAS, Mixture, choose_alpha, choose_drift
 
@@ -45,7 +51,6 @@ log = logging.getLogger(__name__)
 
 _MOST_BATCH = {"heads": 1024}  # other recipes: 256
 _PACKAGES = ("clipkit", "torch", "open_clip_torch", "timm", "transformers", "numpy")
-_FEATURES = ".features/vectors-1.sqlite"  # beside the runs; the number changes with the schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,31 +139,40 @@ def _train(
     if loss:
         config.loss_options(loss)  # raises InputError for one that the loss does not have
     dtype = DTYPES[_precision(device, config.precision)]
-    trainable = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
-    if config.activation_checkpointing:
-        checkpoint_activations(encoder.model)
     source, held_out = Path(config.data), None
-    data = CaptionedPictures.read(source, "train", needs=entry.needs)
+    needs = config.needs()
+    data = CaptionedPictures.read(source, "train", needs=needs)
     if has_split(source, "validation"):
         most = config.eval_pictures
-        held_out = CaptionedPictures.read(source, "validation", most=most, needs=entry.needs)
+        held_out = CaptionedPictures.read(source, "validation", most=most, needs=needs)
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)  # raises InputError if the processes cannot share it
+    check_batch_norms(encoder, config, batch // distributed.world_size())
+    trainable = TrainableTowers(
+        encoder,
+        loss=loss,
+        compute=dtype,
+        dropout=config.dropout,
+        batch_norm=config.batch_norm,
+    )
+    if config.activation_checkpointing:
+        checkpoint_activations(encoder.model)
     facts = _facts(config, command, encoder, data, held_out, batch=batch, loss=loss)
     if earlier is not None:
         _check_unchanged(earlier, facts, folder)
         facts = dict(earlier)
     else:
         folder.check_new()
-        distributed.wait_for_all()  # every process has looked before one creates the folder
-        if distributed.rank() == 0:
-            folder.create(facts)
     towers: Towers = trainable
     if config.recipe == "heads":
         towers = FrozenTowers(trainable, dropout=config.feature_dropout)
-    method = make_method(config, loss, towers, data, batch)
+    method = make_method(config, loss, towers, data, batch, held_out)
     trained = choose_parameters(towers, config, method)
+    if earlier is None:
+        distributed.wait_for_all()  # every process has looked before one creates the folder
+        if distributed.rank() == 0:
+            folder.create(facts)
     summary = RunSummary(
         folder=folder.path,
         recipe=config.recipe,
@@ -180,14 +194,17 @@ def _train(
         return replace(summary, notes=(note,))
     plan = data.plans(epoch=0, batch=batch, seed=config.seed, texts=method.text_views)[0]
     chunk = config.chunk or batch
-    if not config.chunk and config.recipe != "heads":
+    whole = config.recipe == "heads" or config.batch_norm == "batch"
+    if not config.chunk and not whole:
         own_rows = batch // distributed.world_size()
 
         def try_rows(rows: int) -> None:
             _try_rows(rows, method, trained, inputs, plan)
 
         chunk = min(distributed.collect(fitted_chunk(device, own_rows, try_rows)))
-    if config.drift < 0:
+    if config.drift < 0 and method.leaves_start:
+        config = replace(config, drift=0.0)
+    elif config.drift < 0:
         config = replace(config, drift=choose_drift(towers, inputs, plan, chunk=chunk))
     job = Job(
         config=config,
@@ -218,7 +235,12 @@ def _train(
 
 
 def make_method(
-    config: TrainConfig, loss: str | None, towers: Towers, data: CaptionedPictures, batch: int
+    config: TrainConfig,
+    loss: str | None,
+    towers: Towers,
+    data: CaptionedPictures,
+    batch: int,
+    held_out: CaptionedPictures | None = None,
 ) -> Method:
     """Make a run's method, with every "auto" of the loss and the batch resolved."""
     return METHODS[config.method](
@@ -231,6 +253,7 @@ def make_method(
             data,
             batch,
             config.steps(len(data), batch),
+            held_out,
         )
     )
 
@@ -269,7 +292,7 @@ def _inputs(
     validation = PictureInputs(held_out, trainable, workers=config.workers) if held_out else None
     if frozen is None:
         return training, validation
-    store = folder.path.parent / _FEATURES
+    store = folder.path.parent / FEATURES
     return (
         frozen.features(training, store, on_features, stop),
         frozen.features(validation, store, on_features, stop) if validation else None,
@@ -316,6 +339,7 @@ def _facts(
             data=str(Path(config.data).absolute()),
             out=str(Path(config.out).absolute()),
             start=checkpoint.absolute(config.start),
+            options={**config.options, **getattr(config.method_options(), "absolute", {})},
         ).to_mapping(),
         "batch": batch,
         "steps": config.steps(len(data), batch),
@@ -390,6 +414,8 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
             )
             note += "so it is unchanged"
             summary = replace(summary, best_step=0, notes=(*summary.notes, note))
+    if mixture.alpha:
+        job.towers.encoder.untrained -= job.trained.sides
     job.on_progress(Progress("saving", history.step, job.steps))
     folder, result = job.folder, job.folder.checkpoint
     if distributed.rank() == 0:
@@ -420,7 +446,8 @@ def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibrat
     start = strength.read(job.config.start, parent_id)
     validation = job.validation
     captioned = validation is not None and min(map(len, validation.data.owned)) > 0
-    if validation is not None and captioned and encoder_id != parent_id:
+    encodes_texts = "text" not in job.towers.encoder.untrained
+    if validation is not None and captioned and encodes_texts and encoder_id != parent_id:
         pictures = embed_pictures(job.towers, validation)
         captions = embed_captions(job.towers, validation)[validation.data.captions]
         owner = np.asarray(validation.data.owner)
@@ -443,7 +470,7 @@ def _notes(job: Job, state: State) -> list[str]:
     """Return sentences about the training for the user."""
     notes = []
     if left_out := job.inputs.data.left_out:
-        what = " and ".join(need.removesuffix("s") for need in METHODS[job.config.method].needs)
+        what = " and ".join(need.removesuffix("s") for need in sorted(job.config.needs()))
         notes.append(f"{left_out} training pictures without a {what} were left out")
     if job.validation is None:
         notes.append(
@@ -470,9 +497,10 @@ def _mix(job: Job, validation: Inputs, at_start: Scores) -> Mixture:
     trained = {
         name: value.clone()
         for name, value in model.state_dict().items()
-        if value.is_floating_point() and not torch.equal(value.cpu(), start[name])
+        if not torch.equal(value.cpu(), start[name])
     }
-    alphas = ALPHAS if job.config.interpolate else (1.0,)
+    random = job.towers.encoder.untrained & job.trained.sides  # nothing to keep of such a start
+    alphas = ALPHAS if job.config.interpolate and not random else (1.0,)
 
     def scores() -> Scores:
         job.on_progress(Progress("mixing", 0, len(alphas)))

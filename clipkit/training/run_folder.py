@@ -27,6 +27,7 @@ from clipkit.errors import InputError
 from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
 
+FEATURES = ".features/vectors-1.sqlite"  # beside the runs; the number changes with the schema
 _FORMAT = 3
 _STEP = re.compile(r"step_(\d+)")
 

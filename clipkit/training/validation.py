@@ -5,14 +5,15 @@ comparison of two models by it, and a warning if the embeddings collapse.
     of_views    a view of a picture finds another view of it among all pictures' views
     of_texts    a caption finds another caption of its picture
     of_labels   a picture's nearest neighbours have its label
+    of_teacher  a picture's vector finds the teacher's vector of it
 
 All processes share the work and return the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,9 @@ from clipkit.metrics import (
     ridge_accuracy,
     uniformity,
 )
-from clipkit.training.data import CaptionedPictures
-from clipkit.training.distributed import collect
-from clipkit.training.inputs import Inputs, UnreadablePicturesError
+from clipkit.training.data import CaptionedPictures, Plan
+from clipkit.training.distributed import collect, gather_uneven, world_size
+from clipkit.training.inputs import Batch, Inputs, UnreadablePicturesError, readable_batch
 from clipkit.training.towers import Towers
 
 _KS = (1, 5, 10)
@@ -117,9 +118,11 @@ def of_views(towers: Towers, inputs: Inputs, views: Sequence[Iterable[torch.Tens
     return _found(first, second, "view_to_view", pictures, inputs.data.labels)
 
 
-def of_texts(towers: Towers, inputs: Inputs) -> Scores:
+def of_texts(towers: Towers, inputs: Inputs, pictures: Float32 | None = None) -> Scores:
     """Measure recall at 1, 5 and 10 of a picture's second caption, given its first.
 
+    pictures: float32 unit rows (N, D); with them `space` also has the mean recall of pictures and
+        captions, "picture_recall", which is not what the texts are trained for.
     Raises DatasetError if fewer than two pictures have two captions.
     """
     data = inputs.data
@@ -130,7 +133,12 @@ def of_texts(towers: Towers, inputs: Inputs) -> Scores:
             "least 2 must, so that a caption can find another one of its picture"
         )
     texts = embed_captions(towers, inputs)
-    return _found(texts[pairs[:, 0]], texts[pairs[:, 1]], "text_to_text", texts)
+    scores = _found(texts[pairs[:, 0]], texts[pairs[:, 1]], "text_to_text", texts)
+    if pictures is not None:
+        rankings = rank_captions(pictures, texts[data.captions], data.owner)
+        recall = np.mean([ranking.hit_at(k).mean() for ranking in rankings for k in _KS])
+        scores.space["picture_recall"] = float(recall)
+    return scores
 
 
 def of_labels(towers: Towers, inputs: Inputs) -> Scores:
@@ -149,6 +157,23 @@ def of_labels(towers: Towers, inputs: Inputs) -> Scores:
         right += hit / len(_KS)
     losses = neighbour_losses(pictures, data.labels)
     return _scores("accuracy of neighbours", metrics, right, losses, pictures, {}, data.labels)
+
+
+def of_teacher(
+    towers: Towers,
+    inputs: Inputs,
+    teachers: torch.Tensor,
+    mapped: Callable[[torch.Tensor], torch.Tensor],
+) -> Scores:
+    """Measure recall at 1, 5 and 10 of a picture's teacher vector, given the student's vector.
+
+    teachers: unit rows (N, T); mapped: takes the student's unit rows (N, D) there.
+    """
+    pictures = embed_pictures(towers, inputs)
+    with torch.no_grad():
+        students = mapped(torch.from_numpy(pictures).to(towers.device)).float().cpu().numpy()
+    targets = teachers.float().cpu().numpy()
+    return _found(students, targets, "student_to_teacher", pictures, inputs.data.labels)
 
 
 def _found(
@@ -272,3 +297,22 @@ def _by_picture(values: npt.NDArray[Any], owner: npt.NDArray[np.int64]) -> npt.N
     """Average over each picture's captions: (M,) -> (N,)."""
     means: npt.NDArray[np.float64] = np.bincount(owner, values) / np.bincount(owner)
     return means
+
+
+def embed_pairs(
+    towers: Towers, inputs: Inputs, plan: Plan, *, most: int, chunk: int
+) -> tuple[torch.Tensor, torch.Tensor, Batch] | None:
+    """Encode at most `most` pairs of a plan, `chunk` at a time: unit rows of pictures and of captions,
+    (n, D) each, of all processes, and the batch that they are of; None where batches have no pictures
+    or no captions. All processes must call it."""
+    count = min(len(plan.pictures), most) // world_size() * world_size()
+    plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
+    batch = readable_batch(inputs, plan)
+    if not batch.pictures or not batch.texts:
+        return None
+    parts = torch.split(torch.arange(count // world_size()), chunk)
+    towers.mode(False)
+    with torch.no_grad():
+        pictures = torch.cat([towers.images(batch.pictures[0][part]) for part in parts])
+        texts = torch.cat([towers.texts(batch.texts[0][part]) for part in parts])
+    return gather_uneven(pictures), gather_uneven(texts), batch

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from clipkit.training.data import Plan
-from clipkit.training.distributed import gather_uneven, world_size
-from clipkit.training.inputs import Inputs, readable_batch
+from clipkit.training.inputs import Inputs
 from clipkit.training.recipes import is_matrix
 from clipkit.training.towers import Towers
-from clipkit.training.validation import Scores, exceeds
+from clipkit.training.validation import Scores, embed_pairs, exceeds
 
 _DRIFT_PAIRS = 256  # pairs that show whether the start is better than chance
 _DRIFT_OF_1000 = 0.06  # `drift` for a thousand pictures
@@ -71,20 +70,16 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
 
     The start counts as no better if, on average, more than a quarter of the other captions of `plan`
     score higher for a picture than its own; by chance it is half. A method without captions keeps near
-    its start. At most `chunk` pairs are in memory at a time. All processes return the same value.
+    its start, unless that is untrained. At most `chunk` pairs are in memory at a time. All processes
+    return the same value.
     """
+    if "image" in towers.encoder.untrained:
+        return 0.0
     limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
-    count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
-    plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
-    batch = readable_batch(inputs, plan)
-    towers.mode(False)
-    with torch.no_grad():
-        rows = torch.split(torch.arange(count // world_size()), chunk)
-        if not batch.texts or not batch.pictures:
-            return limit
-        views = [towers.images(batch.pictures[0][part]) for part in rows]
-        pictures = gather_uneven(torch.cat(views))
-        texts = gather_uneven(torch.cat([towers.texts(batch.texts[0][part]) for part in rows]))
+    pairs = embed_pairs(towers, inputs, plan, most=_DRIFT_PAIRS, chunk=chunk)
+    if pairs is None:
+        return limit
+    pictures, texts, _ = pairs
     scores = pictures @ texts.T
     higher = (scores > scores.diagonal()[:, None]).float().mean().item()
     return 0.0 if higher > 0.25 else limit
@@ -96,16 +91,17 @@ class Ema:
     With decay 0 the mean is the weights themselves, and nothing is stored.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
-        self._parameters, self._decay = parameters, decay
-        self._mean = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
+    def __init__(self, weights: Mapping[str, torch.Tensor], decay: float) -> None:
+        """weights: parameters, and the running statistics that belong to them."""
+        self._weights, self._decay = weights, decay
+        self._mean = {n: w.detach().clone() for n, w in weights.items()} if decay else {}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after `step`, from 1. Early means are short, so that the start fades."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, mean in self._mean.items():
-            mean.lerp_(self._parameters[name].detach(), 1 - decay)
+            mean.lerp_(self._weights[name].detach(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -125,8 +121,8 @@ class Ema:
 
     def _swap(self) -> None:
         for name, mean in self._mean.items():
-            parameter = self._parameters[name]
-            self._mean[name], parameter.data = parameter.data, mean
+            weight = self._weights[name]
+            self._mean[name], weight.data = weight.data, mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +169,14 @@ def mix(
     trained: Mapping[str, torch.Tensor],
     alpha: float,
 ) -> None:
-    """Load (1 - alpha) start + alpha trained for the names in `trained`; exact at 0 and 1."""
+    """Load (1 - alpha) start + alpha trained for the names in `trained`; exact at 0 and 1.
+
+    A count, of a BatchNorm's batches, is not mixed: it is the start's at 0, else the trained one.
+    """
     state = model.state_dict()
     for name, end in trained.items():
-        state[name].copy_(end if alpha == 1 else torch.lerp(start[name].to(end), end, alpha))
+        begin = start[name].to(end)
+        if alpha in (0, 1) or not end.is_floating_point():
+            state[name].copy_(end if alpha else begin)
+        else:
+            state[name].copy_(torch.lerp(begin, end, alpha))

@@ -38,6 +38,7 @@ TASKS = {
     "drift": "Drift",
     "index": "Index quality",
     "robustness": "Robustness",
+    "study": "Study",
 }
 COLUMNS = ("metric", "value", "95 % interval", "n")
 MOST_FIGURES = 16  # that a terminal prints, and that the page shows before anything else

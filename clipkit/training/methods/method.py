@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -33,6 +33,7 @@ class Setup:
     data: CaptionedPictures  # the training split
     batch: int  # pictures in a batch, over all processes
     steps: int  # of the whole run
+    held_out: CaptionedPictures | None = None  # the validation split, if there is one
 
 
 class Method:
@@ -45,9 +46,11 @@ class Method:
     What must be known before a method is made is in its entry (`registry.MethodEntry`).
     """
 
-    sides: ClassVar[frozenset[Side]] = frozenset(("image", "text"))  # towers that it trains
-    picture_views: ClassVar[int] = 1  # views of each picture in a batch
-    text_views: ClassVar[int] = 1  # captions of each picture in a batch
+    # Of the class, or of an instance where its options decide.
+    sides: frozenset[Side] = frozenset(("image", "text"))  # towers that it trains
+    picture_views: int = 1  # views of each picture in a batch
+    text_views: int = 1  # captions of each picture in a batch
+    leaves_start: bool = False  # the start's space is left: `drift` is not limited unless it is set
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from clipkit.losses.pairs import fit_bias
 from clipkit.training.data import Plan, mine, together
+from clipkit.training.distributed import gather_uneven
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.inputs import Batch, Inputs, even_share
 from clipkit.training.methods.method import Method, Setup
-from clipkit.training.validation import embed_captions, embed_pictures
+from clipkit.training.validation import embed_captions, embed_pairs, embed_pictures
 
+_BIAS_PAIRS = 1024  # pairs that a bias is fitted to
 _BLOCK_BYTES = 2**23  # of scores at a time, in the loss, which makes a dozen arrays of this size
 
 
@@ -37,6 +41,27 @@ class Pairs(Method):
         scale = {"logit_scale": towers.logit_scale}
         return scale if towers.logit_bias is None else {**scale, "logit_bias": towers.logit_bias}
 
+    def prepare(
+        self,
+        inputs: Inputs,
+        on_progress: Callable[[str, int, int], None],  # noqa: ARG002
+        stop: threading.Event,  # noqa: ARG002
+    ) -> None:
+        """Fit the bias of a model that was trained without one: by SigLIP's -10 and CLIP's scale of 100
+        all pairs would be true."""
+        setup, bias = self.setup, self.setup.towers.logit_bias
+        if bias is None or getattr(setup.towers.model, "logit_bias", None) is not None:
+            return
+        plan = inputs.data.plans(epoch=0, batch=setup.batch, seed=setup.config.seed)[0]
+        chunk = setup.towers.encoder.preferred_batch
+        pairs = embed_pairs(setup.towers, inputs, plan, most=_BIAS_PAIRS, chunk=chunk)
+        assert pairs is not None
+        images, texts, batch = pairs
+        scale = setup.towers.logit_scale
+        fitted = fit_bias(images, texts, scale, batch=setup.batch, same=batch.same)
+        with torch.no_grad():
+            bias.fill_(fitted)
+
     def plans(
         self, inputs: Inputs, *, epoch: int, batch: int, searching: Callable[[], None]
     ) -> Sequence[Plan]:
@@ -52,8 +77,11 @@ class Pairs(Method):
                     inputs.data,
                     count=options.hard_negatives,
                     margin=options.hard_negatives_margin,
+                    share=even_share(len(inputs.data)),
+                    device=self.setup.towers.device,
                 )
-                self._look_alikes, self._searched = torch.from_numpy(rows), epoch
+                self._look_alikes = gather_uneven(torch.from_numpy(rows))
+                self._searched = epoch
             assert self._look_alikes is not None
             order = together(order, self._look_alikes.numpy())
         return inputs.data.plans(epoch=epoch, batch=batch, seed=seed, order=order)
