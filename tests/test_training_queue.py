@@ -123,8 +123,7 @@ DATA = captioned([["a dog"], ["a cat"], ["a dog", "a pet"], ["a car"]])
 def made(method: str, towers: Any, *, batch: int = 2, **options: Any) -> Method:
     config = TrainConfig.from_mapping({"data": "d", "method": method, **options})
     chosen = config.method_options()
-    held_out = (None,) if "held_out" in Setup.__slots__ else ()
-    setup = Setup(config, None, chosen, {}, towers, DATA, *held_out, batch, 9)
+    setup = Setup(config, None, chosen, {}, towers, DATA, batch, 9)
     result = METHODS[method](setup)
     result.prepare(None, lambda *_: None, threading.Event())  # type: ignore[arg-type]
     return result
