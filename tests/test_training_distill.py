@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
-from test_training_choices import captioned
+from test_training_choices import Fixed, captioned
 from test_training_data import write_split
 from test_training_resume import final_state, train_with_a_kill
 from training_runs import metrics, run, weights
@@ -28,6 +28,7 @@ from clipkit.training.methods.distill import Distill
 from clipkit.training.methods.method import Setup
 from clipkit.training.run_folder import RunFolder
 from clipkit.training.teachers import ModelTeacher, VectorFile, side_by_side, unit_vectors
+from clipkit.training.validation import of_teacher
 
 Checkpoint = Callable[..., Path]
 
@@ -93,12 +94,12 @@ def test_the_loss_by_hand(tmp_path: Path) -> None:
     value = loss_of_all(method, students)
     cosine = 2 - 3 / ROOT5
     contrast = (math.log1p(math.exp(-4 / ROOT5)) + math.log1p(math.exp(-8 / ROOT5))) / 2
-    expected = {"loss/cosine": cosine, "loss/relational": 0.0, "loss/contrastive": contrast}
+    expected = {"cosine_loss": cosine, "relational_loss": 0.0, "contrastive_loss": contrast}
     assert method.metrics() == pytest.approx(expected, abs=2e-3)  # half precision
     assert value.item() == pytest.approx(0.5 * cosine + 2 * contrast, abs=2e-3)
     method = distilled(students, teacher, contrastive=0.0, cosine=0.0)
     assert loss_of_all(method, students).item() == 0 and list(method.metrics()) == [
-        "loss/relational"
+        "relational_loss"
     ]
 
 
@@ -122,9 +123,22 @@ def test_the_map_begins_where_it_fits_best(tmp_path: Path) -> None:
     method = distilled(students, write_vectors(tmp_path / "teacher.npz", turned.tolist()))
     assert sorted(method.shared) == ["teacher_map.bias", "teacher_map.weight"]
     value = loss_of_all(method, students)
-    assert method.metrics()["loss/cosine"] < 0.06  # a cosine of 0.97
+    assert method.metrics()["cosine_loss"] < 0.06  # a cosine of 0.97
     value.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in method.shared.values())
+
+
+def test_agreement_is_recall_of_the_teachers_vectors() -> None:
+    """The student's map turns its vectors by one place; the teacher's are turned too, but for the first
+    two of twelve, which are each other's. The cosine of those is 0, of the other ten 1."""
+    rows = torch.eye(12)
+    fixed = Fixed(captioned([[]] * 12), rows, rows)
+    fixed.device = torch.device("cpu")  # type: ignore[attr-defined]
+    teachers = rows.roll(1, 1)
+    teachers[[0, 1]] = teachers[[1, 0]]
+    scores = of_teacher(fixed, fixed, teachers.half(), lambda x: x.roll(1, 1))  # type: ignore[arg-type]
+    assert scores.metrics["student_to_teacher/R@1"] == pytest.approx(10 / 12)
+    assert scores.space["positive_cosine"] == pytest.approx(10 / 12)
 
 
 def test_several_teachers_count_alike() -> None:
@@ -348,7 +362,7 @@ def test_a_small_student_learns_what_a_larger_teacher_sees(
     summary = run(taught, data=uncaptioned, drift=0, crop=1.0, flip=False, eval_every=20, **sizes)
     lines = metrics(summary.folder)
     terms = [line for line in lines if "loss" in line]
-    assert set(terms[0]) >= {"loss/cosine", "loss/relational", "loss/contrastive"}
+    assert set(terms[0]) >= {"cosine_loss", "relational_loss", "contrastive_loss"}
     assert terms[-1]["loss"] < 0.6 * terms[0]["loss"]
     scores = [line for line in lines if "positive_cosine" in line]
     assert "student_to_teacher/R@1" in scores[0] and summary.after is not None
@@ -366,7 +380,7 @@ def test_captions_keep_the_texts_in_tune(taught: dict[str, Any]) -> None:
     assert summary.before is not None and "text_to_image/R@1" in summary.before
     line = next(line for line in metrics(summary.folder) if "loss" in line)
     names = ("cosine", "relational", "contrastive")
-    expected = sum(line[f"loss/{name}"] for name in names) + 0.5 * line["loss/pairs"]
+    expected = sum(line[f"{name}_loss"] for name in names) + 0.5 * line["pairs_loss"]
     assert line["loss"] == pytest.approx(expected, rel=1e-5)
     saved = RunFolder(summary.folder).load()
     assert saved is not None
@@ -450,7 +464,7 @@ def test_chunks_do_not_change_a_step(taught: dict[str, Any]) -> None:
     once = {"max_steps": 1, "interpolate": False, "ema": 0.0, "epochs": 1, "pairs": 1.0}
     folders = [run(taught, chunk=size, name=f"chunk{size}", **once).folder for size in (2, 6)]
     lines = [next(line for line in metrics(f) if "loss" in line) for f in folders]
-    for name in ("loss", "gradient_norm", "loss/contrastive", "loss/relational"):
+    for name in ("loss", "gradient_norm", "contrastive_loss", "relational_loss"):
         assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4), name
 
 
@@ -475,6 +489,6 @@ def test_two_processes_equal_one(taught: dict[str, Any], tmp_path: Path) -> None
     trained(taught, "one")
     one, two = (metrics(tmp_path / "runs" / name) for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
-        for name in ("loss", "loss/cosine", "loss/contrastive", "gradient_norm", "validation_loss"):
+        for name in ("loss", "cosine_loss", "contrastive_loss", "gradient_norm", "validation_loss"):
             if name in a:
                 assert b[name] == pytest.approx(a[name], rel=2e-3), name

@@ -289,7 +289,10 @@ def test_the_space_is_kept_by_the_distance_to_the_start() -> None:
     [
         ({"method": "byol", "stop_gradient": False}, "momentum is 0.996: a momentum tower gets no"),
         ({"method": "simclr", "momentum": 0.9}, "method simclr has no such option.*byol"),
-        ({"method": "byol", "temperature": 0.1}, "no such option; leave it out or use loss ntxent"),
+        (
+            {"method": "byol", "temperature": 0.1},
+            "no such option; leave it out or use method moco.* or loss ntxent",
+        ),
         ({"method": "simclr", "recipe": "heads"}, "recipe heads cannot learn by method simclr"),
         ({"method": "simclr", "text_rate": 2.0}, "method simclr does not use it"),
         ({"method": "simclr", "jitter": 2.0}, "jitter is 2"),

@@ -348,7 +348,7 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bo
             folder, built = build_once(
                 config.data,
                 Path(config.out) / ".datasets",
-                uncaptioned="captions" not in METHODS[config.method].needs,
+                uncaptioned="captions" not in config.needs(),
                 command=command,
                 on_progress=on_progress,
             )

@@ -264,7 +264,10 @@ def _without(name: str, method: str, loss: str) -> str:
     """Say who does not have an option, and who does."""
     losses = [key for key, entry in LOSSES.items() if name in option_fields(entry.options)]
     methods = [key for key, entry in METHODS.items() if name in option_fields(entry.options)]
-    who, able = f"loss {loss}", f"loss {', '.join(losses)}"
-    if methods:
-        who, able = f"method {method}", f"method {', '.join(methods)}"
-    return f"{who} has no such option; leave it out or use {able}"
+    who = f"method {method}" if methods else f"loss {loss}"
+    able = [
+        f"{kind} {', '.join(names)}"
+        for kind, names in (("method", methods), ("loss", losses))
+        if names
+    ]
+    return f"{who} has no such option; leave it out or use {' or '.join(able)}"

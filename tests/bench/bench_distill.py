@@ -119,7 +119,7 @@ def main() -> None:
         began = time.perf_counter()
         write_features(dataset, file)
         print(f"{file} ({time.perf_counter() - began:.0f} s)", flush=True)
-    methods = {"distill": ["--teacher", str(file)], "pairs": []}
+    methods = {"distill": ["--teacher", str(file), "--pairs", "1"], "pairs": []}
     for method, own in methods.items():
         if method == "pairs" and not args.control:
             continue

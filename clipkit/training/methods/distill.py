@@ -40,7 +40,6 @@ from clipkit.training.validation import Scores, of_pairs, of_teacher
 
 _FITTED = 4096  # pictures that the map is fitted to before the first step
 _CHUNK = 32  # of them at a time
-_RIDGE = 0.1  # of the student's mean variance, added to each direction of the fit
 _PROBES = ("a dog on a beach", "birthday cake", "two people at a table")
 _SAME_TEXT = 0.99  # cosine of one text by two copies of a tower, one of them in half precision
 
@@ -170,7 +169,9 @@ class Distill(Method):
         x, y = torch.cat(students), torch.cat(targets)
         x_mean, y_mean = x.mean(0), y.mean(0)
         covariance = (x - x_mean).T @ (x - x_mean) / len(x)
-        covariance += torch.eye(x.shape[1]) * (_RIDGE * covariance.diag().mean() + 1e-12)
+        # The fewer pictures there are for each weight, the less they are trusted.
+        ridge = covariance.diag().mean() * x.shape[1] / len(x)
+        covariance += torch.eye(x.shape[1]) * (ridge + 1e-12)
         weight = torch.linalg.solve(covariance, (x - x_mean).T @ (y - y_mean) / len(x)).T
         self._map.weight.copy_(weight)
         self._map.bias.copy_(y_mean - weight @ x_mean)
@@ -209,7 +210,7 @@ class Distill(Method):
             self._pairs.after_step(rows, step)
 
     def metrics(self) -> dict[str, float]:
-        return {f"loss/{name}": float(value) for name, value in self._terms.items()}
+        return {f"{name}_loss": float(value) for name, value in self._terms.items()}
 
     def evaluate(self, inputs: Inputs) -> Scores:
         """Measure recall with captions if every picture has one, else agreement with the teachers."""
