@@ -339,13 +339,14 @@ def _curves(
                 {"name": f"mean of {window} steps", "x": raw["x"], "y": means, "hue": 0, "dash": 0}
             )
         yield curve(title, "step", "loss", series)
-    checks = [line for line in lines if any("/" in name for name in line)]
+    own = list(summary.get("before") or [_HEADLINE])
+    checks = [line for line in lines if own[0] in line]
     if len(checks) < 2:
         return
     x = [line["step"] for line in checks]
     best = summary["best_step"] if facts["config"].get("keep", "best") == "best" else 0
     mark = {"mark": best} if best else {}
-    recall = _HEADLINE in checks[0]
+    pairs = own[0] == _HEADLINE
     if "validation_loss" in checks[0]:
         loss = {
             "name": "Validation loss",
@@ -353,11 +354,11 @@ def _curves(
             "y": [line["validation_loss"] for line in checks],
         }
         note = ""
-        if recall:
+        if pairs:
             note = "Recall on the validation split decides which step is kept; where it differs by "
             note += "chance only, this loss does. It compares each caption with all pictures there."
         yield curve("Validation loss", "step", "loss", [loss], note=note, **mark)
-    names = [name for name in checks[0] if "/" in name]
+    names = [name for name in checks[0] if ("/R@" in name if pairs else name in own)]
     ways = list(dict.fromkeys(name.partition("/")[0] for name in names))
     recalls = [
         {
@@ -420,9 +421,9 @@ def _run_table(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str
 def _mixtures(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a table of the mixtures with the start that were tried, if any."""
     tried: Mapping[str, Mapping[str, float]] = summary.get("mixture", {})
-    first: Mapping[str, float] = next(iter(tried.values()), {})
-    names = _FIRST if _HEADLINE in first else tuple(name for name in first if "/" in name)
     if len(tried) > 1:
+        own = [name for name in next(iter(tried.values())) if name != "loss"]
+        names = [name for name in _FIRST if name in own] or own
         yield {
             "title": "Mixtures of the start with the trained weights, on the validation split",
             "columns": ["trained share", "loss", *map(metric_text, names), "kept"],

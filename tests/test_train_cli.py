@@ -139,6 +139,13 @@ def test_a_mistyped_option_is_named_as_it_is_typed(
     assert sentence in " ".join(err.replace("│", " ").split())
 
 
+def test_the_options_of_a_method_are_listed(clipkit: Run) -> None:
+    code, out, _ = clipkit("train", "--options", "--method", "simclr")
+    assert code == 0 and out.startswith("defaults of recipe full and method simclr")
+    assert "--crop" in out and "keep [0.2]" in out and "--temperature" in out
+    assert "--text-rate" not in out and "--hard-negatives" not in out
+
+
 def test_every_option_is_listed(clipkit: Run) -> None:
     code, out, _ = clipkit("train", "--options", "--recipe", "lora")
     assert code == 0

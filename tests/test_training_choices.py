@@ -145,6 +145,9 @@ def test_a_lower_rank_gets_a_warning_too() -> None:
     flat = scores_of(line, line.repeat_interleave(2, 0), TWO_EACH)
     start = scores_of(EYE, EYE.repeat_interleave(2, 0), TWO_EACH)
     assert "effective rank fell from 11 to 1" in (flat.collapse_warning(start) or "")
+    # A line has rank 1, the least: from 4 to 1.2 is a collapse although it is more than a quarter.
+    low, four = (replace(start, space={**start.space, "effective_rank": r}) for r in (1.2, 4.0))
+    assert low.collapse_warning(four) and not four.collapse_warning(start)
 
 
 def test_a_model_of_nan_is_an_error() -> None:

@@ -166,6 +166,35 @@ def test_a_run_of_another_version_is_reported_as_far_as_it_says(
     assert [c["title"] for c in made.details["curves"]] == ["Training loss, each of 8 pairs"]
 
 
+def test_a_run_without_captions_is_reported_by_its_own_measure(tmp_path: Path, data: Data) -> None:
+    """The last weights are kept: no step is marked, and the split has chosen nothing."""
+    folder = run_folder(tmp_path / "run")
+    own = {f"view_to_view/R@{k}": 0.5 for k in (1, 5, 10)}
+    facts = json.loads((folder / "config.json").read_text())
+    facts["config"] |= {"method": "simclr", "keep": "last"}
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"before": own, "after": {**own, "view_to_view/R@1": 0.6}, "mixture": {}}
+    lines = [{"step": n, "loss": 2.0, "validation_loss": 1.0, **own} for n in (10, 20)]
+    (folder / "config.json").write_text(json.dumps(facts))
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    models = [Model("builtin"), Model("run", blind=True)]
+    generic = replace(data[0], name="generic")
+    made = training_report(folder, models, None, generic, Session())
+    assert made.sentences[0].startswith("The held-out pictures have no captions")
+    assert made.sentences[1].startswith("It forgot some of what it knew: on generic, texts find")
+    assert not (folder / "verdict.json").exists() and (folder / "report.html").exists()
+    validation, forgotten = made.details["summary"]["groups"]
+    assert validation["title"] == "Validation split, 4 pictures"
+    assert validation["rows"][0] == ["view to view R@1", "50.0 %", "60.0 %", "+10.0"]
+    assert forgotten["title"] == "Generic, 12 pictures"
+    training, loss, recall = made.details["curves"]
+    assert training["title"].endswith("of 8 pictures") and "mark" not in loss
+    assert [series["name"] for series in recall["series"]] == [
+        f"view to view R@{k}" for k in (1, 5, 10)
+    ]
+
+
 def test_tensorboard_is_named_where_it_has_something_to_show(tmp_path: Path) -> None:
     run = tmp_path / "my runs" / "a"
     run.mkdir(parents=True)

@@ -95,7 +95,7 @@ class Towers:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        self.encoder = SimpleNamespace(dim=4)
+        self.encoder = SimpleNamespace(dim=4, preferred_batch=3)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.model = torch.nn.ModuleDict({"visual": torch.nn.Linear(6, 4)}).double()
@@ -110,7 +110,7 @@ class Towers:
 def made(kind: type[PictureViews], options: PictureViewOptions, batch: int = 8) -> Any:
     fake: Any = Towers()
     setup = Setup(
-        SimpleNamespace(seed=3, crop=0.2, flip=True),  # type: ignore[arg-type]
+        SimpleNamespace(seed=3, crop=0.2, flip=True, chunk=0),  # type: ignore[arg-type]
         LOSSES["ntxent"],
         options,
         {"temperature": 0.5},
@@ -137,9 +137,18 @@ def byol(**options: Any) -> Any:
     return method
 
 
+def turned(method: Any) -> Any:
+    """A tower that is no longer the start."""
+    method.prepare(None, None, None)
+    with torch.no_grad():
+        method.setup.towers.model["visual"].bias += 0.5
+    return method
+
+
 METHODS = {
     "simclr": simclr,
     "headless": lambda: simclr(projection_layers=0),
+    "kept": lambda: turned(simclr(keep_space=0.5)),
     "byol": byol,
     "simsiam": lambda: byol(momentum=0.0),
 }
@@ -249,7 +258,7 @@ def test_the_targets_of_byol_are_the_momentum_towers() -> None:
 def test_simsiam_is_byol_whose_target_is_the_tower_itself() -> None:
     method, batch = byol(momentum=0.0), two_views()
     views = method.views(batch)
-    assert len(views) == 2 and method.state_dict() == {}
+    assert len(views) == 2 and method.state_dict() == {"variances": []}
     rows = [view.encode(view.rows) for view in views]
     unit = torch.nn.functional.normalize
     z = [unit(method.projection(view), dim=1) for view in rows]
@@ -271,14 +280,34 @@ def test_the_stop_gradient_can_be_switched_off() -> None:
 
 
 def test_the_space_is_kept_by_the_distance_to_the_start() -> None:
-    """A row along its picture's start has distance 0, one at a right angle 2; weight 0.5, two views."""
-    method = simclr(keep_space=0.5)
-    method._starts = torch.eye(8, dtype=torch.float64)
-    batch = two_views()
-    along = 3 * torch.eye(8, dtype=torch.float64)
-    assert method.kept_space([along, along], batch).item() == pytest.approx(0)
-    assert method.kept_space([along, along.roll(1, 0)], batch).item() == pytest.approx(0.5)
-    assert simclr().kept_space([along], batch).item() == 0
+    """0 at the start; where the tower has turned all vectors round, 4 = 2 - 2 cos 180; weight 0.5."""
+    method, batch = simclr(keep_space=0.5), two_views()
+    method.prepare(None, None, None)
+    tower = method.setup.towers.model["visual"]
+
+    def kept(count: int) -> float:
+        rows = [view.encode(view.rows) for view in method.views(batch)][:count]
+        return float(method.kept_space(rows, batch).detach())
+
+    assert kept(2) == pytest.approx(0) and simclr().kept_space([torch.ones(8, 4)], batch) == 0
+    with torch.no_grad():
+        tower.weight.neg_()
+        tower.bias.neg_()
+    assert kept(2) == kept(1) == pytest.approx(0.5 * 4)
+
+
+def test_collapsed_projections_get_a_warning() -> None:
+    """Eight orthogonal rows have the mean 1/8 of ones, so a variance of 1 - 8/64; equal ones have 0."""
+    method = simclr()
+    assert method.warning() is None and method.metrics() == {}
+    method.unit_rows(2 * torch.eye(8))
+    assert method.metrics()["projection_variance"] == pytest.approx(7 / 8)
+    assert method.warning() is None
+    method.unit_rows(torch.ones(8, 8))
+    assert "variance fell from 0.875 to" in (method.warning() or "")
+    resumed = byol()
+    resumed.load_state_dict({**resumed.state_dict(), **method.state_dict()})
+    assert "use predictor, stop_gradient and momentum" in (resumed.warning() or "")
 
 
 # ---- options

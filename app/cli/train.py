@@ -36,6 +36,7 @@ from app.cli.terminal import (
 from app.paths import features_folder
 from clipkit.durable import write_whole
 from clipkit.errors import InputError
+from clipkit.losses import losses_of
 from clipkit.options import option_fields
 from clipkit.training.config import (
     RECIPES,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
 EPILOG = examples(
     "clipkit train dataset",
     "clipkit train dataset --recipe lora --epochs 4",
+    "clipkit train ~/Pictures --method simclr --keep-space 20",
     "clipkit train dataset --config run.toml --batch 4096",
     "clipkit train --resume runs/mine",
     "torchrun --nproc-per-node 4 -m app.cli train dataset --recipe full",
@@ -63,7 +65,7 @@ EPILOG = examples(
 TIMED_STEPS = 3  # after which the time left is worth saying
 LONG_SECONDS = 180.0
 # The options that `clipkit train --help` shows; `--options` lists them all.
-SHOWN = "epochs batch learning_rate name out device precision".split()
+SHOWN = "method epochs batch learning_rate name out device precision".split()
 # These have options of another name or kind.
 _OWN = {"data": "DATA", "start": "--model", "recipe": "--recipe"}
 
@@ -184,7 +186,8 @@ def train(
     show_views: Annotated[
         bool,
         typer.Option(
-            "--show-views", help="Draw what the run would see of some pictures, and do not train."
+            "--show-views",
+            help="Draw some pictures as the run would see them, into OUT/views-METHOD.png, and stop.",
         ),
     ] = False,
     options: Annotated[
@@ -201,10 +204,11 @@ def train(
 
     The result is runs/NAME: a checkpoint for `clipkit index --model runs/NAME`, and report.html with
     recall before and after. DATA that is not a dataset yet is built into one first, in runs/.datasets.
-    Stop with Ctrl-C, go on with --resume. `clipkit train --options` lists thirty more options.
+    Stop with Ctrl-C, go on with --resume. `clipkit train --options` lists thirty more options;
+    `--methods` says how to learn from pictures without captions.
     """
     if options or methods:
-        for line in _methods() if methods else _listed(recipe or "heads"):
+        for line in _methods() if methods else _listed(recipe, flags.get("method")):
             print(fill(line, get_terminal_size().columns, subsequent_indent=" " * 31))
         return
     from clipkit.towers import choose_device
@@ -378,11 +382,19 @@ def _draw_views(config: TrainConfig) -> None:
     print(f"views: {printable(str(path))}")
 
 
-def _listed(recipe: str) -> Iterator[str]:
-    """Yield a line for each option of a run, with its default in `recipe`."""
-    yield f"defaults of recipe {recipe}; in a TOML file a line is: batch = 1024"
-    for name, (item, _) in _every_option().items():
-        default = RECIPES[recipe].get(name, item.default)
+def _listed(recipe: str | None, method: str | None) -> Iterator[str]:
+    """Yield a line for each option of a run, or of those by `method`, with its default in `recipe`."""
+    entry = METHODS[method or "pairs"]
+    recipe = recipe or entry.recipes[0]
+    options = _every_option()
+    if method is not None:
+        kinds = [entry.options, *(loss.options for loss in losses_of(entry.losses).values())]
+        own = {name for kind in (TrainConfig, *kinds) for name in option_fields(kind)}
+        options = {n: item for n, item in options.items() if n in own - entry.unused}
+    of = f" and method {method}" if method else ""
+    yield f"defaults of recipe {recipe}{of}; in a TOML file a line is: batch = 1024"
+    for name, (item, _) in options.items():
+        default = {**RECIPES[recipe], **entry.defaults}.get(name, item.default)
         shown = "" if default in ("", MISSING) else f" [{default}]"
         flag = _OWN.get(name, f"--{name.replace('_', '-')}")
         yield f"  {flag:<28} {item.metadata['help']}{shown}"

@@ -337,7 +337,8 @@ class _Run:
                 history.without_gain += 1
         metrics = {**scores.metrics, "validation_loss": scores.loss, **scores.space}
         self.tracker.write(history.step, metrics, spectrum=scores.spectrum)
-        if (warning := scores.collapse_warning(history.start)) and not history.warnings:
+        warning = scores.collapse_warning(history.start) or self.job.method.warning()
+        if warning and not history.warnings:
             history.warnings.append(f"at step {history.step} {warning}")
             log.warning(history.warnings[0])
             self.report("evaluating", history.warnings[0])

@@ -78,7 +78,8 @@ class Scores:
         """Return a sentence if the embeddings have collapsed since the start, else None."""
         for name in ("variance", "effective_rank"):
             now, before = self.space[name], start.space[name] if start else 0.0
-            if now < _COLLAPSED * before:
+            least = 1.0 if name == "effective_rank" else 0.0  # of vectors on a line
+            if max(now - least, 0.0) < _COLLAPSED * max(before - least, 0.0):
                 return (
                     f"the embeddings are collapsing: {name.replace('_', ' ')} fell from "
                     f"{before:.3g} to {now:.3g}; lower learning_rate or raise batch"

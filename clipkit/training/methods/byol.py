@@ -25,6 +25,8 @@ class Byol(PictureViews):
     2011.10566), but for the shapes of its heads.
     """
 
+    remedy = "lower learning_rate, or use predictor, stop_gradient and momentum"
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         width, options = self.projection.width, setup.options
@@ -66,10 +68,11 @@ class Byol(PictureViews):
         online, stop_gradient = rows[:2], self.setup.options.stop_gradient
         projected = [self.projection(view) for view in online]
         predictions = [F.normalize(self.predictor(view), dim=1) for view in projected]
+        targets = [self.unit_rows(view) for view in projected]
         if self._target is not None:
             with self._target.applied():
-                projected = [self.projection(view) for view in rows[2:]]
-        first, second = (F.normalize(view, dim=1) for view in projected)
+                targets = [F.normalize(self.projection(view), dim=1) for view in rows[2:]]
+        first, second = targets
         return (
             cosine_regression(predictions[0], second, stop_gradient=stop_gradient)
             + cosine_regression(predictions[1], first, stop_gradient=stop_gradient)
@@ -81,8 +84,10 @@ class Byol(PictureViews):
             self._target.update(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._target is None else {"target": self._target.state_dict()}
+        target = {} if self._target is None else {"target": self._target.state_dict()}
+        return {**super().state_dict(), **target}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         if self._target is not None:
             self._target.load_state_dict(state["target"])

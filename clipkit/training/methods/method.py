@@ -114,6 +114,10 @@ class Method:
         """Return what is written beside the loss after each step."""
         return {}
 
+    def warning(self) -> str | None:
+        """Return a sentence if training goes wrong in a way that `evaluate` cannot see, else None."""
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that changes during a run, but parameters: plain values and tensors."""
         return {}

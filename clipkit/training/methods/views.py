@@ -8,9 +8,9 @@ to others (SimCLR, section 4.2).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,22 +18,17 @@ import torch.nn.functional as F  # noqa: N812
 from clipkit.errors import InputError
 from clipkit.losses.views import cosine_regression
 from clipkit.training.augment import CropAndFlip, StrongView
-from clipkit.training.distributed import world_size
-from clipkit.training.frozen_towers import FeaturesStopped
+from clipkit.training.distributed import gather
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import (
-    Augment,
-    Batch,
-    Inputs,
-    PictureInputs,
-    UnreadablePicturesError,
-)
+from clipkit.training.inputs import Augment, Batch, Inputs, PictureInputs
 from clipkit.training.methods.method import Method, Setup
+from clipkit.training.methods.momentum import Momentum
 from clipkit.training.towers import TrainableTowers
-from clipkit.training.validation import Scores, gathered, of_views
+from clipkit.training.validation import Scores, of_views
 
 _BLURRED = 0.5  # share of views, of pictures from _SMALL pixels
 _SMALL = 64
+_COLLAPSED = 0.25  # of the projections' variance at the first step
 
 
 class Perceptron(torch.nn.Sequential):
@@ -74,6 +69,7 @@ class PictureViews(Method):
     picture_views = 2
     text_views = 0
     norm = True  # whether the head has BatchNorm
+    remedy = "lower learning_rate or raise batch"  # of a collapse
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -88,7 +84,10 @@ class PictureViews(Method):
             seed=setup.config.seed,
             norm=self.norm,
         ).to(setup.towers.device)
-        self._starts: torch.Tensor | None = None  # float32 (N, D), unit rows: see keep_space
+        self._start: Momentum | None = None  # the start's weights, which stay: see keep_space
+        self._chunk = setup.config.chunk or encoder.preferred_batch  # pictures, without a graph
+        # The variance of the projections of a batch, in 0..1: of the first step, and of the last.
+        self._variances: list[float] = []
 
     @property
     def shared(self) -> Mapping[str, torch.nn.Parameter]:
@@ -105,26 +104,14 @@ class PictureViews(Method):
         )
 
     def prepare(
-        self, inputs: Inputs, on_progress: Callable[[str, int, int], None], stop: threading.Event
+        self,
+        inputs: Inputs,  # noqa: ARG002
+        on_progress: Callable[[str, int, int], None],  # noqa: ARG002
+        stop: threading.Event,  # noqa: ARG002
     ) -> None:
-        """Compute the start's vectors of all pictures, if the space is to be kept."""
-        if not self.setup.options.keep_space:
-            return
-        towers, done, total = self.setup.towers, 0, len(inputs.data)
-        towers.mode(False)
-
-        def encoded() -> Iterator[torch.Tensor]:
-            nonlocal done
-            with suppress(UnreadablePicturesError):  # no batch will hold them
-                for pixels in inputs.pictures():
-                    if stop.is_set() and world_size() == 1:  # others would wait at the gather
-                        raise FeaturesStopped
-                    yield towers.images(pixels)
-                    done += len(pixels) * world_size()
-                    on_progress("pictures", min(done, total), total)
-
-        with torch.no_grad():
-            self._starts = torch.from_numpy(gathered(encoded(), inputs.data))
+        """Keep the start's weights, if the space is to be kept."""
+        if self.setup.options.keep_space:
+            self._start = Momentum(self.setup.towers, self.sides, 1.0)
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Encode uint8 pixels (B, 3, H, W) as float32 (B, D), not normalised."""
@@ -132,17 +119,31 @@ class PictureViews(Method):
         assert isinstance(towers, TrainableTowers)  # recipe heads has no views
         return towers.image_features(pixels).float()
 
+    def unit_rows(self, projections: torch.Tensor) -> torch.Tensor:
+        """Normalise the head's output (B, width), and note its variance."""
+        result = F.normalize(projections, dim=1)
+        variance = 1 - result.detach().mean(0).square().sum().item()
+        self._variances = [*self._variances[:1], variance]
+        return result
+
     def views(self, batch: Batch) -> Sequence[View]:
         return [View(self.features, pixels, side="image") for pixels in batch.pictures]
 
     def kept_space(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
-        """Compute the loss that keeps the space: each view's vector should be the one that the start
-        has of its whole picture. Its weight is `keep_space`; 0 without."""
+        """Compute the loss that keeps the space, times `keep_space`: the vector of a view should be the
+        one that the start has of the same view (Beyer et al. 2021, arXiv 2106.05237). 0 without.
+
+        rows: of the batch's first views, of all processes, which must all call it.
+        """
         weight: float = self.setup.options.keep_space
-        if self._starts is None:
+        if self._start is None:
             return rows[0].new_zeros(())
-        starts = self._starts[torch.from_numpy(batch.plan.pictures)].to(rows[0].device)
-        losses = [cosine_regression(F.normalize(view, dim=1), starts) for view in rows]
+        losses = []
+        for view, pixels in zip(rows, batch.pictures, strict=False):
+            with self._start.applied():
+                chunks = torch.split(torch.arange(len(pixels)), self._chunk)
+                own = torch.cat([self.setup.towers.images(pixels[chunk]) for chunk in chunks])
+            losses.append(cosine_regression(F.normalize(view, dim=1), gather(own)[0]))
         return weight * torch.stack(losses).mean()
 
     def evaluate(self, inputs: Inputs) -> Scores:
@@ -150,12 +151,29 @@ class PictureViews(Method):
         augment = self.augment()
         return of_views(self.setup.towers, inputs, [inputs.fixed_views(augment, n) for n in (0, 1)])
 
+    def metrics(self) -> dict[str, float]:
+        return {"projection_variance": self._variances[-1]} if self._variances else {}
+
+    def warning(self) -> str | None:
+        """Return a sentence if the projections have collapsed; the tower's vectors may not show it."""
+        if not self._variances or self._variances[-1] > _COLLAPSED * self._variances[0]:
+            return None
+        return (
+            f"the projections are collapsing: their variance fell from {self._variances[0]:.3g} to "
+            f"{self._variances[-1]:.3g}; {self.remedy}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"variances": self._variances}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._variances = state["variances"]
+
 
 class SimClr(PictureViews):
     """Learn that the two views of a picture are nearest each other in the batch."""
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         assert self.setup.loss is not None
-        projected = F.normalize(self.projection(torch.cat(list(rows))), dim=1)
-        views = projected.chunk(2)
+        views = self.unit_rows(self.projection(torch.cat(list(rows)))).chunk(2)
         return self.setup.loss(*views, **self.setup.loss_options) + self.kept_space(rows, batch)
