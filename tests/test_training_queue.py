@@ -94,6 +94,7 @@ class Fixed:
 
     class Encoder:
         dim = 2
+        preferred_batch = 4
 
     encoder = Encoder()
     device = CPU
@@ -305,6 +306,7 @@ def test_moco_by_hand(fixed_views: Callable[[], FixedViews]) -> None:
     second, third = math.log(2 * math.e + 1) - 1, math.log(math.e + 1) - 1
     assert losses == pytest.approx([0.0, second, third], abs=1e-6)
     assert method.metrics()["queue_fill"] == 1.0
+    assert method.metrics()["projection_variance"] == pytest.approx(0.5)  # of e1 and e2
 
 
 def test_mocos_keys_are_of_the_other_view(fixed_views: Callable[[], FixedViews]) -> None:
