@@ -94,6 +94,7 @@ class Fixed:
 
     class Encoder:
         dim = 2
+        preferred_batch = 4
 
     encoder = Encoder()
     device = CPU
@@ -220,7 +221,7 @@ def test_the_queue_is_no_longer_than_the_other_pictures() -> None:
 
 def test_who_has_a_caption() -> None:
     """Meanings 0 "a dog", 1 "a cat", 2 "a pet", 3 "a car"; picture 2 has 0 and 2."""
-    owners = CaptionOwners(DATA)
+    owners = CaptionOwners(DATA, CPU)
     of_pictures = owners.of_pictures(np.array([0, 2, 3]), np.array([0, 1, 2]))
     assert of_pictures.tolist() == [[True, False, False], [True, False, True], [False] * 3]
     of_meanings = owners.of_meanings(np.array([0, 2]), np.array([0, 1, 2, 3, 2]))
@@ -235,7 +236,7 @@ def test_masks_of_many_agree_with_sets() -> None:
     data = captioned(
         [[f"c{n}" for n in rng.choice(20, rng.integers(1, 6), replace=False)] for _ in range(30)]
     )
-    owners = CaptionOwners(data)
+    owners = CaptionOwners(data, CPU)
     pictures, meanings = rng.integers(0, 30, 12), rng.integers(0, len(data.texts), 40)
     owned = [{*data.meanings[own].tolist()} for own in data.owned]
     expected = [[m in owned[p] for m in meanings] for p in pictures]
@@ -305,6 +306,7 @@ def test_moco_by_hand(fixed_views: Callable[[], FixedViews]) -> None:
     second, third = math.log(2 * math.e + 1) - 1, math.log(math.e + 1) - 1
     assert losses == pytest.approx([0.0, second, third], abs=1e-6)
     assert method.metrics()["queue_fill"] == 1.0
+    assert method.metrics()["projection_variance"] == pytest.approx(0.5)  # of e1 and e2
 
 
 def test_mocos_keys_are_of_the_other_view(fixed_views: Callable[[], FixedViews]) -> None:
@@ -344,6 +346,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "queue-lit": {"method": "queue", "recipe": "lit", "dropout": True, "queue_size": 8},
     "queue-lora": {"method": "queue", "recipe": "lora", "ema": 0.9},
     "moco": {"method": "moco", "queue_size": 5, "keep": "best"},
+    "moco-batch-norm": {
+        "method": "moco",
+        "start": "scratch:cifar-resnet10-w16",
+        "batch_norm": "batch",
+        "chunk": 0,
+    },
     "memory": {"method": "memory", "recipe": "lora", "bank_negatives": 4},
 }
 
@@ -366,6 +374,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
             assert torch.equal(got[path], value), path
         else:
             assert got[path] == value, path
+    if "batch_norm" in changes:  # the keys' statistics lag behind the tower's
+        name = "visual.trunk.bn1.running_mean"
+        mean = expected[f"/method/momentum/{name}"]
+        assert 0 < mean.norm() < 0.2 * expected[f"/parameters/{name}"].norm()
     names = {"bank_age", "bank_fill"} if changes["method"] == "memory" else {"queue_age"}
     assert names < metrics(whole.folder)[-2].keys() | metrics(whole.folder)[-1].keys()
 

@@ -102,11 +102,11 @@ def choose_parameters(towers: Towers, config: TrainConfig, method: Method) -> Tr
     trained = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) in chosen and name not in apart and _side(name) in method.sides
+        if id(parameter) in chosen and name not in apart and side_of(name) in method.sides
     }
     if not trained:
         raise InputError(f"recipe {config.recipe} leaves nothing to train; train more layers")
-    sides = frozenset(_side(name) for name in trained)
+    sides = frozenset(side_of(name) for name in trained)
     head_names = frozenset(n for n, p in trained.items() if id(p) in head_ids)
     own = {**method.towers, **method.shared}
     result = Trained(
@@ -142,17 +142,18 @@ def _last_layers(model: torch.nn.Module, config: TrainConfig) -> set[int]:
     return {
         id(parameter)
         for name, parameter in named.items()
-        if (side := _side(name)) in limits and _layer(name, depths[side]) >= lowest[side]
+        if (side := side_of(name)) in limits and _layer(name, depths[side]) >= lowest[side]
     }
 
 
-def _side(name: str) -> str:
+def side_of(name: str) -> str:
+    """Return the tower of a parameter: "image" or "text"."""
     return "image" if name.startswith("visual.") else "text"
 
 
 def _depth(names: Iterable[str], side: str) -> int:
     """Return how many blocks a tower has."""
-    matches = (BLOCK.search(name) for name in names if _side(name) == side)
+    matches = (BLOCK.search(name) for name in names if side_of(name) == side)
     return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
@@ -175,7 +176,7 @@ def make_optimizer(trained: Trained, config: TrainConfig) -> torch.optim.AdamW:
         for name, parameter in trained.named.items():
             rate = config.learning_rate
             if name not in trained.own:
-                side = _side(name)
+                side = side_of(name)
                 rate *= factors[side]
                 rate *= config.layer_decay ** (depths[side] + 1 - _layer(name, depths[side]))
             if name in trained.heads:

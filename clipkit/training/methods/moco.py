@@ -62,7 +62,7 @@ class Moco(PictureViews):
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         own, others = rows[: self._queries], rows[self._queries :]
         pictures = torch.from_numpy(batch.plan.pictures)
-        queries = F.normalize(self.projection(torch.cat(list(own))), dim=1)
+        queries = self.unit_rows(self.projection(torch.cat(list(own))))
         with self._averages.applied():
             keys = F.normalize(self.projection(torch.cat(list(others))), dim=1)
         self._keys, self._of = keys, pictures.repeat(self._queries)[None]
@@ -79,12 +79,14 @@ class Moco(PictureViews):
         self._metrics |= self._queue.metrics(step)
 
     def metrics(self) -> dict[str, float]:
-        return self._metrics
+        return {**super().metrics(), **self._metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"momentum": self._averages.state_dict(), "queue": self._queue.state_dict()}
+        own = {"momentum": self._averages.state_dict(), "queue": self._queue.state_dict()}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._averages.load_state_dict(state["momentum"])
         self._queue.load_state_dict(state["queue"])
 
@@ -117,7 +119,7 @@ class MemoryBank(PictureViews):
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         options, plan = self.setup.options, batch.plan
-        vectors = F.normalize(self.projection(rows[0]), dim=1)
+        vectors = self.unit_rows(self.projection(rows[0]))
         count, device = len(self._bank), vectors.device
         rng = np.random.default_rng([self.setup.config.seed, _DRAWN, plan.epoch, plan.number])
         drawn = rng.choice(count, min(options.bank_negatives, count), replace=False)
@@ -141,11 +143,12 @@ class MemoryBank(PictureViews):
         }
 
     def metrics(self) -> dict[str, float]:
-        return self._metrics
+        return {**super().metrics(), **self._metrics}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"bank": self._bank, "refreshed": self._refreshed}
+        return {**super().state_dict(), "bank": self._bank, "refreshed": self._refreshed}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
         self._bank.copy_(state["bank"])
         self._refreshed.copy_(state["refreshed"])

@@ -16,6 +16,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from clipkit.training.gradient_cache import Encode
+from clipkit.training.recipes import side_of
 from clipkit.training.towers import Towers
 
 
@@ -45,7 +46,7 @@ class Momentum:
         self._tensors = _averaged(towers.model, sides)
         trained = [n for n, t in self._tensors.items() if isinstance(t, torch.nn.Parameter)]
         # The towers of which any parameter is averaged; the keys of another are its rows.
-        self.sides = frozenset(_side(name) for name in trained)
+        self.sides = frozenset(side_of(name) for name in trained)
         for name, module in self._own.items():
             tensors = {**dict(module.named_parameters()), **_statistics(module)}
             self._tensors.update({f"{name}.{key}": tensor for key, tensor in tensors.items()})
@@ -169,12 +170,8 @@ def _averaged(model: torch.nn.Module, sides: Collection[str]) -> dict[str, torch
     return {
         name: tensor
         for name, tensor in {**trained, **_statistics(model)}.items()
-        if _side(name) in sides and name not in ("logit_scale", "logit_bias")
+        if side_of(name) in sides and name not in ("logit_scale", "logit_bias")
     }
-
-
-def _side(name: str) -> str:
-    return "image" if name.startswith("visual.") else "text"
 
 
 def _statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -37,7 +37,7 @@ class QueuedPairs(Method):
         size = min(setup.options.queue_size, len(data) - setup.batch)
         width = towers.encoder.dim
         self._queue = KeyQueue(size, (width, width), numbers=2, device=towers.device)
-        self._owners = CaptionOwners(data)
+        self._owners = CaptionOwners(data, towers.device)
         self._momentum: Momentum | None = None
         self._of = torch.empty(2, 0, dtype=torch.int64)  # pictures and meanings of the last batch
         self._metrics: dict[str, float] = {}
@@ -71,30 +71,19 @@ class QueuedPairs(Method):
 
     def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
         images, texts = rows[:2]
-        meanings = batch.data.meanings[batch.plan.texts[0]]
-        self._of = torch.from_numpy(np.stack([batch.plan.pictures, meanings]))
-        of = torch.cat([self._of, self._queue.of], 1).numpy()
-        keys = self._keys(rows)
-        image_candidates, text_candidates = (
-            torch.cat(parts) for parts in zip(keys, self._queue.rows, strict=True)
-        )
-        to_text = self._owners.of_pictures(batch.plan.pictures, of[1])
-        to_image = self._owners.of_meanings(meanings, of[0])
-        temperature = (-self.setup.towers.logit_scale).exp()
-        losses = [
-            queued(
-                queries,
-                own,
-                candidates,
-                temperature=temperature,
-                same=same.to(queries.device),
-            )
-            for queries, own, candidates, same in (
-                (images, keys[1], text_candidates, to_text),
-                (texts, keys[0], image_candidates, to_image),
-            )
-        ]
-        return (losses[0] + losses[1]) / 2
+        pictures, meanings = batch.plan.pictures, batch.data.meanings[batch.plan.texts[0]]
+        self._of = torch.from_numpy(np.stack([pictures, meanings]))
+        all_pictures, all_meanings = torch.cat([self._of, self._queue.of], 1).numpy()
+        keys, temperature = self._keys(rows), (-self.setup.towers.logit_scale).exp()
+
+        def one_way(queries: torch.Tensor, kind: int, same: torch.Tensor) -> torch.Tensor:
+            # The keys of the batch are among the negatives; `same` leaves out the own one.
+            negatives = torch.cat([keys[kind], self._queue.rows[kind]])
+            return queued(queries, keys[kind], negatives, temperature=temperature, same=same)
+
+        image_to_text = one_way(images, 1, self._owners.of_pictures(pictures, all_meanings))
+        text_to_image = one_way(texts, 0, self._owners.of_meanings(meanings, all_pictures))
+        return (image_to_text + text_to_image) / 2
 
     @torch.no_grad()
     def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:
@@ -140,31 +129,32 @@ class QueuedPairs(Method):
 class CaptionOwners:
     """Find which pictures have a caption of a meaning; see `CaptionedPictures.meanings`."""
 
-    def __init__(self, data: CaptionedPictures) -> None:
+    def __init__(self, data: CaptionedPictures, device: torch.device) -> None:
         meanings = data.meanings[data.captions]
         order = np.argsort(meanings, kind="stable")
-        self._data = data
+        self._data, self._device = data, device
         self._meanings, self._pictures = meanings[order], data.owner[order]
 
     def of_pictures(self, pictures: Ints, meanings: Ints) -> torch.Tensor:
         """Return bool (B, n): whether picture i, of (B,), has a caption of meaning j, of (n,)."""
-        return _contains([self._data.meanings[self._data.owned[p]] for p in pictures], meanings)
+        owned = [self._data.meanings[self._data.owned[picture]] for picture in pictures]
+        return _contains(owned, meanings, self._device)
 
     def of_meanings(self, meanings: Ints, pictures: Ints) -> torch.Tensor:
         """Return bool (B, n): whether meaning i, of (B,), is that of a caption of picture j, of (n,)."""
         first = np.searchsorted(self._meanings, meanings)
         end = np.searchsorted(self._meanings, meanings, side="right")
         having = [self._pictures[a:b] for a, b in zip(first, end, strict=True)]
-        return _contains(having, pictures)
+        return _contains(having, pictures, self._device)
 
 
-def _contains(sets: Sequence[Ints], values: Ints) -> torch.Tensor:
-    """Return bool (sets, values): whether set i contains value j, at least 0."""
-    padded = np.full((len(sets), max(map(len, sets))), -1)
-    for row, members in zip(padded, sets, strict=True):
-        row[: len(members)] = members
-    others = torch.from_numpy(values)
-    result = torch.zeros(len(sets), len(values), dtype=torch.bool)
-    for member in torch.from_numpy(padded).T:
-        result |= member[:, None] == others
+def _contains(sets: Sequence[Ints], values: Ints, device: torch.device) -> torch.Tensor:
+    """Return bool (sets, values): whether set i contains value j, which is at least 0."""
+    members = np.full((len(sets), max(map(len, sets))), -1)
+    for row, own in zip(members, sets, strict=True):
+        row[: len(own)] = own
+    others = torch.from_numpy(values).to(device)
+    result = torch.zeros(len(sets), len(values), dtype=torch.bool, device=device)
+    for column in torch.from_numpy(members).to(device).T:  # one at a time, to save memory
+        result |= column[:, None] == others
     return result
