@@ -263,13 +263,15 @@ def _groups(
 def validation_group(
     before: Mapping[str, float], after: Mapping[str, float], pictures: int
 ) -> dict[str, Any]:
-    """Return the recall on the validation split, from a run's summary."""
+    """Return the method's own metrics on the validation split, from a run's summary; of recall both
+    ways the usual ones."""
+    names = [name for name in _FIRST if name in before] or list(before)
     return {
         "title": f"Validation split, {pictures:,} pictures, which chose the weights",
         "rows": [
             [metric_text(name), *(value_text(name, recall[name]) for recall in (before, after)),
              change_text(name, after[name] - before[name])]
-            for name in _FIRST
+            for name in names
         ],
     }  # fmt: skip
 
@@ -314,12 +316,18 @@ def _curves(
                 {"name": f"mean of {window} steps", "x": raw["x"], "y": means, "hue": 0, "dash": 0}
             )
         yield curve(title, "step", "loss", series)
-    checks = [line for line in lines if _HEADLINE in line]
+    own = list(summary.get("before") or [_HEADLINE])
+    checks = [line for line in lines if own[0] in line]
     if len(checks) < 2:
         return
+    pairs = own[0] == _HEADLINE
     x, best = [line["step"] for line in checks], summary["best_step"]
-    note = "Recall on the validation split decides which step is kept; where it differs by chance only, "
-    note += "this loss does. It compares each caption with all pictures of the split."
+    measure = "Recall" if all("/R@" in name for name in own) else "Accuracy"
+    note = (
+        f"{measure} on the validation split decides which step is kept; where it differs by chance "
+    )
+    note += "only, this loss does."
+    note += " It compares each caption with all pictures of the split." if pairs else ""
     mark = {"mark": best} if best else {}
     if "validation_loss" in checks[0]:
         loss = {
@@ -328,7 +336,7 @@ def _curves(
             "y": [line["validation_loss"] for line in checks],
         }
         yield curve("Validation loss", "step", "loss", [loss], note=note, **mark)
-    names = [name for name in checks[0] if "/R@" in name]
+    names = [name for name in checks[0] if ("/R@" in name if pairs else name in own)]
     ways = list(dict.fromkeys(name.partition("/")[0] for name in names))
     recalls = [
         {
@@ -341,7 +349,8 @@ def _curves(
         for at, name in enumerate(names)
     ]
     note = f"The vertical line is step {best:,}, which was kept." if best else ""
-    yield curve("Recall on the validation split", "step", "recall", recalls, note=note, **mark)
+    title = f"{measure} on the validation split"
+    yield curve(title, "step", measure.lower(), recalls, note=note, **mark)
 
 
 # ---- the details
@@ -384,8 +393,9 @@ def _run_table(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str
 def _mixtures(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a table of the mixtures with the start that were tried, if any."""
     tried: Mapping[str, Mapping[str, float]] = summary.get("mixture", {})
-    names = ("text_to_image/R@1", "image_to_text/R@1")
     if len(tried) > 1:
+        own = [name for name in next(iter(tried.values())) if name != "loss"]
+        names = [name for name in _FIRST if name in own] or own
         yield {
             "title": "Mixtures of the start with the trained weights, on the validation split",
             "columns": ["trained share", "loss", *map(metric_text, names), "kept"],

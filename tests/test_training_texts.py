@@ -420,5 +420,6 @@ def test_two_processes_equal_one(options: dict[str, Any], tmp_path: Path) -> Non
     start = weights(Path(options["start"]))
     for name, tensor in one["parameters"].items():
         # AdamW's first steps divide a gradient by its size: where it is about 0, so is its sign.
-        moved = (tensor - start[name]).abs().mean()
+        # A key's bias has none at all: every score of a query gets the same.
+        moved = (tensor - start[name]).abs().mean().clamp(min=1e-4)
         assert (two["parameters"][name] - tensor).abs().mean() <= 0.02 * moved, name

@@ -20,7 +20,7 @@ from clipkit.wording import percent, printable, signed
 
 # Parts of a metric's name which say that its values are shares, or that smaller is better.
 _SHARE = re.compile(
-    r"(R|P|acc|recall|precision|nDCG|hit|overlap|neighbour_overlap|coverage)@\d+"
+    r"(R|P|acc|recall|precision|nDCG|hit|overlap|neighbour_overlap|coverage)@\d+(nn)?"
     r"|acc|accuracy|recall|mean_per_class_recall|balanced_accuracy|mAP|AP|MRR|nDCG|F1|ECE"
 )
 _BETTER_SMALL = re.compile(r"ECE|NLL|(median|mean|best)_rank|.*(_|^)(ms|seconds|bytes|MB)")
