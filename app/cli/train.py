@@ -122,7 +122,8 @@ def _option(item: Field[Any], kind: Any) -> Any:
     flag = f"--{item.name.replace('_', '-')}"
     text = item.metadata["help"]
     help = f"{text[0].upper()}{text[1:]}."
-    default = "by recipe" if item.default is MISSING else str(item.default)
+    various = "by recipe" if item.name in RECIPES["heads"] else "by method and loss"
+    default = various if item.default is MISSING else str(item.default)
     if kind is bool:
         return typer.Option(f"{flag}/--no-{flag[2:]}", help=help, show_default=default)
     if kind in (int, float):

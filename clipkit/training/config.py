@@ -244,8 +244,15 @@ def _defaults(name: str) -> Iterator[Any]:
 
 
 def method_and_loss_options() -> dict[str, tuple[Field[Any], Any]]:
-    """Return the options of all methods and losses by name: their fields and types."""
-    return {n: found for kind in _option_kinds() for n, found in option_fields(kind).items()}
+    """Return the options of all methods and losses by name: their fields and types. One whose default
+    depends on the method or loss has none here."""
+    options = {n: found for kind in _option_kinds() for n, found in option_fields(kind).items()}
+    for name, (item, kind) in options.items():
+        if any(item.default != default for default in _defaults(name)):
+            item = option(item.metadata["help"], **item.metadata["limits"])
+            item.name = name
+            options[name] = item, kind
+    return options
 
 
 def _option_kinds() -> list[type]:
