@@ -11,7 +11,6 @@ and resumed from its last state ends with the same weights, on the CPU bit for b
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -35,8 +34,6 @@ from clipkit.training.run_folder import RunFolder, Tracker
 from clipkit.training.towers import Towers
 from clipkit.training.validation import Scores
 from clipkit.training.weights import L2SP, Ema
-
-log = logging.getLogger(__name__)
 
 _LISTED = 8  # pictures that an error lists
 _MOST_UNREADABLE = 0.1  # of the training pictures
@@ -234,7 +231,6 @@ class _Run:
         if len(history.unreadable) > _MOST_UNREADABLE * len(job.inputs.data):
             raise UnreadablePicturesError(job.inputs.data, history.unreadable)
         for why in new.values():
-            log.warning("left out: %s", why)
             self.report("training", f"left out: {why}")
         return True
 
@@ -340,7 +336,6 @@ class _Run:
         warning = scores.collapse_warning(history.start) or self.job.method.warning()
         if warning and not history.warnings:
             history.warnings.append(f"at step {history.step} {warning}")
-            log.warning(history.warnings[0])
             self.report("evaluating", history.warnings[0])
         self.evaluations += 1
         self.evaluation_seconds += time.monotonic() - began
