@@ -214,6 +214,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ) from error
 
 
+def untrained(folder: Path) -> frozenset[str]:
+    """Return the towers, "image" and "text", whose weights are random by the folder's provenance."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        note = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
+        return frozenset(note.get("untrained", ())) & {"image", "text"}
+    return frozenset()
+
+
 def identify(spec: str) -> Identity | None:
     """Return the identity of a safetensors checkpoint folder; None if only loading tells it.
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from clipkit import checkpoint
+from clipkit import checkpoint, scratch
 from clipkit.checkpoint import TowerConfig
 from clipkit.errors import ModelError
 
@@ -44,8 +44,10 @@ def names_model(spec: str) -> bool:
     """Return whether the spec names a model on this disk, or one that a hub may have."""
     if checkpoint.find_folder(spec) is not None or spec.startswith("hf-hub:"):
         return True
-    if named := checkpoint.weights_file(spec):
-        return named[0] in architectures()
+    if named := scratch.parse(spec):
+        return named[0] in scratch.RESNETS or named[0] in architectures()
+    if weights := checkpoint.weights_file(spec):
+        return weights[0] in architectures()
     architecture, _, tag = spec.rpartition("/")
     return tag in pretrained().get(architecture, ())
 
@@ -63,6 +65,14 @@ def check(spec: str) -> None:
         raise ModelError(
             f"{spec} is a file of weights, which does not say what they are of; name the "
             f"architecture too: --model {_trained_architecture(spec) or 'ARCHITECTURE'}:{spec}"
+        )
+    if named := scratch.parse(spec):
+        names = [*scratch.RESNETS, *architectures()]
+        near = [f"{scratch.PREFIX}{name}" for name in _nearest(named[0], names, cutoff=0.6)]
+        question = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ModelError(
+            f"there is no architecture {named[0]!r}; {question}Use scratch:NAME or scratch:NAME:SEED "
+            f"with {', '.join(scratch.RESNETS)}, or an architecture that `clipkit models` lists"
         )
     head = spec if spec in architectures() else re.split("[:/]", spec, maxsplit=1)[0]
     rest = spec[len(head) + 1 :]
@@ -84,15 +94,16 @@ def check(spec: str) -> None:
         raise ModelError(f"{problem}; did you mean {' or '.join(near)}? All: clipkit models")
     raise ModelError(
         f"{problem}: use builtin, ARCHITECTURE/TAG such as ViT-B-32/laion2b_s34b_b79k, "
-        "ARCHITECTURE:FILE, hf-hub:ORG/NAME, or the folder of a checkpoint; all: clipkit models"
+        "ARCHITECTURE:FILE, hf-hub:ORG/NAME, scratch:ARCHITECTURE, or the folder of a checkpoint; "
+        "all: clipkit models"
     )
 
 
 def list_models(words: Sequence[str] = ()) -> list[ModelRow]:
     """Return the models whose spec contains every one of `words`, in any letter case.
 
-    These are the built-in model, the runs in the working folder, OpenCLIP's pretrained models, and
-    its architectures that come without weights.
+    These are the built-in model, the runs in the working folder, the random starts for pictures of
+    32 pixels, OpenCLIP's pretrained models, and its architectures that come without weights.
     """
     wanted = [word.casefold() for word in words]
     return [row for row in _rows() if all(word in row.spec.casefold() for word in wanted)]
@@ -104,6 +115,9 @@ def _rows() -> Iterator[ModelRow]:
         if folder is not None and (folder / checkpoint.WEIGHTS_FILE).is_file():
             with suppress(ModelError):  # damaged files: not a model
                 yield _folder_row(spec, folder)
+    for name in scratch.RESNETS:
+        config = TowerConfig.from_open_clip(*scratch.settings(name))
+        yield ModelRow(f"{scratch.PREFIX}{name}", config.dim, config.image_size, None, None)
     counts = json.loads((Path(__file__).parent / "towers" / "parameters.json").read_text("utf-8"))
     for architecture, model_cfg in architectures().items():
         config = TowerConfig.from_open_clip(model_cfg, {})

@@ -23,8 +23,8 @@ in the same order on every line of every split:
 `meta` is text because Arrow must find one type per column, the same in every split: nulls, mixed
 numbers, dates in one split only, and names such as "thumb_file_name" would each break
 `datasets.load_dataset`. For the same reason the first list of a split may end with "", which readers
-leave out. Shards have the same columns in each picture's .json, `meta` as an object; pictures without a
-caption have no .txt.
+leave out. (Labels that are all dates do become dates there.) Shards have the same columns in each
+picture's .json, `meta` as an object; pictures without a caption have no .txt.
 
 A picture has one label. A row with several classes gives none; of rows with different labels the first
 counts; both are listed in rejected.jsonl.
@@ -488,7 +488,7 @@ class _Build:
         path = source.path if isinstance(source, Source) else source["path"]
         line: Record = {"source": path, "row": place, "what": what, "reason": reason}
         line |= {"detail": detail} | ({"picture": picture} if picture else {})
-        self._list.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._list.write(_readable(line) + "\n")
 
     def _report(
         self, phase: Literal["reading", "comparing", "writing"], done: int, total: int | None
@@ -499,6 +499,12 @@ class _Build:
 
 def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, default=str).encode() + b"\n"
+
+
+def _readable(record: Mapping[str, Any]) -> str:
+    """Return JSON with letters as they are, and "?" for those of names that are not UTF-8."""
+    text = json.dumps(record, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode()
 
 
 def _print(split: str, record: Record) -> int:
@@ -537,8 +543,8 @@ class FolderWriter:
         for name in self._lists:
             line[name] = _typed(record.get(name, [])) if first else record.get(name, [])
         line |= {key: record[key] for key in ("width", "height", "source")}
-        line["meta"] = json.dumps(record["meta"], ensure_ascii=False, default=str)
-        self._files[split].write(json.dumps(line, ensure_ascii=False) + "\n")
+        line["meta"] = _readable(record["meta"])
+        self._files[split].write(_readable(line) + "\n")
 
 
 def _typed(texts: list[str]) -> list[str]:
@@ -577,7 +583,7 @@ class ShardWriter:
             "split": split,
             "meta": record["meta"],
         }
-        text = json.dumps(fields, ensure_ascii=False, default=str)
+        text = _readable(fields)
         for suffix, body in (
             ("jpg", picture.read_bytes()),
             *(("txt", caption.encode()) for caption in first),

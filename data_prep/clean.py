@@ -220,7 +220,10 @@ def picture_fault(
 ) -> tuple[str, str] | None:
     """Return (reason, detail) why a decoded picture is rejected, or None; sizes are the original's."""
     if min(width, height) < rules.min_side:
-        return "too-small", f"{width} x {height} pixels; the minimum side is {rules.min_side}"
+        return (
+            "too-small",
+            f"{width} x {height} pixels; the minimum side is {rules.min_side} (--min-side)",
+        )
     if "blank" not in rules.allow:
         levels = np.asarray(rgb.resize((32, 32)))  # uint8 (32, 32, 3)
         spread = int(np.ptp(levels, axis=(0, 1)).max())

@@ -12,7 +12,10 @@ there, the group moves whose number is next to the split's range. A class of one
 
 Look-alikes are found by a perceptual hash of 256 bits (pHash, Zauner 2010, by imagehash): of 6,091
 photos saved again smaller or as worse JPEGs all but 1 % stay within 8 bits, brightened by 15 % within
-14, while no two different ones come within 60. The common 64 bits put different photos 8 apart.
+14, while no two different ones come within 60. The common 64 bits put different photos 8 apart. It holds
+for pictures of 32 pixels, too: of 2,000 of CIFAR-10 saved again, enlarged or shrunk all but one stay
+within 15, brightened by 15 % nineteen of twenty; of its 50,000 training pictures 14 pairs come that
+close, each two versions of one photo.
 """
 
 from __future__ import annotations

@@ -149,4 +149,4 @@ def write_manifest(
         },
     }
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    write_whole(path, text.encode("utf-8"))
+    write_whole(path, text.encode("utf-8", "replace"))  # a path need not be UTF-8

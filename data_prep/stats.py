@@ -277,6 +277,7 @@ def _lengths(axes: Axes, stats: Stats) -> None:
     words = stats.caption_words
     if not words.size:
         _heading(axes, "Words in a caption", "no captions")
+        axes.set(xticks=[], yticks=[])
         return
     last = int(np.percentile(words, 99.5)) + 1  # the tail goes into the last bar
     step = max(1, -(-last // 50))
@@ -361,6 +362,8 @@ def _sheet(axes: Axes, stats: Stats) -> None:
     sheet = Image.new("RGB", (_SHEET[0] * step - _GAP, down * step - _GAP), _PAPER)
     for number, tile in enumerate(stats.tiles):
         y, x = divmod(number, across)
+        if (times := _TILE // max(tile.size)) > 1:
+            tile = tile.resize((tile.width * times, tile.height * times), Image.Resampling.NEAREST)
         back = Image.new("RGB", (_TILE, _TILE), _PAPER)
         back.paste(tile, ((_TILE - tile.width) // 2, (_TILE - tile.height) // 2))
         ImageDraw.Draw(back).rectangle((0, 0, _TILE - 1, _TILE - 1), outline="#dfe3ea", width=2)

@@ -304,7 +304,7 @@ def _tables_there(data: str) -> str:
     folder = Path(data).expanduser()
     tables = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet"}
     files = sorted(p for p in folder.glob("*") if p.suffix.lower() in tables)
-    if not files:
+    if not files or (folder / "dataset.json").is_file():  # of a dataset that clipkit built
         return ""
     names = list_text([file.name for file in files], 5)
     return f"; it holds {names}: name the one with the captions, as in --data {files[0]}"

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from clipkit.durable import write_whole
 from clipkit.errors import InputError
+from clipkit.training.registry import METHODS
 from clipkit.wording import duration, percent
 from eval.compare import compare
 from eval.data import Captioned, Labelled
@@ -58,7 +59,7 @@ class Verdict:
 def training_report(
     run: Path,
     encoders: Sequence[Encoder],
-    own: Captioned,
+    own: Captioned | None,
     generic: Captioned | Labelled,
     session: Session,
     commands: Sequence[tuple[str, str]] | None = None,
@@ -66,6 +67,7 @@ def training_report(
     """Compare a run's start and result, (before, after), on held-out pictures of its own data and on a
     generic dataset that it should not forget, and save the report in the run's folder.
 
+    own: None if the held-out pictures have no captions; then there is no verdict.
     `details` of the comparison has the verdict's "outcome", a "summary" table and the "commands" that
     come next, by default those of `next_commands`. Raises InputError if the folder holds no finished
     run, and what `compare` raises.
@@ -74,35 +76,45 @@ def training_report(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     result = compare(
         encoders,
-        [own, generic],
+        [generic] if own is None else [own, generic],
         names=("before", "after"),
         title=f"Training run {run.name}",
         command=facts.get("command") or "",
         session=session,
     )
-    verdict = _judge(result.sections, facts, summary)
     warnings = list(result.warnings)
-    if own.split == "validation":
+    if own is None:
+        verdict = None
+        sentences: tuple[str, ...] = (
+            "The held-out pictures have no captions, so that words cannot be compared on them.",
+            _memory(result.sections[0]),
+        )
+    else:
+        verdict = _judge(result.sections, facts, summary)
+        sentences = verdict.sentences
+    if own is not None and own.split == "validation":
         warnings.append(
             "there is no test split: the figures are of the validation split, which also chose the "
             "best step and the mixture, so they are slightly too high"
         )
-    if len(own.pictures) < FEW:
+    if own is not None and len(own.pictures) < FEW:
         warnings.append(
             f"{len(own.pictures)} held-out pictures can show large changes only; to see smaller ones, "
             "build the dataset with a larger test share, such as `clipkit data build --test 0.3`"
         )
     result = replace(
         result,
-        sentences=verdict.sentences,
+        sentences=sentences,
         warnings=tuple(warnings),
         details={
-            "outcome": verdict.outcome,
+            "outcome": verdict.outcome if verdict else "",
             "summary": {
                 "columns": _COLUMNS,
-                "groups": list(_groups(result.sections, facts, summary)),
+                "groups": list(_groups(result.sections, facts, summary, own is not None)),
             },
-            "commands": next_commands(run, facts["config"]["start"], verdict.outcome)
+            "commands": next_commands(
+                run, facts["config"]["start"], verdict.outcome if verdict else ""
+            )
             if commands is None
             else list(commands),
             "curves": list(_curves(lines, facts, summary)),
@@ -110,7 +122,8 @@ def training_report(
         },
     )
     save(result, run)
-    write_whole(run / VERDICT, (json.dumps(asdict(verdict), indent=2) + "\n").encode())
+    if verdict is not None:
+        write_whole(run / VERDICT, (json.dumps(asdict(verdict), indent=2) + "\n").encode())
     return result
 
 
@@ -218,9 +231,15 @@ def _finding(row: Row) -> str:
     return f"{text}, {p_text(pair.p_value)}"
 
 
+def _captioned(facts: Mapping[str, Any]) -> bool:
+    """Return whether the run's method learns from captions."""
+    entry = METHODS.get(facts["config"].get("method", "pairs"))
+    return entry is None or "captions" in entry.needs
+
+
 def _advice(facts: Mapping[str, Any]) -> str:
     count, kind = facts["data"]["pictures"], "pictures"
-    if "captions" in facts:  # runs of earlier versions do not say
+    if "captions" in facts and _captioned(facts):  # runs of earlier versions do not say
         count, kind = facts["captions"], "captions"
     if facts["config"]["recipe"] in ("heads", "lit"):
         return f"Try --recipe lora, or more {kind} (here {count:,})."
@@ -240,15 +259,20 @@ def _memory(generic: Section) -> str:
 
 
 def _groups(
-    sections: Sequence[Section], facts: Mapping[str, Any], summary: Mapping[str, Any]
+    sections: Sequence[Section],
+    facts: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    own: bool,  # whether the first section is of the run's own data
 ) -> Iterator[dict[str, Any]]:
     """Yield the headline figures of the validation split, the test split and the generic data, each
     as a title and rows (figure, before, after, difference)."""
-    own = sections[0].reports[1]
+    first = sections[0].reports[1]
+    assert first is not None
     before, after = summary["before"], summary["after"]
-    if before and after and own is not None and own.split != "validation":
-        yield validation_group(before, after, facts["data"]["validation_pictures"])
-    for at, section in enumerate(sections):
+    # The report's own figures of the validation split are the same, unless the method has others.
+    if before and after and not (own and first.split == "validation" and _HEADLINE in before):
+        yield validation_group(before, after, facts)
+    for at, section in enumerate(sections, 0 if own else 1):
         report = section.reports[1]
         assert report is not None
         name = section.title.partition(" on ")[2] if at else f"{report.split} split"
@@ -261,17 +285,16 @@ def _groups(
 
 
 def validation_group(
-    before: Mapping[str, float], after: Mapping[str, float], pictures: int
+    before: Mapping[str, float], after: Mapping[str, float], facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the method's own metrics on the validation split, from a run's summary; of recall both
-    ways the usual ones."""
-    names = [name for name in _FIRST if name in before] or list(before)
+    """Return the method's own metrics on the validation split, from a run's summary and facts."""
+    chosen = ", which chose the weights" if facts["config"].get("keep", "best") == "best" else ""
     return {
-        "title": f"Validation split, {pictures:,} pictures, which chose the weights",
+        "title": f"Validation split, {facts['data']['validation_pictures']:,} pictures{chosen}",
         "rows": [
-            [metric_text(name), *(value_text(name, recall[name]) for recall in (before, after)),
+            [metric_text(name), *(value_text(name, metrics[name]) for metrics in (before, after)),
              change_text(name, after[name] - before[name])]
-            for name in names
+            for name in (_FIRST if _HEADLINE in before else before)
         ],
     }  # fmt: skip
 
@@ -292,7 +315,7 @@ def _row(row: Row) -> list[str]:
 def _curves(
     lines: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], summary: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the training loss, the validation loss, and the recall on the validation split by step."""
+    """Yield the training loss, the validation loss, and the validation split's metrics by step."""
     steps = [line for line in lines if "loss" in line]
     if steps:
         window = max(1, len(steps) // 10)
@@ -305,7 +328,7 @@ def _curves(
             "hue": 0,
             "faint": window > 1,
         }
-        title = f"Training loss, each of {facts['batch']:,} pairs"
+        title = f"Training loss, each of {facts['batch']:,} {_unit(facts)}"
         series = [raw]
         if window > 1:
             means = [
@@ -316,27 +339,25 @@ def _curves(
                 {"name": f"mean of {window} steps", "x": raw["x"], "y": means, "hue": 0, "dash": 0}
             )
         yield curve(title, "step", "loss", series)
-    own = list(summary.get("before") or [_HEADLINE])
-    checks = [line for line in lines if own[0] in line]
+    checks = [line for line in lines if any("/" in name for name in line)]
     if len(checks) < 2:
         return
-    pairs = own[0] == _HEADLINE
-    x, best = [line["step"] for line in checks], summary["best_step"]
-    measure = "Recall" if all("/R@" in name for name in own) else "Accuracy"
-    note = (
-        f"{measure} on the validation split decides which step is kept; where it differs by chance "
-    )
-    note += "only, this loss does."
-    note += " It compares each caption with all pictures of the split." if pairs else ""
+    x = [line["step"] for line in checks]
+    best = summary["best_step"] if facts["config"].get("keep", "best") == "best" else 0
     mark = {"mark": best} if best else {}
+    recall = _HEADLINE in checks[0]
     if "validation_loss" in checks[0]:
         loss = {
             "name": "Validation loss",
             "x": x,
             "y": [line["validation_loss"] for line in checks],
         }
+        note = ""
+        if recall:
+            note = "Recall on the validation split decides which step is kept; where it differs by "
+            note += "chance only, this loss does. It compares each caption with all pictures there."
         yield curve("Validation loss", "step", "loss", [loss], note=note, **mark)
-    names = [name for name in checks[0] if ("/R@" in name if pairs else name in own)]
+    names = [name for name in checks[0] if "/" in name]
     ways = list(dict.fromkeys(name.partition("/")[0] for name in names))
     recalls = [
         {
@@ -349,11 +370,16 @@ def _curves(
         for at, name in enumerate(names)
     ]
     note = f"The vertical line is step {best:,}, which was kept." if best else ""
-    title = f"{measure} on the validation split"
-    yield curve(title, "step", measure.lower(), recalls, note=note, **mark)
+    what = "Recall" if all("/R@" in name for name in names) else "Accuracy"
+    yield curve(f"{what} on the validation split", "step", what.lower(), recalls, note=note, **mark)
 
 
 # ---- the details
+
+
+def _unit(facts: Mapping[str, Any]) -> str:
+    """Return what a batch consists of."""
+    return "pairs" if _captioned(facts) else "pictures"
 
 
 def _run_table(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -363,12 +389,13 @@ def _run_table(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str
     drift, alpha = summary.get("drift", 0.0), summary["alpha"]
     mixture = f"{percent(alpha)} trained, {percent(1 - alpha)} starting model"
     rows = [
+        ["Method", config.get("method", "pairs")],
         ["Recipe", config["recipe"]],
         ["Start", f"{config['start']} ({facts['encoder_id']})"],
         ["Result", summary["encoder_id"]],
         ["Trained on", f"{data['pictures']:,} pictures{captions}"],
         ["Data fingerprint", data["fingerprint"]],
-        ["Batch", f"{facts['batch']:,} pairs"],
+        ["Batch", f"{facts['batch']:,} {_unit(facts)}"],
         ["Steps", f"{summary['steps']:,}, best {summary['best_step']:,}"],
         ["Parameters trained", f"{trained:,} of {total:,} ({percent(trained / total)})"],
         [
@@ -393,9 +420,9 @@ def _run_table(facts: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str
 def _mixtures(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a table of the mixtures with the start that were tried, if any."""
     tried: Mapping[str, Mapping[str, float]] = summary.get("mixture", {})
+    first: Mapping[str, float] = next(iter(tried.values()), {})
+    names = _FIRST if _HEADLINE in first else tuple(name for name in first if "/" in name)
     if len(tried) > 1:
-        own = [name for name in next(iter(tried.values())) if name != "loss"]
-        names = [name for name in _FIRST if name in own] or own
         yield {
             "title": "Mixtures of the start with the trained weights, on the validation split",
             "columns": ["trained share", "loss", *map(metric_text, names), "kept"],

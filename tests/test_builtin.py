@@ -49,6 +49,29 @@ def gallery(encoder: towers.DualEncoder) -> tuple[list[str], np.ndarray]:
     return [path.stem for path in paths], measure.encode_files(encoder, paths)
 
 
+def test_a_class_whose_prompts_disagree_is_not_shorter(tmp_path: Path) -> None:
+    """Directions in degrees. The prompts of "cat" lie at -60, 60, -60 and 60: their mean points to 0
+    with length 0.5; all of "dog" lie at 50. A picture at 10 is nearer to 0. Fails for the mean without
+    its second normalisation: 0.5 cos 10 = 0.49 for the cat, cos 40 = 0.77 for the dog."""
+    for name in ("cat", "dog"):
+        (tmp_path / "cifar10_sample" / name).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "cifar10_sample" / "cat" / "0.png")
+
+    def at(degrees: list[float]) -> np.ndarray:
+        angles = np.radians(degrees)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    turns = {prompt.format("cat"): 60 * (-1) ** i for i, prompt in enumerate(measure.CIFAR_PROMPTS)}
+    fake = SimpleNamespace(
+        dim=2,
+        preferred_side=8,
+        preferred_batch=4,
+        encode_texts=lambda texts: at([turns.get(text, 50) for text in texts]),
+        encode_images=lambda pictures: at([10] * len(pictures)),
+    )
+    assert measure.zero_shot(fake, tmp_path).tolist() == [1.0]  # type: ignore[arg-type]
+
+
 def test_fits_into_a_repository_and_holds_no_pickle() -> None:
     files = [path for path in FOLDER.rglob("*") if "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files if path.is_file()) <= 60e6

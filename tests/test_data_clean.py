@@ -109,7 +109,7 @@ def test_pictures() -> None:
     assert picture_fault(picture(0), 96, 64, Rules()) is None
     assert picture_fault(picture(0), 31, 640, Rules()) == (
         "too-small",
-        "31 x 640 pixels; the minimum side is 32",
+        "31 x 640 pixels; the minimum side is 32 (--min-side)",
     )
     assert picture_fault(picture(0), 31, 640, Rules(min_side=0)) is None
     assert (picture_fault(grey, 64, 64, Rules()) or ("",))[0] == "blank"

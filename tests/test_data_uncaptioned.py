@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data_samples import picture, save_all
+from data_samples import picture, save, save_all
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,3 +266,21 @@ def test_splits_of_a_build_are_balanced(tmp_path: Path) -> None:
             "class 1",
             "class 2",
         }
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_names_that_are_not_utf_8(tmp_path: Path, shards: bool) -> None:
+    """Folders by other systems, half a surrogate pair in JSON: files are UTF-8, classes stay apart."""
+    for seed, folder in enumerate(("caf\udce9", "caf\udce8")):
+        try:
+            save(tmp_path / "in" / folder / f"{seed}.png", seed)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 names only")
+    path = tmp_path / "t.jsonl"
+    save_all(tmp_path, "0.png", "1.png", "2.png")
+    path.write_text('{"image": "2.png", "x\\ud800": "\\ud801", "label": ["\\ud802", "a"]}\n')
+    built = run(tmp_path / "out", tmp_path / "in", path, shards=shards, fractions=ALL_TRAIN)
+    assert built.labels == {"caf\\udce9": 1, "caf\\udce8": 1}
+    assert {row.label for row in read(tmp_path / "out")} == {"caf\\udce9", "caf\\udce8", None}
+    for file in (tmp_path / "out").rglob("*.json*"):
+        file.read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 from clipkit.losses import losses_of
-from clipkit.losses.pairs import info_nce, siglip
+from clipkit.losses.pairs import Same, info_nce, siglip
 from clipkit.options import option_fields
 
 
@@ -29,8 +29,16 @@ def matches(image_ids: torch.Tensor, text_ids: torch.Tensor) -> torch.Tensor:
 IMAGES, TEXTS = unit_rows(6, 4, 1), unit_rows(6, 4, 2)
 SCALE = torch.tensor(math.log(5.0), dtype=torch.float64)
 BIAS = torch.tensor(-2.0, dtype=torch.float64)
-SAME = torch.zeros(6, 6, dtype=torch.bool)
-SAME[0, 3] = SAME[3, 0] = SAME[2, 5] = True
+
+
+def grouped(matrix: torch.Tensor) -> Same:
+    """The pairs (picture i, caption j) that a bool (B, B) marks, each caption a group of its own."""
+    return Same(torch.arange(len(matrix)), *torch.nonzero(matrix).T)
+
+
+MARKS = torch.zeros(6, 6, dtype=torch.bool)
+MARKS[0, 3] = MARKS[3, 0] = MARKS[2, 5] = True
+SAME = grouped(MARKS)
 
 
 def test_identical_embeddings_cost_the_logarithm_of_the_batch() -> None:
@@ -65,7 +73,7 @@ def test_it_is_torchs_cross_entropy_both_ways(smoothing: float) -> None:
 def test_it_is_symmetric() -> None:
     options = {"hardness": 0.7, "debias": 0.1, "label_smoothing": 0.1}
     there = info_nce(IMAGES, TEXTS, SCALE, same=SAME, **options)
-    back = info_nce(TEXTS, IMAGES, SCALE, same=SAME.T, **options)
+    back = info_nce(TEXTS, IMAGES, SCALE, same=grouped(MARKS.T), **options)
     assert there.item() == pytest.approx(back.item())
     assert siglip(IMAGES, TEXTS, SCALE, BIAS).item() == pytest.approx(
         siglip(TEXTS, IMAGES, SCALE, BIAS).item()
@@ -82,6 +90,7 @@ def test_an_equal_caption_is_no_negative() -> None:
     rows = F.normalize(torch.ones(4, 3, dtype=torch.float64), dim=1)
     same = matches(torch.arange(4), torch.tensor([8, 8, 2, 3]))
     assert same.tolist()[0] == [True, True, False, False]
+    same = grouped(same)
     masked = info_nce(rows, rows, SCALE, same=same)
     assert masked.item() == pytest.approx((2 * math.log(3) + 2 * math.log(4)) / 4)
     positive = info_nce(rows, rows, SCALE, same=same, duplicates="positive")
@@ -93,7 +102,7 @@ def test_positives_share_the_target_evenly() -> None:
     """B = 2, both pictures and both captions the same, scores (s, 0; 0, s): each row's target is
     the mean of its two log-probabilities: ln(e^s + 1) - s / 2."""
     eye = torch.eye(2, dtype=torch.float64)
-    everything = torch.ones(2, 2, dtype=torch.bool)
+    everything = grouped(torch.ones(2, 2, dtype=torch.bool))
     value = info_nce(eye, eye, SCALE, same=everything, duplicates="positive")
     assert value.item() == pytest.approx(math.log(math.exp(5) + 1) - 2.5)
 
@@ -146,7 +155,7 @@ def test_siglip_with_an_equal_caption() -> None:
     """As above, but the false pair (0, 1) is marked as true: left out, or counted with its sign
     turned: ln(1 + e^2) in place of ln(1 + e^-2)."""
     eye = torch.eye(2, dtype=torch.float64)
-    same = torch.tensor([[False, True], [False, False]])
+    same = grouped(torch.tensor([[False, True], [False, False]]))
     true, false = math.log1p(math.exp(-3)), math.log1p(math.exp(-2))
     masked = siglip(eye, eye, SCALE, BIAS, same=same)
     assert masked.item() == pytest.approx((2 * true + false) / 2)
@@ -156,6 +165,8 @@ def test_siglip_with_an_equal_caption() -> None:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
+    {"same": SAME},
+    {"same": SAME, "block_rows": 4},
     {"same": SAME, "label_smoothing": 0.1},
     {"same": SAME, "duplicates": "positive", "hardness": 0.5},
     {"hardness": 0.5, "debias": 0.05, "block_rows": 4},
@@ -193,7 +204,10 @@ def test_blocks_of_rows_change_nothing(block_rows: int) -> None:
     [
         (lambda: info_nce(IMAGES, TEXTS[:5], SCALE), r"images \(6, 4\) and texts \(5, 4\)"),
         (lambda: info_nce(IMAGES[:0], TEXTS[:0], SCALE), "at least one pair"),
-        (lambda: siglip(IMAGES, TEXTS, SCALE, BIAS, same=SAME[:2]), r"same must be bool \(6, 6\)"),
+        (
+            lambda: siglip(IMAGES[:2], TEXTS[:2], SCALE, BIAS, same=SAME),
+            "same is of 6 pairs, .* has 2",
+        ),
         (lambda: info_nce(IMAGES, TEXTS, SCALE, label_smoothing=1.0), "label_smoothing is 1.0"),
         (lambda: info_nce(IMAGES, TEXTS, SCALE, debias=-0.1), "debias is -0.1"),
         (lambda: info_nce(IMAGES, TEXTS, SCALE, hardness=-1), "hardness is -1"),
@@ -209,3 +223,25 @@ def test_every_registered_loss_is_called_as_it_says() -> None:
         scalars = (SCALE, BIAS) if loss.has_bias else (SCALE,)
         options = dict.fromkeys(option_fields(loss.options), 0.1)
         assert torch.isfinite(loss(IMAGES, TEXTS, *scalars, same=SAME, **options))
+
+
+def test_groups_mark_what_a_matrix_marks() -> None:
+    """Captions 0 and 2 are of group 7, caption 1 of group 8. Picture 0 is in 7 and 8, picture 2 in 8."""
+    groups = Same(torch.tensor([7, 8, 7]), torch.tensor([0, 0, 2]), torch.tensor([7, 8, 8]))
+    matrix = torch.tensor([[True, True, True], [False, False, False], [False, True, False]])
+    assert torch.equal(groups.of_pictures(0, 3), matrix)
+    assert torch.equal(groups.of_captions(0, 3), matrix.T)
+    assert torch.equal(groups.of_pictures(1, 3), matrix[1:])
+    assert torch.equal(groups.of_captions(1, 2), matrix.T[1:2])
+
+
+@pytest.mark.parametrize("same", [None, SAME], ids=["alone", "same"])
+def test_the_short_way_of_plain_info_nce_is_the_long_one(same: Same | None) -> None:
+    """A hardness of 1e-12 takes the long way, and weighs all negatives alike."""
+    rows = [t.clone().requires_grad_() for t in (IMAGES, TEXTS, SCALE)]
+    short, long = (info_nce(*rows, same=same, hardness=h) for h in (0.0, 1e-12))
+    assert short.item() == pytest.approx(long.item(), abs=1e-9)
+    for one, other in zip(
+        torch.autograd.grad(short, rows), torch.autograd.grad(long, rows), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data_samples import save_all
 from written import names, png, write, write_tar
 
 from clipkit.errors import DatasetError, ImageError, InputError
 from clipkit.sources import open_source
+from data_prep.build import build_once
 from eval.data import open_captioned, open_labelled
 
 # ---- WebDataset
@@ -221,3 +223,13 @@ def test_a_benchmark_that_was_downloaded_needs_no_network(
     assert data.labels.tolist() == [1]
     with pytest.raises(InputError, match="cifar10 has no split 'train'; try test or train"):
         open_labelled("cifar10", split="train")
+    # A build takes the training pictures, too, with their split.
+    shard = home / "snapshots" / "c0ffee" / "train" / "0.tar"
+    save_all(tmp_path, "0.webp", "1.webp")
+    large = [(tmp_path / f"{n}.webp").read_bytes() for n in range(2)]
+    write_tar(shard, {"s0.webp": large[0], "s0.cls": b"0", "s1.webp": large[1], "s1.cls": b"1"})
+    folder, built = build_once("cifar10", tmp_path / "made", uncaptioned=True)
+    assert built is not None and built.pictures == {"train": 2}
+    assert built.rejected == {"picture": {"too-small": 1}}  # that of the test, 4 x 4 pixels
+    assert built.labels == {"airplane": 1, "automobile": 1} and folder.name.startswith("cifar10-")
+    assert open_labelled("cifar10").split == "test"  # as before

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import DatasetError, InputError
+from clipkit.index import VectorIndex
+from clipkit.training import data as data_module
 from clipkit.training.data import CaptionedPictures, mine
 from clipkit.training.validation import (
     Scores,
@@ -312,3 +314,61 @@ def test_no_candidate_is_its_own_negative() -> None:
     mined = mine(pictures, pictures, data, count=4)
     assert not (mined == np.arange(40)[:, None]).any()
     assert ((mined >= -1) & (mined < 40)).all() and (mined >= 0).all(1).mean() > 0.9
+
+
+def searched_one_by_one(
+    pictures: np.ndarray, texts: np.ndarray, data: CaptionedPictures, *, count: int, margin: float
+) -> np.ndarray:
+    """The rule of `mine`, a picture at a time."""
+    index = VectorIndex.build(np.arange(len(pictures)), pictures)
+    having: dict[int, set[int]] = {}  # pictures that have a caption of this meaning
+    for picture, numbers in enumerate(data.owned):
+        for number in numbers:
+            having.setdefault(int(data.meanings[number]), set()).add(picture)
+    result = np.full((len(data), count), -1, np.int64)
+    for picture, numbers in enumerate(data.owned):
+        candidates: dict[int, float] = {}
+        excluded = {picture}
+        hits = index.search(texts[numbers], 10 * count + 1)
+        for number, (ids, scores) in zip(numbers, hits, strict=True):
+            own = float(texts[number] @ pictures[picture])
+            excluded |= having[int(data.meanings[number])]
+            excluded |= set(ids[scores > own - (1 - margin) * abs(own)].tolist())
+            for candidate, score in zip(ids.tolist(), scores.tolist(), strict=True):
+                candidates[candidate] = max(score, candidates.get(candidate, -2.0))
+        hardest = sorted((-s, c) for c, s in candidates.items() if c not in excluded)[:count]
+        result[picture, : len(hardest)] = [c for _, c in hardest]
+    return result
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_searching_in_blocks_finds_what_searching_one_by_one_does(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixty pictures in clusters, of one to three captions each, some of them shared. The vectors are
+    exact in half precision, in which the index holds them. Each of two processes finds its part."""
+    rng = np.random.default_rng(seed)
+    said = [{f"c{rng.integers(0, 50)}" for _ in range(rng.integers(1, 4))} for _ in range(60)]
+    data = captioned([sorted(own) for own in said])
+    centres = rng.normal(size=(6, 8))
+
+    def near(groups: np.ndarray) -> np.ndarray:
+        rows = centres[groups] + 0.4 * rng.normal(size=(len(groups), 8))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return rows.astype(np.float16).astype(np.float32)
+
+    groups = rng.integers(0, 6, 60)
+    of_text = np.zeros(len(data.texts), np.int64)
+    of_text[data.captions] = groups[data.owner]
+    pictures, texts = near(groups), near(of_text)
+    count, margin = int(rng.integers(1, 5)), float(rng.choice([0.8, 0.95, 1.0]))
+    expected = searched_one_by_one(pictures, texts, data, count=count, margin=margin)
+    assert (expected >= 0).mean() > 0.1
+    monkeypatch.setattr(data_module, "_SCORES", 1000)  # blocks of five pictures
+    mined = mine(pictures, texts, data, count=count, margin=margin)
+    assert mined.tolist() == expected.tolist()
+    halves = [
+        mine(pictures, texts, data, count=count, margin=margin, share=share)
+        for share in (slice(0, 31), slice(31, 60))
+    ]
+    assert np.concatenate(halves).tolist() == expected.tolist()

@@ -96,12 +96,34 @@ def test_equal_captions_are_known_whatever_their_spelling(
         place = {int(p): i for i, p in enumerate(plan.pictures)}
         said = data.texts[plan.texts[0, place[0]]]
         found.add(said)
-        expected = torch.zeros(3, 3, dtype=torch.bool)
+        expected = torch.eye(3, dtype=torch.bool)
         expected[place[0], place[1]] = True
         if said == "A dog.":
             expected[place[1], place[0]] = True
-        assert torch.equal(same, expected)
+        assert torch.equal(same.of_pictures(0, 3) | torch.eye(3, dtype=torch.bool), expected)
     assert found == {"A dog.", "a cat"}
+
+
+@pytest.mark.parametrize("captions", [3, 40], ids=["classes", "few in common"])
+def test_pairs_that_belong_together_take_memory_by_the_batch(captions: int) -> None:
+    """400 pictures of up to three of `captions` captions: the groups mark the pairs that a loop finds.
+    Fails for the version that makes a matrix of 400 * 400 marks."""
+    rng = np.random.default_rng(captions)
+    owned = tuple(rng.permutation(captions)[: rng.integers(1, 4)] for _ in range(400))
+    names = tuple(map(str, range(400)))
+    data = CaptionedPictures(
+        Path(), names, names, names[:captions], owned, np.arange(captions) // 2, 0
+    )
+    (plan,) = data.plans(epoch=0, batch=400, seed=0)
+    same = data.same(plan)
+    assert same is not None
+    assert sum(part.numel() for part in (same.captions, same.pictures, same.groups)) <= 7 * 400
+    marks = same.of_pictures(0, 400)
+    meant = data.meanings[plan.texts[0]]
+    for i, picture in enumerate(plan.pictures):
+        expected = np.isin(meant, data.meanings[owned[picture]])
+        marks[i, i] = expected[i] = True
+        assert marks[i].tolist() == expected.tolist()
 
 
 def test_no_equal_captions_need_no_matrix(ten: CaptionedPictures) -> None:
@@ -317,3 +339,18 @@ def test_any_picture_gives_a_view_of_the_target_size(
     )
     assert view.shape == (3, *size) and view.dtype == torch.uint8
     assert (view.float() - torch.tensor([10, 200, 30.0]).view(3, 1, 1)).abs().max() <= 1
+
+
+def test_processes_of_one_machine_share_its_cores(
+    ten: CaptionedPictures,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fails for a version in which each of eight processes starts as many decoders as there are cores."""
+    encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
+    trainable = TrainableTowers(encoder, loss="infonce")
+    monkeypatch.setattr("os.cpu_count", lambda: 32)
+    assert PictureInputs(ten, trainable).workers == 32
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert PictureInputs(ten, trainable).workers == 4
+    assert PictureInputs(ten, trainable, workers=5).workers == 5

@@ -94,6 +94,18 @@ def gradients_without_exact_gather() -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+def decayed() -> dict[str, torch.Tensor]:
+    """Three weights of 1 after a step at rate 0.1 with decay 0.5: used by all, by the last process, by
+    none."""
+    weights = {name: torch.nn.Parameter(torch.ones(())) for name in ("all", "last", "none")}
+    weights["all"].grad = torch.tensor(1.0 / distributed.world_size())
+    if distributed.rank() == distributed.world_size() - 1:
+        weights["last"].grad = torch.tensor(1.0)
+    distributed.sum_gradients(weights.values(), [])
+    torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.5).step()
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
 def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -103,6 +115,7 @@ def one_of_two(rank: int, folder: str) -> None:
         "wrong": gradients_without_exact_gather(),
         "uneven": distributed.gather_uneven(torch.full((rank + 1, 2), float(rank))),
         "collected": distributed.collect({"rank": rank}),
+        "decayed": decayed(),
     }
     with pytest.raises(InputError, match=r"batch is 7, which 2 processes cannot share.*use 6"):
         distributed.own_slice(7)
@@ -112,7 +125,10 @@ def one_of_two(rank: int, folder: str) -> None:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Fails for the version that gathers without gradients and averages: there the towers' come
-    out halved, and logit_scale's do not. Gradient caching works within each process."""
+    out halved, and logit_scale's do not. Gradient caching works within each process.
+
+    A first step of AdamW takes a weight of 1 with a gradient of 1 to 1 - 0.1 * 0.5 - 0.1 = 0.85. Without
+    a gradient it stays; fails for the version that fills in zeros, whose decay makes it 0.95."""
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path),), nprocs=2)
     expected = gradients(chunk=100)
     for rank in (0, 1):
@@ -125,6 +141,10 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         torch.testing.assert_close(results["wrong"]["text.weight"], expected["text.weight"] / 2)
         assert results["uneven"].tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
         assert results["collected"] == [{"rank": 0}, {"rank": 1}]
+        for step in (results["decayed"], decayed()):
+            assert {name: weight.item() for name, weight in step.items()} == pytest.approx(
+                {"all": 0.85, "last": 0.85, "none": 1.0}
+            )
 
 
 def test_cuda_tensors_travel_by_nccl_and_cpu_tensors_by_gloo() -> None:

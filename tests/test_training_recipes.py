@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from open_clip.coca_model import CoCa
+from open_clip.model import CLIP
+from torch.nn.utils import parametrize
+from transformers import MT5Config, MT5EncoderModel
+from transformers.pytorch_utils import Conv1D
 
 from clipkit import towers
 from clipkit.errors import ModelError
@@ -31,7 +38,7 @@ from clipkit.training.recipes import (
     rate_factor,
 )
 from clipkit.training.registry import METHODS
-from clipkit.training.towers import TrainableTowers
+from clipkit.training.towers import TrainableTowers, checkpoint_activations
 from clipkit.training.weights import L2SP, Ema
 
 Checkpoint = Callable[..., Path]
@@ -133,6 +140,66 @@ def test_a_removed_head_and_the_head_are_the_tower(tiny_checkpoint: Checkpoint, 
             torch.testing.assert_close(encode(inputs), whole)  # it is back
 
 
+TRUNKS: dict[str, dict[str, Any]] = {
+    "fastvit_t8": {"layers": (1, 1, 1, 1), "embed_dims": (8, 16, 32, 64)},  # MobileCLIP's
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+    "eva02_tiny_patch14_224": {"img_size": 28, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    "vit_tiny_patch16_224": {"img_size": 32, "depth": 1, "embed_dim": 32, "num_heads": 2},
+    "test_efficientnet": {},
+}
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_what_precedes_a_trunks_last_layer_is_pooled(name: str) -> None:
+    """Fails for the version that takes out the trunk's whole head, with its pooling: a FastViT of 256
+    pixels then keeps 1,024 x 8 x 8 numbers of each picture, and an EfficientNet had no head."""
+    with torch.random.fork_rng():
+        trunk = timm.create_model(name, num_classes=6, **TRUNKS[name]).eval()
+    kinds = [type(module) for module in trunk.modules()]
+    side = TRUNKS[name].get("img_size", 64)
+    visual = torch.nn.Sequential()
+    visual.trunk = trunk
+    model = torch.nn.Module()
+    model.visual, model.text = visual, torch.nn.Module()
+    head, _ = find_heads(model)
+    assert head is not None
+    pixels = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        whole = visual(pixels)
+        with head.removed():
+            features = visual(pixels)
+        assert features.ndim == 2 and whole.shape == (2, 6)
+        torch.testing.assert_close(head(features), whole)
+        torch.testing.assert_close(visual(pixels), whole)
+    assert [type(module) for module in trunk.modules()] == kinds
+
+
+def test_cocas_projections_are_its_heads() -> None:
+    with torch.random.fork_rng():
+        model = CoCa(
+            embed_dim=8,
+            multimodal_cfg={"width": 16, "heads": 2, "layers": 1, "context_length": 6},
+            text_cfg={
+                **{"context_length": 6, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1},
+                **{"embed_cls": True, "output_tokens": True},
+            },
+            vision_cfg={
+                **{"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+                **{"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
+            },
+        ).eval()
+    pixels, tokens = torch.randn(2, 3, 16, 16), torch.tensor([[1, 9, 49, 0, 0], [1, 2, 3, 49, 0]])
+    for head, encode, inputs in zip(
+        find_heads(model), (model.encode_image, model.encode_text), (pixels, tokens), strict=True
+    ):
+        assert head is not None
+        with torch.no_grad():
+            whole = encode(inputs, normalize=False)
+            with head.removed():
+                features = encode(inputs, normalize=False)
+            torch.testing.assert_close(head(features), whole)
+
+
 def test_towers_without_projections_are_refused() -> None:
     model = torch.nn.Module()
     model.visual, model.text = torch.nn.Module(), torch.nn.Module()
@@ -208,6 +275,29 @@ def test_stages_of_other_towers_are_layers_too(tiny_checkpoint: Checkpoint) -> N
     assert rates["text.transformer.encoder.layer.1.output.dense.weight"] == 0.5
 
 
+def test_a_block_of_t5_is_a_layer() -> None:
+    """mT5 calls its blocks `block.N`, and the parts of each `layer.0` and `layer.1`. Three blocks, so
+    the rates are 0.5, 0.25 and 0.125, of the embedding 0.0625. Fails where the parts are taken for
+    the layers: every depth is 2 then."""
+    t5 = MT5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=16, num_layers=3, num_heads=2)
+    model = torch.nn.Module()
+    model.transformer = MT5EncoderModel(t5).encoder
+    config = options(recipe="full", learning_rate=1.0, layer_decay=0.5, train_text_layers=2)
+    named = {f"text.{name}": p for name, p in model.named_parameters()}
+    trained = Trained(named, {}, frozenset(), frozenset(), frozenset({"text"}), 0)
+    rates = {
+        name: group["base_lr"]
+        for group in make_optimizer(trained, config).param_groups
+        for name in group["names"]
+    }
+    for block, rate in enumerate((0.125, 0.25, 0.5)):
+        own = [r for name, r in rates.items() if f".block.{block}." in name]
+        assert len(own) >= 9 and set(own) == {rate}
+    assert rates["text.transformer.embed_tokens.weight"] == 0.0625
+    assert rates["text.transformer.final_layer_norm.weight"] == 1.0
+    assert checkpoint_activations(model) == 3
+
+
 def test_the_rate_rises_over_a_share_of_the_run_and_falls_to_nothing() -> None:
     """Fails for warm-up in steps, such as 10,000: a short run would end before it is warm."""
     factors = [rate_factor(step, 100, 0.1) for step in range(100)]
@@ -265,6 +355,55 @@ def test_fused_attention_gets_adapters_for_query_key_and_value(tiny_checkpoint: 
     for part in change:  # query, key, value
         assert part.abs().max() > 1e-7
         assert torch.linalg.matrix_rank(part.double(), rtol=1e-3) <= 2
+
+
+@pytest.mark.parametrize("change", ["qk_norm", "scale_heads", "attentional_pool"])
+def test_every_attention_of_openclip_gets_adapters(change: str) -> None:
+    """Fails for the version that knows torch's attention only: OpenCLIP's own, of blocks with norms or
+    scales inside, keeps its query, key and value as they are. The pooler's keys are of another width,
+    so that its matrices are apart."""
+    vision: dict[str, Any] = {"image_size": 16, "patch_size": 8, "width": 16, "layers": 2}
+    text = {"context_length": 6, "vocab_size": 50, "width": 16, "heads": 2, "layers": 2}
+    if change == "attentional_pool":
+        vision["attn_pooler_heads"] = 2
+    else:
+        text[change] = True
+    with torch.random.fork_rng():
+        model = CLIP(
+            embed_dim=8, vision_cfg={**vision, "head_width": 8, change: True}, text_cfg=text
+        )
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("AttentionalPooler" if change == "attentional_pool" else "Attention") in kinds
+    expected = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and re.search(r"(in|q|k|v)_proj_weight|out_proj|c_fc|c_proj", name)
+    ]
+    count = add_adapters(model.eval(), rank=2, alpha=2.0)
+    adapted = {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for weight in module.parametrizations  # type: ignore[union-attr]
+    }
+    assert adapted == set(expected) and count == len(expected) >= 16
+    rows = model.encode_image(torch.randn(2, 3, 16, 16), normalize=True)
+    texts = model.encode_text(
+        torch.tensor([[1, 9, 49, 0, 0, 0], [1, 2, 3, 49, 0, 0]]), normalize=True
+    )
+    (rows * torch.arange(8.0)).sum().backward()
+    (texts * torch.arange(8.0)).sum().backward()
+    for up in (m.up for m in model.modules() if isinstance(m, LowRank)):
+        assert up.grad is not None and up.grad.flatten(1).abs().amax(1).gt(0).all()
+
+
+def test_a_weight_that_no_adapter_fits_is_named() -> None:
+    """Hugging Face's Conv1D is a linear layer whose weight lies the other way round."""
+    model = torch.nn.Module()
+    model.visual = torch.nn.Linear(2, 2)
+    model.text = torch.nn.Sequential(torch.nn.Linear(2, 2), Conv1D(6, 2))
+    with pytest.raises(ModelError, match=r"no adapter for weight \(2, 6\) of 1 \(Conv1D\); use"):
+        add_adapters(model, rank=2, alpha=2.0)
 
 
 def test_lora_trains_adapters_projections_and_the_scale_only(tiny_checkpoint: Checkpoint) -> None:

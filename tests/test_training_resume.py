@@ -61,13 +61,21 @@ def train_with_a_kill(config: TrainConfig, folder: Path, step: int) -> RunSummar
         {"recipe": "full", "dropout": True, "hard_negatives": 2, "drift": 0.05},
         {"recipe": "lora", "hardness": 0.3, "hard_negatives": 1, "hard_negatives_every": 2},
         {"recipe": "heads", "ema": 0.9},
+        {
+            "start": "scratch:cifar-resnet10-w16",
+            "batch_norm": "batch",
+            "chunk": 0,
+            "ema": 0.9,
+            "learning_rate": 0.01,
+        },
     ],
-    ids=["full", "lora", "heads"],
+    ids=["full", "lora", "heads", "batch-norm"],
 )
 def test_a_killed_run_ends_as_if_it_had_not_been(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """Model, optimizer, mean of the weights, best, random states, negatives: every bit.
+    """Model, running statistics, optimizer, mean of the weights, best, random states, negatives: every
+    bit.
 
     Fails for any version that forgets one of them, or the position within the epoch.
     """

@@ -109,7 +109,7 @@ def _run(folder: Path) -> Run | None:
             keys = ("split", "before", "after", "outcome")
             fields = {key: verdict[key] for key in keys}
             return replace(run, **fields, test_data=verdict["fingerprint"])
-        if summary.get("before"):
+        if RECALL in (summary.get("before") or {}):  # methods without captions have another measure
             before, after = summary["before"][RECALL], summary["after"][RECALL]
             return replace(run, split="validation", before=before, after=after)
         return run

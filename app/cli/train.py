@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ from app.cli.terminal import (
     stop_on_signal,
 )
 from app.paths import features_folder
+from clipkit.durable import write_whole
 from clipkit.errors import InputError
 from clipkit.options import option_fields
 from clipkit.training.config import (
@@ -180,6 +182,12 @@ def train(
     no_report: Annotated[
         bool, typer.Option("--no-report", help="Do not compare the result with the start model.")
     ] = False,
+    show_views: Annotated[
+        bool,
+        typer.Option(
+            "--show-views", help="Draw what the run would see of some pictures, and do not train."
+        ),
+    ] = False,
     options: Annotated[
         bool, typer.Option("--options", help="List every option of a run with its default.")
     ] = False,
@@ -207,7 +215,7 @@ def train(
 
     named = {"data": data, "recipe": recipe, "start": model}
     flags |= {key: value for key, value in named.items() if value is not None}
-    if resume is not None and (flags or config is not None):
+    if resume is not None and (flags or config is not None or show_views):
         raise InputError("--resume goes on with the run's own options; give no others")
     command = command_line()
     with stop_on_signal("stopping after this step; once more to stop at once") as stop:
@@ -229,6 +237,9 @@ def train(
             )
             choose_device(chosen.device)  # a configuration file's, too, before a dataset is built
             chosen = replace(chosen, data=_dataset(chosen, command, stop, quiet))
+            if show_views:
+                _draw_views(chosen)
+                return
             with _progress(_slow(chosen), quiet=quiet) as show:
                 summary = train_run(chosen, on_progress=show, stop=stop, command=command)
         if not _is_first_process():
@@ -338,6 +349,7 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bo
             folder, built = build_once(
                 config.data,
                 Path(config.out) / ".datasets",
+                uncaptioned="captions" not in METHODS[config.method].needs,
                 command=command,
                 on_progress=on_progress,
             )
@@ -352,6 +364,19 @@ def _dataset(config: TrainConfig, command: str, stop: threading.Event, quiet: bo
             state += f"; {rejected:,} rejected, see rejected.jsonl there" if rejected else ""
         print(f"dataset of {printable(config.data)}: {printable(str(folder))} ({state})")
     return str(folder)
+
+
+def _draw_views(config: TrainConfig) -> None:
+    """Write the sheet of views into the folder for runs, and print its path."""
+    from clipkit.training import draw_views
+
+    folder = Path(config.out).expanduser()
+    path = folder / f"views-{config.method}.png"
+    content = io.BytesIO()
+    draw_views(config).save(content, "PNG")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())
+    print(f"views: {printable(str(path))}")
 
 
 def _listed(recipe: str) -> Iterator[str]:
@@ -447,8 +472,7 @@ def _print_validation(summary: RunSummary) -> None:
 
     facts = json.loads((summary.folder / "config.json").read_text(encoding="utf-8"))
     if summary.before and summary.after:
-        count = facts["data"]["validation_pictures"]
-        group = validation_group(summary.before, summary.after, count)
+        group = validation_group(summary.before, summary.after, facts)
         print("\n".join(summary_lines([group])) + "\n")
     _print_commands(next_commands(summary.folder, facts["config"]["start"]))
 
@@ -470,12 +494,14 @@ def _report(folder: Path, generic: str | None, stop: threading.Event, quiet: boo
     from eval.training_report import summary_lines, training_report
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+    own: Captioned | None = None
     try:
         own = open_captioned(config["data"])
     except InputError as error:
-        print(f"no report: {error}\n")
-        return False
-    if own.split not in ("test", "validation"):
+        if "captions" in METHODS[config["method"]].needs:
+            print(f"no report: {error}\n")
+            return False
+    if own is not None and own.split not in ("test", "validation"):
         print("no report: the dataset has neither a test nor a validation split to compare on\n")
         return False
     try:

@@ -1,16 +1,17 @@
 """Contrastive losses over a batch of picture-caption pairs.
 
 Each takes unit rows `images` and `texts` (B, D), where row i of one belongs to row i of the other,
-and returns a scalar. `same`, bool (B, B), marks other pairs (picture i, caption j) that belong
-together, such as equal captions of two pictures, so that they are not taken for negatives. With
-`block_rows` the (B, B) scores are computed that many rows at a time, and again for the gradient, so
-that memory grows with B and not with its square; value and gradients stay the same.
+and returns a scalar. `same` says which other pictures and captions belong together, such as equal
+captions of two pictures, so that they are not taken for negatives. With `block_rows` the (B, B) scores
+are computed that many rows at a time, and again for the gradient, so that memory grows with B and not
+with its square; value and gradients stay the same.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,12 +23,48 @@ from clipkit.errors import InputError
 Duplicates = Literal["mask", "positive"]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Same:
+    """Which pictures and captions of a batch of B pairs belong together, beside the pairs themselves.
+
+    They lie in groups, such as captions of one meaning: a picture may be in several, a caption is in
+    one. So a batch of 32,768 takes a megabyte where a matrix of marks takes a gigabyte. A pair's own
+    picture and caption may share a group or not.
+    """
+
+    captions: torch.Tensor  # int64 (B,): the group of each caption
+    pictures: torch.Tensor  # int64 (E,): picture pictures[e] is in group groups[e]; no pair twice
+    groups: torch.Tensor  # int64 (E,)
+
+    def to(self, device: torch.device) -> Same:
+        return Same(self.captions.to(device), self.pictures.to(device), self.groups.to(device))
+
+    def of_pictures(self, start: int, stop: int) -> torch.Tensor:
+        """Mark the captions of pictures start to stop: bool (stop - start, B)."""
+        inside = (self.pictures >= start) & (self.pictures < stop)
+        equal = self.groups[inside, None] == self.captions
+        return _added(equal, 0, self.pictures[inside] - start, stop - start)
+
+    def of_captions(self, start: int, stop: int) -> torch.Tensor:
+        """Mark the pictures of captions start to stop: bool (stop - start, B)."""
+        equal = self.captions[start:stop, None] == self.groups
+        return _added(equal, 1, self.pictures, len(self.captions))
+
+
+def _added(marks: torch.Tensor, dim: int, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Join marks that have one place along `dim`, of `count` places. At most one of them is set."""
+    shape = list(marks.shape)
+    shape[dim] = count
+    joined = torch.zeros(shape, dtype=torch.uint8, device=marks.device)
+    return joined.index_add_(dim, places, marks.to(torch.uint8)).bool()
+
+
 def info_nce(
     images: torch.Tensor,
     texts: torch.Tensor,
     logit_scale: torch.Tensor,
     *,
-    same: torch.Tensor | None = None,
+    same: Same | None = None,
     duplicates: Duplicates = "mask",
     label_smoothing: float = 0.0,
     hardness: float = 0.0,
@@ -52,13 +89,23 @@ def info_nce(
     if hardness < 0:
         raise InputError(f"hardness is {hardness}; it must be 0 (off) or positive, such as 0.5")
 
+    share = duplicates == "positive" and same is not None
+    plain = not (share or label_smoothing or hardness or debias)
+    if plain and (block_rows is None or block_rows >= len(images)):  # both ways from one product
+        logits = logit_scale.exp() * images @ texts.T
+        marks = None if same is None else same.of_pictures(0, len(images))
+        other_way = _cross_entropy(logits.T, 0, None if marks is None else marks.T)
+        return (_cross_entropy(logits, 0, marks) + other_way) / (2 * len(images))
+
     def one_way(
-        start: int, rows: torch.Tensor, others: torch.Tensor, same: torch.Tensor | None
+        start: int, rows: torch.Tensor, others: torch.Tensor, marks: torch.Tensor | None
     ) -> torch.Tensor:
         scale = logit_scale.exp()
         logits = scale * rows @ others.T
+        if plain:
+            return _cross_entropy(logits, start, marks)
         own = _own_pairs(logits, start)
-        true = own if same is None else same | own
+        true = own if marks is None else marks | own
         positive = true if duplicates == "positive" else own
         target = _mean(logits, positive)
         if label_smoothing:
@@ -72,9 +119,9 @@ def info_nce(
             )
         return (torch.logaddexp(log_positive, log_negative) - target).sum()
 
-    transposed = None if same is None else same.T
-    image_to_text = _over_rows(one_way, images, texts, same, block_rows)
-    text_to_image = _over_rows(one_way, texts, images, transposed, block_rows)
+    ways = (None, None) if same is None else (same.of_pictures, same.of_captions)
+    image_to_text = _over_rows(one_way, images, texts, ways[0], block_rows)
+    text_to_image = _over_rows(one_way, texts, images, ways[1], block_rows)
     return (image_to_text + text_to_image) / (2 * len(images))
 
 
@@ -84,7 +131,7 @@ def siglip(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     *,
-    same: torch.Tensor | None = None,
+    same: Same | None = None,
     duplicates: Duplicates = "mask",
     block_rows: int | None = None,
 ) -> torch.Tensor:
@@ -94,16 +141,17 @@ def siglip(
     _check(images, texts, same)
 
     def block(
-        start: int, rows: torch.Tensor, others: torch.Tensor, same: torch.Tensor | None
+        start: int, rows: torch.Tensor, others: torch.Tensor, marks: torch.Tensor | None
     ) -> torch.Tensor:
         logits = logit_scale.exp() * rows @ others.T + logit_bias
         own = _own_pairs(logits, start)
-        true = own if same is None else same | own
+        true = own if marks is None else marks | own
         positive = true if duplicates == "positive" else own
         counted = positive | ~true
         return -F.logsigmoid(torch.where(positive, logits, -logits)).mul(counted).sum()
 
-    return _over_rows(block, images, texts, same, block_rows) / len(images)
+    marks = None if same is None else same.of_pictures
+    return _over_rows(block, images, texts, marks, block_rows) / len(images)
 
 
 _Block = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -113,20 +161,29 @@ def _over_rows(
     block: _Block,
     rows: torch.Tensor,
     others: torch.Tensor,
-    same: torch.Tensor | None,
+    marks: Callable[[int, int], torch.Tensor] | None,
     block_rows: int | None,
 ) -> torch.Tensor:
-    """Sum `block(first row, rows, others, same)` over blocks of rows."""
+    """Sum `block(first row, rows, others, marks)` over blocks of rows."""
+
+    def part(start: int, own: torch.Tensor) -> torch.Tensor:
+        return block(start, own, others, None if marks is None else marks(start, start + len(own)))
+
     if block_rows is None or block_rows >= len(rows):
-        return block(0, rows, others, same)
+        return part(0, rows)
     total = rows.new_zeros(())
     for start in range(0, len(rows), block_rows):
-        end = start + block_rows
-        marks = None if same is None else same[start:end]
-        total = total + checkpoint(
-            block, start, rows[start:end], others, marks, use_reentrant=False
-        )
+        own = rows[start : start + block_rows]
+        total = total + checkpoint(part, start, own, use_reentrant=False)
     return total
+
+
+def _cross_entropy(logits: torch.Tensor, start: int, marks: torch.Tensor | None) -> torch.Tensor:
+    """Sum -log softmax of each row's own pair, column start + r of row r, without others of `marks`."""
+    if marks is not None:
+        logits = logits.masked_fill(marks & ~_own_pairs(logits, start), -math.inf)
+    own = torch.arange(start, start + len(logits), device=logits.device)
+    return F.cross_entropy(logits, own, reduction="sum")
 
 
 def _own_pairs(logits: torch.Tensor, start: int) -> torch.Tensor:
@@ -178,16 +235,14 @@ def _debiased(
     return torch.maximum(corrected / (1 - tau), least).log() + unit
 
 
-def _check(images: torch.Tensor, texts: torch.Tensor, same: torch.Tensor | None) -> None:
+def _check(images: torch.Tensor, texts: torch.Tensor, same: Same | None) -> None:
     if images.ndim != 2 or images.shape != texts.shape or not len(images):
         raise InputError(
             f"images {tuple(images.shape)} and texts {tuple(texts.shape)} must both be (B, D) with "
             "at least one pair"
         )
-    if same is not None and (same.dtype != torch.bool or same.shape != (len(images),) * 2):
-        raise InputError(
-            f"same must be bool {(len(images),) * 2}, got {same.dtype} {tuple(same.shape)}"
-        )
+    if same is not None and len(same.captions) != len(images):
+        raise InputError(f"same is of {len(same.captions)} pairs, the batch has {len(images)}")
 
 
 def _check_share(name: str, value: float) -> None:

@@ -56,11 +56,14 @@ def queued(
     return F.cross_entropy(logits, target)
 
 
-def cosine_regression(predictions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cosine_regression(
+    predictions: torch.Tensor, targets: torch.Tensor, *, stop_gradient: bool = True
+) -> torch.Tensor:
     """Compute the mean squared distance of unit rows, 2 - 2 cosine (BYOL; Grill et al. 2020, arXiv
-    2006.07733). Targets get no gradient."""
+    2006.07733). Targets get no gradient, unless `stop_gradient` is off, to study the collapse."""
     _check(predictions, targets)
-    return (2 - 2 * (predictions * targets.detach()).sum(1)).mean()
+    targets = targets.detach() if stop_gradient else targets
+    return (2 - 2 * (predictions * targets).sum(1)).mean()
 
 
 def relational(students: torch.Tensor, teachers: torch.Tensor) -> torch.Tensor:

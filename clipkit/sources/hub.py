@@ -1,8 +1,8 @@
 """Datasets of the `datasets` library (saved, Parquet, on the Hugging Face hub), and known benchmarks.
 
-Benchmarks are the repositories that clip-benchmark keeps (`clip-benchmark/wds_...`): shards of one
-split, downloaded once into the hub's cache and read there, with their class names. No code of a
-repository is ever run.
+Benchmarks are the repositories that clip-benchmark keeps (`clip-benchmark/wds_...`): shards, downloaded
+once into the hub's cache and read there, with their class names. Evaluation takes one split, a build
+takes both. No code of a repository is ever run.
 """
 
 from __future__ import annotations
@@ -258,16 +258,20 @@ def _reaching(where: str, repository: str | None) -> Iterator[None]:
 
 
 def _download_shards(repository: str, options: Options, *, name: str) -> Source:
-    """Open one split's shards and class names from the hub or its local cache."""
+    """Open shards and class names from the hub or its local cache: one split, as evaluation needs it,
+    with options.indexed or options.only; else train and test, as far as they are there."""
     split = options.only or "test"
+    splits = (split,) if options.indexed or options.only else ("train", "test")
     with _reaching(name, repository), _quiet():
         from huggingface_hub import constants, snapshot_download
 
         log.info("%s is kept in %s", repository, constants.HF_HUB_CACHE)
-        patterns = [f"{split}/*.tar", "*.txt"]
+        patterns = [*(f"{split}/*.tar" for split in splits), "*.txt"]
         folder = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=patterns))
-    if not any(folder.glob(f"{split}/*.tar")):
+    if not any(any(folder.glob(f"{split}/*.tar")) for split in splits):
         raise InputError(f"{name} has no split {split!r}; try test or train")
+    if len(splits) > 1:
+        return replace(open_shards(folder, options), path=name)
     return replace(open_shards(folder / split, options), path=name, split=split)
 
 

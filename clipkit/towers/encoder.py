@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict
@@ -26,7 +26,7 @@ from PIL import Image
 
 from clipkit import checkpoint
 from clipkit.checkpoint import TowerConfig
-from clipkit.errors import InputError
+from clipkit.errors import InputError, ModelError
 from clipkit.images import rgb_array
 from clipkit.towers.folding import fold_batch_norms
 
@@ -49,8 +49,11 @@ class DualEncoder:
         preprocess_cfg: Mapping[str, Any],
         device: torch.device,
         precision: Precision,
+        untrained: Set[str] = frozenset(),
     ) -> None:
+        """untrained: the towers, "image" and "text", whose weights are random."""
         self.spec = spec
+        self.untrained = frozenset(untrained)
         self.encoder_id, self.space_id = identity
         self.config = TowerConfig.from_open_clip(model_cfg, preprocess_cfg)
         self.device = device
@@ -198,10 +201,15 @@ class DualEncoder:
         """Encode texts as float32 (N, D), unit rows; without texts the shape is (0, D).
 
         A text longer than the context length is cut; its end-of-text token stays.
-        Raises InputError for a string in place of a list.
+        Raises InputError for a string in place of a list, ModelError if the text tower is untrained.
         """
         if isinstance(texts, str):
             raise InputError(f"encode_texts takes a list of texts, got the string {texts!r}")
+        if "text" in self.untrained:
+            raise ModelError(
+                f"the text tower of {self.spec} is untrained, so words would find nothing; search by "
+                "an example picture, or train the model on captions"
+            )
         starts = range(0, len(texts), batch_size)
         return self._unit_rows(self._encode_texts(texts[s : s + batch_size]) for s in starts)
 
@@ -266,7 +274,8 @@ class DualEncoder:
         write_settings(folder, self.model, self._tokenizer, self._model_cfg, self._preprocess_cfg)
         identity = checkpoint.identify(str(folder))
         assert identity is not None
-        note = {**identity._asdict(), **(provenance or {})}
+        random = {"untrained": sorted(self.untrained)} if self.untrained else {}
+        note = {**identity._asdict(), **random, **(provenance or {})}
         _write_json(folder / checkpoint.PROVENANCE_FILE, note)
 
 
@@ -278,15 +287,20 @@ def write_settings(
     preprocess_cfg: Mapping[str, Any],
 ) -> None:
     """Write all files of a checkpoint folder except the weights."""
-    _write_json(
-        folder / checkpoint.CONFIG_FILE,
-        {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)},
-    )
+    write_config(folder, model_cfg, preprocess_cfg)
     if hasattr(tokenizer, "save_pretrained"):
         tokenizer.save_pretrained(folder)
     transformer = getattr(getattr(model, "text", None), "transformer", None)
     if (settings := getattr(transformer, "config", None)) is not None:
         settings.save_pretrained(folder)
+
+
+def write_config(
+    folder: Path, model_cfg: Mapping[str, Any], preprocess_cfg: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint folder's open_clip_config.json."""
+    content = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
+    _write_json(folder / checkpoint.CONFIG_FILE, content)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

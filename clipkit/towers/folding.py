@@ -43,6 +43,20 @@ def fold_batch_norms(model: torch.nn.Module, run: Callable[[], torch.Tensor]) ->
     return 0
 
 
+def synchronise_batch_norms(model: torch.nn.Module) -> None:
+    """Undo all folding, and let batch norms in training mode take their statistics over all processes.
+
+    torch does that on GPUs only. In evaluation mode they compute as before, anywhere.
+    """
+    from timm.layers import convert_sync_batchnorm  # torch's own would drop timm's activations
+
+    for module in model.modules():
+        folded = vars(module).get("forward")
+        if isinstance(folded, partial) and folded.func in (_convolve, _activate):
+            del module.forward
+    convert_sync_batchnorm(model)
+
+
 def _watched(
     model: torch.nn.Module, norms: list[_BatchNorm], run: Callable[[], torch.Tensor]
 ) -> tuple[torch.Tensor, list[tuple[torch.nn.Conv2d, _BatchNorm]]]:

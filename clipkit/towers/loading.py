@@ -1,4 +1,4 @@
-"""Load towers by spec: builtin, OpenCLIP architecture and tag or file, hub repository, folder."""
+"""Load towers by spec: builtin, OpenCLIP architecture and tag or file, hub, folder, random start."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from clipkit import checkpoint, models
+from clipkit import checkpoint, models, scratch
 from clipkit.durable import whole_folder
 from clipkit.errors import InputError, ModelError
 from clipkit.hub import asking_the_hub
-from clipkit.towers.encoder import DTYPES, DualEncoder, Precision, write_settings
+from clipkit.towers.encoder import DTYPES, DualEncoder, Precision, write_config, write_settings
 
 
 def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> DualEncoder:
@@ -31,24 +31,36 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     """
     import open_clip
 
+    import clipkit.towers.resnets  # noqa: F401  registers them with timm
+
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(chosen_device, precision)
     models.check(spec)
     folder = checkpoint.find_folder(spec)
     if folder is None and (named := checkpoint.weights_file(spec)):
         folder = _converted(*named)
-    with _quiet_open_clip(), contextlib.nullcontext() if folder else asking_the_hub():
+    start = scratch.parse(spec)
+    untrained = (
+        checkpoint.untrained(folder) if folder else frozenset(("image", "text") if start else ())
+    )
+    with contextlib.ExitStack() as context:
+        context.enter_context(_quiet_open_clip())
+        if folder is None:
+            context.enter_context(asking_the_hub())
         if folder is None and spec.startswith("hf-hub:"):
             folder = _snapshot(spec)
         if folder is not None:
             model_cfg, preprocess_cfg = checkpoint.read_config(folder)
             name, options = f"local-dir:{folder}", _folder_options(folder, model_cfg)
+        elif start is not None:
+            made = context.enter_context(_random_start(*start))
+            name, model_cfg, preprocess_cfg, options = made
         else:
             name, model_cfg, options = _pretrained(spec)
             preprocess_cfg = {}
         try:
             model = open_clip.create_model(
-                name, require_pretrained=True, weights_only=True, **options
+                name, require_pretrained=start is None, weights_only=True, **options
             )
             tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:  # OpenCLIP and the hub raise whatever they like
@@ -67,6 +79,7 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
         preprocess_cfg=preprocess_cfg,
         device=chosen_device,
         precision=chosen_precision,
+        untrained=untrained,
     )
 
 
@@ -136,6 +149,32 @@ def _pretrained(spec: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     quick_gelu = bool(get_pretrained_cfg(architecture, tag).get("quick_gelu", False))
     model_cfg["quick_gelu"] = quick_gelu
     return architecture, model_cfg, {"pretrained": tag, "quick_gelu": quick_gelu}
+
+
+@contextlib.contextmanager
+def _random_start(
+    architecture: str, seed: int
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """Yield the name, model_cfg, preprocess_cfg and options with which OpenCLIP makes random towers.
+
+    While the context is open, the CPU's generator, which draws the weights, continues from `seed`.
+    """
+    import open_clip
+
+    options = {"load_weights": False, "pretrained_text": False}
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        if architecture in scratch.RESNETS:
+            name = f"local-dir:{folder}"
+            model_cfg, preprocess_cfg = scratch.settings(architecture)
+            write_config(Path(folder), model_cfg, preprocess_cfg)
+        else:
+            name, model_cfg, preprocess_cfg = (
+                architecture,
+                open_clip.get_model_config(architecture),
+                {},
+            )
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs too
+        yield name, model_cfg, preprocess_cfg, options
 
 
 def _converted(architecture: str, file: Path) -> Path:

@@ -15,15 +15,26 @@ from typing import TYPE_CHECKING, Any
 from clipkit.training.config import RECIPES, TrainConfig
 
 if TYPE_CHECKING:
+    from clipkit.training.contact_sheet import draw_views
     from clipkit.training.data import is_dataset
     from clipkit.training.loop import Progress
     from clipkit.training.run import RunSummary, resume, train
 
-__all__ = ["RECIPES", "Progress", "RunSummary", "TrainConfig", "is_dataset", "resume", "train"]
+__all__ = [
+    "RECIPES",
+    "Progress",
+    "RunSummary",
+    "TrainConfig",
+    "draw_views",
+    "is_dataset",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     "Progress": "loop",
     "RunSummary": "run",
+    "draw_views": "contact_sheet",
     "is_dataset": "data",
     "resume": "run",
     "train": "run",

@@ -22,6 +22,7 @@ from clipkit.training.registry import METHODS, Recipe
 # is the same.
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Keep = Literal["best", "last"]
+BatchNorm = Literal["frozen", "batch"]
 _WHOLE = ("lit", "lora", "full")  # the recipes that pass pictures and captions through the towers
 
 # Defaults that give a good result without tuning on 500 to 50,000 pairs. An epoch is one view of
@@ -83,6 +84,11 @@ class TrainConfig:
     lora_rank: int = option("rank of the adapters", 16, low=1, only=("lora",))
     lora_alpha: float = option("adapters are scaled by alpha / rank", 16.0, above=0, only=("lora",))
     dropout: bool = option("use the towers' own dropout and patch dropout", False, only=_WHOLE)
+    batch_norm: BatchNorm = option(
+        "BatchNorm's statistics: frozen, those of the start, or batch, those of each batch",
+        "frozen",
+        only=("full",),
+    )
     feature_dropout: float = option("dropout of frozen features", low=0, below=1, only=("heads",))
     crop: float = option(
         "smallest share of a picture that crops keep", 0.5, above=0, high=1, only=_WHOLE
@@ -118,6 +124,11 @@ class TrainConfig:
                 f"{' or '.join(able)}"
             )
         check_choice("loss", self.loss, ("auto", *losses_of(METHODS[self.method].losses)))
+        if self.batch_norm == "batch" and self.activation_checkpointing:
+            raise InputError(
+                "batch_norm is batch, but activation_checkpointing passes each block twice, which would "
+                "count each batch's statistics twice; leave one of them out"
+            )
         if -1 < self.drift < 0:
             raise InputError(f"drift is {self.drift:g}; it must be 0 or more, or -1 to be fitted")
         self._refuse_unused()

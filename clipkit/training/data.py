@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from clipkit.errors import DatasetError
-from clipkit.index import VectorIndex
+from clipkit.losses.pairs import Same
 from clipkit.records import METADATA, SPLITS, stripped
 from clipkit.sources import Broken, Options, Picture, PictureFile, Row, TarMember, open_source
 from clipkit.training.registry import Need
@@ -27,38 +27,74 @@ Vectors = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 _SEARCHED = 10  # candidates for each hard negative
+_SCORES = 2**24  # similarities in memory at a time
 _CAPTIONS: frozenset[Need] = frozenset(("captions",))
 
 
 def mine(
-    pictures: Vectors, texts: Vectors, data: CaptionedPictures, *, count: int, margin: float = 0.95
+    pictures: Vectors,
+    texts: Vectors,
+    data: CaptionedPictures,
+    *,
+    count: int,
+    margin: float = 0.95,
+    share: slice = slice(None),
+    device: torch.device | str = "cpu",
 ) -> Ints:
-    """Return int64 (N, count): each picture's hardest negatives, hardest first; -1 if there are fewer.
+    """Return int64 (n, count): the hardest negatives of each picture of `share`, hardest first; -1 if
+    there are fewer.
 
     pictures float32 (N, D) and texts (distinct captions, D) are unit rows of the pictures and captions
     of `data`. Pictures with a caption of the same meaning, and those closer to a caption than `margin`
-    of its own picture's similarity, are no negatives.
+    of its own picture's similarity, are no negatives. All pictures are compared, on `device`, with a
+    block of captions at a time; of each caption the 10 * count + 1 nearest are candidates.
     """
-    index = VectorIndex.build(np.arange(len(pictures)), pictures)
-    having: dict[int, set[int]] = {}  # pictures that have a caption of this meaning
-    for picture, numbers in enumerate(data.owned):
-        for number in numbers:
-            having.setdefault(int(data.meanings[number]), set()).add(picture)
-    result = np.full((len(data), count), -1, np.int64)
-    for picture, numbers in enumerate(data.owned):
-        candidates: dict[int, float] = {}
-        excluded = {picture}
-        hits = index.search(texts[numbers], _SEARCHED * count + 1)
-        for number, (ids, scores) in zip(numbers, hits, strict=True):
-            own = float(texts[number] @ pictures[picture])
-            limit = own - (1 - margin) * abs(own)
-            excluded |= having[int(data.meanings[number])]
-            excluded |= set(ids[scores > limit].tolist())
-            for candidate, score in zip(ids.tolist(), scores.tolist(), strict=True):
-                candidates[candidate] = max(score, candidates.get(candidate, -2.0))
-        hardest = sorted((-s, c) for c, s in candidates.items() if c not in excluded)[:count]
-        result[picture, : len(hardest)] = [c for _, c in hardest]
+    chosen = np.arange(len(data))[share]
+    having = np.unique(data.meanings[data.captions] * len(data) + data.owner)
+    rows = torch.from_numpy(pictures).to(device)
+    most = min(_SEARCHED * count + 1, len(data))
+    widest = max(len(numbers) for numbers in data.owned)
+    block = max(1, _SCORES // (len(data) * widest))  # pictures at a time
+    result = np.full((len(chosen), count), -1, np.int64)
+    for start in range(0, len(chosen), block):
+        part = chosen[start : start + block]
+        owned = [data.owned[picture] for picture in part]
+        numbers = np.concatenate(owned)
+        local = np.repeat(np.arange(len(part)), [len(own) for own in owned])  # of each caption
+        scores = torch.from_numpy(texts[numbers]).to(device) @ rows.T
+        own = scores[torch.arange(len(numbers)), torch.from_numpy(part[local])]
+        nearest = scores.topk(most, dim=1)
+        near = nearest.values > (own - (1 - margin) * own.abs())[:, None]
+        # A candidate of several captions counts once, with its highest score, and is spared for any.
+        keys, place = np.unique(
+            local[:, None] * len(data) + nearest.indices.cpu().numpy(), return_inverse=True
+        )
+        score = np.full(len(keys), -np.inf, np.float32)
+        np.maximum.at(score, place.ravel(), nearest.values.cpu().numpy().ravel())
+        spared = np.bincount(place.ravel(), near.cpu().numpy().ravel(), len(keys)) > 0
+        picture, candidate = np.divmod(keys, len(data))
+        meanings = np.full((len(part), widest), -1)
+        meanings[local, _ranks(local)] = data.meanings[numbers]
+        spared |= _found(meanings[picture] * len(data) + candidate[:, None], having).any(1)
+        order = np.lexsort((candidate, -score, picture))
+        order = order[~spared[order]]
+        rank = _ranks(picture[order])
+        hardest, rank = order[rank < count], rank[rank < count]
+        result[start + picture[hardest], rank] = candidate[hardest]
     return result
+
+
+def _ranks(groups: Ints) -> Ints:
+    """Return each value's place among its equals, from 0; equal values are neighbours: (N,)."""
+    first = np.flatnonzero(np.diff(groups, prepend=-1))
+    return np.arange(len(groups)) - np.repeat(first, np.diff(first, append=len(groups)))
+
+
+def _found(values: Ints, among: Ints) -> npt.NDArray[np.bool_]:
+    """Return which of `values` are in `among`, sorted: of the shape of `values`."""
+    places = np.minimum(np.searchsorted(among, values), len(among) - 1)
+    found: npt.NDArray[np.bool_] = among[places] == values
+    return found
 
 
 _ORDER, _CAPTION = 0, 1  # the purpose of a random stream, beside seed and epoch
@@ -215,25 +251,23 @@ class CaptionedPictures:
         batches = order[: len(order) // batch * batch].reshape(-1, batch)
         return [Plan(epoch, n, pictures, chosen[:, pictures]) for n, pictures in enumerate(batches)]
 
-    def same(self, plan: Plan) -> torch.Tensor | None:
-        """Return bool (B, B): the pairs (picture i, caption j), i != j, in which picture i has a caption
-        with the meaning of j, so that they are no negatives. None if there are no such pairs."""
-        columns: dict[int, list[int]] = {}
-        for j, text in enumerate(plan.texts[0]):
-            columns.setdefault(int(self.meanings[text]), []).append(j)
-        pairs = [
-            (i, j)
-            for i, picture in enumerate(plan.pictures)
-            for meaning in {int(self.meanings[text]) for text in self.owned[picture]}
-            for j in columns.get(meaning, ())
-            if i != j
-        ]
-        if not pairs:
+    def same(self, plan: Plan) -> Same | None:
+        """Group pictures and captions of a plan by meaning: a picture is in the groups of all captions
+        that it has, as far as the batch has such captions of other pictures, so that they are no
+        negatives. None if there are none."""
+        kinds, captions, counts = np.unique(
+            self.meanings[plan.texts[0]], return_inverse=True, return_counts=True
+        )
+        owned = [self.owned[picture] for picture in plan.pictures]
+        owner = np.repeat(np.arange(len(owned)), [len(numbers) for numbers in owned])
+        keys = np.unique(owner * len(self.texts) + self.meanings[np.concatenate(owned)])
+        pictures, meanings = np.divmod(keys, len(self.texts))
+        groups = np.minimum(np.searchsorted(kinds, meanings), len(kinds) - 1)
+        others = counts[groups] - (captions[pictures] == groups)  # of these captions in the batch
+        shared = (kinds[groups] == meanings) & (others > 0)
+        if not shared.any():
             return None
-        same = torch.zeros(len(plan.pictures), len(plan.pictures), dtype=torch.bool)
-        rows, others = torch.tensor(pairs).T
-        same[rows, others] = True
-        return same
+        return Same(*map(torch.from_numpy, (captions, pictures[shared], groups[shared])))
 
     def without(self, pictures: Collection[int]) -> CaptionedPictures:
         """Return the split without some pictures; its texts stay."""

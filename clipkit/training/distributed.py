@@ -115,13 +115,14 @@ def sum_gradients(
     """Sum the towers' gradients over processes, in place.
 
     Those of `shared`, such as logit_scale, are complete already; they are averaged, so that
-    rounding cannot let processes drift apart.
+    rounding cannot let processes drift apart. A weight without a gradient in any process stays so:
+    with one of zeros, the optimizer would decay it.
     """
     size = world_size()
     if size == 1:
         return
     bucket: list[torch.Tensor] = []
-    for parameter in towers:
+    for parameter in _with_gradient(list(towers)):
         if parameter.grad is None:  # every process must sum the same list
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
@@ -133,6 +134,16 @@ def sum_gradients(
     _sum_in_place(complete)
     for grad in complete:
         grad /= size
+
+
+def _with_gradient(parameters: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+    """Return the parameters that have a gradient in any process."""
+    if not parameters:
+        return []
+    own = [parameter.grad is not None for parameter in parameters]
+    counts = torch.tensor(own, dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(counts)
+    return [p for p, count in zip(parameters, counts.tolist(), strict=True) if count]
 
 
 def _sum_in_place(gradients: Sequence[torch.Tensor]) -> None:

@@ -45,7 +45,7 @@ class FeaturesStopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The attribute `name` of `owner`: a module, or a matrix (features @ matrix)."""
+    """A tower's projection, attribute `name` of `owner`: a module, or a matrix (features @ matrix)."""
 
     owner: torch.nn.Module
     name: str
@@ -62,14 +62,18 @@ class Head:
 
     @contextmanager
     def removed(self) -> Iterator[None]:
-        """Take the head out: within the block the tower returns what its head would get."""
+        """Within the block the tower returns what its head would get."""
         head = getattr(self.owner, self.name)
-        if not isinstance(head, torch.nn.Module) or self.name == "text_projection":
-            substitute: Any = None  # OpenCLIP leaves out a projection that is None
-        elif isinstance(head, torch.nn.Linear) and self.name == "c_proj":
-            substitute = _identity(head)  # read as a weight and a bias, not called
-        else:
-            substitute = torch.nn.Identity()
+        if isinstance(head, torch.nn.Module) and self.name != "c_proj":
+            hook = head.register_forward_hook(lambda _, inputs, __: inputs[0])
+            try:
+                yield
+            finally:
+                hook.remove()
+            return
+        # OpenCLIP leaves out a matrix that is None. A c_proj is not called: its weight and bias are
+        # handed to the attention before it.
+        substitute = _identity(head) if isinstance(head, torch.nn.Linear) else None
         setattr(self.owner, self.name, substitute)
         try:
             yield
@@ -80,22 +84,34 @@ class Head:
 def find_heads(model: torch.nn.Module) -> tuple[Head | None, Head | None]:
     """Return the projection of the image tower and of the text tower; None for a tower without one.
 
-    Raises ModelError if neither has one.
+    What precedes a projection is pooled already: a row for each picture or text. Raises ModelError if
+    neither has one.
     """
     visual: Any = model.visual
     text: Any = getattr(model, "text", model)
-    attention_pool = getattr(visual, "attnpool", None)
+    around = getattr(visual, "head", None)  # OpenCLIP's layers behind a trunk of timm's
     image_heads = [
-        (getattr(visual, "trunk", None), "head"),  # timm's classifier as projection
-        (visual, "head"),  # OpenCLIP's around timm
+        (getattr(visual, "attnpool", None), "c_proj"),  # OpenCLIP's own ResNet
         (visual, "proj"),  # OpenCLIP's own ViT
-        (attention_pool, "c_proj"),  # OpenCLIP's own ResNet
+        (around, "proj"),
+        (around, "mlp"),
+        _classifier(getattr(visual, "trunk", None)),  # MobileCLIP, EVA and others
     ]
     text_heads = [(text, "text_projection"), (text, "proj")]
-    image_head, text_head = _first(reversed(image_heads)), _first(text_heads)
+    image_head, text_head = _first(image_heads), _first(text_heads)
     if image_head is None and text_head is None:
         raise ModelError("neither tower ends in a projection to train; use recipe lora or full")
     return image_head, text_head
+
+
+def _classifier(trunk: Any) -> tuple[Any, str]:
+    """Return the place of the last linear layer of timm's trunk, which OpenCLIP uses as projection."""
+    layer = trunk.get_classifier() if hasattr(trunk, "get_classifier") else None
+    if not isinstance(layer, torch.nn.Linear):
+        return None, ""
+    path = next(name for name, module in trunk.named_modules() if module is layer)
+    owner, _, name = path.rpartition(".")
+    return trunk.get_submodule(owner), name
 
 
 def _first(candidates: Iterable[tuple[Any, str]]) -> Head | None:
@@ -112,9 +128,8 @@ def _first(candidates: Iterable[tuple[Any, str]]) -> Head | None:
 def _identity(like: torch.nn.Linear) -> torch.nn.Linear:
     width = like.in_features
     layer = torch.nn.Linear(width, width, device=like.weight.device, dtype=like.weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(torch.eye(width))
-        layer.bias.zero_()
+    torch.nn.init.eye_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -160,6 +175,7 @@ class FrozenTowers:
         data = inputs.data
         dtype = str(self._towers.compute).removeprefix("torch.")
         space = f"{self._towers.encoder.encoder_id}-{dtype}-{clipkit.__version__}"
+        before = f"before-{self._image.name}" if self._image else "whole"
 
         def check(what: str, done: int, total: int) -> None:
             on_batch(what, done, total)
@@ -169,7 +185,7 @@ class FrozenTowers:
         with (
             torch.no_grad(),
             # with the fingerprint: an image_id is whatever the dataset says, unique within it
-            VectorStore(store, f"{space}/{data.fingerprint()}/pictures") as pictures,
+            VectorStore(store, f"{space}/{before}/{data.fingerprint()}/pictures") as pictures,
             self._image.removed() if self._image else nullcontext(),
         ):
             image_features, broken = self._picture_features(

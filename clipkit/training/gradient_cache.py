@@ -9,7 +9,8 @@ The gradients are those of one large batch, for any chunk size. Since the loss i
 gradients of logit_scale and logit_bias are right too; if each chunk computed it again, they would be
 multiplied by the number of chunks. Dropout draws the same masks twice, because the random state is
 replayed. BatchNorm in training mode cannot be chunked: each chunk would be normalised by its own
-statistics, and the running ones updated twice. `freeze_batch_norms` keeps it in evaluation mode.
+statistics, and the running ones updated twice. `freeze_batch_norms` keeps it in evaluation mode; with
+the statistics of the batch, a run takes the whole batch as one chunk.
 
 A batch that fits into one chunk passes its tower once, as in plain training.
 """
@@ -142,10 +143,15 @@ def backward(
 
 def freeze_batch_norms(model: torch.nn.Module) -> int:
     """Put every BatchNorm into evaluation mode, with fixed statistics; return how many there are."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    for norm in norms:
+    norms = batch_norms(model)
+    for norm in norms.values():
         norm.eval()
     return len(norms)
+
+
+def batch_norms(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return every BatchNorm by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
 def _scattered(parts: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from PIL import Image
 from clipkit import images
 from clipkit.embed import ahead
 from clipkit.errors import DatasetError, ImageError
+from clipkit.losses.pairs import Same
 from clipkit.towers import DualEncoder
 from clipkit.training.data import CaptionedPictures, Ints, Plan, replaced
 from clipkit.training.distributed import collect, own_slice, rank, world_size
@@ -57,7 +58,7 @@ class Batch:
     ]  # of each: by length, so that chunks are cut to their longest
 
     @property
-    def same(self) -> torch.Tensor | None:
+    def same(self) -> Same | None:
         """Pairs of the plan that are true beside its own: see `CaptionedPictures.same`."""
         return self.data.same(self.plan)
 
@@ -165,7 +166,8 @@ class PictureInputs:
         self._encoder = towers.encoder
         self._augment, self._views = augment, views
         self._seed = seed
-        self.workers = workers or max(2, os.cpu_count() or 1)
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, by torchrun
+        self.workers = workers or max(2, (os.cpu_count() or 1) // processes)
 
     def without(self, pictures: Collection[int]) -> PictureInputs:
         other = copy(self)
@@ -183,18 +185,18 @@ class PictureInputs:
         step = max((self._views * len(plan.pictures[self._own(plan)]) for plan in plans), default=0)
         # A whole step's pictures ahead: the next ones are decoded while the towers compute.
         bound = min(max(_AHEAD, step), _MOST_AHEAD)
-        with closing(
-            ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
-        ) as views:
+        with (
+            closing(
+                ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
+            ) as views,
+            closing(ahead(plans, self._texts, workers=1, bound=2)) as texts,
+        ):
             for plan in plans:
                 own = plan.pictures[self._own(plan)]
                 broken: dict[int, str] = {}
                 pictures = tuple(self._gathered(views, own, broken) for _ in range(self._views))
-                yield (
-                    Unreadable(broken)
-                    if broken
-                    else Batch(plan, self.data, pictures, *self._texts(plan))
-                )
+                batch = Batch(plan, self.data, pictures, *next(texts))
+                yield Unreadable(broken) if broken else batch
 
     def _texts(self, plan: Plan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens of this process's captions, and their order by length; one of each a view."""
@@ -239,7 +241,9 @@ class PictureInputs:
         shape = (len(pictures), 3, *self._encoder.config.image_size)
         if math.prod(shape) > _IN_MEMORY:
             return SpilledPictures(own)
-        pixels = torch.empty(shape, dtype=torch.uint8)
+        # pinned: copied to a GPU while it computes
+        pinned = self._encoder.device.type == "cuda"
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
         for row, view in zip(pixels, own, strict=True):
             row.copy_(view)
         return pixels

@@ -122,7 +122,7 @@ class State:
         self.method = job.method
         self.optimizer = make_optimizer(job.trained, job.config)
         self.scaler = torch.amp.GradScaler(job.towers.device.type, enabled=job.half)
-        self.ema = Ema(job.trained.named, job.config.ema)
+        self.ema = Ema(job.trained.averaged, job.config.ema)
         self.random = distributed.RandomStates(job.towers.device)
         self.history = History()
 
@@ -170,7 +170,9 @@ class _Run:
         self.history = self.state.history
         self.tracker = Tracker(job.folder, job.config)
         # Made now, while the weights are those of the start.
-        self.l2sp = L2SP(self.state.optimizer, job.config.drift, adapter_sizes(job.towers.model))
+        sizes = {id(job.trained.named[name]): 0.0 for name in job.trained.own}
+        sizes |= adapter_sizes(job.towers.model)
+        self.l2sp = L2SP(self.state.optimizer, job.config.drift, sizes)
         self.started, self.earlier_seconds = time.monotonic(), 0.0
         self.ready = self.started  # when what came before the next step was done
         self.first_step = 0  # of this process

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from clipkit.errors import InputError, ModelError
 from clipkit.training.config import TrainConfig
 from clipkit.training.frozen_towers import Head, find_heads
-from clipkit.training.towers import BLOCK, Towers
+from clipkit.training.towers import BLOCK, Towers, trained_batch_norms
 
 if TYPE_CHECKING:
     from clipkit.training.methods.method import Method
@@ -39,6 +40,8 @@ class Trained:
     own: frozenset[str]  # names of the method's own
     sides: frozenset[str]  # the towers of which any parameter is trained: "image", "text"
     total: int  # parameters of the model
+    # Running statistics of BatchNorms that change with the weights; they belong to them.
+    statistics: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def named(self) -> dict[str, torch.nn.Parameter]:
@@ -48,17 +51,27 @@ class Trained:
     def count(self) -> int:
         return sum(p.numel() for p in self.named.values())
 
+    @property
+    def averaged(self) -> dict[str, torch.Tensor]:
+        """Return the parameters and statistics that a running mean of the weights consists of."""
+        means = {n: value for n, value in self.statistics.items() if value.is_floating_point()}
+        return {**self.named, **means}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for name, parameter in self.named.items()}
+        return {name: value.detach() for name, value in self._values.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self.named.items():
-            parameter.copy_(state[name])
+        for name, value in self._values.items():
+            value.copy_(state[name])
 
     def copy(self) -> dict[str, torch.Tensor]:
         """Copy the values to the CPU."""
         return {name: value.cpu().clone() for name, value in self.state_dict().items()}
+
+    @property
+    def _values(self) -> dict[str, torch.Tensor]:
+        return {**self.named, **self.statistics}
 
 
 def choose_parameters(towers: Towers, config: TrainConfig, method: Method) -> Trained:
@@ -100,6 +113,10 @@ def choose_parameters(towers: Towers, config: TrainConfig, method: Method) -> Tr
     )
     for parameter in result.named.values():
         parameter.requires_grad_(True)
+    if config.batch_norm == "batch":
+        norms = trained_batch_norms(model).items()
+        values = {f"{n}.{part}": v for n, norm in norms for part, v in norm.named_buffers()}
+        result = replace(result, statistics=values)
     return result
 
 
@@ -202,6 +219,8 @@ def rate_factor(step: int, total: int, warmup: float) -> float:
 
 # ---- adapters
 
+_SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")  # torch's, of several widths
+
 
 class LowRank(torch.nn.Module):
     """A low-rank update of a weight: W + (alpha / rank) B A (LoRA; Hu et al. 2021, arXiv 2106.09685).
@@ -248,7 +267,7 @@ def add_adapters(
 
     skip: modules that are trained in full (the projections), with their submodules.
     Returns the number of adapters. Raises ModelError, naming the tower, if a tower has no such
-    weight, since it would stay untrained.
+    weight, since it would stay untrained, or the module of a weight that adapters do not fit.
     """
     generator = torch.Generator().manual_seed(seed)
     text = getattr(model, "text", None) or model.transformer
@@ -292,22 +311,29 @@ def merge_adapters(model: torch.nn.Module) -> None:
 def _adaptable(
     tower: torch.nn.Module, skip: Collection[torch.nn.Module]
 ) -> Iterator[tuple[torch.nn.Module, str, int]]:
-    """Yield (module, name of its weight, number of matrices stacked in the weight)."""
+    """Yield (module, name of its weight, number of matrices stacked in the weight).
+
+    Kernels of several pixels and embeddings get no adapters. Raises ModelError for a module with
+    another weight matrix, which would stay as it is without a word.
+    """
     skipped = {id(below) for module in skip for below in module.modules()}
     for name, module in tower.named_modules():
-        if id(module) in skipped:
+        if id(module) in skipped or isinstance(module, torch.nn.Embedding):
             continue
-        if isinstance(module, torch.nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
-                yield module, "in_proj_weight", 3
-            else:
-                yield from ((module, f"{part}_proj_weight", 1) for part in "qkv")
-        elif isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear):
             fused = name.rpartition(".")[2] == "qkv" and module.out_features % 3 == 0
             yield module, "weight", 3 if fused else 1
-        elif (
-            isinstance(module, torch.nn.Conv2d)
-            and module.kernel_size == (1, 1)
-            and module.groups == 1
-        ):
-            yield module, "weight", 1  # a linear layer over channels
+        elif isinstance(module, _ConvNd):
+            if math.prod(module.kernel_size) == 1 and module.groups == 1:
+                yield module, "weight", 1  # a linear layer over channels
+        else:
+            for own, parameter in module.named_parameters(recurse=False):
+                if own == "in_proj_weight":  # q, k and v, by torch and by OpenCLIP
+                    yield module, own, 3
+                elif own in _SEPARATE:
+                    yield module, own, 1
+                elif parameter.ndim >= 2 and "weight" in own:
+                    raise ModelError(
+                        f"recipe lora has no adapter for {own} {tuple(parameter.shape)} of {name} "
+                        f"({type(module).__name__}); use recipe full"
+                    )

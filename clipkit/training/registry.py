@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from clipkit.errors import InputError
 from clipkit.losses import Kind, imported
 from clipkit.options import NoOptions, option
 
@@ -79,7 +80,9 @@ class SimCseOptions:
     )
     dropout_rate: float = option("dropout of the text tower", 0.1, low=0, below=1)
     temperature: float = option("cosines are divided by it", 0.05, above=0)
-    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+    keep_space: float = option(
+        "weight of staying near the start's vectors, so that texts still find pictures", 0.0, low=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,10 +93,60 @@ class PassageOptions:
         "hard negatives are drawn from this many of BM25's best (0: no hard negatives)", 30, low=0
     )
     temperature: float = option("cosines are divided by it", 0.05, above=0)
-    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+    keep_space: float = option(
+        "weight of staying near the start's vectors, so that texts still find pictures", 0.0, low=0
+    )
 
 
-# What a method without pictures does not use.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureViewOptions:
+    """The options of learning from views of pictures."""
+
+    jitter: float = option("strength of the changes of colour (0: none)", 0.5, low=0, high=1)
+    grey: float = option("share of views without colour", 0.2, low=0, high=1)
+    blur: float = option(
+        "share of blurred views (-1: half of them, none of pictures below 64 pixels)",
+        -1.0,
+        low=-1,
+        high=1,
+    )
+    projection_layers: int = option(
+        "layers of the head that the loss is computed behind (0: no head)", 2, low=0
+    )
+    projection_hidden: int = option("their width (0: that of the vectors)", 0, low=0)
+    projection_width: int = option("width of the last of them", 128, low=1)
+    keep_space: float = option(
+        "weight of staying near the start's vectors, so that texts still find pictures", 0.0, low=0
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByolOptions(PictureViewOptions):
+    """The options of BYOL; without predictor, stop_gradient or momentum it may collapse."""
+
+    momentum: float = option(
+        "share of itself that the momentum tower keeps, rising to 1 (0: the tower itself, SimSiam)",
+        0.996,
+        low=0,
+        below=1,
+    )
+    predictor: bool = option("predict the target by a head of its own", True)
+    stop_gradient: bool = option("targets get no gradient; can be off with momentum 0", True)
+
+    def __post_init__(self) -> None:
+        if not self.stop_gradient and self.momentum:
+            raise InputError(
+                f"stop_gradient is off, but momentum is {self.momentum:g}: a momentum tower gets no "
+                "gradient; use momentum 0"
+            )
+
+
+# What a method over views of pictures has in place of a recipe's defaults. Views are cut small, as in
+# MoCo v2 (SimCLR: 0.08). How well views find each other says little of what a tower is good for, so
+# the last weights are kept, as in the papers.
+_VIEW_DEFAULTS = {"crop": 0.2, "keep": "last", "interpolate": False, "patience": 0}
+_TEXTS_ONLY = frozenset(("text_rate", "train_text_layers"))
+# Options that mean nothing to a method without pictures.
 _OF_PICTURES = frozenset(("crop", "flip", "image_rate", "train_image_layers"))
 
 METHODS: dict[str, MethodEntry] = {
@@ -112,7 +165,7 @@ METHODS: dict[str, MethodEntry] = {
         losses="labels",
         needs=frozenset(("labels",)),
         recipes=("full", "lora", "heads"),
-        unused=frozenset(("text_rate", "train_text_layers")),
+        unused=_TEXTS_ONLY,
     ),
     "simcse": MethodEntry(
         "clipkit.training.methods.texts:SimCse",
@@ -129,5 +182,26 @@ METHODS: dict[str, MethodEntry] = {
         options=PassageOptions,
         recipes=("full", "lora"),
         unused=_OF_PICTURES,
+    ),
+    "simclr": MethodEntry(
+        "clipkit.training.methods.views:SimClr",
+        "two views of a picture, the other pictures' views are negatives, without captions "
+        "(SimCLR; Chen et al. 2020, arXiv 2002.05709)",
+        options=PictureViewOptions,
+        losses="views",
+        needs=frozenset(),
+        recipes=("full", "lora"),
+        defaults=_VIEW_DEFAULTS,
+        unused=_TEXTS_ONLY,
+    ),
+    "byol": MethodEntry(
+        "clipkit.training.methods.byol:Byol",
+        "predict what a momentum tower makes of the other view, without captions or negatives "
+        "(BYOL; Grill et al. 2020, arXiv 2006.07733)",
+        options=ByolOptions,
+        needs=frozenset(),
+        recipes=("full", "lora"),
+        defaults=_VIEW_DEFAULTS,
+        unused=_TEXTS_ONLY,
     ),
 }

@@ -37,7 +37,13 @@ from clipkit.training.methods.method import Method, Setup
 from clipkit.training.recipes import Trained, choose_parameters, merge_adapters
 from clipkit.training.registry import METHODS
 from clipkit.training.run_folder import RunFolder, write_json
-from clipkit.training.towers import Towers, TrainableTowers, checkpoint_activations, loss_of
+from clipkit.training.towers import (
+    Towers,
+    TrainableTowers,
+    check_batch_norms,
+    checkpoint_activations,
+    loss_of,
+)
 from clipkit.training.validation import Scores, embed_captions, embed_pictures
 from clipkit.training.weights import ALPHAS, Mixture, choose_alpha, choose_drift
 
@@ -131,11 +137,9 @@ def _train(
     encoder = load(config.start, device=str(device), precision="float32")
     entry = METHODS[config.method]
     loss = loss_of(encoder, config.loss, entry.losses)
-    loss_options = config.loss_options(loss) if loss else {}
+    if loss:
+        config.loss_options(loss)  # raises InputError for one that the loss does not have
     dtype = DTYPES[_precision(device, config.precision)]
-    trainable = TrainableTowers(encoder, loss=loss, compute=dtype, dropout=config.dropout)
-    if config.activation_checkpointing:
-        checkpoint_activations(encoder.model)
     source, held_out = Path(config.data), None
     data = CaptionedPictures.read(source, "train", needs=entry.needs)
     if has_split(source, "validation"):
@@ -144,6 +148,16 @@ def _train(
     batch = config.batch or fitted_batch(len(data), most=_MOST_BATCH.get(config.recipe, 256))
     data.check_batch(batch)
     distributed.own_slice(batch)  # raises InputError if the processes cannot share it
+    check_batch_norms(encoder, config, batch // distributed.world_size())
+    trainable = TrainableTowers(
+        encoder,
+        loss=loss,
+        compute=dtype,
+        dropout=config.dropout,
+        batch_norm=config.batch_norm,
+    )
+    if config.activation_checkpointing:
+        checkpoint_activations(encoder.model)
     facts = _facts(config, command, encoder, data, held_out, batch=batch, loss=loss)
     if earlier is not None:
         _check_unchanged(earlier, facts, folder)
@@ -156,18 +170,7 @@ def _train(
     towers: Towers = trainable
     if config.recipe == "heads":
         towers = FrozenTowers(trainable, dropout=config.feature_dropout)
-    method = entry(
-        Setup(
-            config,
-            LOSSES.get(loss or ""),
-            config.method_options(),
-            loss_options,
-            towers,
-            data,
-            batch,
-            config.steps(len(data), batch),
-        )
-    )
+    method = make_method(config, loss, towers, data, batch)
     trained = choose_parameters(towers, config, method)
     summary = RunSummary(
         folder=folder.path,
@@ -190,7 +193,8 @@ def _train(
         return replace(summary, notes=(note,))
     plan = data.plans(epoch=0, batch=batch, seed=config.seed, texts=method.text_views)[0]
     chunk = config.chunk or batch
-    if not config.chunk and config.recipe != "heads":
+    whole = config.recipe == "heads" or config.batch_norm == "batch"
+    if not config.chunk and not whole:
         own_rows = batch // distributed.world_size()
 
         def try_rows(rows: int) -> None:
@@ -225,6 +229,24 @@ def _train(
         job = _without(job, error.pictures)  # from the start: every evaluation is of the same
         state = fit(job)
     return _finish(job, state, summary, facts)
+
+
+def make_method(
+    config: TrainConfig, loss: str | None, towers: Towers, data: CaptionedPictures, batch: int
+) -> Method:
+    """Make a run's method, with every "auto" of the loss and the batch resolved."""
+    return METHODS[config.method](
+        Setup(
+            config,
+            LOSSES.get(loss or ""),
+            config.method_options(),
+            config.loss_options(loss) if loss else {},
+            towers,
+            data,
+            batch,
+            config.steps(len(data), batch),
+        )
+    )
 
 
 def _precision(device: torch.device, precision: str) -> str:
@@ -382,6 +404,8 @@ def _finish(job: Job, state: State, summary: RunSummary, facts: Mapping[str, Any
             )
             note += "so it is unchanged"
             summary = replace(summary, best_step=0, notes=(*summary.notes, note))
+    if mixture.alpha:
+        job.towers.encoder.untrained -= job.trained.sides
     job.on_progress(Progress("saving", history.step, job.steps))
     folder, result = job.folder, job.folder.checkpoint
     if distributed.rank() == 0:
@@ -412,7 +436,8 @@ def _calibration(job: Job, encoder_id: str, parent_id: str) -> strength.Calibrat
     start = strength.read(job.config.start, parent_id)
     validation = job.validation
     captioned = validation is not None and min(map(len, validation.data.owned)) > 0
-    if validation is not None and captioned and encoder_id != parent_id:
+    encodes_texts = "text" not in job.towers.encoder.untrained
+    if validation is not None and captioned and encodes_texts and encoder_id != parent_id:
         pictures = embed_pictures(job.towers, validation)
         captions = embed_captions(job.towers, validation)[validation.data.captions]
         owner = np.asarray(validation.data.owner)
@@ -462,9 +487,10 @@ def _mix(job: Job, validation: Inputs, at_start: Scores) -> Mixture:
     trained = {
         name: value.clone()
         for name, value in model.state_dict().items()
-        if value.is_floating_point() and not torch.equal(value.cpu(), start[name])
+        if not torch.equal(value.cpu(), start[name])
     }
-    alphas = ALPHAS if job.config.interpolate else (1.0,)
+    random = job.towers.encoder.untrained & job.trained.sides  # nothing to keep of such a start
+    alphas = ALPHAS if job.config.interpolate and not random else (1.0,)
 
     def scores() -> Scores:
         job.on_progress(Progress("mixing", 0, len(alphas)))

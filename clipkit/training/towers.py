@@ -11,13 +11,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
+from clipkit.errors import InputError
 from clipkit.losses import LOSSES, Kind, losses_of
 from clipkit.towers import DualEncoder
-from clipkit.training.gradient_cache import freeze_batch_norms
+from clipkit.towers.folding import synchronise_batch_norms
+from clipkit.training.config import BatchNorm, TrainConfig
+from clipkit.training.distributed import world_size
+from clipkit.training.gradient_cache import batch_norms, freeze_batch_norms
 
 # A block and its number in a parameter's or module's name, as OpenCLIP, timm and Hugging Face name
 # them. `search` finds the outermost block.
-BLOCK = re.compile(r"(?:resblocks|blocks|layers?|stages)\.?(\d+)(?:\.|$)")
+BLOCK = re.compile(r"(?:resblocks|blocks?|layers?|stages)\.?(\d+)(?:\.|$)")
 
 _SIGLIP_BIAS = -10.0  # initial bias of a model made without one: arXiv 2303.15343, section 3.2
 
@@ -49,6 +53,7 @@ class TrainableTowers:
         loss: str | None,
         compute: torch.dtype = torch.float32,
         dropout: bool = False,
+        batch_norm: BatchNorm = "frozen",
     ) -> None:
         self.encoder, self.model, self.device = encoder, encoder.model, encoder.device
         self.logit_scale: torch.nn.Parameter = self.model.logit_scale  # type: ignore[assignment]
@@ -59,12 +64,19 @@ class TrainableTowers:
             bias = torch.nn.Parameter(torch.full_like(self.logit_scale, _SIGLIP_BIAS))
         self.logit_bias: torch.nn.Parameter | None = bias if has_bias else None
         self.compute, self._dropout = compute, dropout
+        self._batch_norm = batch_norm
+        if batch_norm == "batch" and world_size() > 1:
+            synchronise_batch_norms(self.model)
         self.mode(False)
 
     def mode(self, training: bool) -> None:
-        """Switch dropout on or off. BatchNorm always uses its running statistics."""
+        """Switch dropout on or off, and whether the BatchNorms that are trained use the statistics of
+        the batch, if they may, and not the running ones."""
         self.model.train(training and self._dropout)
         freeze_batch_norms(self.model)
+        if training and self._batch_norm == "batch":
+            for norm in trained_batch_norms(self.model).values():
+                norm.train()
 
     def images(self, inputs: torch.Tensor) -> torch.Tensor:
         """Encode uint8 pixels (B, 3, H, W) as unit rows (B, D)."""
@@ -92,6 +104,42 @@ class TrainableTowers:
         if self.compute == self.logit_scale.dtype or self.compute == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.compute)
+
+
+def trained_batch_norms(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the BatchNorms whose gains or biases are trained, by name."""
+    return {
+        name: norm
+        for name, norm in batch_norms(model).items()
+        if any(parameter.requires_grad for parameter in norm.parameters())
+    }
+
+
+def check_batch_norms(encoder: DualEncoder, config: TrainConfig, share: int) -> None:
+    """Raise InputError if the run's BatchNorms cannot work as `batch_norm` says.
+
+    share: this process's pairs of a batch.
+    """
+    has_any = bool(batch_norms(encoder.model))
+    if config.batch_norm == "frozen":
+        if has_any and config.recipe == "full" and "image" in encoder.untrained:
+            raise InputError(
+                f"batch_norm is frozen, but {encoder.spec} is untrained, so its BatchNorms have no "
+                "statistics yet; use batch_norm batch"
+            )
+        return
+    if not has_any:
+        raise InputError(f"batch_norm is batch, but {encoder.spec} has no BatchNorm; leave it out")
+    if 0 < config.chunk < share:
+        raise InputError(
+            f"chunk is {config.chunk}, but batch_norm batch takes its statistics over all {share} "
+            "pairs at once; leave chunk out, lower batch, or use a model with GroupNorm"
+        )
+    if world_size() > 1 and encoder.device.type != "cuda":
+        raise InputError(
+            f"batch_norm batch takes its statistics over {world_size()} processes, which torch does on "
+            "GPUs only; use one process, or a model with GroupNorm"
+        )
 
 
 def loss_of(encoder: DualEncoder, name: str, kind: Kind | None = "pairs") -> str | None:

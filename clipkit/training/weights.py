@@ -36,8 +36,8 @@ class L2SP:
     (limit + lr) * (1 - lr / (limit + lr)) = limit.
 
     drift: limit of a weight's change, as a share of its matrix's root mean square; 0 for no limit.
-    sizes: root mean square to use, by parameter id, for parameters initialised to zero; other zero
-        parameters are not constrained.
+    sizes: root mean square to use, by parameter id, for parameters that start at zero; those of size 0,
+        such as a method's own, are not constrained.
     """
 
     def __init__(
@@ -71,8 +71,11 @@ def choose_drift(towers: Towers, inputs: Inputs, plan: Plan, *, chunk: int) -> f
 
     The start counts as no better if, on average, more than a quarter of the other captions of `plan`
     score higher for a picture than its own; by chance it is half. A method without captions keeps near
-    its start. At most `chunk` pairs are in memory at a time. All processes return the same value.
+    its start, unless that is untrained. At most `chunk` pairs are in memory at a time. All processes
+    return the same value.
     """
+    if "image" in towers.encoder.untrained:
+        return 0.0
     limit: float = _DRIFT_OF_1000 * (len(inputs.data) / 1000) ** 0.5
     count = min(len(plan.pictures), _DRIFT_PAIRS) // world_size() * world_size()
     plan = replace(plan, pictures=plan.pictures[:count], texts=plan.texts[:, :count])
@@ -96,16 +99,17 @@ class Ema:
     With decay 0 the mean is the weights themselves, and nothing is stored.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
-        self._parameters, self._decay = parameters, decay
-        self._mean = {n: p.detach().clone() for n, p in parameters.items()} if decay else {}
+    def __init__(self, weights: Mapping[str, torch.Tensor], decay: float) -> None:
+        """weights: parameters, and the running statistics that belong to them."""
+        self._weights, self._decay = weights, decay
+        self._mean = {n: w.detach().clone() for n, w in weights.items()} if decay else {}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after `step`, from 1. Early means are short, so that the start fades."""
         decay = min(self._decay, (1 + step) / (10 + step))
         for name, mean in self._mean.items():
-            mean.lerp_(self._parameters[name].detach(), 1 - decay)
+            mean.lerp_(self._weights[name].detach(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -125,8 +129,8 @@ class Ema:
 
     def _swap(self) -> None:
         for name, mean in self._mean.items():
-            parameter = self._parameters[name]
-            self._mean[name], parameter.data = parameter.data, mean
+            weight = self._weights[name]
+            self._mean[name], weight.data = weight.data, mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,14 @@ def mix(
     trained: Mapping[str, torch.Tensor],
     alpha: float,
 ) -> None:
-    """Load (1 - alpha) start + alpha trained for the names in `trained`; exact at 0 and 1."""
+    """Load (1 - alpha) start + alpha trained for the names in `trained`; exact at 0 and 1.
+
+    A count, of a BatchNorm's batches, is not mixed: it is the start's at 0, else the trained one.
+    """
     state = model.state_dict()
     for name, end in trained.items():
-        state[name].copy_(end if alpha == 1 else torch.lerp(start[name].to(end), end, alpha))
+        begin = start[name].to(end)
+        if alpha in (0, 1) or not end.is_floating_point():
+            state[name].copy_(end if alpha else begin)
+        else:
+            state[name].copy_(torch.lerp(begin, end, alpha))

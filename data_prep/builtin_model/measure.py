@@ -76,6 +76,7 @@ def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
     classes = np.zeros((len(folders), encoder.dim), np.float32)
     for prompt in CIFAR_PROMPTS:
         classes += encoder.encode_texts([prompt.format(folder.name) for folder in folders])
+    classes /= np.linalg.norm(classes, axis=1, keepdims=True)  # the more prompts agree, the longer
     scores = encode_files(encoder, [path for _, path in files]) @ classes.T
     correct = scores.argmax(axis=1) == np.array([label for label, _ in files])
     return np.asarray(correct, np.float64)

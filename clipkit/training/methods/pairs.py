@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from clipkit.training.data import Plan, mine, together
+from clipkit.training.distributed import gather_uneven
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.inputs import Batch, Inputs, even_share
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.validation import embed_captions, embed_pictures
 
@@ -52,8 +53,11 @@ class Pairs(Method):
                     inputs.data,
                     count=options.hard_negatives,
                     margin=options.hard_negatives_margin,
+                    share=even_share(len(inputs.data)),
+                    device=self.setup.towers.device,
                 )
-                self._look_alikes, self._searched = torch.from_numpy(rows), epoch
+                self._look_alikes = gather_uneven(torch.from_numpy(rows))
+                self._searched = epoch
             assert self._look_alikes is not None
             order = together(order, self._look_alikes.numpy())
         return inputs.data.plans(epoch=epoch, batch=batch, seed=seed, order=order)
