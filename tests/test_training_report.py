@@ -14,7 +14,7 @@ from test_eval_compare import data as data  # a fixture
 from eval.data import Captioned, Labelled
 from eval.reports.html import figures
 from eval.session import Session
-from eval.training_report import next_commands, summary_lines, training_report, validation_group
+from eval.training_report import next_commands, summary_lines, training_report
 
 RECALL = {f"{way}/R@{k}": 0.5 for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)}
 Data = tuple[Captioned, Labelled]
@@ -144,32 +144,6 @@ def test_curves_show_what_decided(tmp_path: Path, data: Data) -> None:
     assert [entry["name"] for entry in drawn[0]["legend"]] == [
         "mean of 4 steps"
     ]  # not the faint one
-
-
-def test_a_method_that_is_measured_otherwise_is_reported_by_its_own_metrics(
-    tmp_path: Path, data: Data
-) -> None:
-    """SimCSE's captions find captions, labels have neighbours. Fails for recall of pictures alone: a
-    KeyError after hours of training."""
-    for names in (["text_to_text/R@1", "text_to_text/R@5"], ["neighbours/acc@5nn"]):
-        scores = dict.fromkeys(names, 0.25)
-        folder = run_folder(tmp_path / str(len(names)))
-        summary = json.loads((folder / "summary.json").read_text())
-        summary |= {"before": scores, "after": dict.fromkeys(names, 0.5)}
-        summary["mixture"] = {"0.0": {"loss": 2.0, **scores}, "1.0": {"loss": 1.5, **scores}}
-        (folder / "summary.json").write_text(json.dumps(summary))
-        lines = [{"step": s, "loss": 1.0, "validation_loss": 1.0, **scores} for s in (10, 20, 30)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        models = [Model("builtin", blind=True), Model("run", blind=False)]
-        made = training_report(folder, models, replace(data[0], split="test"), data[1], Session())
-        label = names[0].replace("/", " ").replace("_", " ")
-        group = validation_group(scores, summary["after"], 4)
-        assert group["rows"][0] == [label, "25.0 %", "50.0 %", "+25.0"]
-        title, measure = made.details["curves"][-1]["title"], made.details["curves"][-1]["series"]
-        assert title.startswith("Recall" if "R@1" in names[0] else "Accuracy")
-        assert [series["name"] for series in measure] == [
-            name.replace("/", " ").replace("_", " ") for name in names
-        ]
 
 
 def test_a_run_of_another_version_is_reported_as_far_as_it_says(

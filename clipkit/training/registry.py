@@ -165,7 +165,9 @@ class SimCseOptions:
     )
     dropout_rate: float = option("dropout of the text tower", 0.1, low=0, below=1)
     temperature: float = option("cosines are divided by it", 0.05, above=0)
-    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+    keep_space: float = option(
+        "weight of staying near the start's vectors, so that texts still find pictures", 0.0, low=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,10 +178,12 @@ class PassageOptions:
         "hard negatives are drawn from this many of BM25's best (0: no hard negatives)", 30, low=0
     )
     temperature: float = option("cosines are divided by it", 0.05, above=0)
-    keep_space: float = option("weight of the cosine with the starting model's vectors", 0.0, low=0)
+    keep_space: float = option(
+        "weight of staying near the start's vectors, so that texts still find pictures", 0.0, low=0
+    )
 
 
-# What a method without pictures does not use.
+# Options that mean nothing to a method without pictures.
 _OF_PICTURES = frozenset(("crop", "flip", "image_rate", "train_image_layers"))
 
 
