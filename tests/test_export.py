@@ -55,7 +55,8 @@ def exported(
         if (kind, int8) not in made:
             folder = tmp_path_factory.mktemp("exported") / f"{kind}{'-int8' if int8 else ''}"
             encoder = towers.load(str(tiny_checkpoint(kind)), device="cpu", precision="float32")
-            export_onnx(encoder, folder, int8=int8, pictures=pictures())
+            sides = ("image", "text") if int8 else ()
+            export_onnx(encoder, folder, int8=sides, pictures=pictures())
             made[kind, int8] = folder
         return made[kind, int8]
 
@@ -237,6 +238,58 @@ def test_an_index_takes_float32_exports_for_the_model_and_int8_for_another(
         index
     ) as library:  # the model that answers now, by what the index notes
         assert library.encoder.spec == str(int8) and len(library.search("cat")) == 5
+
+
+def test_int8_texts_alone_search_the_vectors_that_the_model_has_made(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`use` makes an index search with the export; nothing is encoded again. Its calibration is not
+    the model's, that of a float32 export is."""
+    from clipkit.strength import Calibration
+    from clipkit.towers.exporting import export_onnx
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint("timm-hf"), folder)
+    encoder = towers.load(str(folder), device="cpu", precision="float32")
+    Calibration(encoder.encoder_id, -9.0, 30.0).write(folder)
+    export_onnx(encoder, tmp_path / "int8", int8=["text"])
+    ours = clipkit.load(str(tmp_path / "int8"))
+    assert ours.space_id == encoder.space_id and ours.encoder_id != encoder.encoder_id
+    assert not (tmp_path / "int8" / "strength.json").exists()
+    export_onnx(encoder, folder / "onnx")
+    assert (folder / "onnx" / "strength.json").is_file()
+    (tmp_path / "pictures").mkdir()
+    pictures()[0].save(tmp_path / "pictures" / "one.png")
+    with clipkit.Library.open(tmp_path / "index", model=str(folder), device="cpu") as library:
+        library.add(tmp_path / "pictures")
+    with clipkit.Library.open(tmp_path / "index") as library:
+        assert library.use(str(tmp_path / "int8")).vectors == 1
+        (hit,) = library.search("a red car")
+        assert library.encoder.encoder_id == ours.encoder_id
+    rows = ours.encode_texts(["a red car"]) @ encoder.encode_images([pictures()[0]]).T
+    assert hit.score == pytest.approx(float(rows[0, 0]), abs=0.01)
+    with pytest.raises(InputError, match="int8 is 'texts'; did you mean 'text'"):
+        export_onnx(encoder, tmp_path / "more", int8=["texts"])
+    with pytest.raises(InputError, match="int8 needs sample pictures"):
+        export_onnx(encoder, tmp_path / "more", int8=["image"])
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX files end at 2 GB; here the limit is 10 kB."""
+    from clipkit.towers import exporting
+
+    monkeypatch.setattr(exporting, "MOST_INLINE", 10_000)
+    encoder = towers.load(str(tiny_checkpoint("timm-hf")), device="cpu", precision="float32")
+    for int8 in ((), ("image", "text")):
+        folder = tmp_path / f"out{len(int8)}"
+        exporting.export_onnx(encoder, folder, int8=int8, pictures=pictures())
+        export = checkpoint.read_export(folder)
+        assert {"image.onnx.data", "text.onnx.data"} <= set(export.files)
+        assert set(export.files) <= {path.name for path in folder.iterdir()}
+        cosines = clipkit.load(str(folder)).encode_texts(TEXTS) * encoder.encode_texts(TEXTS)
+        assert cosines.sum(axis=1).min() > 0.9
 
 
 def test_a_file_that_was_changed_is_refused(exported: Exports, tmp_path: Path) -> None:

@@ -46,12 +46,21 @@ def export(
         ),
     ],
     onnx: Annotated[  # noqa: ARG001  the format is named so that others can follow
-        bool, typer.Option("--onnx", help="Write ONNX files, which is also the default.")
+        bool,
+        typer.Option("--onnx", show_default=False, help="Write ONNX files; this is the default."),
     ] = True,
     int8: Annotated[
         bool,
         typer.Option(
             "--int8", help="Compute in int8: a quarter of the size, faster, not the same."
+        ),
+    ] = False,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only",
+            help="With --int8: the image tower stays in float32, and an index of the model keeps its "
+            "vectors: clipkit use DIR.",
         ),
     ] = False,
     out: Annotated[
@@ -101,11 +110,14 @@ def export(
     from clipkit import checkpoint, models, towers
     from clipkit.errors import InputError
     from clipkit.lazy_encoder import load
-    from clipkit.towers.exporting import export_onnx
+    from clipkit.towers.exporting import SIDES, export_onnx
     from data_prep import gallery
     from eval.data import open_captioned
     from eval.runtimes import compare_runtimes
 
+    if text_only and not int8:
+        raise InputError("--text-only says which tower is in int8; give --int8 with it")
+    sides = () if not int8 else ("text",) if text_only else SIDES
     models.check(model)
     if checkpoint.is_export(model):
         raise InputError(checkpoint.not_for_torch(model))
@@ -120,15 +132,19 @@ def export(
         encoder = towers.load(model, device="cpu", precision="float32")
         show("exporting", 0, 0)
         export_onnx(
-            encoder, folder, int8=int8, pictures=_sample_pictures(encoder), overwrite=overwrite
+            encoder,
+            folder,
+            int8=sides,
+            pictures=_sample_pictures(encoder) if "image" in sides else (),
+            overwrite=overwrite,
         )
-        sides = {"torch float32": encoder}
+        compared = {"torch float32": encoder}
         usual = towers.choose_precision(encoder.device)
         if usual != "float32":
-            sides[f"torch {usual}"] = towers.load(model, device="cpu", precision=usual)
+            compared[f"torch {usual}"] = towers.load(model, device="cpu", precision=usual)
         exported = load(str(folder), device="cpu")
-        name = "onnx int8" if int8 else "onnx float32"
-        rows = compare_runtimes({**sides, name: exported}, measured, on_progress=show)
+        name = f"onnx {'int8' if int8 else 'float32'}{' texts' if text_only else ''}"
+        rows = compare_runtimes({**compared, name: exported}, measured, on_progress=show)
     report = {
         "command": command_line(),
         "data": {

@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,16 +32,17 @@ import torch.nn.functional as F  # noqa: N812
 from PIL import Image
 
 import clipkit
-from clipkit import checkpoint
+from clipkit import checkpoint, strength
 from clipkit.checkpoint import Export
 from clipkit.durable import whole_folder
-from clipkit.errors import InputError, ModelError
+from clipkit.errors import InputError, ModelError, check_choice
 from clipkit.runtimes import ExportedEncoder, standalone
 from clipkit.towers.encoder import DualEncoder, causal_text_features, is_causal_argmax, write_json
 from clipkit.towers.folding import unfolded
 
 log = logging.getLogger(__name__)
 
+SIDES = ("image", "text")
 IMAGE_FILE, TEXT_FILE, TOKENIZER_FILE = "image.onnx", "text.onnx", "tokenizer.json"
 EXAMPLE_FILE = "example.py"
 SAME = 0.9999  # least cosine of a float32 export's vectors to torch's
@@ -64,12 +65,13 @@ def export_onnx(
     encoder: DualEncoder,
     folder: Path,
     *,
-    int8: bool = False,
+    int8: Collection[str] = (),
     pictures: Sequence[Image.Image] = (),
     overwrite: bool = False,
 ) -> Export:
     """Write the towers of `encoder`, loaded on the CPU in float32, to `folder`; return the manifest.
 
+    int8: the towers to compute in int8: "image", "text", both or none.
     pictures: RGB pictures such as the model will see; an int8 convolutional tower takes the ranges of
         its activations from the first CALIBRATION_PICTURES of them.
     Raises InputError if the folder exists (unless `overwrite` and it is an export) or the encoder is
@@ -82,7 +84,9 @@ def export_onnx(
             f"cannot export {encoder.spec} in {encoder.precision} on {encoder.device}; "
             "load it with device='cpu', precision='float32'"
         )
-    if int8 and is_convolutional(encoder) and not pictures:
+    for side in int8:
+        check_choice("int8", side, SIDES)
+    if "image" in int8 and is_convolutional(encoder) and not pictures:
         raise InputError(f"int8 needs sample pictures for the image tower of {encoder.spec}")
     if folder.exists() and any(folder.iterdir()):
         if not (overwrite and checkpoint.is_export(str(folder))):
@@ -92,14 +96,15 @@ def export_onnx(
         _write_image(encoder, place / IMAGE_FILE)
         any_length = _write_text(encoder, place / TEXT_FILE)
         pad_id, zero_ids, clean = _write_tokenizer(encoder, place / TOKENIZER_FILE)
-        if int8:
+        if "image" in int8:
             _quantize_image(encoder, place / IMAGE_FILE, pictures[:CALIBRATION_PICTURES])
+        if "text" in int8:
             # Gather: the table of token embeddings, most of a small tower's bytes.
             _quantize_dynamically(place / TEXT_FILE, (*PRODUCTS, "Gather"))
         settings = encoder.settings()
         write_json(place / checkpoint.CONFIG_FILE, settings)
         config, dim = encoder.config, encoder.dim
-        kind = "int8" if int8 else "float32"
+        precision = {side: "int8" if side in int8 else "float32" for side in SIDES}
         length: Any = "length" if any_length else config.context_length
         export = Export(
             model=encoder.spec,
@@ -108,7 +113,7 @@ def export_onnx(
             logit_scale=encoder.logit_scale,
             image={
                 "file": IMAGE_FILE,
-                "precision": kind,
+                "precision": precision["image"],
                 "input": {
                     "name": "pixels",
                     "dtype": "uint8",
@@ -131,7 +136,7 @@ def export_onnx(
             },
             text={
                 "file": TEXT_FILE,
-                "precision": kind,
+                "precision": precision["text"],
                 "input": {"name": "tokens", "dtype": "int64", "shape": ["n", length]},
                 "output": {
                     "name": "vectors",
@@ -152,7 +157,8 @@ def export_onnx(
         export.write(place)
         shutil.copy(str(standalone.__file__), place / EXAMPLE_FILE)
         (place / "README.md").write_text(_readme(export), encoding="utf-8")
-        _check(encoder, place, float32=not int8)
+        _check(encoder, place)
+        _copy_calibration(encoder, place)
     return export
 
 
@@ -306,7 +312,7 @@ def _quantize_dynamically(file: Path, operations: Sequence[str]) -> None:
             per_channel=True,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=list(operations),
-            use_external_data_format=_external(file),
+            use_external_data_format=_external(prepared),
         )
 
 
@@ -329,7 +335,7 @@ def _quantize_image(encoder: DualEncoder, file: Path, pictures: Sequence[Image.I
             calibrate_method=CalibrationMethod.MinMax,
             # of the batches' extremes, not the extreme of all: outliers do not widen the range
             extra_options={"CalibMovingAverage": True},
-            use_external_data_format=_external(file),
+            use_external_data_format=_external(prepared),
         )
 
 
@@ -354,8 +360,14 @@ def _prepared(file: Path) -> Iterator[Path]:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = file.with_name(f"prepared-{file.name}")
-    external = _external(file)
-    quant_pre_process(file, prepared, skip_symbolic_shape=True, save_as_external_data=external)
+    quant_pre_process(
+        file,
+        prepared,
+        skip_symbolic_shape=True,
+        save_as_external_data=_external(file),
+        all_tensors_to_one_file=True,
+        external_data_location=f"{prepared.name}.data",
+    )
     for old in file.parent.glob(f"{file.name}*"):
         old.unlink()
     try:
@@ -373,7 +385,7 @@ def _external(file: Path) -> bool:
 # ---- checks
 
 
-def _check(encoder: DualEncoder, folder: Path, *, float32: bool) -> None:
+def _check(encoder: DualEncoder, folder: Path) -> None:
     """Raise ModelError unless the export gives the model's tokens and, in float32, its vectors."""
     exported = ExportedEncoder(folder, spec=encoder.spec, device="cpu")
     own = encoder.tokenize(CHECK_TEXTS).numpy()
@@ -385,21 +397,38 @@ def _check(encoder: DualEncoder, folder: Path, *, float32: bool) -> None:
             f"cannot export {encoder.spec}: its tokenizer ({type(encoder.tokenizer).__name__}) does "
             "what a tokenizer.json cannot say"
         )
-    if not float32:
-        return
     generator = np.random.default_rng(0)
     shape = (3, 3, *encoder.config.image_size)
     pixels = generator.integers(0, 256, shape, dtype=np.uint8)
-    for side, ours, theirs in (
-        ("image", exported.encode_images(pixels), encoder.encode_images(torch.from_numpy(pixels))),
-        ("text", exported.encode_texts(CHECK_TEXTS), encoder.encode_texts(CHECK_TEXTS)),
+    for side, tower, ours, theirs in (
+        (
+            "image",
+            exported.export.image,
+            exported.encode_images(pixels),
+            encoder.encode_images(torch.from_numpy(pixels)),
+        ),
+        (
+            "text",
+            exported.export.text,
+            exported.encode_texts(CHECK_TEXTS),
+            encoder.encode_texts(CHECK_TEXTS),
+        ),
     ):
         cosine = float((ours * theirs).sum(axis=1).min())
-        if not cosine >= SAME:  # NaN fails too
+        if tower["precision"] == "float32" and not cosine >= SAME:  # NaN fails too
             raise ModelError(
                 f"cannot export {encoder.spec}: the exported {side} tower gives other vectors than "
                 f"the model (cosine {cosine:.4f}, it must be {SAME})"
             )
+
+
+def _copy_calibration(encoder: DualEncoder, folder: Path) -> None:
+    """Give an export that is the same encoder the model's calibration, which holds for no other."""
+    model = checkpoint.find_folder(encoder.spec)
+    if model is not None and (model / strength.FILE).is_file():
+        exported = checkpoint.identify(str(folder))
+        if exported is not None and exported.encoder_id == encoder.encoder_id:
+            shutil.copy(model / strength.FILE, folder)
 
 
 @contextmanager
