@@ -145,13 +145,10 @@ def export(
         exported = load(str(folder), device="cpu")
         name = f"onnx {'int8' if int8 else 'float32'}{' texts' if text_only else ''}"
         rows = compare_runtimes({**compared, name: exported}, measured, on_progress=show)
+    pictures, texts = rows[0].image_cosine.n, rows[0].text_cosine.n
     report = {
         "command": command_line(),
-        "data": {
-            "name": data or "sample gallery",
-            "pictures": rows[0].image_cosine.n,
-            "texts": rows[0].text_cosine.n,
-        },
+        "data": {"name": data or "sample gallery", "pictures": pictures, "texts": texts},
         "rows": [asdict(row) for row in rows],
     }
     (folder / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -161,9 +158,7 @@ def export(
         return
     towers_size = sum(bytes for name, bytes in files.items() if ".onnx" in name)
     print(f"{printable(model)} exported to {printable(str(folder))}, {size(towers_size)}")
-    print(
-        f"compared on {report['data']['pictures']:,} pictures and {report['data']['texts']:,} texts"
-    )
+    print(f"compared on {pictures:,} pictures and {texts:,} texts")
     for line in table(rows):
         print(line)
     print(f"use it: clipkit index FOLDER --model {printable(str(folder))}")

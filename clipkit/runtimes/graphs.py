@@ -33,6 +33,7 @@ def open_onnx(file: Path, *, device: str, precision: str, calls: int) -> Graph: 
     that it cannot read.
     """
     ort = _package("onnxruntime", "onnx")
+    ort.disable_telemetry_events()  # nothing about a user's models is to be noted or sent
     if precision not in ("auto", "float32"):
         raise InputError(
             f"ONNX Runtime computes in the precision of the exported files, not in {precision}; "

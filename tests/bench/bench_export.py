@@ -69,11 +69,15 @@ def main() -> None:
             f"\n## {name}\n",
             *(f"{kind} {folder_size(path) / 1e6:.0f} MB" for kind, path in exports.items()),
         )
-        rows = compare_runtimes(sides(spec, exports), data, runs=args.runs)
+        rows = compare_runtimes(sides(spec, exports), data, runs=args.runs, on_progress=progress)
         print(*table(rows), sep="\n", flush=True)
         specs = {"torch": spec, **{f"onnx {kind}": str(path) for kind, path in exports.items()}}
         print(*similarity(specs, data, args.requests), sep="\n", flush=True)
         print(*cold(spec, exports["float32"]), sep="\n", flush=True)
+
+
+def progress(what: str, done: int, total: int) -> None:
+    print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
 
 
 def random_model(architecture: str, folder: Path) -> Path:
