@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -346,6 +347,26 @@ def test_openvino_gives_the_same_vectors(exported: Exports) -> None:
     assert np.allclose(theirs.encode_images(batch), ours.encode_images(batch), atol=1e-4)
     assert np.allclose(theirs.encode_texts(TEXTS), ours.encode_texts(TEXTS), atol=1e-4)
     assert theirs.encoder_id == ours.encoder_id
+    with pytest.raises(ModelError, match="is in int8, which OpenVINO computes otherwise"):
+        clipkit.load(str(exported("timm-hf", int8=True)), runtime="openvino")
+
+
+def test_onnx_runtime_reports_nothing(exported: Exports) -> None:
+    """Its telemetry, which sends reports and leaves a device id in the user's cache, is off by the time
+    that it is imported: it reads the variable then."""
+    code = (
+        "import os, sys, clipkit\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'onnxruntime': print(os.environ.get('ORT_DISABLE_TELEMETRY'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        f"clipkit.load({str(exported())!r}).encode_texts(['a cat'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_texts_are_encoded_by_the_export_inside_a_checkpoint(

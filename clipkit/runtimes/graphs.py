@@ -1,4 +1,7 @@
-"""Open an ONNX file in a runtime. Only this module imports ONNX Runtime's and OpenVINO's inference."""
+"""Open an ONNX file in a runtime. Only this module imports ONNX Runtime's and OpenVINO's inference.
+
+ONNX Runtime's telemetry is off: see `standalone`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,6 @@ def open_onnx(file: Path, *, device: str, precision: str, calls: int) -> Graph: 
     that it cannot read.
     """
     ort = _package("onnxruntime", "onnx")
-    ort.disable_telemetry_events()  # nothing about a user's models is to be noted or sent
     if precision not in ("auto", "float32"):
         raise InputError(
             f"ONNX Runtime computes in the precision of the exported files, not in {precision}; "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import string
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+# Read when ONNX Runtime is imported: 1.32 reports its use to Microsoft unless it is told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class Towers:

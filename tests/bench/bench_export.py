@@ -5,7 +5,7 @@
 DIR holds flickr8k/dev.jsonl (default: $CLIPKIT_DATA). "ViT-B-32" is OpenCLIP's architecture with random
 weights: its cosines and speed count, its recall is chance. Rows: torch in float32 and, where the
 hardware computes in it, bfloat16; ONNX Runtime in float32 and int8; OpenVINO, if it is installed, in
-float32, bfloat16 and int8. All are timed in turn in one process. Then a `clipkit app` for torch and for
+float32 and bfloat16. All are timed in turn in one process. Then a `clipkit app` for torch and for
 each export answers --requests texts and photos, in turn: median, p95, memory. Last, a fresh process
 encodes one text. Exports stay in --work and are used again.
 """
@@ -124,8 +124,7 @@ def sides(spec: str, exports: dict[str, Path]) -> dict[str, Towers]:
     for kind, folder in exports.items():
         found[f"onnx {kind}"] = load(str(folder))
     if find_spec("openvino"):
-        for kind, folder in exports.items():
-            found[f"openvino {kind}"] = load(str(folder), runtime="openvino")
+        found["openvino float32"] = load(str(exports["float32"]), runtime="openvino")
         if usual == "bfloat16":
             found["openvino bfloat16"] = load(
                 str(exports["float32"]), runtime="openvino", precision="bfloat16"
