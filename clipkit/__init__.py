@@ -9,7 +9,8 @@
     encoder = clipkit.load("builtin")               # the two towers themselves
     encoder.encode_texts(["a red car"]) @ encoder.encode_images(pictures).T
 
-`import clipkit` loads nothing else: numpy comes with `Library`, torch with `load`.
+`import clipkit` loads nothing else: numpy comes with `Library`, torch with `load` unless it names towers
+that `clipkit export` wrote.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipkit.lazy_encoder import load
     from clipkit.library import Hits, Library
-    from clipkit.towers import load
 
 __version__ = "0.2.0"
 
 __all__ = ["Hits", "Library", "__version__", "load"]
 
-_HOMES = {"Hits": "clipkit.library", "Library": "clipkit.library", "load": "clipkit.towers"}
+_HOMES = {"Hits": "clipkit.library", "Library": "clipkit.library", "load": "clipkit.lazy_encoder"}
 
 
 def __getattr__(name: str) -> Any:

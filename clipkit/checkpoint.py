@@ -5,6 +5,7 @@
     tokenizer.json, ...           Hugging Face tokenizer files, if the text tower uses one
     config.json                   the Hugging Face text transformer's settings, if there is one
     clipkit.json                  provenance: where the checkpoint comes from and what was measured
+    onnx/                         the same towers exported, if `clipkit export` wrote them: see `Export`
 
 OpenCLIP itself opens such a folder as `local-dir:FOLDER`. Nothing here unpickles.
 """
@@ -20,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -35,6 +36,8 @@ CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
 PROVENANCE_FILE = "clipkit.json"
 TEXT_CONFIG_FILE = "config.json"
+EXPORT_FILE = "export.json"  # makes a folder an exported one
+EXPORT_FOLDER = "onnx"  # of a checkpoint
 RUN_RESULT = "checkpoint"  # in the folder of a training run
 WEIGHTS_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
 # These files decide how a text becomes tokens; the first that exists is hashed.
@@ -188,8 +191,7 @@ def converted_folder(architecture: str, file: Path) -> Path:
 
 @lru_cache
 def _file_digest(path: str, _size: int, _mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(path))
 
 
 def _path(spec: str) -> Path:
@@ -225,10 +227,13 @@ def untrained(folder: Path) -> frozenset[str]:
 def identify(spec: str) -> Identity | None:
     """Return the identity of a safetensors checkpoint folder; None if only loading tells it.
 
-    It imports no torch and reads a file's weights once, so that an unchanged library is recognised at
-    once: digests are stored in the user's cache by the file's path, size and times.
+    For an exported folder see `Export`. It imports no torch and reads a file's weights once, so that
+    an unchanged library is recognised at once: digests are stored in the user's cache by the file's
+    path, size and times.
     """
     folder = find_folder(spec)
+    if folder is not None and (folder / EXPORT_FILE).is_file():
+        return _identify_export(folder)
     if folder is None or not (folder / WEIGHTS_FILE).is_file():
         return None
     model_cfg, preprocess_cfg = read_config(folder)
@@ -274,6 +279,111 @@ def _without_volatile(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_volatile(v) for k, v in value.items() if k not in _VOLATILE_KEYS}
     return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Export:
+    """The manifest of an exported folder, EXPORT_FILE: the towers of a model for other runtimes.
+
+        export.json               this
+        image.onnx                uint8 pixels (N, 3, H, W) -> float32 unit rows (N, D)
+        text.onnx                 int64 tokens (N, L) -> float32 unit rows (N, D)
+        tokenizer.json            texts -> tokens, as the library `tokenizers` reads it
+        open_clip_config.json     the model's settings, as in its checkpoint
+        strength.json             its calibration, if it has one that holds for the export
+        report.json, README.md    what was measured, and how to use the files without clipkit
+
+    `image` and `text` say how to use a tower: its file, its input's name, dtype and shape, its
+    precision ("float32" or "int8"). `files` are the SHA-256 of all files that decide a vector.
+
+    Identity: a tower in float32 is the model's own, so the export carries its ids. One in int8 gives
+    other vectors: its ids are hashed from the model's and the file's. So an int8 text tower beside a
+    float32 image tower has the model's `space_id` and an `encoder_id` of its own.
+    """
+
+    model: str  # the spec that was exported
+    source: Identity
+    dim: int
+    logit_scale: float
+    image: Mapping[str, Any]
+    text: Mapping[str, Any]
+    files: Mapping[str, str]
+    clipkit: str  # the version that wrote it
+
+    def identity(self) -> Identity:
+        """Return the identity of the export's vectors."""
+        changed = {
+            side: self.files[tower["file"]]
+            for side, tower in (("image", self.image), ("text", self.text))
+            if tower["precision"] != "float32"
+        }
+        encoder_id, space_id = self.source
+        if changed:
+            encoder_id = _hash({"exported": encoder_id, **changed})
+        if "image" in changed:
+            space_id = _hash({"exported": space_id, "image": changed["image"]})
+        return Identity(encoder_id, space_id)
+
+    def write(self, folder: Path) -> None:
+        """Write EXPORT_FILE into `folder`, all or nothing."""
+        content = {**asdict(self), "source": self.source._asdict()}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        write_whole(folder / EXPORT_FILE, text.encode("utf-8"))
+
+
+def find_export(spec: str) -> Path | None:
+    """Return the exported folder that a spec names, or that lies in the checkpoint it names."""
+    folder = find_folder(spec)
+    places = () if folder is None else (folder, folder / EXPORT_FOLDER)
+    return next((place for place in places if (place / EXPORT_FILE).is_file()), None)
+
+
+def is_export(spec: str) -> bool:
+    """Return whether a spec names an exported folder itself."""
+    folder = find_folder(spec)
+    return folder is not None and (folder / EXPORT_FILE).is_file()
+
+
+def not_for_torch(spec: str) -> str:
+    """Return the message for an exported folder where torch's towers are needed, as for training."""
+    folder = find_folder(spec)
+    assert folder is not None
+    model = read_export(folder).model
+    return f"{spec} holds exported towers, which torch cannot run or train; name the model: {model}"
+
+
+def read_export(folder: Path) -> Export:
+    """Read an exported folder's manifest. Raises ModelError if it is none."""
+    path = folder / EXPORT_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Export(**{**content, "source": Identity(**content["source"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} is not the manifest of an export ({type(error).__name__}: {error}); "
+            "export the model again: clipkit export MODEL --onnx"
+        ) from error
+
+
+def _identify_export(folder: Path) -> Identity:
+    """Return the identity of an exported folder; raises ModelError if a file is another one now."""
+    export = read_export(folder)
+    for name, expected in export.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{folder} lacks {name}; export the model again")
+        if _remembered(path, lambda path: (sha256(path),))[0] != expected:
+            raise ModelError(
+                f"{path} is not the file that was exported (its SHA-256 differs); "
+                f"export the model again: clipkit export {export.model} --onnx --out {folder}"
+            )
+    return export.identity()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_digest(folder: Path) -> str:

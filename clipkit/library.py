@@ -13,11 +13,11 @@ from __future__ import annotations
 import base64
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from clipkit import checkpoint, models
 from clipkit.catalog import Catalog, EncoderRow, PictureRow
@@ -79,7 +79,12 @@ def default_index() -> Path:
 
 
 def open_encoder(
-    folder: Path, model: str | None = None, *, device: str = "auto", precision: str = "auto"
+    folder: Path,
+    model: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    runtime: str = "auto",
 ) -> LazyEncoder:
     """Return the model for the index in `folder`: `model`, else the index's own, else "builtin".
 
@@ -87,6 +92,7 @@ def open_encoder(
     `model` is that one at a new place, the index notes the place. Raises ModelError if there is no
     `model` of this name, and IndexDamaged.
     """
+    options: Any = {"device": device, "precision": precision, "runtime": runtime}
     with Catalog.open(folder) if _is_index(folder) else nullcontext() as catalog:
         active = catalog.active_encoder() if catalog else None
         rows = catalog.encoders() if catalog else []
@@ -95,9 +101,9 @@ def open_encoder(
             if catalog and active and models.is_gone(spec):
                 identity = checkpoint.Identity(active.encoder_id, space_of(active))
                 gone = identity, _gone(catalog, active)
-            return LazyEncoder(spec, device=device, precision=precision, gone=gone)
+            return LazyEncoder(spec, **options, gone=gone)
     models.check(model)
-    encoder = LazyEncoder(model, device=device, precision=precision)
+    encoder = LazyEncoder(model, **options)
     if any(row.encoder_id == encoder.known_id and models.is_gone(row.spec) for row in rows):
         # An index that cannot be written now is still searched.
         with suppress(ClipkitError), Catalog.open(folder, write=True) as catalog:
@@ -209,11 +215,10 @@ class Library:
     one of them adds to it. Close it with `close()`, or use it as a context manager.
     """
 
-    def __init__(self, folder: Path, model: str | None, device: str, precision: str) -> None:
+    def __init__(self, folder: Path, model: str | None, options: Mapping[str, str]) -> None:
         self.folder = folder
         self._model = model
-        self._device = device
-        self._precision = precision
+        self._options = options  # of `open_encoder`
         self._lock = threading.RLock()
         self._encoder: LazyEncoder | None = None
         self._active_id: str | None = None  # of the active model for which `_encoder` was opened
@@ -229,11 +234,12 @@ class Library:
         model: str | None = None,
         device: str = "auto",
         precision: str = "auto",
+        runtime: str = "auto",
     ) -> Self:
         """Open the index in the folder `path` (default: see `default_index`).
 
-        `model` is a spec as `clipkit.load` takes it; the default is the index's active model, or
-        "builtin" for a new index. It is loaded by the first search or `add` that needs it. Without
+        `model` and `runtime` are as `clipkit.load` takes them; the default is the index's active model,
+        or "builtin" for a new index. It is loaded by the first search or `add` that needs it. Without
         `model`, each search is with the model that is active then, also after another process has
         switched. A folder without an index is an empty library: `add` creates the index.
 
@@ -241,7 +247,8 @@ class Library:
             library = clipkit.Library.open("my-index", model="ViT-B-32/openai", device="cuda")
         """
         folder = default_index() if path is None else Path(path).expanduser()
-        return cls(folder, model, device, precision)
+        options = {"device": device, "precision": precision, "runtime": runtime}
+        return cls(folder, model, options)
 
     @property
     def encoder(self) -> LazyEncoder:
@@ -251,9 +258,7 @@ class Library:
             if self._model is None and self._exists() and not self._closed:
                 active = self._open().active_encoder()
             if self._encoder is None or (active and active.encoder_id != self._active_id):
-                self._encoder = open_encoder(
-                    self.folder, self._model, device=self._device, precision=self._precision
-                )
+                self._encoder = open_encoder(self.folder, self._model, **self._options)
                 self._active_id = active.encoder_id if active else None
             return self._encoder
 

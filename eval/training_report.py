@@ -422,6 +422,8 @@ def _mixtures(summary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield a table of the mixtures with the start that were tried, if any."""
     tried: Mapping[str, Mapping[str, float]] = summary.get("mixture", {})
     if len(tried) > 1:
+        own = [name for name in next(iter(tried.values())) if name != "loss"]
+        names = [name for name in _FIRST if name in own] or own
         yield {
             "title": "Mixtures of the start with the trained weights, on the validation split",
             "columns": ["trained share", "loss", *map(metric_text, names), "kept"],

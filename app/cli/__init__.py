@@ -35,7 +35,7 @@ def commands(called: str | None = None) -> Commands:
     switch.add_commands(cli)
     if called in {command.callback.__name__ for command in cli.registered_commands}:
         return cli
-    from app.cli import cache, models, train
+    from app.cli import cache, export, models, train
     from app.cli.data import data
     from app.cli.eval import evaluate
     from app.cli.runs import runs
@@ -44,6 +44,7 @@ def commands(called: str | None = None) -> Commands:
     cli.command(epilog=train.EPILOG, cls=train.TrainCommand)(train.train)
     cli.add_typer(runs)
     cli.add_typer(evaluate)
+    cli.command(epilog=export.EPILOG)(export.export)
     cli.command(epilog=cache.EPILOG)(cache.cache)
     cli.command(epilog=models.EPILOG)(models.models)
     return cli

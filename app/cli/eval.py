@@ -22,6 +22,7 @@ from app.cli.terminal import (
     IndexOption,
     JsonOption,
     QuietOption,
+    RuntimeOption,
     choice,
     command_line,
     default_folder,
@@ -141,6 +142,7 @@ class Encoding(Common):
             rich_help_panel=MORE,
         ),
     ] = "float32"
+    runtime: RuntimeOption = "auto"
     cache: CacheOption = None
     no_cache: Annotated[
         bool,
@@ -151,7 +153,7 @@ class Encoding(Common):
         """Return a model that is loaded when it is needed."""
         from clipkit.lazy_encoder import LazyEncoder
 
-        return LazyEncoder(spec, device=self.device, precision=self.precision)
+        return LazyEncoder(spec, device=self.device, precision=self.precision, runtime=self.runtime)
 
     def open(self, data: str) -> Any:
         """Open data as captioned pictures if it has captions, else as labelled ones."""

@@ -27,6 +27,7 @@ from app.cli.terminal import (
     MegapixelsOption,
     PrecisionOption,
     QuietOption,
+    RuntimeOption,
     WorkersOption,
     examples,
     model_option,
@@ -86,6 +87,7 @@ def index(
     quiet: QuietOption = False,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
     workers: WorkersOption = None,
     batch_size: Annotated[
         int | None,
@@ -128,7 +130,9 @@ def index(
     from clipkit.images import Limits
 
     place = index_folder(index)
-    with Library.open(place, model=model, device=device, precision=precision) as library:
+    with Library.open(
+        place, model=model, device=device, precision=precision, runtime=runtime
+    ) as library:
         if forget:
             before = len(library)
             removed = library.remove(*folders)
@@ -218,6 +222,7 @@ def search(
     model: ModelOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
 ) -> None:
     """Find pictures by text, by an example picture, or by both.
 
@@ -234,7 +239,9 @@ def search(
     if not text and image is None:
         raise InputError("nothing to search for; give words, or a picture with --image FILE")
     place = index_folder(index)
-    with Library.open(place, model=model, device=device, precision=precision) as library:
+    with Library.open(
+        place, model=model, device=device, precision=precision, runtime=runtime
+    ) as library:
         hits = library.search(" ".join(text or ()), k=k, image=image)
         if not (hits.total or as_json or len(library)):
             raise InputError(_nothing_indexed(place))
@@ -331,6 +338,7 @@ def app(
     ] = 40,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    runtime: RuntimeOption = "auto",
 ) -> None:
     """Serve the search page, to this machine only unless --host is given.
 
@@ -354,6 +362,7 @@ def app(
         open_browser=open_browser,
         device=device,
         precision=precision,
+        runtime=runtime,
         opening=Opening(
             token=token,
             secret=_secret(token_file),

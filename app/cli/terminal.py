@@ -137,6 +137,24 @@ PrecisionOption = Annotated[
         rich_help_panel=MORE,
     ),
 ]
+
+
+def runtimes() -> list[str]:
+    """Return what --runtime takes."""
+    from clipkit.runtimes import RUNTIMES
+
+    return ["auto", "torch", *RUNTIMES]
+
+
+RuntimeOption = Annotated[
+    str,
+    choice(
+        "--runtime",
+        runtimes,
+        help="What computes a model that clipkit export wrote: onnx, openvino, or auto: onnx.",
+        rich_help_panel=MORE,
+    ),
+]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=MORE)
 ]

@@ -102,6 +102,7 @@ def serve(
     open_browser: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    runtime: str = "auto",
     photos: Sequence[Path] = (),
     examples: Sequence[str] | None = None,
     opening: Opening | None = None,
@@ -118,7 +119,7 @@ def serve(
     tls = _tls(opening)
 
     def open_model(spec: str | None) -> LazyEncoder:
-        return open_encoder(index_folder, spec, device=device, precision=precision)
+        return open_encoder(index_folder, spec, device=device, precision=precision, runtime=runtime)
 
     workspace = Workspace(
         index_folder,

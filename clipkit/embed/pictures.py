@@ -24,7 +24,7 @@ from clipkit.arrays import Float32
 from clipkit.errors import ImageError
 
 if TYPE_CHECKING:
-    from clipkit.towers import DualEncoder
+    from clipkit.lazy_encoder import Towers
 
 Item = TypeVar("Item")
 Stored = TypeVar("Stored")
@@ -166,7 +166,7 @@ class Encoded(Generic[Item, Extra]):
 
 def encode_pictures(
     items: Iterable[Item],
-    towers: Callable[[], DualEncoder],
+    towers: Callable[[], Towers],
     *,
     read: Callable[[Item], bytes],
     lookup: Callable[[str], Stored | None],

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,11 +34,8 @@ from clipkit.embed.streams import Spool, side_by_side
 from clipkit.embed.walk import Folder, FoundFile, Problem, distinct_roots, walk
 from clipkit.errors import ClipkitError, ImageError, ModelError
 from clipkit.index_models import is_complete, join_vectors, register, space_of
-from clipkit.lazy_encoder import Encoder
+from clipkit.lazy_encoder import Encoder, Towers
 from clipkit.records import FolderCaptions, Texts
-
-if TYPE_CHECKING:
-    from clipkit.towers import DualEncoder
 
 log = logging.getLogger(__name__)
 
@@ -447,7 +444,7 @@ class _Run:
         extra = _Extra(facts, self.captions.for_picture(Path(job.path)))
         return towers.preprocess(picture.rgb), extra
 
-    def _towers(self) -> DualEncoder:
+    def _towers(self) -> Towers:
         towers = self.encoder.towers()
         if towers.encoder_id != self.encoder_id:
             raise ModelError(f"model {self.encoder.spec} changed during indexing; start again")

@@ -238,10 +238,10 @@ class DualEncoder:
             used = int((tokens != pad).sum(dim=1).max())
             if bool((tokens[:, used:] == pad).all()):
                 tokens = tokens[:, : max(used, 1)]
-        elif _is_causal_argmax(text):
+        elif is_causal_argmax(text):
             # What follows the end-of-text token cannot reach it through a causal mask.
             end = tokens.argmax(dim=-1)
-            return _causal_text_features(text, tokens[:, : int(end.max()) + 1], end)
+            return causal_text_features(text, tokens[:, : int(end.max()) + 1], end)
         features: torch.Tensor = self.model.encode_text(tokens)  # type: ignore[operator]
         return features
 
@@ -249,6 +249,15 @@ class DualEncoder:
         """Normalise and concatenate batches, in float32 whatever the towers' precision is."""
         rows = [F.normalize(batch.float(), dim=-1).cpu().numpy() for batch in features]
         return np.concatenate(rows) if rows else np.empty((0, self.dim), np.float32)
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return OpenCLIP's tokenizer; `tokenize` guards it against two threads at once."""
+        return self._tokenizer
+
+    def settings(self) -> dict[str, Any]:
+        """Return what a checkpoint folder's CONFIG_FILE holds: model_cfg and preprocess_cfg."""
+        return {"model_cfg": self._model_cfg, "preprocess_cfg": self._preprocess_cfg}
 
     def save(self, folder: Path, *, provenance: Mapping[str, Any] | None = None) -> None:
         """Write an OpenCLIP checkpoint folder (see `clipkit.checkpoint`), weights in float32.
@@ -276,7 +285,7 @@ class DualEncoder:
         assert identity is not None
         random = {"untrained": sorted(self.untrained)} if self.untrained else {}
         note = {**identity._asdict(), **random, **(provenance or {})}
-        _write_json(folder / checkpoint.PROVENANCE_FILE, note)
+        write_json(folder / checkpoint.PROVENANCE_FILE, note)
 
 
 def write_settings(
@@ -300,10 +309,11 @@ def write_config(
 ) -> None:
     """Write a checkpoint folder's open_clip_config.json."""
     content = {"model_cfg": dict(model_cfg), "preprocess_cfg": dict(preprocess_cfg)}
-    _write_json(folder / checkpoint.CONFIG_FILE, content)
+    write_json(folder / checkpoint.CONFIG_FILE, content)
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as those of a checkpoint are: indented, UTF-8."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -330,7 +340,7 @@ def _centre_crop_or_pad(pixels: torch.Tensor, height: int, width: int, fill: int
     return pixels[:, :, top : top + height, left : left + width]
 
 
-def _is_causal_argmax(text: torch.nn.Module) -> bool:
+def is_causal_argmax(text: torch.nn.Module) -> bool:
     """Return whether this is CLIP's text tower: causal, read at the end-of-text token."""
     pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
     return (
@@ -340,7 +350,7 @@ def _is_causal_argmax(text: torch.nn.Module) -> bool:
     )
 
 
-def _causal_text_features(
+def causal_text_features(
     text: torch.nn.Module, tokens: torch.Tensor, end: torch.Tensor
 ) -> torch.Tensor:
     """Encode tokens (N, L), cut behind their last end (N,), as (N, D): open_clip's CLIP.encode_text."""
@@ -349,7 +359,7 @@ def _causal_text_features(
     length = tokens.shape[1]
     x = part.token_embedding(tokens).to(dtype) + part.positional_embedding[:length].to(dtype)
     x = part.transformer(x, attn_mask=part.attn_mask[:length, :length])
-    x = part.ln_final(x)[torch.arange(len(tokens), device=tokens.device), end]
+    x = part.ln_final(x)[torch.arange(tokens.shape[0], device=tokens.device), end]
     projection = part.text_projection
     if projection is None:
         return x  # type: ignore[no-any-return]

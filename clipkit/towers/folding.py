@@ -10,7 +10,8 @@ would without folding. The algebra is that of Jacob et al. 2018 (arXiv 1712.0587
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -55,6 +56,21 @@ def synchronise_batch_norms(model: torch.nn.Module) -> None:
         if isinstance(folded, partial) and folded.func in (_convolve, _activate):
             del module.forward
     convert_sync_batchnorm(model)
+
+
+@contextmanager
+def unfolded(model: torch.nn.Module) -> Iterator[None]:
+    """Let convolutions and norms compute as they did before `fold_batch_norms`, until the block ends."""
+    folds = {
+        module: module.__dict__.pop("forward")
+        for module in model.modules()
+        if getattr(module.__dict__.get("forward"), "func", None) in (_convolve, _activate)
+    }
+    try:
+        yield
+    finally:
+        for module, forward in folds.items():
+            module.forward = forward
 
 
 def _watched(

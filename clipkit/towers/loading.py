@@ -36,6 +36,8 @@ def load(spec: str, *, device: str = "auto", precision: Precision = "auto") -> D
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(chosen_device, precision)
     models.check(spec)
+    if checkpoint.is_export(spec):
+        raise ModelError(checkpoint.not_for_torch(spec))
     folder = checkpoint.find_folder(spec)
     if folder is None and (named := checkpoint.weights_file(spec)):
         folder = _converted(*named)

@@ -27,14 +27,13 @@ from clipkit.arrays import Float32, Int64
 from clipkit.catalog import VectorStore
 from clipkit.embed import Encoded, Known, encode_pictures
 from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
-from clipkit.lazy_encoder import Encoder
+from clipkit.lazy_encoder import Encoder, Towers
 from clipkit.wording import count
 from eval.data import Pictures
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clipkit.towers import DualEncoder
 
 __all__ = [
     "CachedModel",
@@ -303,7 +302,7 @@ class _Model:
     def __exit__(self, *error: object) -> None:
         self.store.__exit__(*error)
 
-    def towers(self) -> DualEncoder:
+    def towers(self) -> Towers:
         """Load the towers. Raises ModelError if they are not those that the cache is searched for."""
         towers = self._encoder.towers()
         if not self._checked:
