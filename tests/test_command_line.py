@@ -68,7 +68,9 @@ VALUES = {
     "PREFIX": ("nonesuch", "/a/../b"),
 }
 # Free names, which only the data or the network can refuse.
-FREE = "--image-column --caption-column --script --split --train-split --name --trackers".split()
+FREE = (
+    "--image-column --caption-column --script --split --train-split --name --trackers --teacher"
+).split()
 
 
 def wrong_values() -> Iterator[tuple[str, str, str]]:

@@ -278,3 +278,11 @@ def test_the_short_way_of_plain_info_nce_is_the_long_one(same: Same | None) -> N
         torch.autograd.grad(short, rows), torch.autograd.grad(long, rows), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_marks_are_kept_as_they_are() -> None:
+    """A matrix of any form, not only of groups, gives itself back."""
+    marks = torch.rand(7, 7, generator=torch.Generator().manual_seed(0)) < 0.4
+    same = Same.of_marks(marks)
+    assert torch.equal(same.of_pictures(0, 7), marks)
+    assert torch.equal(same.of_captions(2, 5), marks.T[2:5])

@@ -36,6 +36,12 @@ class Same:
     pictures: torch.Tensor  # int64 (E,): picture pictures[e] is in group groups[e]; no pair twice
     groups: torch.Tensor  # int64 (E,)
 
+    @classmethod
+    def of_marks(cls, marks: torch.Tensor) -> Same:
+        """Make one of a matrix: bool (B, B), picture i and caption j."""
+        pictures, captions = marks.nonzero(as_tuple=True)
+        return cls(torch.arange(len(marks), device=marks.device), pictures, captions)
+
     def to(self, device: torch.device) -> Same:
         return Same(self.captions.to(device), self.pictures.to(device), self.groups.to(device))
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from clipkit import checkpoint
 from clipkit.errors import InputError
 from clipkit.losses import Kind, imported
 from clipkit.options import NoOptions, option
@@ -223,6 +222,8 @@ class DistillOptions:
     @property
     def absolute(self) -> Mapping[str, str]:
         """Return options that name the same from any working folder, in place of their values."""
+        from clipkit import checkpoint  # which imports numpy
+
         places = (
             os.path.abspath(os.path.expanduser(n)) if n.endswith(".npz") else n
             for n in self.teachers

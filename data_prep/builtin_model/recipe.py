@@ -50,7 +50,7 @@ from transformers import AutoTokenizer
 
 from clipkit import images
 from clipkit.checkpoint import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
-from clipkit.losses.pairs import info_nce
+from clipkit.losses.pairs import Same, info_nce
 from clipkit.towers.folding import fold_batch_norms
 from clipkit.training.recipes import adamw, rate_factor
 from data_prep.builtin_model.sources import (
@@ -262,7 +262,7 @@ def train_heads(
         pictures = F.normalize(model.visual.head(features), dim=-1)
         texts = model.text.proj(frozen[[rows[text] for text in batch.texts]])
         texts = F.normalize(texts, dim=-1)
-        loss = info_nce(pictures, texts, model.logit_scale, same=batch.same)
+        loss = info_nce(pictures, texts, model.logit_scale, same=Same.of_marks(batch.same))
         if not torch.isfinite(loss):
             sys.exit(f"the loss is {loss.item()} at step {done}: lower the learning rate")
         optimizer.zero_grad()
