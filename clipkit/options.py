@@ -10,8 +10,9 @@ methods and losses of training name such a class beside themselves (see `clipkit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -40,6 +41,15 @@ def option(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoOptions:
     """The options of what has none."""
+
+
+def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function, imported if it is given as "module:name"."""
+    if not isinstance(function, str):
+        return function
+    module, _, name = function.partition(":")
+    result: Callable[..., Any] = getattr(import_module(module), name)
+    return result
 
 
 def option_fields(kind: type) -> dict[str, tuple[Field[Any], Any]]:

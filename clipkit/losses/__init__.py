@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from clipkit.options import NoOptions, option
+from clipkit.options import NoOptions, imported, option
 
 if TYPE_CHECKING:
     import torch
@@ -43,15 +42,6 @@ class Loss:
         """Compute the loss."""
         value: torch.Tensor = imported(self.function)(*rows, **options)
         return value
-
-
-def imported(function: str | Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function, imported if it is given as "module:name"."""
-    if not isinstance(function, str):
-        return function
-    module, _, name = function.partition(":")
-    result: Callable[..., Any] = getattr(import_module(module), name)
-    return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

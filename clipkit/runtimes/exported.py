@@ -21,8 +21,9 @@ from clipkit import checkpoint
 from clipkit.arrays import Float32, Int64
 from clipkit.checkpoint import Export, TowerConfig
 from clipkit.errors import InputError, ModelError, check_choice
-from clipkit.runtimes import standalone
-from clipkit.runtimes.graphs import RUNTIMES, Graph
+from clipkit.options import imported
+from clipkit.runtimes import RUNTIMES, standalone
+from clipkit.runtimes.graphs import Graph
 
 PART = 8  # rows of one call, as in towers.encoder
 
@@ -211,7 +212,9 @@ class ExportedEncoder:
             return self._image
 
     def _open(self, file: str) -> Graph:
-        return RUNTIMES[self.runtime](self.folder / file, calls=self._cores.count, **self._options)
+        open_graph = imported(RUNTIMES[self.runtime])
+        graph: Graph = open_graph(self.folder / file, calls=self._cores.count, **self._options)
+        return graph
 
 
 def exported_precision(export: Export, runtime: str, precision: str) -> str:

@@ -104,10 +104,6 @@ def open_openvino(file: Path, *, device: str, precision: str, calls: int) -> Gra
     return run
 
 
-# The runtimes of exported towers, by the name that `load` and --runtime take.
-RUNTIMES: dict[str, OpenGraph] = {"onnx": open_onnx, "openvino": open_openvino}
-
-
 def _package(module: str, extra: str) -> Any:
     try:
         return import_module(module)

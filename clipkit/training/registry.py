@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from clipkit.errors import InputError
-from clipkit.losses import Kind, imported
-from clipkit.options import NoOptions, option
+from clipkit.losses import Kind
+from clipkit.options import NoOptions, imported, option
 
 if TYPE_CHECKING:
     from clipkit.training.methods.method import Method
