@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.web.requests import SearchRequest
 from app.web.teaching import PICTURES, TEXTS, Material
 from app.web.workspace import Workspace
 from clipkit import Library
+from clipkit.durable import write_whole
 from clipkit.errors import CatalogBusy, InputError
 from clipkit.library import open_encoder
 
@@ -215,6 +217,29 @@ def test_a_lesson_that_ends_early_leaves_nothing(open_workspace: Any, how: str) 
     assert not (workspace.folder / teaching.SCRATCH).exists()
     assert not list((workspace.folder / "models").glob("*"))
     assert scores(workspace) == before and not leftovers(workspace)
+
+
+def test_a_result_that_is_dismissed_at_once_stays_dismissed(
+    open_workspace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Someone may click while it is still being stored. Fails for a version that stores outside of a
+    lock: the result is written after it was removed, and comes back with the next start."""
+    teacher = open_workspace(1).teacher
+    shown = threading.Event()
+
+    def slow(path: Path, content: bytes) -> None:
+        shown.set()
+        time.sleep(0.3)
+        write_whole(path, content)
+
+    monkeypatch.setattr(teaching, "write_whole", slow)
+    failed = teaching.Lesson("failed", error="no reason")
+    thread = threading.Thread(target=teacher._note, args=(failed,))
+    thread.start()
+    shown.wait()
+    teacher.dismiss()
+    thread.join()
+    assert teacher.lesson is None and teacher._noted() is None
 
 
 def test_a_full_disk_is_one_sentence(open_workspace: Any, monkeypatch: pytest.MonkeyPatch) -> None:

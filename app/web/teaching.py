@@ -106,6 +106,7 @@ class Teacher:
         self._device = device
         self._folder = workspace.folder
         self._lock = threading.Lock()
+        self._noting = threading.Lock()  # what is stored last is what was set last
         self._lesson = self._noted()
         self._stop = threading.Event()
         self._process: subprocess.Popen[str] | None = None
@@ -371,17 +372,18 @@ class Teacher:
 
     def _note(self, lesson: Lesson | None, *, shown: bool = True) -> None:
         """Set the state, and store it for after a restart."""
-        if shown:
-            with self._lock:
-                self._lesson = lesson
         path = self._folder / NOTED
-        try:
-            if lesson is None:
-                path.unlink(missing_ok=True)
-            else:
-                write_whole(path, json.dumps(asdict(lesson)).encode())
-        except OSError as error:  # a full disk: the lesson is forgotten with the server
-            log.warning("cannot write %s: %s", path, error)
+        with self._noting:
+            if shown:
+                with self._lock:
+                    self._lesson = lesson
+            try:
+                if lesson is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    write_whole(path, json.dumps(asdict(lesson)).encode())
+            except OSError as error:  # a full disk: the lesson is forgotten with the server
+                log.warning("cannot write %s: %s", path, error)
 
     def _noted(self) -> Lesson | None:
         """Return the state that was stored, if its model is still there."""
