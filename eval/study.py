@@ -15,6 +15,8 @@ a title and, if it varies a number, the name of its axis:
     [groups.temperature.runs."0.5"]
     temperature = 0.5
 
+    [groups.methods]
+    common = { batch = 128 }               # of the group's runs
     [groups.methods.runs."before training"]
     model = "builtin"                      # measured as it is
 

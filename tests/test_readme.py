@@ -16,7 +16,14 @@ pytestmark = pytest.mark.end_to_end
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "app/SERVING.md", "eval/RESULTS.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "app/SERVING.md",
+    "eval/RESULTS.md",
+    "clipkit/training/METHODS.md",
+)
 COMMANDS = [
     line
     for block in re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import clipkit.training
 from clipkit.errors import InputError
+from clipkit.training import TrainConfig
+from clipkit.training.registry import METHODS
 from eval.study import is_study, read_study, slug
 
 FILE = """
@@ -120,3 +124,20 @@ def test_a_study_trains_and_reports(
     assert (folder / "0.01" / "summary.json").stat().st_mtime_ns == made
     code, _, err = clipkit(*call, "--epochs", "2")
     assert code == 2 and "holds a run with epochs 1, but the study says 2; remove the folder" in err
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "eval" / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_can_be_read(path: Path) -> None:
+    """Every option exists, has a value within its limits, and is used by its method."""
+    if is_study(path):
+        assert len(read_study(path, {"data": "d"}).runs) > 3
+    else:
+        assert TrainConfig.from_toml(path, {"data": "d"}).method == "simclr"
+
+
+def test_the_page_of_methods_names_each() -> None:
+    page = (Path(clipkit.training.__file__).parent / "METHODS.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\|[^|]*\| `(\w+)`", page, re.MULTILINE)) == set(METHODS)
