@@ -208,6 +208,12 @@ def test_pytorch_metric_learning_agrees() -> None:
     assert triplet(rows, labels, margin=0.9, mining="hard").item() == pytest.approx(
         peer.item(), rel=1e-5
     )
+    assert lifted_structure(rows, labels).item() == pytest.approx(
+        losses.LiftedStructureLoss(neg_margin=1, pos_margin=0)(rows, labels).item(), rel=1e-5
+    )
+    assert n_pair(rows, labels, scale=1.0).item() == pytest.approx(
+        losses.NPairsLoss()(rows, labels).item(), rel=1e-5
+    )
     assert nt_xent(rows[:4], rows[4:], temperature=0.5).item() == pytest.approx(
         losses.NTXentLoss(temperature=0.5)(rows, torch.arange(8) % 4).item(), rel=1e-5
     )
