@@ -203,4 +203,4 @@ def test_a_whole_run_of_two_processes_equals_one(
         moved = (tensor - start[name]).abs().mean()
         assert (two["parameters"][name] - tensor).abs().mean() <= 0.02 * moved, name
     assert one["parameters"]["visual.proj"].ne(start["visual.proj"]).any()
-    assert one["history"]["start"]["recall"] == two["history"]["start"]["recall"]
+    assert one["history"]["start"]["metrics"] == two["history"]["start"]["metrics"]
