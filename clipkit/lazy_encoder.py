@@ -28,7 +28,7 @@ PAUSE_SECONDS = 10.0  # importing torch holds up every other thread
 
 
 class Encoder(Protocol):
-    """What indexing, search and evaluation need of a model; `LazyEncoder` and `Towers` are one."""
+    """The interface of a model for indexing, search and evaluation, such as `LazyEncoder`."""
 
     @property
     def spec(self) -> str: ...
@@ -56,7 +56,7 @@ class Towers(Encoder, Protocol):
 
     @property
     def device(self) -> Any:
-        """Where they compute; its str is such as "cpu"."""
+        """Return the device that they compute on; its text is "cpu", "cuda:1" and so on."""
 
     @property
     def dim(self) -> int: ...

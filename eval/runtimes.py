@@ -45,7 +45,7 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeRow:
-    """What one runtime of the model gives; the first of a comparison is the reference.
+    """The measured output of a model in one runtime; the first of a comparison is the reference.
 
     `recall` is in [0, 1], by direction and cut-off, such as "text_to_image/R@1"; `recall_change` its
     difference to the reference's, an interval over pictures.

@@ -77,7 +77,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """What a study file says."""
+    """The content of a study file."""
 
     title: str
     runs: Mapping[str, Run] = field(

@@ -180,7 +180,7 @@ class State:
 
     def _read_live(self) -> Mask:
         count = self.db.execute(f"SELECT count(*) {_LIVE}").fetchone()[0]
-        # as long as all nums, dead ones too, so that a column made anew is as long as one renewed
+        # of all nums, dead ones too: a new column then has the length of one that was updated
         last = self.db.execute("SELECT coalesce(max(num), 0) FROM pictures").fetchone()[0]
         live = np.ones(last + 1, np.bool_)
         live[0] = False

@@ -158,7 +158,8 @@ class CaptionedPictures:
         if not chosen:
             what = " and ".join(need.removesuffix("s") for need in sorted(needs))
             having = f" with a {what}" if what else ""
-            raise DatasetError(f"{folder} has no picture{having} in split {split!r}")
+            hint = "; other methods need none: clipkit train --methods" if what else ""
+            raise DatasetError(f"{folder} has no picture{having} in split {split!r}{hint}")
         for image_id in chosen:
             path = pictures[image_id].path
             if path is not None and not path.is_file():

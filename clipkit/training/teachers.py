@@ -44,7 +44,7 @@ class Teacher(Protocol):
 
     @property
     def identity(self) -> str:
-        """What the vectors depend on, beside the pictures."""
+        """Return the identity of the teacher: its vectors change with it and with the pictures."""
 
     def vectors(self, data: CaptionedPictures, on_batch: Callable[[int], None]) -> Float32:
         """Return this process's share of a split's vectors, (n, D); zero for pictures that cannot be
