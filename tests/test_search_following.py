@@ -151,6 +151,14 @@ def snapshot_folder(catalog: Catalog) -> Path:
     return catalog.folder / "snapshots" / pointer.name
 
 
+def changed_over(searcher: Searcher) -> threading.Thread:
+    """Wait until the new snapshot is opened: meanwhile, answers may be of a moment ago."""
+    opening = searcher._follower.opening
+    assert opening is not None
+    opening.join()
+    return opening
+
+
 def test_a_snapshot_and_what_is_newer_are_searched_together(
     writer: Writer, catalog: Catalog, searcher: Searcher
 ) -> None:
@@ -162,6 +170,7 @@ def test_a_snapshot_and_what_is_newer_are_searched_together(
     assert names(searcher.search("dog")) == names(Searcher(catalog, FakeEncoder()).search("dog"))
     assert names(searcher.search("dog")) == before
     assert follow(catalog, "fake-1").snapshot is not None
+    changed_over(searcher)
     writer.add("rex", [1, 0, 0, 0])
     writer.remove("run")
     writer.add("walk", [0, 0, 1, 0])  # a new vector for a picture of the snapshot
@@ -311,9 +320,7 @@ def test_a_snapshot_that_cannot_be_opened_is_not_tried_again(
     (snapshot_folder(catalog) / "manifest.json").unlink()
     for number in range(3):
         searcher.search("dog")
-        opening = searcher._follower.opening
-        assert opening is not None
-        opening.join()
+        changed_over(searcher)
         writer.add(f"p{number}", [1, 0, 0, 0])
     assert searcher.search("dog").total == 7
     assert caplog.text.count("snapshot not used") == 1

@@ -398,6 +398,8 @@ def test_processes_of_one_machine_share_its_cores(
     encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
     trainable = TrainableTowers(encoder, loss="infonce")
     monkeypatch.setattr("os.cpu_count", lambda: 32)
+    assert PictureInputs(ten, trainable).workers == 1  # of 32 pixels, see `inputs`
+    monkeypatch.setattr(inputs_module, "_A_THREADS", 64)
     assert PictureInputs(ten, trainable).workers == 32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert PictureInputs(ten, trainable).workers == 4

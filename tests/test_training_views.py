@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torchvision.transforms.v2 import functional
 from training_runs import metrics, run, weights
 
 from clipkit import towers
@@ -33,6 +34,11 @@ from clipkit.training.towers import TrainableTowers
 # ---- the views
 
 
+def drawn(view: StrongView, picture: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+    pixels, numbers = view.draw(picture, rng)
+    return view.finish(pixels[None], numbers[None])[0]
+
+
 @pytest.fixture
 def crop(tiny_checkpoint: Callable[..., Path]) -> CropAndFlip:
     encoder = towers.load(str(tiny_checkpoint("vit")), device="cpu", precision="float32")
@@ -49,13 +55,13 @@ def test_a_view_depends_on_its_generator_alone(
     """Fails for torchvision's own transforms, which draw from torch's generator."""
     view = StrongView(CropAndFlip(crop.encoder, keep=0.2))
     torch.manual_seed(1)
-    first = view(noise_picture(), rng())
+    first = drawn(view, noise_picture(), rng())
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    assert torch.equal(view(noise_picture(), rng()), first)
+    assert torch.equal(drawn(view, noise_picture(), rng()), first)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert not torch.equal(view(noise_picture(), rng(1)), first)
+    assert not torch.equal(drawn(view, noise_picture(), rng(1)), first)
     assert first.dtype == torch.uint8 and first.shape == (3, *crop.encoder.config.image_size)
 
 
@@ -64,15 +70,66 @@ def test_each_change_can_be_switched_off(
 ) -> None:
     picture = noise_picture()
     plain = crop.encoder.preprocess(picture)
-    assert torch.equal(StrongView(crop, jitter=0, grey=0, blur=0)(picture, rng()), plain)
-    grey = StrongView(crop, jitter=0, grey=1, blur=0)(picture, rng())
+    assert torch.equal(drawn(StrongView(crop, jitter=0, grey=0, blur=0), picture, rng()), plain)
+    grey = drawn(StrongView(crop, jitter=0, grey=1, blur=0), picture, rng())
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[1], grey[2])
-    blurred = [StrongView(crop, jitter=0, grey=0, blur=1)(picture, rng(s)) for s in range(8)]
+    blurred = [drawn(StrongView(crop, jitter=0, grey=0, blur=1), picture, rng(s)) for s in range(8)]
     change = np.mean([(view.float() - plain.float()).abs().mean() for view in blurred])
     assert 1 < change < 30  # a sigma of 0.1 alone changes nothing
-    jittered = [StrongView(crop, jitter=1, grey=0, blur=0)(picture, rng(s)) for s in range(40)]
+    jittered = [
+        drawn(StrongView(crop, jitter=1, grey=0, blur=0), picture, rng(s)) for s in range(40)
+    ]
     unchanged = sum(torch.equal(view, plain) for view in jittered)
     assert 2 <= unchanged <= 15  # 8 of 40 by expectation; SimCLR leaves a fifth as they are
+
+
+@pytest.mark.parametrize("which", range(4), ids=["brightness", "contrast", "saturation", "hue"])
+@pytest.mark.parametrize("amount", [-0.4, -0.1, 0.0, 0.3])
+def test_colours_are_changed_as_torchvision_does_it(
+    crop: CropAndFlip, noise_picture: Callable[..., Image.Image], which: int, amount: float
+) -> None:
+    """Within rounding, also of grey pixels and of black and white ones."""
+    view = torch.from_numpy(np.array(noise_picture())).permute(2, 0, 1).contiguous()
+    view[:, :4] = torch.tensor([0, 255, 100, 101])[None, :, None].to(torch.uint8)
+    change = (
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    )[which]
+    by = amount if which == 3 else 1 + amount
+    numbers = np.full((1, 10), -1, np.float32)
+    numbers[0, 0], numbers[0, 4 + which], numbers[0, 8:] = which, by, 0
+    got = StrongView(crop).finish(view[None], numbers)[0]
+    assert (got.int() - change(view, by).int()).abs().max() <= 1
+
+
+def test_a_view_is_the_same_alone_and_among_others(
+    crop: CropAndFlip, noise_picture: Callable[..., Image.Image]
+) -> None:
+    """Bit for bit: a run that is taken up again makes other blocks of its pictures."""
+    view = StrongView(crop, jitter=1.0)
+    made = [view.draw(noise_picture(seed=seed), rng(seed)) for seed in range(24)]
+    pixels, numbers = torch.stack([v for v, _ in made]), np.stack([n for _, n in made])
+    together = view.finish(pixels, numbers)
+    for row in range(24):
+        assert torch.equal(
+            view.finish(pixels[row : row + 1], numbers[row : row + 1])[0], together[row]
+        )
+    assert torch.equal(pixels, torch.stack([v for v, _ in made]))  # not changed in place
+
+
+def test_a_blur_by_hand(crop: CropAndFlip) -> None:
+    """A white point of sigma 1 becomes the product of two Gaussians: 255 * 0.3989^2 = 40.6 in its place,
+    24.6 beside it; an edge is as if it went on."""
+    point = torch.zeros((2, 3, 32, 32), dtype=torch.uint8)
+    point[0, :, 16, 16] = point[1, :, :, :16] = 255
+    numbers = np.zeros((2, 10), np.float32)
+    numbers[:, :4], numbers[:, 9] = -1, 1.0
+    blurred = StrongView(crop).finish(point, numbers)
+    assert blurred[0, 0, 16, 15:18].tolist() == [25, 41, 25] and blurred[0, 0, 15, 15] == 15
+    assert blurred[1, 0, 5, [0, 15, 16, 31]].tolist() == [255, 178, 77, 0]
+    assert torch.equal(blurred[1, 0, 0], blurred[1, 0, 20])
 
 
 def test_small_pictures_are_not_blurred_unless_asked(crop: CropAndFlip) -> None:

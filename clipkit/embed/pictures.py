@@ -87,6 +87,7 @@ def in_order(
     start: Callable[[ThreadPoolExecutor, Item], Future[Result] | None],
     workers: int | None = None,
     bound: int | None = None,
+    initializer: Callable[[], None] | None = None,
 ) -> Generator[tuple[Item, Future[Result] | None]]:
     """Yield each item, in order, with the work that `start(pool, item)` submitted for it, if any.
 
@@ -96,7 +97,7 @@ def in_order(
     """
     workers = workers or max(2, os.cpu_count() or 1)
     waiting: deque[tuple[Item, Future[Result] | None]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode", initializer=initializer)
     try:
         for item in items:
             waiting.append((item, start(pool, item)))
@@ -114,6 +115,7 @@ def ahead(
     *,
     workers: int | None = None,
     bound: int | None = None,
+    initializer: Callable[[], None] | None = None,  # of each thread
 ) -> Generator[Result]:
     """Yield `work(item)` of each item, in order, computed in threads before it is asked for.
 
@@ -123,7 +125,7 @@ def ahead(
     def start(pool: ThreadPoolExecutor, item: Item) -> Future[Result]:
         return pool.submit(work, item)
 
-    with closing(in_order(items, start, workers, bound)) as started:
+    with closing(in_order(items, start, workers, bound, initializer)) as started:
         for _, future in started:
             assert future is not None
             yield future.result()

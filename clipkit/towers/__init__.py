@@ -12,7 +12,7 @@ encoder.encode_texts(["birthday cake"]) @ encoder.encode_images(pictures).T
 """
 
 from clipkit.towers.combining import combine
-from clipkit.towers.encoder import DTYPES, DualEncoder, Precision
+from clipkit.towers.encoder import DTYPES, DualEncoder, Precision, use_one_torch_thread
 from clipkit.towers.loading import choose_device, choose_precision, load
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "choose_precision",
     "combine",
     "load",
+    "use_one_torch_thread",
 ]

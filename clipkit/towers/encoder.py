@@ -407,10 +407,12 @@ class Cores:
     def _pool(self) -> ThreadPoolExecutor:
         """Start as many threads as torch uses, when they are first needed."""
         count = torch.get_num_threads()
-        return ThreadPoolExecutor(count, "core", initializer=_use_one_thread, initargs=(count,))
+        return ThreadPoolExecutor(
+            count, "core", initializer=use_one_torch_thread, initargs=(count,)
+        )
 
 
-def _use_one_thread(common: int) -> None:
+def use_one_torch_thread(common: int) -> None:
     """Let this thread compute with one torch thread, and threads started later with `common`.
 
     torch keeps one number per thread, taken from a common one at the thread's first operation, and

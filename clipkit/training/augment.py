@@ -2,24 +2,37 @@
 
 A view is drawn from the generator it is given alone, so that it depends neither on the number of
 threads nor on where a run was taken up again. (torchvision's transforms draw from torch's generator,
-which all threads share; its functions, with parameters drawn here, do not.)
+which all threads share.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import functional
+from PIL import Image
 
+from clipkit.arrays import Float32, Int64
 from clipkit.towers import DualEncoder
 
 _RATIO = 4 / 3  # a crop is at most so much wider or narrower than the whole
 _JITTERED = 0.8  # share of views with other colours, as in SimCLR
+_RADIUS = 6  # pixels of a blur to each side: three times its greatest sigma
+
+
+class Augment(Protocol):
+    """Draws random views, in two steps: of each picture, then of many at a time."""
+
+    def draw(self, image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, Float32]:
+        """Return a view, uint8 (3, H, W), and what is still to be done to it: (P,) numbers."""
+
+    def finish(self, views: torch.Tensor, drawn: Float32) -> torch.Tensor:
+        """Do it to views, uint8 (N, 3, H, W), on their device. `drawn` is (N, P). Each row of the
+        result depends on its own view alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +46,7 @@ class CropAndFlip:
     keep: float = 1.0
     flip: bool = True
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """Draw a view: uint8 (3, H, W)."""
+    def draw(self, image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, Float32]:
         flipped = self.flip and rng.random() < 0.5
         if self.keep < 1:
             config = self.encoder.config
@@ -48,7 +60,14 @@ class CropAndFlip:
             )
         else:
             view = self.encoder.preprocess(image)
-        return view.flip(2) if flipped else view
+        return view.flip(2) if flipped else view, np.empty(0, np.float32)
+
+    def finish(self, views: torch.Tensor, drawn: Float32) -> torch.Tensor:  # noqa: ARG002
+        return views
+
+
+_CHANGES = 4  # brightness, contrast, saturation, hue
+_ORDER, _AMOUNTS, _GREY, _SIGMA = slice(0, 4), slice(4, 8), 8, 9  # what a view's numbers are
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +75,7 @@ class StrongView:
     """SimCLR's view (Chen et al. 2020, arXiv 2002.05709, appendix A): crop and flip, other colours in 8
     of 10, grey in 2 of 10, and blur in 5 of 10.
 
+    Colours are changed as torchvision does it, but for many views at a time, and rounded once.
     jitter: brightness, contrast and saturation vary by 0.8 of it, hue by 0.2 of it; 0 for none.
     blur: share of blurred views; the paper has none for pictures of 32 pixels.
     """
@@ -65,39 +85,90 @@ class StrongView:
     grey: float = 0.2
     blur: float = 0.5
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """Draw a view: uint8 (3, H, W)."""
-        view = self.crop(image, rng)
+    def draw(self, image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, Float32]:
+        view, _ = self.crop.draw(image, rng)
+        drawn = np.zeros(_SIGMA + 1, np.float32)
+        drawn[_ORDER] = -1  # no change
         if rng.random() < _JITTERED and self.jitter:
-            view = _jittered(view, rng, self.jitter)
-        if rng.random() < self.grey:
-            view = functional.rgb_to_grayscale(view, num_output_channels=3)
+            change, shift = 0.8 * self.jitter, 0.2 * self.jitter
+            drawn[_AMOUNTS] = *rng.uniform(1 - change, 1 + change, 3), rng.uniform(-shift, shift)
+            drawn[_ORDER] = rng.permutation(_CHANGES)
+        drawn[_GREY] = rng.random() < self.grey
         if rng.random() < self.blur:
-            view = _blurred(view, float(rng.uniform(0.1, 2.0)))
-        return view
+            drawn[_SIGMA] = rng.uniform(0.1, 2.0)
+        return view, drawn
+
+    def finish(self, views: torch.Tensor, drawn: Float32) -> torch.Tensor:
+        pixels = views.float()
+        for place in drawn.T[_ORDER]:
+            for number, change in enumerate((_brightened, _contrasted, _saturated, _hue_shifted)):
+                chosen = np.flatnonzero(place == number)
+                _change(pixels, chosen, change, drawn[chosen, _AMOUNTS][:, number])
+        chosen = np.flatnonzero(drawn[:, _GREY])
+        _change(pixels, chosen, _saturated, np.zeros(len(chosen), np.float32))
+        chosen = np.flatnonzero(drawn[:, _SIGMA])
+        _change(pixels, chosen, _blurred, drawn[chosen, _SIGMA])
+        return pixels.round_().to(torch.uint8)
 
 
-def _jittered(view: torch.Tensor, rng: np.random.Generator, strength: float) -> torch.Tensor:
-    """Change brightness, contrast, saturation and hue, in a random order."""
-    change, shift = 0.8 * strength, 0.2 * strength
-    brightness, contrast, saturation = rng.uniform(1 - change, 1 + change, 3).tolist()
-    hue = float(rng.uniform(-shift, shift))
-    changes = [
-        lambda view: functional.adjust_brightness(view, brightness),
-        lambda view: functional.adjust_contrast(view, contrast),
-        lambda view: functional.adjust_saturation(view, saturation),
-        lambda view: functional.adjust_hue(view, hue),
-    ]
-    for which in rng.permutation(len(changes)):
-        view = changes[which](view)
-    return view
+Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pixels, amounts (N, 1, 1, 1)
 
 
-def _blurred(view: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Blur by Pillow, as MoCo v2 does: torchvision takes seven times as long."""
-    picture = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
-    blurred = np.array(picture.filter(ImageFilter.GaussianBlur(sigma)))
-    return torch.from_numpy(blurred).permute(2, 0, 1).contiguous()
+def _change(pixels: torch.Tensor, rows: Int64, change: Change, amounts: Float32) -> None:
+    """Change some rows of float32 pixels (N, 3, H, W), 0..255, in place."""
+    if len(rows):
+        where = torch.from_numpy(rows).to(pixels.device, non_blocking=True)
+        by = torch.from_numpy(amounts).to(pixels.device, non_blocking=True)[:, None, None, None]
+        pixels[where] = change(pixels[where], by)
+
+
+def _brightened(pixels: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return (pixels * by).clamp_(0, 255)
+
+
+def _contrasted(pixels: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    # A sum of whole numbers is the same in any order, so for any number of threads.
+    total = (_grey(pixels) * 256).long().sum((1, 2, 3), keepdim=True)
+    mean = total.float() / (256 * pixels[0, 0].numel())
+    return torch.lerp(mean, pixels, by).clamp_(0, 255)
+
+
+def _saturated(pixels: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    return torch.lerp(_grey(pixels), pixels, by).clamp_(0, 255)
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    red, green, blue = pixels.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+
+
+def _hue_shifted(pixels: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """Turn the hue by a share of the circle; value and saturation (HSV) stay."""
+    red, green, blue = pixels.unbind(1)
+    most, by = pixels.amax(1), by[:, 0]
+    range_ = most - pixels.amin(1)
+    unit = 1 / range_.clamp(min=1e-3)  # of a grey pixel, any hue will do
+    hue = torch.where(
+        most == red,
+        (green - blue) * unit,
+        torch.where(most == green, 2 + (blue - red) * unit, 4 + (red - green) * unit),
+    )
+    turned = [(n + hue + 6 * by) % 6 for n in (5, 3, 1)]  # in sixths of the circle
+    return torch.stack([most - range_ * torch.minimum(c, 4 - c).clamp_(0, 1) for c in turned], 1)
+
+
+def _blurred(pixels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blur by a Gaussian, a dimension at a time; beyond the edge is what is on it."""
+    steps = torch.arange(-_RADIUS, _RADIUS + 1, device=pixels.device)
+    weights = torch.exp(-steps.square() / (2 * sigma.square()))  # (N, 1, 1, taps)
+    weights = weights / weights.sum(-1, keepdim=True)
+    for dim in (2, 3):
+        edges = [_RADIUS * (dim == 3)] * 2 + [_RADIUS * (dim == 2)] * 2
+        padded = F.pad(pixels, edges, mode="replicate")
+        pixels = torch.zeros_like(pixels)
+        for tap, weight in enumerate(weights.unbind(3)):
+            pixels.addcmul_(padded.narrow(dim, tap, pixels.shape[dim]), weight[..., None])
+    return pixels
 
 
 def random_view(

@@ -6,7 +6,6 @@ nor on where a run was taken up again.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import tempfile
@@ -23,6 +22,7 @@ from collections.abc import (
 from contextlib import closing
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -30,10 +30,12 @@ import torch
 from PIL import Image
 
 from clipkit import images
+from clipkit.arrays import Float32
 from clipkit.embed import ahead
 from clipkit.errors import DatasetError, ImageError
 from clipkit.losses.pairs import Same
-from clipkit.towers import DualEncoder
+from clipkit.towers import DualEncoder, use_one_torch_thread
+from clipkit.training.augment import Augment, CropAndFlip
 from clipkit.training.data import CaptionedPictures, Ints, Plan, replaced
 from clipkit.training.distributed import collect, own_slice, rank, world_size
 from clipkit.training.towers import TrainableTowers
@@ -44,7 +46,10 @@ _SMALL = 96  # pixels of a longer side: such pictures are kept, decoded
 _KEPT_BYTES, _KEPT_OVERHEAD = 2**28, 1024  # of all that are kept, and of one beside its pixels
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 _LISTED = 8  # pictures that an error lists
-Augment = Callable[[Image.Image, np.random.Generator], torch.Tensor]  # -> uint8 (3, H, W)
+_BLOCK = 2**18  # values of the views that a thread makes at a time; they stay in its cache
+_A_THREADS = 2**13  # values of a view, from which another thread makes more of them
+_PIECE = 2**23  # values of the views that a GPU finishes at a time
+Stream = Callable[[int], list[int]]  # picture -> what, beside the seed, its view is drawn from
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,6 +129,16 @@ class SpilledPictures:
         return pixels
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """A few views, uint8 (n, 3, H, W), black for pictures that cannot be read, of which `broken` has
+    names and reasons by number. `drawn` (n, P) is what is still to be done to them; P may be 0."""
+
+    pixels: torch.Tensor
+    drawn: Float32
+    broken: Mapping[int, str]
+
+
 class Inputs(Protocol):
     """A split as the towers take it: pictures and tokens, or features of frozen towers."""
 
@@ -186,11 +201,15 @@ class PictureInputs:
         """
         self.data = data
         self._encoder = towers.encoder
-        self._augment, self._views = augment, views
+        self._served = CropAndFlip(towers.encoder, flip=False)  # as at inference
+        self._augment, self._views = augment or self._served, views
         self._seed = seed
         self._decoded_before = _Decoded()
+        self._values = 3 * math.prod(towers.encoder.config.image_size)  # of a picture
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, by torchrun
-        self.workers = workers or max(2, (os.cpu_count() or 1) // processes)
+        cores = max(2, (os.cpu_count() or 1) // processes)
+        # Views of 32 pixels are mostly Python's work: one thread makes 5,000 a second, two 3,700.
+        self.workers = workers or min(cores, max(1, self._values // _A_THREADS))
 
     def without(self, pictures: Collection[int]) -> PictureInputs:
         other = copy(self)
@@ -199,54 +218,51 @@ class PictureInputs:
 
     def stream(self, plans: Iterable[Plan]) -> Generator[Batch | Unreadable]:
         plans = list(plans)
-        jobs = (
-            (plan, int(picture), view)
-            for plan in plans
-            for view in range(self._views)
-            for picture in plan.pictures[self._own(plan)]
-        )
-        step = max((self._views * len(plan.pictures[self._own(plan)]) for plan in plans), default=0)
+        shares = [plan.pictures[own_slice(len(plan.pictures))] for plan in plans]
+        columns = [
+            (own, partial(_stream, plan.epoch, number))
+            for plan, own in zip(plans, shares, strict=True)
+            for number in range(self._views)
+        ]
         # A whole step's pictures ahead: the next ones are decoded while the towers compute.
-        bound = min(max(_AHEAD, step), _MOST_AHEAD)
+        bound = min(max(_AHEAD, self._views * max(map(len, shares), default=0)), _MOST_AHEAD)
         with (
-            closing(
-                ahead(jobs, lambda job: self._view(*job), workers=self.workers, bound=bound)
-            ) as views,
+            closing(self._made(self._augment, columns, bound)) as blocks,
             closing(ahead(plans, self._texts, workers=1, bound=2)) as texts,
         ):
-            for plan in plans:
-                own = plan.pictures[self._own(plan)]
+            for plan, own in zip(plans, shares, strict=True):
                 broken: dict[int, str] = {}
-                pictures = tuple(self._gathered(views, own, broken) for _ in range(self._views))
+                pictures = tuple(
+                    self._gathered(
+                        self._finished(self._augment, blocks, len(own), broken), len(own)
+                    )
+                    for _ in range(self._views)
+                )
                 batch = Batch(plan, self.data, pictures, *next(texts))
                 yield Unreadable(broken) if broken else batch
 
     def _texts(self, plan: Plan) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Tokens of this process's captions, and their order by length; one of each a view."""
-        views = [[self.data.texts[t] for t in texts] for texts in plan.texts[:, self._own(plan)]]
+        own = plan.texts[:, own_slice(len(plan.pictures))]
+        views = [[self.data.texts[t] for t in texts] for texts in own]
         orders = [np.argsort([len(text) for text in texts], kind="stable") for texts in views]
         return [self._encoder.tokenize(texts) for texts in views], list(map(torch.tensor, orders))
 
     def pictures(self) -> Generator[torch.Tensor]:
-        return self._all(lambda picture: self._made(picture, self._encoder.preprocess))
+        return self._all(self._served, lambda picture: [picture])
 
     def fixed_views(self, augment: Augment, number: int) -> Generator[torch.Tensor]:
         """Yield view `number` of this process's share of all pictures in chunks, the same each time."""
+        return self._all(augment, lambda picture: [_FIXED_VIEW, picture, number])
 
-        def view(picture: int) -> torch.Tensor | str:
-            rng = np.random.default_rng([self._seed, _FIXED_VIEW, picture, number])
-            return self._made(picture, lambda image: augment(image, rng))
-
-        return self._all(view)
-
-    def _all(self, make: Callable[[int], torch.Tensor | str]) -> Generator[torch.Tensor]:
-        share = range(len(self.data))[even_share(len(self.data))]
+    def _all(self, augment: Augment, stream: Stream) -> Generator[torch.Tensor]:
+        share = np.arange(len(self.data))[even_share(len(self.data))]
         chunk = self._encoder.preferred_batch
+        chunks = [(share[start : start + chunk], stream) for start in range(0, len(share), chunk)]
         broken: dict[int, str] = {}
-        with closing(ahead(share, make, workers=self.workers, bound=_AHEAD)) as views:
-            for start in range(0, len(share), chunk):
-                own = np.array(share[start : start + chunk])
-                yield torch.stack(list(self._readable(views, own, broken)))
+        with closing(self._made(augment, chunks, _AHEAD)) as blocks:
+            for own, _ in chunks:
+                yield torch.cat(list(self._finished(augment, blocks, len(own), broken)))
         if broken:
             raise UnreadablePicturesError(self.data, broken)
 
@@ -256,36 +272,75 @@ class PictureInputs:
         for start in range(0, len(share), chunk):
             yield self._encoder.tokenize(share[start : start + chunk])
 
-    def _gathered(
-        self, views: Iterator[torch.Tensor | str], pictures: Ints, broken: dict[int, str]
-    ) -> torch.Tensor | SpilledPictures:
-        """Return the next views, of `pictures`, uint8; large batches go to a temporary file."""
-        own = self._readable(views, pictures, broken)
-        shape = (len(pictures), 3, *self._encoder.config.image_size)
-        if math.prod(shape) > _IN_MEMORY:
-            return SpilledPictures(own)
-        # pinned: copied to a GPU while it computes
-        pinned = self._encoder.device.type == "cuda"
-        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-        for row, view in zip(pixels, own, strict=True):
-            row.copy_(view)
-        return pixels
+    def _made(
+        self, augment: Augment, columns: Iterable[tuple[Ints, Stream]], bound: int
+    ) -> Generator[_Block]:
+        """Yield blocks of each column's views, `bound` pictures or so before they are asked for."""
+        size = self._rows(_BLOCK)
+        jobs = (
+            (own[start : start + size], stream)
+            for own, stream in columns
+            for start in range(0, len(own), size)
+        )
+        return ahead(
+            jobs,
+            lambda job: self._block(augment, *job),
+            workers=self.workers,
+            bound=max(-(-bound // size), 2 * self.workers),
+            initializer=partial(use_one_torch_thread, torch.get_num_threads()),
+        )
 
-    def _readable(
-        self, views: Iterator[torch.Tensor | str], pictures: Ints, broken: dict[int, str]
+    def _rows(self, values: int) -> int:
+        """Return how many pictures, as the tower takes them, have about so many values."""
+        return max(1, values // self._values)
+
+    def _block(self, augment: Augment, pictures: Ints, stream: Stream) -> _Block:
+        """Make a view of each picture; on a CPU wholly, for a GPU as far as it needs the picture."""
+        drawn, broken = [], {}
+        for picture in pictures.tolist():
+            try:
+                image = self._image(picture)
+            except ImageError as error:
+                broken[picture] = f"{self.data.paths[picture]}: {error}"
+                image = Image.new("RGB", self._encoder.config.image_size[::-1])
+            drawn.append(augment.draw(image, np.random.default_rng([self._seed, *stream(picture)])))
+        pixels, numbers = torch.stack([view for view, _ in drawn]), np.stack([n for _, n in drawn])
+        if self._encoder.device.type == "cpu":
+            pixels, numbers = augment.finish(pixels, numbers), numbers[:, :0]
+        return _Block(pixels, numbers, broken)
+
+    def _finished(
+        self, augment: Augment, blocks: Iterator[_Block], count: int, broken: dict[int, str]
     ) -> Iterator[torch.Tensor]:
-        """Yield the next views, of `pictures`; of one that cannot be read black, and note the reason."""
-        for picture, view in zip(pictures, itertools.islice(views, len(pictures)), strict=True):
-            if isinstance(view, str):
-                broken[int(picture)] = f"{self.data.paths[picture]}: {view}"
-            yield (
-                torch.zeros((3, *self._encoder.config.image_size), dtype=torch.uint8)
-                if isinstance(view, str)
-                else view
-            )
+        """Yield the next `count` pictures' views in pieces, uint8, and add to `broken`. They lie on the
+        GPU if it had something to do, else in this machine's memory."""
+        waiting: list[_Block] = []
+        while count:
+            waiting.append(next(blocks))
+            count -= len(waiting[-1].pixels)
+            broken |= waiting[-1].broken
+            if count and sum(len(b.pixels) for b in waiting) < self._rows(_PIECE):
+                continue
+            pixels = self._pinned(torch.cat([block.pixels for block in waiting]))
+            numbers = np.concatenate([block.drawn for block in waiting])
+            if numbers.size:
+                pixels = augment.finish(pixels.to(self._encoder.device, non_blocking=True), numbers)
+            waiting = []
+            yield pixels
 
-    def _own(self, plan: Plan) -> slice:
-        return own_slice(len(plan.pictures))
+    def _pinned(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return pixels that a CUDA device, if the towers are on one, takes while it computes."""
+        waiting = self._encoder.device.type == "cuda" and pixels.device.type == "cpu"
+        return pixels.pin_memory() if waiting else pixels
+
+    def _gathered(
+        self, pieces: Iterator[torch.Tensor], count: int
+    ) -> torch.Tensor | SpilledPictures:
+        """Join views, uint8 (count, 3, H, W); large batches go to a temporary file."""
+        shape = (count, 3, *self._encoder.config.image_size)
+        if math.prod(shape) > _IN_MEMORY:
+            return SpilledPictures(view for piece in pieces for view in piece.cpu())
+        return self._pinned(torch.cat(list(pieces) or [torch.empty(shape, dtype=torch.uint8)]))
 
     def read(self, picture: int) -> bytes:
         """Return a picture's file. Raises ImageError."""
@@ -298,28 +353,18 @@ class PictureInputs:
     def _decoded(self, file: bytes, admit: Callable[[int], None] | None = None) -> Image.Image:
         return images.decode(file, target=self._encoder.preferred_side, admit=admit).rgb
 
-    def _made(
-        self, picture: int, make: Callable[[Image.Image], torch.Tensor]
-    ) -> torch.Tensor | str:
-        """Return what is made of a picture; the reason if it cannot be read or decoded."""
+    def _image(self, picture: int) -> Image.Image:
+        """Decode a picture, or take it from those that are kept. Raises ImageError."""
         image_id = self.data.image_ids[picture]
-        try:
-            if (image := self._decoded_before.get(image_id)) is None:
-                image = self._decoded(self.read(picture))
-                self._decoded_before.keep(image_id, image)
-            return make(image)
-        except ImageError as error:
-            return str(error)
+        if (image := self._decoded_before.get(image_id)) is None:
+            image = self._decoded(self.read(picture))
+            self._decoded_before.keep(image_id, image)
+        return image
 
-    def _view(self, plan: Plan, picture: int, number: int) -> torch.Tensor | str:
-        """Return uint8 (3, H, W), or why there is none."""
-        augment = self._augment
-        if augment is None:
-            return self._made(picture, self._encoder.preprocess)
-        # The first view's stream has no number, so that adding views changes none.
-        stream = [self._seed, _VIEW, plan.epoch, picture, *([number] if number else [])]
-        rng = np.random.default_rng(stream)
-        return self._made(picture, lambda image: augment(image, rng))
+
+def _stream(epoch: int, number: int, picture: int) -> list[int]:
+    # The first view's stream has no number, so that adding views changes none.
+    return [_VIEW, epoch, picture, *([number] if number else [])]
 
 
 def readable_batch(inputs: Inputs, plan: Plan) -> Batch:

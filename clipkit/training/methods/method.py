@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 
 from clipkit.losses import Loss
-from clipkit.training.augment import CropAndFlip
+from clipkit.training.augment import Augment, CropAndFlip
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import CaptionedPictures, Plan
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Augment, Batch, Inputs
+from clipkit.training.inputs import Batch, Inputs
 from clipkit.training.towers import Towers
 from clipkit.training.validation import Scores, of_pairs
 

@@ -17,10 +17,10 @@ import torch.nn.functional as F  # noqa: N812
 
 from clipkit.errors import InputError
 from clipkit.losses.views import cosine_regression
-from clipkit.training.augment import CropAndFlip, StrongView
+from clipkit.training.augment import Augment, CropAndFlip, StrongView
 from clipkit.training.distributed import gather
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Augment, Batch, Inputs, PictureInputs
+from clipkit.training.inputs import Batch, Inputs, PictureInputs
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.methods.momentum import Momentum
 from clipkit.training.towers import TrainableTowers
