@@ -139,6 +139,17 @@ def test_hard_negatives_share_words_and_belong_to_another_picture() -> None:
     assert hard["two cats sleep"] == []  # its words are in its picture's captions alone
 
 
+def test_spellings_of_one_caption_do_not_crowd_out_its_negatives() -> None:
+    """Six spellings of one caption come before the one negative. Fails for a search as deep as there
+    are meanings, not texts."""
+    pytest.importorskip("bm25s", reason="the extra `passages` is not installed")
+    spelt = ["a dog runs", "A dog runs", "a Dog runs", "a dog Runs", "A Dog runs", "a Dog Runs"]
+    data = captioned([spelt, ["a dog runs far away"], ["two cats sleep"], ["it rains"]])
+    meanings = np.where([text in spelt for text in data.texts], 99, np.arange(len(data.texts)))
+    data = replace(data, meanings=meanings)
+    assert negatives(data, 1)["a dog runs"] == ["a dog runs far away"]
+
+
 def test_a_stop_ends_the_search_for_hard_negatives() -> None:
     pytest.importorskip("bm25s", reason="the extra `passages` is not installed")
     from clipkit.training.frozen_towers import FeaturesStopped

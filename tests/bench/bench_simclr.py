@@ -2,8 +2,7 @@
 
     clipkit train DATASET --config eval/recipes/cifar10_methods.toml --out RUNS
     python tests/bench/bench_simclr.py DATASET RUNS/lightly [--epochs 20 --precision bfloat16]
-    clipkit eval probe --train DATASET/train --data DATASET/test \\
-        --model RUNS/cifar10_methods/SimCLR --model RUNS/lightly
+    clipkit eval probe --train DATASET/train --data DATASET/test --model RUNS/lightly
 
 DATASET is what `clipkit data build` made. lightly's own parts are used as its SimCLR example for CIFAR
 has them: SimCLRTransform (32 pixels, no blur), SimCLRProjectionHead, NTXentLoss. Start, batch,

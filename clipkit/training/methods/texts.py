@@ -211,7 +211,9 @@ def hard_negatives(
     tokens = bm25s.tokenize(list(data.texts), stopwords=None, return_ids=False, show_progress=False)
     index = bm25s.BM25()
     index.index(tokens, show_progress=False)
-    depth = min(len(data.texts), count + min(_MOST_OWN, max(map(len, own))))
+    alike = np.bincount(data.meanings)  # texts of each meaning
+    most = max(int(alike[list(meanings)].sum()) for meanings in own)  # texts that are no negatives
+    depth = min(len(data.texts), count + min(_MOST_OWN, most))
     result = np.full((len(data.texts), count), -1, np.int64)
     for start in range(0, len(tokens), _CHUNK):
         part = range(len(tokens))[start : start + _CHUNK]
@@ -219,7 +221,9 @@ def hard_negatives(
         rows = np.full((len(share), count), -1, np.int64)
         if share:
             queries = [tokens[number] for number in share]
-            found, scores = index.retrieve(queries, k=depth, show_progress=False)
+            found, scores = index.retrieve(
+                queries, k=depth, show_progress=False, backend_selection="numpy"
+            )  # JAX, where it is installed, would take a GPU's memory
             for row, number, texts, having in zip(rows, share, found, scores > 0, strict=True):
                 others = [t for t in texts[having] if int(data.meanings[t]) not in own[number]]
                 row[: len(others)] = others[:count]
