@@ -47,7 +47,7 @@ _KEPT_BYTES, _KEPT_OVERHEAD = 2**28, 1024  # of all that are kept, and of one be
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 _LISTED = 8  # pictures that an error lists
 _BLOCK = 2**18  # values of the views that a thread makes at a time; they stay in its cache
-_A_THREADS = 2**13  # values of a view, from which another thread makes more of them
+_A_THREADS = 2**11  # values of a view for each thread that makes some: small ones wait for Python
 _PIECE = 2**23  # values of the views that a GPU finishes at a time
 Stream = Callable[[int], list[int]]  # picture -> what, beside the seed, its view is drawn from
 
@@ -227,7 +227,7 @@ class PictureInputs:
         # A whole step's pictures ahead: the next ones are decoded while the towers compute.
         bound = min(max(_AHEAD, self._views * max(map(len, shares), default=0)), _MOST_AHEAD)
         with (
-            closing(self._made(self._augment, columns, bound)) as blocks,
+            closing(self._blocks(self._augment, columns, bound)) as blocks,
             closing(ahead(plans, self._texts, workers=1, bound=2)) as texts,
         ):
             for plan, own in zip(plans, shares, strict=True):
@@ -260,7 +260,7 @@ class PictureInputs:
         chunk = self._encoder.preferred_batch
         chunks = [(share[start : start + chunk], stream) for start in range(0, len(share), chunk)]
         broken: dict[int, str] = {}
-        with closing(self._made(augment, chunks, _AHEAD)) as blocks:
+        with closing(self._blocks(augment, chunks, _AHEAD)) as blocks:
             for own, _ in chunks:
                 yield torch.cat(list(self._finished(augment, blocks, len(own), broken)))
         if broken:
@@ -272,7 +272,7 @@ class PictureInputs:
         for start in range(0, len(share), chunk):
             yield self._encoder.tokenize(share[start : start + chunk])
 
-    def _made(
+    def _blocks(
         self, augment: Augment, columns: Iterable[tuple[Ints, Stream]], bound: int
     ) -> Generator[_Block]:
         """Yield blocks of each column's views, `bound` pictures or so before they are asked for."""
@@ -321,10 +321,11 @@ class PictureInputs:
             broken |= waiting[-1].broken
             if count and sum(len(b.pixels) for b in waiting) < self._rows(_PIECE):
                 continue
-            pixels = self._pinned(torch.cat([block.pixels for block in waiting]))
+            pixels = torch.cat([block.pixels for block in waiting])
             numbers = np.concatenate([block.drawn for block in waiting])
             if numbers.size:
-                pixels = augment.finish(pixels.to(self._encoder.device, non_blocking=True), numbers)
+                on_device = self._pinned(pixels).to(self._encoder.device, non_blocking=True)
+                pixels = augment.finish(on_device, numbers)
             waiting = []
             yield pixels
 
