@@ -106,7 +106,7 @@ class TrainConfig:
     device: str = option("auto, cpu, cuda, mps", "auto")
     precision: Precision = option("precision of the towers' arithmetic", "auto")
     activation_checkpointing: bool = option("less memory, a third more time", False, only=_WHOLE)
-    workers: int = option("decode threads (0: one per core)", 0, low=0)
+    workers: int = option("decode threads (0: by cores and the size of views)", 0, low=0)
     seed: int = option("seed of orders, crops, captions and adapters", 0, low=0)
     tensorboard: bool = option("write TensorBoard events", True)
     trackers: str = option("also report to wandb, mlflow, ... (through accelerate)", "")
