@@ -79,7 +79,7 @@ def main() -> None:
     steps, step, began = args.epochs * len(loader), 0, time.perf_counter()
     half = args.precision == "bfloat16"
     for epoch in range(args.epochs):
-        for (first, second), *_ in loader:
+        for first, second in loader:
             for group in optimizer.param_groups:
                 group["lr"] = args.rate * rate_factor(step, steps, 0.1)
             pixels = torch.cat([first, second]).contiguous(memory_format=torch.channels_last)
