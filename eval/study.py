@@ -55,6 +55,7 @@ _OWN = {"title", "groups"}  # keys of the file that are no options of a run
 FIGURES = {"linear/acc@1": "linear probe", "knn@5/acc@1": "5 nearest neighbours"}
 SHAPE = ("effective_rank", "variance", "uniformity")
 _ROWS = 5_000  # of vectors, whose spectrum is drawn
+_LEAST_SHARE = 1e-6  # of the variance, that is drawn: a direction without any would flatten the rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,11 +378,14 @@ def _curves(
         yield curve(rank["name"], group.axis, "effective rank", [rank], log_x=log)  # type: ignore[arg-type]
     series = []
     for name, run in group.runs.items():
-        shares = np.maximum(spectra[run], 1e-12)
+        shares = np.maximum(spectra[run], _LEAST_SHARE)
         series.append(
             {"name": name, "x": [*range(1, len(shares) + 1)], "y": np.log10(shares).tolist()}
         )
-    note = "A flat line: all directions are used. A steep one: a few hold the whole variance."
+    note = (
+        "A flat line: all directions are used. A steep one: a few hold the whole variance. "
+        "What has less than a millionth of it is drawn as if it had that."
+    )
     label = "log10 of the share of the variance"
     yield curve(f"{group.title}: spectrum", "direction", label, series, log_x=True, note=note)
     for figure, label in (

@@ -1,7 +1,7 @@
 """lightly's SimCLR on the same pictures, network, views and steps as clipkit's, for a study to measure.
 
     clipkit train DATASET --config eval/recipes/cifar10_methods.toml --out RUNS
-    python tests/bench/bench_simclr.py DATASET RUNS/lightly [--epochs 20 --precision bfloat16]
+    python tests/bench/bench_simclr.py DATASET RUNS/lightly [--epochs 15 --precision bfloat16]
     clipkit eval probe --train DATASET/train --data DATASET/test --model RUNS/lightly
 
 DATASET is what `clipkit data build` made. lightly's own parts are used as its SimCLR example for CIFAR
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=2)
