@@ -55,7 +55,9 @@ _OWN = {"title", "groups"}  # keys of the file that are no options of a run
 FIGURES = {"linear/acc@1": "linear probe", "knn@5/acc@1": "5 nearest neighbours"}
 SHAPE = ("effective_rank", "variance", "uniformity")
 _ROWS = 5_000  # of vectors, whose spectrum is drawn
-_LEAST_SHARE = 1e-6  # of the variance, that is drawn: a direction without any would flatten the rest
+_LEAST_SHARE = (
+    1e-6  # of the variance, that is drawn: a direction without any would flatten the rest
+)
 
 
 @dataclass(frozen=True, slots=True)
