@@ -110,8 +110,12 @@ def test_pictures_are_prepared_as_for_torch(
         assert np.abs(difference).max() <= 2, size
 
 
+# What is a letter is decided by each library's Unicode: characters that are newer than Python's differ.
+ASSIGNED = st.characters(exclude_categories=("Cs", "Cn"))
+
+
 @settings(max_examples=60)
-@given(st.lists(st.text(max_size=40), min_size=1, max_size=4))
+@given(st.lists(st.text(ASSIGNED, max_size=40), min_size=1, max_size=4))
 def test_clip_s_byte_pairs_are_those_of_openclip(exported: Exports, texts: list[str]) -> None:
     import open_clip
 
