@@ -15,14 +15,11 @@ OUT keeps dataset and runs: a second call computes only what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+
+from commands import clipkit, write_lines
 
 from data_prep.builtin_model.sources import read_art
 
@@ -32,19 +29,6 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "byol": ("--momentum", "0.99", "--learning-rate", "1e-4"),
 }
 COMMON = "--recipe full --keep-space 20 --keep last --no-interpolate --ema 0 --epochs 3 --batch 64"
-
-
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def clipkit(*arguments: str) -> None:
-    """Run the command as a user would; what it prints is the result."""
-    print("\n$ clipkit", *arguments, flush=True)
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "app.cli", *arguments], check=True)
-    print(f"({time.perf_counter() - began:.0f} s)", flush=True)
 
 
 def main() -> None:
@@ -62,14 +46,14 @@ def main() -> None:
     data, out = Path(args.data).resolve(), args.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     drawings = read_art(data, held_out=False)
-    pictures = write(out / "drawings.jsonl", ({"image": str(e.path)} for e in drawings))
-    held_out = write(
+    pictures = write_lines(out / "drawings.jsonl", ({"image": str(e.path)} for e in drawings))
+    held_out = write_lines(
         out / "held-out.jsonl",
         ({"image": str(e.path), "tags": e.keywords} for e in read_art(data, held_out=True)),
     )
     photos = data / "flickr8k" / "dev.jsonl"
     if not (dataset := out / "dataset").is_dir():
-        build = ("data", "build", str(pictures), "--out", str(dataset), "--uncaptioned", "keep")
+        build = ("data", "build", pictures, "--out", str(dataset), "--uncaptioned", "keep")
         clipkit(*build, "--split", "train")
     for method in args.methods:
         run = out / "runs" / method
@@ -77,7 +61,7 @@ def main() -> None:
             options = [*COMMON.split(), *METHODS[method], *args.options]
             where = ("--out", str(run.parent), "--name", method)
             clipkit("train", str(dataset), "--method", method, *options, *where)
-    tests = {"drawings": (str(held_out), "--queries", "tags"), "photos": (str(photos),)}
+    tests = {"drawings": (held_out, "--queries", "tags"), "photos": (str(photos),)}
     for test, what in tests.items():
         for name, model in {
             "before": "builtin",

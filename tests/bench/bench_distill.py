@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from importlib import import_module
 from pathlib import Path
@@ -28,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import timm
 import torch
+from commands import clipkit, write_lines
 from PIL import Image
 
 from clipkit.embed import ahead
@@ -83,14 +82,6 @@ def write_features(dataset: Path, target: Path) -> None:
     np.savez(target, image_ids=np.array([row["image_id"] for row in rows]), vectors=vectors)
 
 
-def clipkit(*arguments: str) -> None:
-    """Run the command as a user would; what it prints is the result."""
-    print("\n$ clipkit", *arguments, flush=True)
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "app.cli", *arguments], check=True)
-    print(f"({time.perf_counter() - began:.0f} s)", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -112,9 +103,8 @@ def main() -> None:
         lines = (flickr / "train.jsonl").read_text(encoding="utf-8").splitlines()
         chosen = [json.loads(line) for line in lines[: args.pictures or None]]
         rows = [{**row, "image": str(flickr / row["image"])} for row in chosen]
-        source = out / "train.jsonl"
-        source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        clipkit("data", "build", str(source), "--out", str(dataset), "--split", "train")
+        source = write_lines(out / "train.jsonl", rows)
+        clipkit("data", "build", source, "--out", str(dataset), "--split", "train")
     if not file.is_file():
         began = time.perf_counter()
         write_features(dataset, file)

@@ -20,11 +20,11 @@ import os
 import random
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+from commands import clipkit, write_lines
 
 # As the file names give them; those with fewer than LEAST drawings stay uncaptioned.
 ILLUSTRATORS = {
@@ -79,19 +79,6 @@ def write_table(folder: Path, captioned: list[tuple[Path, str]]) -> Path:
         writer = csv.writer(file, delimiter=";")
         writer.writerows([("Bilddatei", "Was man sieht", "Lagerort"), *rows])
     return table
-
-
-def write_lines(path: Path, rows: list[dict[str, object]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def clipkit(*arguments: str) -> None:
-    """Run the command as the user would; what it prints is the result."""
-    print("\n$ clipkit", *arguments, flush=True)
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "app.cli", *arguments], check=True)
-    print(f"({time.perf_counter() - began:.0f} s)", flush=True)
 
 
 def main() -> None:
