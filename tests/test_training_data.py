@@ -399,7 +399,7 @@ def test_processes_of_one_machine_share_its_cores(
     trainable = TrainableTowers(encoder, loss="infonce")
     monkeypatch.setattr("os.cpu_count", lambda: 32)
     assert PictureInputs(ten, trainable).workers == 1  # of 32 pixels, see `inputs`
-    monkeypatch.setattr(inputs_module, "_A_THREADS", 64)
+    monkeypatch.setattr(inputs_module, "_VALUES_PER_THREAD", 64)
     assert PictureInputs(ten, trainable).workers == 32
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert PictureInputs(ten, trainable).workers == 4

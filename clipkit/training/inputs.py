@@ -47,7 +47,7 @@ _KEPT_BYTES, _KEPT_OVERHEAD = 2**28, 1024  # of all that are kept, and of one be
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
 _LISTED = 8  # pictures that an error lists
 _BLOCK = 2**18  # values of the views that a thread makes at a time; they stay in its cache
-_A_THREADS = 2**11  # values of a view for each thread that makes some: small ones wait for Python
+_VALUES_PER_THREAD = 2**11  # of a view: threads that make small ones only wait for Python
 _PIECE = 2**23  # values of the views that a GPU finishes at a time
 Stream = Callable[[int], list[int]]  # picture -> what, beside the seed, its view is drawn from
 
@@ -209,7 +209,7 @@ class PictureInputs:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # on this machine, by torchrun
         cores = max(2, (os.cpu_count() or 1) // processes)
         # Views of 32 pixels are mostly Python's work: one thread makes 5,000 a second, two 3,700.
-        self.workers = workers or min(cores, max(1, self._values // _A_THREADS))
+        self.workers = workers or min(cores, max(1, self._values // _VALUES_PER_THREAD))
 
     def without(self, pictures: Collection[int]) -> PictureInputs:
         other = copy(self)
@@ -330,7 +330,7 @@ class PictureInputs:
             yield pixels
 
     def _pinned(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return pixels that a CUDA device, if the towers are on one, takes while it computes."""
+        """Return pixels in memory that a CUDA device copies from while it computes, if there is one."""
         waiting = self._encoder.device.type == "cuda" and pixels.device.type == "cpu"
         return pixels.pin_memory() if waiting else pixels
 

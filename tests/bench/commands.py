@@ -1,4 +1,4 @@
-"""What benchmarks of whole commands share: run one as a user would, and write lines of JSON."""
+"""Run clipkit as a user would, and write JSON lines for it: shared by the benchmarks of commands."""
 
 from __future__ import annotations
 
