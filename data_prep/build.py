@@ -56,6 +56,7 @@ from clipkit.images import Limits
 from clipkit.records import METADATA, SPLITS
 from clipkit.sources import (
     Broken,
+    Options,
     Picture,
     PictureBytes,
     Row,
@@ -172,7 +173,7 @@ def build_once(
     """
     from filelock import FileLock
 
-    source = open_source(data)
+    source = open_source(data, options=Options(uncaptioned=uncaptioned))
     name = re.sub(r"[^A-Za-z0-9.-]+", "-", Path(data).stem).strip("-.") or "data"
     kind = "-uncaptioned" if uncaptioned else ""
     out = below / f"{name[:40]}{kind}-{_rows_hash(source)}"

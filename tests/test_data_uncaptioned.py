@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from clipkit.errors import DatasetError, InputError
 from clipkit.sources import Broken, Options, Row, open_source
-from data_prep.build import Built, build
+from data_prep.build import Built, build, build_once
 from data_prep.clean import LabelError, Rules, label_text
 from data_prep.split import Fractions, assign
 
@@ -46,6 +46,18 @@ def jsonl(path: Path, *lines: dict[str, Any]) -> Path:
             picture(seed, 48, 40).save(path.parent / line["image"])
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def test_a_table_needs_no_column_of_captions(tmp_path: Path) -> None:
+    """Two pictures with numbers; without the option the error names it."""
+    table = jsonl(tmp_path / "in.jsonl", {"image": "a.png", "id": 1}, {"image": "b.png", "id": 2})
+    with pytest.raises(DatasetError, match=r"no column is plainly .*--uncaptioned keep"):
+        open_source(table)
+    source = open_source(table, options=Options(uncaptioned=True))
+    built = build([source], tmp_path / "out", rules=KEEP)
+    assert sum(built.pictures.values()) == built.uncaptioned == 2
+    _, once = build_once(str(table), tmp_path / "made", uncaptioned=True)
+    assert once is not None and once.uncaptioned == 2
 
 
 @pytest.mark.parametrize("shards", [False, True])

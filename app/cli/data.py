@@ -218,7 +218,13 @@ def build(
     )
     fractions = Fractions(validation, test)
     limits = Limits(max_megapixels=max_megapixels)
-    options = Options(image_column, tuple(caption_column or ()), pictures, split)
+    options = Options(
+        image_column,
+        tuple(caption_column or ()),
+        pictures,
+        split,
+        uncaptioned=rules.uncaptioned == "keep",
+    )
     start = time.monotonic()
     opened = open_sources(sources, kind=kind, options=options)
     for source in opened:

@@ -87,7 +87,7 @@ def choose(rows: Sequence[Mapping[str, object]], options: Options, *, where: str
     """Return the columns' roles, from their names and a sample of rows.
 
     Raises DatasetError, which lists the columns, if no column is the picture's, or none is the
-    captions' and there are neither labels nor tags.
+    captions' and there are neither labels nor tags, unless options.uncaptioned.
     """
     sample = [{key: _first_value(value) for key, value in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in sample for name in row))
@@ -102,7 +102,8 @@ def choose(rows: Sequence[Mapping[str, object]], options: Options, *, where: str
         captions = tuple(_named(name, names, where) for name in options.caption_columns)
     else:
         free = [name for name in rest if name not in (*tags, split)]
-        captions = _captions(free, sample, names, label, where, tagged=bool(tags))
+        optional = bool(tags) or options.uncaptioned
+        captions = _captions(free, sample, names, label, where, optional=optional)
     others = tuple(
         name
         for name in rest
@@ -144,7 +145,7 @@ def _captions(
     label: str | None,
     where: str,
     *,
-    tagged: bool,
+    optional: bool,
 ) -> tuple[str, ...]:
     labels = [value for row in sample if (value := row.get(label or "")) is not None]
     # Class names may serve as captions, class numbers may not.
@@ -156,11 +157,12 @@ def _captions(
     wordy = [name for name in free if _wordy(name, sample)]
     if len(wordy) == 1:
         return (wordy[0],)
-    if label is not None or tagged:
+    if label is not None or optional:
         return ()
     raise DatasetError(
         f"{where}: no column is plainly the captions; it has {_list(names)}; rename the column "
-        "'caption', or give `clipkit data build` its name as --caption-column"
+        "'caption', or give `clipkit data build` its name as --caption-column, or keep pictures "
+        "without captions by --uncaptioned keep"
     )
 
 

@@ -171,6 +171,7 @@ class Options:
     split: str | None = None  # of rows that name none
     indexed: bool = False
     only: str | None = None
+    uncaptioned: bool = False  # a table may have no column of captions
     domains: bool = False  # kind "classes": class folders lie below domain folders
 
 
