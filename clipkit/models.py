@@ -69,9 +69,9 @@ def check(spec: str) -> None:
     if named := scratch.parse(spec):
         names = [*scratch.RESNETS, *architectures()]
         near = [f"{scratch.PREFIX}{name}" for name in _nearest(named[0], names, cutoff=0.6)]
-        question = f"did you mean {' or '.join(near)}? " if near else ""
+        question = f"did you mean {' or '.join(near)}? Use " if near else "use "
         raise ModelError(
-            f"there is no architecture {named[0]!r}; {question}Use scratch:NAME or scratch:NAME:SEED "
+            f"there is no architecture {named[0]!r}; {question}scratch:NAME or scratch:NAME:SEED "
             f"with {', '.join(scratch.RESNETS)}, or an architecture that `clipkit models` lists"
         )
     head = spec if spec in architectures() else re.split("[:/]", spec, maxsplit=1)[0]

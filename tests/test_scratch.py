@@ -46,7 +46,7 @@ def test_a_spec_has_a_name_and_a_seed(spec: str, expected: tuple[str, int] | Non
         ("scratch:cifar-resnet8", r"no architecture 'cifar-resnet8'; did you mean scratch:cifar-r"),
         ("scratch:ViT-B-33", r"did you mean scratch:ViT-B-3"),
         ("scratch:ViT-B-32:one", r"no architecture 'ViT-B-32:one'"),
-        ("scratch:", r"Use scratch:NAME or scratch:NAME:SEED with cifar-resnet10-w16, "),
+        ("scratch:", r"use scratch:NAME or scratch:NAME:SEED with cifar-resnet10-w16, "),
     ],
 )
 def test_a_wrong_name_gets_the_nearest(spec: str, sentence: str) -> None:

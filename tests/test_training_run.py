@@ -294,17 +294,19 @@ def test_a_loss_registered_from_outside_is_trained_with(
     assert json.loads((summary.folder / "config.json").read_text())["loss"] == "seven"
 
 
-@pytest.mark.parametrize("recipe", ["full", "heads"])
+@pytest.mark.parametrize(("recipe", "hard_negatives"), [("full", 0), ("full", 2), ("heads", 2)])
 def test_pictures_that_cannot_be_read_are_left_out_and_named(
-    options: dict[str, Any], tmp_path: Path, recipe: str
+    options: dict[str, Any], tmp_path: Path, recipe: str, hard_negatives: int
 ) -> None:
     """A training and a validation picture are no pictures: the run goes on with others, batches of the
-    same size, and so does one that is resumed. Fails for a version that ends at the first."""
+    same size, and so does one that is resumed; so does a search for hard negatives. Fails for a version
+    that ends at the first."""
     data = tmp_path / "broken"
     shutil.copytree(options["data"], data)
     for split in ("train", "validation"):
         sorted((data / split).glob("*.png"))[3].write_bytes(b"no picture")
-    options |= {"data": data, "recipe": recipe, "checkpoint_every": 1, "hard_negatives": 0}
+    options |= {"data": data, "recipe": recipe, "checkpoint_every": 1}
+    options["hard_negatives"] = hard_negatives
     whole = run(options, name="whole")
     (training,) = [note for note in whole.notes if "1 training pictures were left out: " in note]
     assert "train/" in training and ".png: " in training

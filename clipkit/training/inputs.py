@@ -45,6 +45,7 @@ _AHEAD, _MOST_AHEAD = 256, 1024  # pictures decoded before they are needed
 _SMALL = 96  # pixels of a longer side: such pictures are kept, decoded
 _KEPT_BYTES, _KEPT_OVERHEAD = 2**28, 1024  # of all that are kept, and of one beside its pixels
 _IN_MEMORY = 2**26  # bytes of a batch's pictures; more lie in a file until their chunk's turn
+MOST_UNREADABLE = 0.1  # of the training pictures that may be left out
 _LISTED = 8  # pictures that an error lists
 _BLOCK = 2**18  # values of the views that a thread makes at a time; they stay in its cache
 _VALUES_PER_THREAD = 2**11  # of a view: threads that make small ones only wait for Python

@@ -26,7 +26,13 @@ from clipkit.training import distributed
 from clipkit.training.config import TrainConfig
 from clipkit.training.data import Plan, replaced
 from clipkit.training.gradient_cache import ChunkedTower, backward
-from clipkit.training.inputs import Batch, Inputs, Unreadable, UnreadablePicturesError
+from clipkit.training.inputs import (
+    MOST_UNREADABLE,
+    Batch,
+    Inputs,
+    Unreadable,
+    UnreadablePicturesError,
+)
 from clipkit.training.memory import explained_out_of_memory
 from clipkit.training.methods.method import Method
 from clipkit.training.recipes import Trained, adapter_sizes, make_optimizer, rate_factor
@@ -36,7 +42,6 @@ from clipkit.training.validation import Scores
 from clipkit.training.weights import L2SP, Ema
 
 _LISTED = 8  # pictures that an error lists
-_MOST_UNREADABLE = 0.1  # of the training pictures
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +233,7 @@ class _Run:
         if not new:
             return False
         history.unreadable |= new
-        if len(history.unreadable) > _MOST_UNREADABLE * len(job.inputs.data):
+        if len(history.unreadable) > MOST_UNREADABLE * len(job.inputs.data):
             raise UnreadablePicturesError(job.inputs.data, history.unreadable)
         for why in new.values():
             self.report("training", f"left out: {why}")

@@ -119,7 +119,7 @@ def main() -> None:
         if not (out / "runs" / name / "summary.json").is_file():
             clipkit(*command)
         compared = ["builtin", str(out / "runs" / name), "--data", str(flickr / "dev.jsonl")]
-        clipkit("eval", "compare", *compared, "--out", str(out / f"report-{name}"))
+        clipkit("eval", "compare", *compared, "--out", str(out / f"report-{name}"), "--overwrite")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from clipkit.losses.pairs import fit_bias
 from clipkit.training.data import Plan, mine, together
 from clipkit.training.distributed import gather_uneven
 from clipkit.training.gradient_cache import View
-from clipkit.training.inputs import Batch, Inputs, even_share
+from clipkit.training.inputs import (
+    MOST_UNREADABLE,
+    Batch,
+    Inputs,
+    UnreadablePicturesError,
+    even_share,
+)
 from clipkit.training.methods.method import Method, Setup
 from clipkit.training.validation import embed_captions, embed_pairs, embed_pictures
 
@@ -30,6 +37,7 @@ class Pairs(Method):
         self._loss = setup.loss
         self._look_alikes: torch.Tensor | None = None  # int64 (N, K): hard negatives; see `mine`
         self._searched = -1  # the epoch of the last search for them
+        self._unreadable: set[int] = set()  # pictures, as a search has found
         # CLIP, section 2.5: the scale stays within [1, 100]. A checkpoint that starts above keeps
         # its own limit, or the first step would change the model. SigLIP's has no limit.
         scale = setup.towers.logit_scale
@@ -71,20 +79,38 @@ class Pairs(Method):
             due = epoch % options.hard_negatives_every == 0 or self._look_alikes is None
             if due and self._searched != epoch:
                 searching()
-                rows = mine(
-                    embed_pictures(self.setup.towers, inputs),
-                    embed_captions(self.setup.towers, inputs),
-                    inputs.data,
-                    count=options.hard_negatives,
-                    margin=options.hard_negatives_margin,
-                    share=even_share(len(inputs.data)),
-                    device=self.setup.towers.device,
-                )
-                self._look_alikes = gather_uneven(torch.from_numpy(rows))
+                self._look_alikes = self._search(inputs)
                 self._searched = epoch
             assert self._look_alikes is not None
             order = together(order, self._look_alikes.numpy())
         return inputs.data.plans(epoch=epoch, batch=batch, seed=seed, order=order)
+
+    def _search(self, inputs: Inputs) -> torch.Tensor:
+        """Return int64 (N, K): each picture's hard negatives, -1 where there are fewer, as for pictures
+        that cannot be read."""
+        data, towers, options = inputs.data, self.setup.towers, self.setup.options
+        kept = np.setdiff1d(np.arange(len(data)), list(self._unreadable))
+        readable = inputs.without(self._unreadable) if self._unreadable else inputs
+        try:
+            pictures = embed_pictures(towers, readable)
+        except UnreadablePicturesError as error:
+            self._unreadable |= {int(kept[number]) for number in error.pictures}
+            if len(self._unreadable) > MOST_UNREADABLE * len(data):
+                raise
+            return self._search(inputs)
+        rows = mine(
+            pictures,
+            embed_captions(towers, readable),
+            readable.data,
+            count=options.hard_negatives,
+            margin=options.hard_negatives_margin,
+            share=even_share(len(readable.data)),
+            device=towers.device,
+        )
+        found = gather_uneven(torch.from_numpy(rows)).numpy()
+        result = np.full((len(data), options.hard_negatives), -1, np.int64)
+        result[kept] = np.where(found < 0, -1, kept[found])
+        return torch.from_numpy(result)
 
     def views(self, batch: Batch) -> Sequence[View]:
         towers = self.setup.towers
