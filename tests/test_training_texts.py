@@ -422,11 +422,14 @@ def one_of_two(rank: int, folder: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.end_to_end
 @pytest.mark.slow  # three processes import the towers' libraries
-def test_two_processes_equal_one(options: dict[str, Any], tmp_path: Path) -> None:
-    """Without dropout, of which each process draws its own."""
-    pytest.importorskip("bm25s", reason="the extra `passages` is not installed")
-    options |= {"method": "passages", "keep_space": 0.5, "epochs": 1, "chunk": 2}
-    options |= {"interpolate": False}
+@pytest.mark.parametrize("method", ["passages", "simcse"])
+def test_two_processes_equal_one(options: dict[str, Any], tmp_path: Path, method: str) -> None:
+    """Without dropout, of which each process draws its own: SimCSE's pair is another caption."""
+    options |= {"method": method, "keep_space": 0.5, "epochs": 1, "chunk": 2, "interpolate": False}
+    if method == "passages":
+        pytest.importorskip("bm25s", reason="the extra `passages` is not installed")
+    else:
+        options |= {"captions": "other", "dropout_rate": 0.0}
     torch.multiprocessing.spawn(one_of_two, (str(tmp_path), options), nprocs=2)
     run(options, name="one")
     one, two = (RunFolder(tmp_path / "runs" / name).load() for name in ("one", "two"))
