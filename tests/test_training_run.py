@@ -294,7 +294,8 @@ def test_a_loss_registered_from_outside_is_trained_with(
     assert json.loads((summary.folder / "config.json").read_text())["loss"] == "seven"
 
 
-@pytest.mark.parametrize(("recipe", "hard_negatives"), [("full", 0), ("full", 2), ("heads", 2)])
+@pytest.mark.parametrize("hard_negatives", [0, 2])
+@pytest.mark.parametrize("recipe", ["full", "heads"])
 def test_pictures_that_cannot_be_read_are_left_out_and_named(
     options: dict[str, Any], tmp_path: Path, recipe: str, hard_negatives: int
 ) -> None:
