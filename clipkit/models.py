@@ -68,7 +68,8 @@ def check(spec: str) -> None:
         )
     if named := scratch.parse(spec):
         names = [*scratch.RESNETS, *architectures()]
-        near = [f"{scratch.PREFIX}{name}" for name in _nearest(named[0], names, cutoff=0.6)]
+        meant = _nearest(named[0], names, cutoff=0.6) if named[0] else ()
+        near = [f"{scratch.PREFIX}{name}" for name in meant]
         question = f"did you mean {' or '.join(near)}? Use " if near else "use "
         raise ModelError(
             f"there is no architecture {named[0]!r}; {question}scratch:NAME or scratch:NAME:SEED "
