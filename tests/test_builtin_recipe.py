@@ -1,0 +1,274 @@
+"""How the built-in model is made: WordNet, names of what pictures show, the classifier as a teacher."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_runs import metrics, run, weights
+
+from clipkit.arrays import Float32
+from clipkit.errors import InputError
+from clipkit.training import TrainConfig, resume, train
+from clipkit.training.data import CaptionedPictures
+from clipkit.training.registry import METHODS
+from data_prep.builtin_model import class_targets, heads, vocabulary
+from data_prep.builtin_model.class_targets import class_loss
+from data_prep.builtin_model.sources import Example
+from data_prep.builtin_model.vocabulary import Class, Names
+from data_prep.builtin_model.wordnet import WordNet
+
+pytestmark = pytest.mark.end_to_end
+
+# Animals, one of them with a name, and an idea, as wndb(5WN) has them: offset, file, kind of word, how
+# many names (hexadecimal), names, how many pointers (decimal), pointers.
+DATA_NOUN = """\
+  1 This software and database is being provided to you, the LICENSEE, by
+00000001 05 n 01 animal 0 001 ~ 00000002 n 0000 | a living organism
+00000002 05 n 02 dog 0 domestic_dog 0 001 @ 00000001 n 0000 | a member of the genus Canis
+00000003 05 n 01 puppy 0 001 @ 00000002 n 0000 | a young dog
+00000004 05 n 01 cat 0 002 @ 00000001 n 0000 #m 00000001 n 0000 | feline mammal
+00000005 18 n 01 Rex 0 001 @i 00000002 n 0000 | a dog | of this name
+00000006 09 n 01 idea 0 000 | the content of cognition
+00000007 05 n 01 bird 0 001 @ 00000001 n 0000 | has feathers
+"""
+INDEX_NOUN = """\
+  1 This software and database is being provided to you, the LICENSEE, by
+animal n 1 1 ~ 1 1 00000001
+bird n 1 1 @ 1 0 00000007
+cat n 1 2 @ #m 1 0 00000004
+dog n 2 1 @ 2 1 00000002 00000006
+domestic_dog n 1 1 @ 1 0 00000002
+idea n 1 0 1 1 00000006
+puppy n 1 1 @ 1 0 00000003
+rex n 1 1 @i 1 0 00000005
+"""
+COUNTS = """\
+dog%1:05:00:: 1 42
+dog%1:18:00:: 2 2
+dog%2:38:00:: 1 7
+"""
+
+
+@pytest.fixture
+def wordnet(tmp_path: Path) -> WordNet:
+    for name, text in {
+        "data.noun": DATA_NOUN,
+        "index.noun": INDEX_NOUN,
+        "cntlist.rev": COUNTS,
+    }.items():
+        (tmp_path / name).write_text(text)
+    return WordNet.read(tmp_path)
+
+
+def test_wordnet_s_files_are_read(wordnet: WordNet) -> None:
+    assert wordnet.synsets["00000002"].names == ("dog", "domestic dog")
+    assert list(wordnet.kinds("00000003")) == ["00000002", "00000001"]
+    assert list(wordnet.kinds("00000004")) == ["00000001"]  # what it is part of is no kind of it
+    assert wordnet.synsets["00000005"].file == "named"
+    assert wordnet.meanings["dog"] == ("00000002", "00000006")
+    assert wordnet.counts == {"dog": 44}  # the noun, not the verb
+    covered = wordnet.covered(["00000003", "00000004"])
+    assert covered == {"00000002": [0], "00000001": [0, 1]}
+
+
+def by_letter(texts: Sequence[str]) -> Float32:
+    """Unit rows that are equal for texts of one initial and orthogonal for others."""
+    return np.eye(26, dtype=np.float32)[[ord(text[0].lower()) - ord("a") for text in texts]]
+
+
+def test_names_of_classes_kinds_and_nouns(wordnet: WordNet) -> None:
+    """Classes: puppy, cat, bird. "animal" is all; "dog" has one class only, so it is no kind. Of the
+    nouns "dog" is the puppy's kind, so it is the puppy; "domestic dog" is no common pair, Rex a name, an
+    idea cannot be seen. Without the cat nothing of it is left, and "animal" is the other two."""
+    names = {"00000003": ("puppy",), "00000004": ("cat", "Cat"), "00000007": ("bird",)}
+    classes = [Class(named, offset, Path("photo.jpg")) for offset, named in names.items()]
+    common = {"animal", "bird", "cat", "dog", "domestic", "puppy", "rex", "idea"}
+
+    def firsts(names: Names) -> list[str]:
+        return [texts[0] for texts in names.texts]
+
+    rng = random.Random(0)
+    own, kinds, nouns = vocabulary.make(classes, wordnet, common, by_letter, rng=rng)
+    assert firsts(own) == ["puppy", "cat", "bird"] and own.classes.tolist() == np.eye(3).tolist()
+    assert len(own.texts[0]) == 4 and all("puppy" in text for text in own.texts[0])
+    assert len(own.texts[1]) == 8  # two names, each alone and in three prompts
+    assert firsts(kinds) == ["animal"] and kinds.classes.tolist() == [[1, 1, 1]]
+    shares = dict(zip(firsts(nouns), nouns.classes, strict=True))
+    assert shares.keys() == {"animal", "bird", "cat", "dog", "puppy"}
+    assert shares["animal"] == pytest.approx([1 / 3] * 3)
+    assert shares["dog"] == pytest.approx([1, 0, 0], abs=1e-6) == shares["puppy"]
+
+    own, kinds, nouns = vocabulary.make(classes, wordnet, common, by_letter, rng=rng, without=[1])
+    assert firsts(own) == ["puppy", "bird"] and own.classes.tolist() == [[1, 0, 0], [0, 0, 1]]
+    assert kinds.classes.tolist() == [[1, 0, 1]]
+    assert "cat" not in firsts(nouns) and not nouns.classes[:, 1].any()
+    assert nouns.classes[0] == pytest.approx([1 / 2, 0, 1 / 2])  # animal
+
+
+def test_a_word_far_from_all_classes_is_left_out(wordnet: WordNet) -> None:
+    """Animals, and a dog that is nearer to nothing: with its kind's name unlike its own."""
+    classes = [
+        Class((name,), offset, Path("p.jpg"))
+        for name, offset in (("cat", "00000004"), ("bird", "00000007"))
+    ]
+    common = {"animal", "bird", "cat", "dog", "puppy"}
+    *_, nouns = vocabulary.make(classes, wordnet, common, by_letter, rng=random.Random(0))
+    assert [texts[0] for texts in nouns.texts] == ["animal", "bird", "cat"]
+
+
+def test_lists_of_names_are_stored(tmp_path: Path) -> None:
+    texts = (("ca\u00f1on", 'a "gun"'), ("cat",))
+    lists = [Names(texts, np.array([[1, 0.25], [0, 1]], np.float32), 0.5)]
+    vocabulary.save(lists, tmp_path / "names.npz")
+    (read,) = vocabulary.load(tmp_path / "names.npz")
+    assert (read.texts, read.weight) == (texts, 0.5)
+    assert read.classes.dtype == np.float32 and (read.classes == lists[0].classes).all()
+    drawn, said = read.draw(random.Random(0), most=1)
+    assert said[0] in texts[drawn[0]]
+    assert read.draw(random.Random(0), most=9)[0] == [0, 1]
+
+
+def test_the_class_loss_by_hand() -> None:
+    """Two pictures, two names, at right angles but for the own pair: scores are 1 and 0. The first
+    picture shows the first name only, the second both alike. The softmax of (1, 0) is p, q.
+
+    By picture: -(log p) for the first and -(log p + log q) / 2 for the second. By name, with 1 and 1 of
+    the first name in the pictures, 0 and 1 of the second: -(log p + log q) / 2 with weight 2 of 3, and
+    -log p with weight 1 of 3. Powers leave 0 and 1 as they are; the second picture has 1 and 1."""
+    rows = torch.eye(2)
+    shown = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    log_p, log_q = math.log(1 / (1 + math.exp(-1))), math.log(1 / (1 + math.exp(1)))
+    by_picture = -(log_p + (log_p + log_q) / 2) / 2
+    by_name = -((log_p + log_q) / 2 * 2 / 3 + log_p / 3)
+    loss = class_loss(rows, rows, torch.tensor(0.0), shown)
+    assert float(loss) == pytest.approx((by_picture + by_name) / 2)
+
+
+def test_a_name_that_no_picture_shows_changes_nothing_but_the_softmax() -> None:
+    images = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.manual_seed(0)), dim=1)
+    images.requires_grad_()
+    shown = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.1, 0.0]])
+    loss = class_loss(images, torch.eye(4)[:2], torch.tensor(1.0), shown)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(images.grad).all()
+
+
+# ---- the method
+
+
+def write_teaching(folder: Path, data: Path) -> Path:
+    """Four classes, each picture sure of one of them; three names of classes, one of a kind."""
+    folder.mkdir()
+    pictures = CaptionedPictures.read(data, "train")
+    eye = np.eye(4, dtype=np.float32)
+    seen = 0.97 * eye[np.arange(len(pictures)) % 4] + 0.01
+    np.savez(folder / "classes.npz", image_ids=pictures.image_ids, probabilities=seen)
+    lists = [
+        Names((("red",), ("green", "a green one"), ("blue",)), eye[:3], 1.0),
+        Names((("colour",),), eye[:2].sum(0, keepdims=True), 0.5),
+    ]
+    vocabulary.save(lists, folder / "names.npz")
+    return folder
+
+
+@pytest.fixture
+def taught(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    monkeypatch.setitem(METHODS, "class_targets", class_targets.ENTRY)
+    folder = write_teaching(tmp_path / "teaching", Path(options["data"]))
+    return options | {"method": "class_targets", "teaching": str(folder), "interpolate": False}
+
+
+def test_the_towers_learn_what_the_classifier_sees(taught: dict[str, Any]) -> None:
+    """Both losses fall; with weight 0 the weights are those of method pairs."""
+    summary = run(taught, epochs=25, batch=14, learning_rate=1e-2, crop=1.0)
+    lines = [line for line in metrics(summary.folder) if "loss" in line]
+    first, last = lines[0], lines[-1]
+    assert (
+        last["class_loss"] < 0.9 * first["class_loss"] and last["pairs_loss"] < first["pairs_loss"]
+    )
+    assert first["loss"] == pytest.approx(first["pairs_loss"] + first["class_loss"], rel=1e-5)
+    unweighted = run(taught, class_weight=0.0, name="unweighted")
+    plain = {name: value for name, value in taught.items() if name not in ("method", "teaching")}
+    pairs = run(plain, name="pairs")
+    assert weights_differ_by(unweighted.checkpoint, pairs.checkpoint) < 1e-6
+
+
+def weights_differ_by(one: Path | None, other: Path | None) -> float:
+    assert one is not None and other is not None
+    first, second = weights(one), weights(other)
+    return max(float((first[n].float() - second[n].float()).abs().max()) for n in first)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(taught: dict[str, Any]) -> None:
+    """Names are drawn from seed, epoch and batch alone: two of three each time."""
+    whole = run(taught, names=2, name="whole")
+    stop = threading.Event()
+    config = TrainConfig.from_mapping({**taught, "names": 2, "name": "parts"})
+    train(config, stop=stop, on_progress=lambda p: stop.set() if p.done == 1 else None)
+    parts = resume(Path(taught["out"]) / "parts")
+    assert weights_differ_by(whole.checkpoint, parts.checkpoint) == 0
+
+
+def test_a_picture_that_the_classifier_has_not_seen_is_named(
+    taught: dict[str, Any], tmp_path: Path
+) -> None:
+    with np.load(tmp_path / "teaching" / "classes.npz") as arrays:
+        ids, seen = arrays["image_ids"], arrays["probabilities"]
+    np.savez(tmp_path / "teaching" / "classes.npz", image_ids=ids[1:], probabilities=seen[1:])
+    with pytest.raises(
+        InputError, match=rf"lacks 1 of 14 pictures, such as {ids[0]}; run `recipe st"
+    ):
+        run(taught)
+    with pytest.raises(InputError, match="class_targets needs teaching"):
+        run({name: value for name, value in taught.items() if name != "teaching"})
+
+
+# ---- the heads
+
+
+class TinyText(torch.nn.Module):
+    """A text tower's projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(1000, 6)
+        self.proj = torch.nn.Linear(6, 4)
+
+
+def test_the_heads_are_trained_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seven photos and seven drawings with features of 5 numbers, and a classifier of three classes."""
+    monkeypatch.setattr(heads, "_STEPS", 60)
+    torch.manual_seed(0)
+    nouns = "dog cat car boat tree house cake".split()
+    photos = [Example(Path(f"{n}.jpg"), (f"a {n} outside",)) for n in nouns]
+    art = [Example(Path(f"{n}.png"), (f"old {n}",), (n,), art=True) for n in nouns]
+    model = torch.nn.Module()
+    model.visual, model.text = torch.nn.Module(), TinyText()
+    model.visual.head = torch.nn.Linear(5, 4)
+    model.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def pool(texts: Sequence[str]) -> torch.Tensor:
+        codes = [1 + sum(map(ord, text)) % 999 for text in texts]
+        return model.text.embedding(torch.tensor(codes)).detach()
+
+    features = torch.rand(14, 5)
+    seen = torch.rand(14, 3).softmax(1)
+    names = Names((("violin",), ("castle",), ("umbrella",)), np.eye(3, dtype=np.float32), 1.0)
+    heads.train(model, photos + art, features, seen, [names], pool, random.Random(0))
+    losses = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(losses) == 3 and losses[-1] < 0.98 * losses[0]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == before.keys() - {"text.embedding.weight"}
