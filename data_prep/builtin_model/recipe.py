@@ -307,6 +307,7 @@ def main() -> None:
     first.add_argument("--data", type=Path, required=True, help="flickr8k/ and openclipart/ in it")
     first.add_argument("--out", type=Path, required=True, help="the checkpoint folder to write")
     first.add_argument("--gallery", type=Path, help="pictures with better captions for drawings")
+    first.add_argument("--first", type=Path, help="an earlier model's folder, to go on from")
     first.add_argument(
         "--wordnet", type=Path, default=wordnet.FOLDER, help="WordNet 3.0's dict folder"
     )
