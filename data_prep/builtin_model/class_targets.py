@@ -24,7 +24,7 @@ from clipkit.arrays import Float32
 from clipkit.errors import InputError
 from clipkit.options import option
 from clipkit.training.augment import Augment
-from clipkit.training.distributed import own_slice
+from clipkit.training.distributed import own_slice, world_size
 from clipkit.training.gradient_cache import View
 from clipkit.training.inputs import Batch, Inputs
 from clipkit.training.methods.method import Method, Setup
@@ -134,6 +134,7 @@ class ClassTargets(Method):
         rng = random.Random(f"{self.setup.config.seed} {plan.epoch} {plan.number}")
         self._drawn = [names.draw(rng, most) for names in self._lists]
         texts = [text for _, texts in self._drawn for text in texts]
+        texts += texts[:1] * (-len(texts) % world_size())  # to share evenly; the loss ignores them
         own = texts[own_slice(len(texts))]
         order = torch.tensor(np.argsort([len(text) for text in own], kind="stable"))
         tokens = towers.encoder.tokenize(own)
