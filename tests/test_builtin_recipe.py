@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_runs import metrics, run, weights
 
 from clipkit.arrays import Float32
@@ -19,6 +20,7 @@ from clipkit.errors import InputError
 from clipkit.training import TrainConfig, resume, train
 from clipkit.training.data import CaptionedPictures
 from clipkit.training.registry import METHODS
+from clipkit.training.run_folder import RunFolder
 from data_prep.builtin_model import class_targets, heads, vocabulary
 from data_prep.builtin_model.class_targets import class_loss
 from data_prep.builtin_model.sources import Example
@@ -231,6 +233,48 @@ def test_a_picture_that_the_classifier_has_not_seen_is_named(
         run(taught)
     with pytest.raises(InputError, match="class_targets needs teaching"):
         run({name: value for name, value in taught.items() if name != "teaching"})
+
+
+def test_some_pictures_are_seen_as_thumbnails() -> None:
+    """A view gets the picture itself, or one of 28 to 64 pixels of the same shape; the picture stays."""
+    sizes = []
+
+    class Seen:
+        def draw(self, image: Image.Image, _: np.random.Generator) -> tuple[torch.Tensor, Float32]:
+            sizes.append(image.size)
+            return torch.zeros(3, 2, 2, dtype=torch.uint8), np.empty(0, np.float32)
+
+    picture = Image.new("RGB", (400, 200))
+    augment = class_targets.Thumbnails(Seen(), share=0.5)
+    for seed in range(200):
+        augment.draw(picture, np.random.default_rng(seed))
+    small = [size for size in sizes if size != (400, 200)]
+    assert 70 < len(small) < 130 and picture.size == (400, 200)
+    assert all(28 <= width <= 64 and abs(2 * height - width) <= 1 for width, height in small)
+
+
+def one_of_two(rank: int, folder: str, options: dict[str, Any]) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    METHODS["class_targets"] = class_targets.ENTRY
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    run(options, name="two")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # three processes import the towers' libraries
+def test_two_processes_equal_one(taught: dict[str, Any], tmp_path: Path) -> None:
+    """With three names in a step, which two processes cannot share evenly."""
+    taught |= {"names": 2, "epochs": 1, "chunk": 2}
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), taught), nprocs=2)
+    run(taught, name="one")
+    one, two = (RunFolder(tmp_path / "runs" / name).load() for name in ("one", "two"))
+    assert one is not None and two is not None
+    start = weights(Path(taught["start"]))
+    for name, tensor in one["parameters"].items():
+        moved = (tensor - start.get(name, 0)).abs().mean().clamp(min=1e-4)
+        assert (two["parameters"][name] - tensor).abs().mean() <= 0.02 * moved, name
 
 
 # ---- the heads
