@@ -119,6 +119,8 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="also write them to the model's clipkit.json"
     )
+    held_out = "also of the classes that `recipe start --without DRAW` left out"
+    parser.add_argument("--held-out", type=int, metavar="DRAW", help=held_out)
     args = parser.parse_args()
     encoder = towers.load(args.model, precision="float32")
     figures = dict(measure(encoder, args.data))
