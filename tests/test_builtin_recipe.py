@@ -142,22 +142,33 @@ def test_the_class_loss_by_hand() -> None:
     """Two pictures, two names, at right angles but for the own pair: scores are 1 and 0. The first
     picture shows the first name only, the second both alike. The softmax of (1, 0) is p, q.
 
-    By picture: -(log p) for the first and -(log p + log q) / 2 for the second. By name, with 1 and 1 of
-    the first name in the pictures, 0 and 1 of the second: -(log p + log q) / 2 with weight 2 of 3, and
-    -log p with weight 1 of 3. Powers leave 0 and 1 as they are; the second picture has 1 and 1."""
+    By picture: -log p for the first, with weight 1 of 3; -(log p + log q) / 2 for the second, with 2 of
+    3. By name: the first is in both pictures, -(log p + log q) / 2 with weight 2 of 3; the second in
+    its own, -log p with 1 of 3. Powers leave 0 and 1 as they are."""
     rows = torch.eye(2)
     shown = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     log_p, log_q = math.log(1 / (1 + math.exp(-1))), math.log(1 / (1 + math.exp(1)))
-    by_picture = -(log_p + (log_p + log_q) / 2) / 2
-    by_name = -((log_p + log_q) / 2 * 2 / 3 + log_p / 3)
+    expected = -(log_p / 3 + (log_p + log_q) / 2 * 2 / 3)  # both ways
     loss = class_loss(rows, rows, torch.tensor(0.0), shown)
-    assert float(loss) == pytest.approx((by_picture + by_name) / 2)
+    assert float(loss) == pytest.approx(expected)
 
 
-def test_a_name_that_no_picture_shows_changes_nothing_but_the_softmax() -> None:
+def test_the_class_loss_of_more_names_than_pictures() -> None:
+    """The third name is the first's vector again, but shown by nobody. By picture: scores (1, 0, 1) and
+    (0, 1, 0), the first and the second name right. By name: (1, 0), the own picture right."""
+    names = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    shown = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    e = math.e
+    by_picture = -(math.log(e / (2 * e + 1)) + math.log(e / (e + 2))) / 2
+    loss = class_loss(torch.eye(2), names, torch.tensor(0.0), shown)
+    assert float(loss) == pytest.approx((by_picture - math.log(e / (e + 1))) / 2)
+
+
+def test_a_name_that_no_picture_shows_and_a_picture_without_names_are_no_fault() -> None:
+    """Fails without the bounds: 0 / 0."""
     images = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.manual_seed(0)), dim=1)
     images.requires_grad_()
-    shown = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.1, 0.0]])
+    shown = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
     loss = class_loss(images, torch.eye(4)[:2], torch.tensor(1.0), shown)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(images.grad).all()

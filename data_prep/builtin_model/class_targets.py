@@ -34,6 +34,7 @@ from data_prep.builtin_model import vocabulary
 
 NAMES_FILE, CLASSES_FILE = "names.npz", "classes.npz"
 _POWER = 0.7  # of the classifier's probabilities: what comes second counts more
+_TINY = 1e-12
 SCALE = 20.0  # of the scores with names, at first
 
 
@@ -43,16 +44,15 @@ def class_loss(
     """Compute the cross-entropy of scores against a teacher's, both ways.
 
     images, names: unit rows (N, D), (M, D). shown: (N, M), how likely each picture shows each name. A
-    name counts as much as is seen of it in the batch.
+    picture counts as much as the names show of it, a name as much as is seen of it in the batch: what
+    shows in none of them has nothing to teach.
     """
     scores = log_scale.exp() * images @ names.T
     soft = shown**_POWER
-    of_picture = soft / soft.sum(1, keepdim=True)
-    seen = soft.sum(0)
-    of_name = soft / seen.clamp(min=1e-12)
-    by_picture = -(of_picture * scores.log_softmax(1)).sum(1).mean()
-    by_name = -(of_name * scores.log_softmax(0)).sum(0) @ seen / seen.sum()
-    return (by_picture + by_name) / 2
+    by_picture = -(soft * scores.log_softmax(1)).sum(1) / soft.sum(1).clamp(min=_TINY)
+    by_name = -(soft * scores.log_softmax(0)).sum(0) / soft.sum(0).clamp(min=_TINY)
+    of_picture, of_name = shown.sum(1), soft.sum(0)
+    return (by_picture @ of_picture / of_picture.sum() + by_name @ of_name / of_name.sum()) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
