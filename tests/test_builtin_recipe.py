@@ -232,14 +232,25 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(taught: dict[str, Any
     assert weights_differ_by(whole.checkpoint, parts.checkpoint) == 0
 
 
-def test_a_picture_that_the_classifier_has_not_seen_is_named(
+def test_pictures_that_the_classifier_has_not_seen_are_not_taught(
     taught: dict[str, Any], tmp_path: Path
 ) -> None:
-    with np.load(tmp_path / "teaching" / "classes.npz") as arrays:
+    """What classes.npz lacks has no part in the class loss; to lack all is an error."""
+    file = tmp_path / "teaching" / "classes.npz"
+    with np.load(file) as arrays:
         ids, seen = arrays["image_ids"], arrays["probabilities"]
-    np.savez(tmp_path / "teaching" / "classes.npz", image_ids=ids[1:], probabilities=seen[1:])
+    taught |= {"epochs": 1, "batch": 14}
+
+    def first_class_loss(**changed: Any) -> float:
+        (line,) = [x for x in metrics(run(taught, **changed).folder) if "loss" in x]
+        return float(line["class_loss"])
+
+    whole = first_class_loss(name="whole")
+    np.savez(file, image_ids=ids[1:], probabilities=seen[1:])
+    assert first_class_loss(name="fewer") != pytest.approx(whole, rel=1e-4)
+    np.savez(file, image_ids=["other"], probabilities=seen[:1])
     with pytest.raises(
-        InputError, match=rf"lacks 1 of 14 pictures, such as {ids[0]}; run `recipe st"
+        InputError, match=r"has none of the 14 pictures of .*; run `recipe start` on"
     ):
         run(taught)
     with pytest.raises(InputError, match="class_targets needs teaching"):

@@ -51,8 +51,9 @@ def class_loss(
     soft = shown**_POWER
     by_picture = -(soft * scores.log_softmax(1)).sum(1) / soft.sum(1).clamp(min=_TINY)
     by_name = -(soft * scores.log_softmax(0)).sum(0) / soft.sum(0).clamp(min=_TINY)
-    of_picture, of_name = shown.sum(1), soft.sum(0)
-    return (by_picture @ of_picture / of_picture.sum() + by_name @ of_name / of_name.sum()) / 2
+    by_picture = by_picture @ shown.sum(1) / shown.sum().clamp(min=_TINY)
+    by_name = by_name @ soft.sum(0) / soft.sum().clamp(min=_TINY)
+    return (by_picture + by_name) / 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +92,10 @@ class ClassTargetOptions:
 
 
 class ClassTargets(Method):
-    """Learn from pairs of picture and caption, and from what a classifier sees in the pictures."""
+    """Learn from pairs of picture and caption, and from what a classifier sees in the pictures.
+
+    Pictures that classes.npz lacks are not taught: a classifier of photos is wrong about drawings.
+    """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -114,13 +118,12 @@ class ClassTargets(Method):
     def prepare(
         self, inputs: Inputs, on_progress: Callable[[str, int, int], None], stop: threading.Event
     ) -> None:
-        """Raise InputError unless the classifier has seen every picture."""
+        """Raise InputError if the classifier has seen none of the pictures."""
         self._pairs.prepare(inputs, on_progress, stop)
-        missing = [i for i in inputs.data.image_ids if i not in self._rows]
-        if missing:
+        if self._rows.keys().isdisjoint(inputs.data.image_ids):
             raise InputError(
-                f"{self.setup.options.teaching} lacks {len(missing)} of {len(inputs.data)} pictures, "
-                f"such as {missing[0]}; run `recipe start` on the same data"
+                f"{self.setup.options.teaching} has none of the {len(inputs.data)} pictures of "
+                f"{inputs.data.folder}; run `recipe start` on the same data"
             )
 
     def augment(self) -> Augment | None:
@@ -144,12 +147,14 @@ class ClassTargets(Method):
         pictures, captions, names = rows
         pairs = self._pairs.loss((pictures, captions), batch)
         ids = [batch.data.image_ids[number] for number in batch.plan.pictures]
-        seen = self._seen[[self._rows[i] for i in ids]]
+        taught = [place for place, image_id in enumerate(ids) if image_id in self._rows]
+        seen = self._seen[[self._rows[ids[place]] for place in taught]]
         classes, start = pairs.new_zeros(()), 0
         for part, (chosen, _) in zip(self._lists, self._drawn, strict=True):
             shown = (seen @ torch.from_numpy(part.classes[chosen]).T).to(pictures)
             own = names[start : start + len(chosen)]
-            classes = classes + part.weight * class_loss(pictures, own, self._log_scale, shown)
+            loss = class_loss(pictures[taught], own, self._log_scale, shown)
+            classes = classes + part.weight * loss
             start += len(chosen)
         self._terms = {"pairs_loss": float(pairs.detach()), "class_loss": float(classes.detach())}
         return pairs + self.setup.options.class_weight * classes

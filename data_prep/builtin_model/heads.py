@@ -70,8 +70,8 @@ def train(
 ) -> None:
     """Train the heads and the scale.
 
-    features: float32 (N, 1280), of the pictures. seen: float32 (N, C), the classifier's probabilities.
-    pool: encodes texts with the frozen tower.
+    features: float32 (N, 1280), of the pictures. seen: float32 (N, C), the classifier's probabilities,
+    which drawings are not taught. pool: encodes texts with the frozen tower.
     """
     prepared = [b for _ in range(_PREPARED) for b in epoch(examples, lists, size=_BATCH, rng=rng)]
     texts = {text: None for b in prepared for text in b.captions}
@@ -102,10 +102,12 @@ def train(
             same=Same.of_marks(batch.same),
             label_smoothing=_LABEL_SMOOTHING,
         )
+        photos = [place for place, i in enumerate(batch.rows) if not examples[i].art]
+        classes = seen[[batch.rows[place] for place in photos]]
         for each, (things, drawn), shown in zip(lists, batch.names, shown_of, strict=True):
-            shown = seen[batch.rows] @ shown[:, things]
+            shown = classes @ shown[:, things]
             weight = CLASS_WEIGHT * each.weight
-            loss = loss + weight * class_loss(pictures, encoded(drawn), class_scale, shown)
+            loss = loss + weight * class_loss(pictures[photos], encoded(drawn), class_scale, shown)
         if not torch.isfinite(loss):
             sys.exit(f"the loss is {loss.item()} at step {done}: lower the learning rate")
         optimizer.zero_grad()

@@ -182,9 +182,12 @@ def start(args: argparse.Namespace) -> None:
     captioned = [*((e, drawing_captions(e, rng)) for e in art), *((e, e.phrases) for e in things)]
     write_captions(captioned, args.out / MORE_CAPTIONS)
     vocabulary.save(lists, args.out / class_targets.NAMES_FILE)
-    ids = [images.image_id(images.read_bytes(example.path)) for example in examples]
+    taught = [number for number, example in enumerate(examples) if not example.art]
+    ids = [images.image_id(images.read_bytes(examples[number].path)) for number in taught]
     np.savez_compressed(
-        args.out / class_targets.CLASSES_FILE, image_ids=ids, probabilities=seen.half().numpy()
+        args.out / class_targets.CLASSES_FILE,
+        image_ids=ids,
+        probabilities=seen[taught].half().numpy(),
     )
     provenance = {
         "parents": PUBLIC_WEIGHTS,
