@@ -235,7 +235,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(taught: dict[str, Any
 def test_pictures_that_the_classifier_has_not_seen_are_not_taught(
     taught: dict[str, Any], tmp_path: Path
 ) -> None:
-    """What classes.npz lacks has no part in the class loss; to lack all is an error."""
+    """A picture without probabilities has no part in the class loss; if none has any, it fails."""
     file = tmp_path / "teaching" / "classes.npz"
     with np.load(file) as arrays:
         ids, seen = arrays["image_ids"], arrays["probabilities"]
@@ -253,6 +253,11 @@ def test_pictures_that_the_classifier_has_not_seen_are_not_taught(
         InputError, match=r"has none of the 14 pictures of .*; run `recipe start` on"
     ):
         run(taught)
+    file.unlink()
+    with pytest.raises(
+        InputError, match=r"teaching is .*, which has no classes.npz; run `recipe sta"
+    ):
+        run(taught, name="lacking")
     with pytest.raises(InputError, match="class_targets needs teaching"):
         run({name: value for name, value in taught.items() if name != "teaching"})
 
@@ -331,7 +336,7 @@ def test_the_heads_are_trained_alone(
         return model.text.embedding(torch.tensor(codes)).detach()
 
     features = torch.rand(14, 5)
-    seen = torch.rand(14, 3).softmax(1)
+    seen = torch.rand(7, 3).softmax(1)  # of the photos
     names = Names((("violin",), ("castle",), ("umbrella",)), np.eye(3, dtype=np.float32), 1.0)
     heads.train(model, photos + art, features, seen, [names], pool, random.Random(0))
     losses = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines()[1:]]

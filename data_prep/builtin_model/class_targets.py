@@ -41,11 +41,11 @@ SCALE = 20.0  # of the scores with names, at first
 def class_loss(
     images: torch.Tensor, names: torch.Tensor, log_scale: torch.Tensor, shown: torch.Tensor
 ) -> torch.Tensor:
-    """Compute the cross-entropy of scores against a teacher's, both ways.
+    """Compute the cross-entropy of scores against a teacher's, both ways (arXiv 1503.02531): a scalar.
 
-    images, names: unit rows (N, D), (M, D). shown: (N, M), how likely each picture shows each name. A
-    picture counts as much as the names show of it, a name as much as is seen of it in the batch: what
-    shows in none of them has nothing to teach.
+    images, names: unit rows (N, D), (M, D). shown: (N, M), 0 or more, how likely each picture
+    shows each name. A picture counts as much as the names show of it, a name as much as is seen of it in
+    the batch: what shows in none of them has nothing to teach.
     """
     scores = log_scale.exp() * images @ names.T
     soft = shown**_POWER
@@ -90,6 +90,11 @@ class ClassTargetOptions:
                 "method class_targets needs teaching; name the folder of `recipe start`"
             )
 
+    @property
+    def absolute(self) -> Mapping[str, str]:
+        """Return options that name the same from any working folder, in place of their values."""
+        return {"teaching": str(Path(self.teaching).expanduser().absolute())}
+
 
 class ClassTargets(Method):
     """Learn from pairs of picture and caption, and from what a classifier sees in the pictures.
@@ -100,7 +105,10 @@ class ClassTargets(Method):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._pairs = Pairs(replace(setup, options=PairOptions()))
-        folder = Path(setup.options.teaching)
+        folder = Path(setup.options.teaching).expanduser()
+        for name in (NAMES_FILE, CLASSES_FILE):
+            if not (folder / name).is_file():
+                raise InputError(f"teaching is {folder}, which has no {name}; run `recipe start`")
         self._lists = vocabulary.load(folder / NAMES_FILE)
         with np.load(folder / CLASSES_FILE) as arrays:
             ids, seen = arrays["image_ids"].tolist(), arrays["probabilities"]

@@ -24,7 +24,7 @@ _PREPARED = 10  # epochs whose captions and names are drawn; then they come agai
 _DROPOUT = 0.3  # of the pictures' features: there are few pictures
 _LABEL_SMOOTHING = 0.1
 _HIGHEST = math.log(100.0)  # CLIP, section 2.5
-CLASS_WEIGHT = 3.0
+_CLASS_WEIGHT = 3.0  # of what the classifier sees, beside the pairs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,8 +70,8 @@ def train(
 ) -> None:
     """Train the heads and the scale.
 
-    features: float32 (N, 1280), of the pictures. seen: float32 (N, C), the classifier's probabilities,
-    which drawings are not taught. pool: encodes texts with the frozen tower.
+    features: float32 (N, 1280), of the pictures. seen: float32 (T, C), the classifier's probabilities
+    for the first T, which alone it teaches. pool: encodes texts with the frozen tower.
     """
     prepared = [b for _ in range(_PREPARED) for b in epoch(examples, lists, size=_BATCH, rng=rng)]
     texts = {text: None for b in prepared for text in b.captions}
@@ -102,11 +102,11 @@ def train(
             same=Same.of_marks(batch.same),
             label_smoothing=_LABEL_SMOOTHING,
         )
-        photos = [place for place, i in enumerate(batch.rows) if not examples[i].art]
+        photos = [place for place, i in enumerate(batch.rows) if i < len(seen)]
         classes = seen[[batch.rows[place] for place in photos]]
         for each, (things, drawn), shown in zip(lists, batch.names, shown_of, strict=True):
             shown = classes @ shown[:, things]
-            weight = CLASS_WEIGHT * each.weight
+            weight = _CLASS_WEIGHT * each.weight
             loss = loss + weight * class_loss(pictures[photos], encoded(drawn), class_scale, shown)
         if not torch.isfinite(loss):
             sys.exit(f"the loss is {loss.item()} at step {done}: lower the learning rate")

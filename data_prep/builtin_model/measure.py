@@ -85,7 +85,8 @@ def zero_shot(encoder: towers.DualEncoder, data: Path) -> Float64:
 
 def zero_shot_of(encoder: towers.DualEncoder, data: Path, numbers: Sequence[int]) -> Float64:
     """Classify photos of some of ImageNet's classes among these: float64 (classes,), 1 where correct."""
-    classes = [vocabulary.read_classes(data)[number] for number in numbers]
+    every = vocabulary.read_classes(data)
+    classes = [every[number] for number in numbers]
     vectors = np.zeros((len(classes), encoder.dim), np.float32)
     for prompt in CLASS_PROMPTS:
         vectors += encoder.encode_texts([prompt.format(each.names[0]) for each in classes])
@@ -120,7 +121,9 @@ def main() -> None:
         "--write", action="store_true", help="also write them to the model's clipkit.json"
     )
     held_out = "also of the classes that `recipe start --without DRAW` left out"
-    parser.add_argument("--held-out", type=int, metavar="DRAW", help=held_out)
+    parser.add_argument(
+        "--held-out", type=int, choices=range(vocabulary.DRAWS), metavar="DRAW", help=held_out
+    )
     args = parser.parse_args()
     encoder = towers.load(args.model, precision="float32")
     figures = dict(measure(encoder, args.data))

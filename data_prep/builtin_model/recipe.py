@@ -1,4 +1,4 @@
-"""The two ends of the built-in model's making; between them are ordinary `clipkit train` runs.
+"""The two ends of the built-in model's making; between them the towers are tuned (tune.py).
 
     make builtin DATA=DIR BUILD=DIR        run all of it, a command a line
     python -m data_prep.builtin_model.recipe start --data DIR --out START
@@ -9,7 +9,7 @@ encoder of sentences, under small heads that project to 512 numbers, and trains 
 
 1. Flickr8k's training photos, five captions each: how people describe scenes.
 2. Openclipart's drawings with titles and keywords: pictures that are not photos.
-3. What the classifier sees in all these pictures and in a photo of each of its classes, by the names
+3. What the classifier sees in these photos and in a photo of each of its classes, by the names
    of classes and their kinds in WordNet, and by everyday nouns near to them: violin, castle, umbrella.
 
 It also writes the captions of drawings and classes as `clipkit data build` reads them, and the names
@@ -166,10 +166,11 @@ def start(args: argparse.Namespace) -> None:
     art = read_art(args.data, held_out=False, gallery=args.gallery)
     kept = [each for number, each in enumerate(classes) if number not in left_out]
     things = [Example(each.photo, t) for each, t in zip(kept, lists[0].texts, strict=True)]
-    examples = photos + art + things
+    taught = photos + things  # what the classifier says of drawings is wrong
+    examples = taught + art
     print(f"{len(photos)} photos, {len(art)} drawings, {len(things)} classes", flush=True)
     print(f"{len(lists[1].texts)} kinds, {len(lists[2].texts)} everyday nouns", flush=True)
-    logits = encode_pictures(photo_classifier(), examples)
+    logits = encode_pictures(photo_classifier(), taught)
     logits[:, left_out] = -torch.inf
     seen = logits.softmax(1)
 
@@ -182,12 +183,11 @@ def start(args: argparse.Namespace) -> None:
     captioned = [*((e, drawing_captions(e, rng)) for e in art), *((e, e.phrases) for e in things)]
     write_captions(captioned, args.out / MORE_CAPTIONS)
     vocabulary.save(lists, args.out / class_targets.NAMES_FILE)
-    taught = [number for number, example in enumerate(examples) if not example.art]
-    ids = [images.image_id(images.read_bytes(examples[number].path)) for number in taught]
+    ids = [images.image_id(images.read_bytes(example.path)) for example in taught]
     np.savez_compressed(
         args.out / class_targets.CLASSES_FILE,
         image_ids=ids,
-        probabilities=seen[taught].half().numpy(),
+        probabilities=seen.half().numpy(),
     )
     provenance = {
         "parents": PUBLIC_WEIGHTS,
@@ -315,7 +315,9 @@ def main() -> None:
         "--wordnet", type=Path, default=wordnet.FOLDER, help="WordNet 3.0's dict folder"
     )
     left_out = "leave out a tenth of the classes, 0 to 9, to measure what is found without them"
-    first.add_argument("--without", type=int, metavar="DRAW", help=left_out)
+    first.add_argument(
+        "--without", type=int, choices=range(vocabulary.DRAWS), metavar="DRAW", help=left_out
+    )
     first.set_defaults(run_command=start)
     last = commands.add_parser("pack", help=(pack.__doc__ or "").rstrip("."))
     last.add_argument("model", type=Path, help="a run of `clipkit train`, or a checkpoint folder")

@@ -355,7 +355,7 @@ def main() -> None:
     folder = checkpoint.find_folder(args.model)
     if folder is None:
         parser.error(f"--model must be a folder, not {args.model!r}")
-    encoder = towers.load(args.model)  # in the precision that libraries are encoded in
+    encoder = towers.load(args.model, precision="float32")
     texts = read_texts(args.data, random.Random(0))
     calibration = fit(
         read_pool(encoder, args.data, args.cache),

@@ -41,11 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, help="a TOML file of options")
+    run = parser.add_mutually_exclusive_group(required=True)
+    run.add_argument("--config", type=Path, metavar="FILE", help="a TOML file of options")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="other options")
-    parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with a run that was stopped"
-    )
+    run.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     args = parser.parse_args()
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -30,7 +30,7 @@ _TEMPERATURE = 0.05  # of the softmax over the classes
 # Animals, artifacts, bodies, food, objects of nature, people, plants, substances.
 _VISIBLE = frozenset(("05", "06", "08", "13", "17", "18", "20", "27"))
 _WORD = re.compile(r"[a-z][a-z' -]+")
-_SEED, _DRAWS = 1234, 10  # of the classes that are held out
+_SEED, DRAWS = 1234, 10  # of the classes that are held out
 _PROMPTS, _PHOTOS = 3, 0.7  # of each name, beside itself; the share that speak of a photo
 _WEIGHTS = (1.0, 0.5, 0.7)  # in the loss
 
@@ -62,7 +62,7 @@ class Names:
 def held_out(draw: int) -> list[int]:
     """Return a tenth of the classes, the same ones whenever a draw (0 to 9) is asked for."""
     order = np.random.default_rng(_SEED).permutation(len(IMAGENET_CLASSNAMES))
-    return sorted(np.split(order, _DRAWS)[draw].tolist())
+    return sorted(np.split(order, DRAWS)[draw].tolist())
 
 
 def read_classes(data: Path) -> list[Class]:

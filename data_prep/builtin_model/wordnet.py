@@ -29,7 +29,7 @@ class WordNet:
 
     synsets: Mapping[str, Synset]  # by offset, 8 digits
     meanings: Mapping[str, tuple[str, ...]]  # of each noun: offsets, the most frequent first
-    counts: Counter[str]  # how often a noun stands in the texts that WordNet's authors have read
+    counts: Counter[str]  # of each noun in the texts that were tagged for WordNet
 
     @classmethod
     def read(cls, folder: Path = FOLDER) -> WordNet:
