@@ -23,6 +23,8 @@ BUILD ?= build/builtin
 # The commit that has the built-in model before this one, which is gone on from.
 FIRST := a9ac247
 RECIPE = $(BIN)/python -m data_prep.builtin_model
+TUNE = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune \
+	--config data_prep/builtin_model/tune.toml --set data=$(BUILD)/dataset teaching=$(BUILD)/start out=$(BUILD)/runs
 
 .PHONY: demo test quick check builtin clean
 .DELETE_ON_ERROR:
@@ -49,10 +51,11 @@ builtin: $(VENV)/.clipkit-app
 	$(RECIPE).recipe start --data $(DATA) --gallery data_prep/gallery/pictures --first $(BUILD)/first --out $(BUILD)/start
 	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/start/more.jsonl --out $(BUILD)/dataset \
 		--validation 0 --test 0 --max-repeats 0 --overwrite
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune \
-		--config data_prep/builtin_model/tune.toml --set data=$(BUILD)/dataset start=$(BUILD)/start \
-		teaching=$(BUILD)/start out=$(BUILD)/runs name=tuned
-	$(RECIPE).recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/start --side 256 --out $(BUILD)/model
+	$(TUNE) start=$(BUILD)/start name=tuned
+	$(RECIPE).recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/start --out $(BUILD)/mixed
+	$(TUNE) start=$(BUILD)/mixed name=again seed=1 epochs=4 warmup=0.1 learning_rate=1e-4 \
+		train_image_layers=4 crop=0.4 thumbnails=0.35 ema=0.94
+	$(RECIPE).recipe pack $(BUILD)/runs/again --mix $(BUILD)/mixed --side 256 --out $(BUILD)/model
 	$(RECIPE).strength --data $(DATA) --model $(BUILD)/model
 	$(RECIPE).measure --data $(DATA) --model $(BUILD)/model --write
 

@@ -149,7 +149,7 @@ def test_the_class_loss_by_hand() -> None:
     shown = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
     log_p, log_q = math.log(1 / (1 + math.exp(-1))), math.log(1 / (1 + math.exp(1)))
     expected = -(log_p / 3 + (log_p + log_q) / 2 * 2 / 3)  # both ways
-    loss = class_loss(rows, rows, torch.tensor(0.0), shown)
+    loss = class_loss(rows, rows, torch.tensor(0.0), shown, torch.ones(2))
     assert float(loss) == pytest.approx(expected)
 
 
@@ -160,8 +160,31 @@ def test_the_class_loss_of_more_names_than_pictures() -> None:
     shown = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     e = math.e
     by_picture = -(math.log(e / (2 * e + 1)) + math.log(e / (e + 2))) / 2
-    loss = class_loss(torch.eye(2), names, torch.tensor(0.0), shown)
+    loss = class_loss(torch.eye(2), names, torch.tensor(0.0), shown, torch.ones(3))
     assert float(loss) == pytest.approx((by_picture - math.log(e / (e + 1))) / 2)
+
+
+def test_what_shows_often_is_not_what_an_unclear_picture_is_taken_for() -> None:
+    """A picture at right angles to two names shows the second, which one picture of ten does: its share
+    is a tenth before anything is learnt. By name: of one picture, nothing to tell apart. Fails without
+    `often`: log 2 / 2."""
+    picture, names = torch.eye(3)[2:], torch.eye(3)[:2]
+    loss = class_loss(
+        picture,
+        names,
+        torch.tensor(0.0),
+        torch.tensor([[0.0, 1.0]]),
+        torch.tensor([0.9, 0.1]),
+    )
+    assert float(loss) == pytest.approx(math.log(10) / 2)
+
+
+def test_how_often_things_show() -> None:
+    """Two pictures, two classes, three things: the first class, both, neither. Powers are 0.7."""
+    seen = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
+    often = class_targets.how_often(seen, np.array([[1, 0], [1, 1], [0, 0]], np.float32))
+    assert often.tolist() == pytest.approx([(1 + 0.5**0.7) / 2, 1, 0], abs=1e-6)
+    assert often[2] > 0  # its logarithm is finite
 
 
 def test_a_name_that_no_picture_shows_and_a_picture_without_names_are_no_fault() -> None:
@@ -169,7 +192,7 @@ def test_a_name_that_no_picture_shows_and_a_picture_without_names_are_no_fault()
     images = torch.nn.functional.normalize(torch.randn(3, 4, generator=torch.manual_seed(0)), dim=1)
     images.requires_grad_()
     shown = torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
-    loss = class_loss(images, torch.eye(4)[:2], torch.tensor(1.0), shown)
+    loss = class_loss(images, torch.eye(4)[:2], torch.tensor(1.0), shown, torch.ones(2))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(images.grad).all()
 

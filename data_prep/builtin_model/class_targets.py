@@ -3,8 +3,8 @@
 Fine-tuning on a few thousand captions makes a tower forget things that no caption names. Here the
 classifier that the image tower came from stays its teacher (distillation; Hinton et al. 2015, arXiv
 1503.02531), by names: beside the batch's captions stand names of things in prompts, and the softmax
-over the scores of a picture with all names learns how likely the classifier thinks each; and the
-other way round, which of the pictures show a name.
+over the scores of a picture with all names learns how likely the classifier thinks each, beside how
+often it does; and the other way round, which of the pictures show a name.
 """
 
 from __future__ import annotations
@@ -38,22 +38,42 @@ _TINY = 1e-12
 SCALE = 20.0  # of the scores with names, at first
 
 
+def softened(shown: torch.Tensor) -> torch.Tensor:
+    return shown**_POWER
+
+
 def class_loss(
-    images: torch.Tensor, names: torch.Tensor, log_scale: torch.Tensor, shown: torch.Tensor
+    images: torch.Tensor,
+    names: torch.Tensor,
+    log_scale: torch.Tensor,
+    shown: torch.Tensor,
+    often: torch.Tensor,
 ) -> torch.Tensor:
     """Compute the cross-entropy of scores against a teacher's, both ways (arXiv 1503.02531): a scalar.
 
     images, names: unit rows (N, D), (M, D). shown: (N, M), 0 or more, how likely each picture
-    shows each name. A picture counts as much as the names show of it, a name as much as is seen of it in
-    the batch: what shows in none of them has nothing to teach.
+    shows each name. often: (M,), above 0, the mean of `softened(shown)` over all pictures; its
+    logarithm is added to a picture's scores, so that what shows often in training is not what an
+    unclear picture is taken for (logit adjustment; Menon et al. 2021, arXiv 2007.07314). A picture
+    counts as much as the names show of it, a name as much as is seen of it in the batch: what shows in
+    none of them has nothing to teach.
     """
     scores = log_scale.exp() * images @ names.T
-    soft = shown**_POWER
-    by_picture = -(soft * scores.log_softmax(1)).sum(1) / soft.sum(1).clamp(min=_TINY)
+    soft = softened(shown)
+    by_picture = -(soft * (scores + often.log()).log_softmax(1)).sum(1)
+    by_picture = by_picture / soft.sum(1).clamp(min=_TINY)
     by_name = -(soft * scores.log_softmax(0)).sum(0) / soft.sum(0).clamp(min=_TINY)
     by_picture = by_picture @ shown.sum(1) / shown.sum().clamp(min=_TINY)
     by_name = by_name @ soft.sum(0) / soft.sum().clamp(min=_TINY)
     return (by_picture + by_name) / 2
+
+
+def how_often(seen: torch.Tensor, classes: Float32) -> torch.Tensor:
+    """Compute the mean over pictures of how much they show each thing, softened: (M,), above 0.
+
+    seen: (T, C), each picture's probabilities. classes: (M, C), each thing's share of them.
+    """
+    return softened(seen @ torch.from_numpy(classes).T).mean(0).clamp(min=_TINY)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +134,7 @@ class ClassTargets(Method):
             ids, seen = arrays["image_ids"].tolist(), arrays["probabilities"]
         self._rows = {image_id: row for row, image_id in enumerate(ids)}
         self._seen = torch.from_numpy(seen).float()
+        self._often = [how_often(self._seen, names.classes) for names in self._lists]
         log_scale = torch.tensor(math.log(SCALE), device=setup.towers.device)
         self._log_scale = torch.nn.Parameter(log_scale)
         self._drawn: list[tuple[list[int], list[str]]] = []  # of each list, for this step
@@ -158,10 +179,12 @@ class ClassTargets(Method):
         taught = [place for place, image_id in enumerate(ids) if image_id in self._rows]
         seen = self._seen[[self._rows[ids[place]] for place in taught]]
         classes, start = pairs.new_zeros(()), 0
-        for part, (chosen, _) in zip(self._lists, self._drawn, strict=True):
+        for part, often, (chosen, _) in zip(self._lists, self._often, self._drawn, strict=True):
             shown = (seen @ torch.from_numpy(part.classes[chosen]).T).to(pictures)
             own = names[start : start + len(chosen)]
-            loss = class_loss(pictures[taught], own, self._log_scale, shown)
+            loss = class_loss(
+                pictures[taught], own, self._log_scale, shown, often[chosen].to(pictures)
+            )
             classes = classes + part.weight * loss
             start += len(chosen)
         self._terms = {"pairs_loss": float(pairs.detach()), "class_loss": float(classes.detach())}

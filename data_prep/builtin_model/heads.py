@@ -15,7 +15,7 @@ from open_clip.model import CustomTextCLIP
 
 from clipkit.losses.pairs import Same, info_nce
 from clipkit.training.recipes import adamw, rate_factor
-from data_prep.builtin_model.class_targets import SCALE, class_loss
+from data_prep.builtin_model.class_targets import SCALE, class_loss, how_often
 from data_prep.builtin_model.sources import Example, caption
 from data_prep.builtin_model.vocabulary import Names
 
@@ -85,6 +85,7 @@ def train(
 
     class_scale = torch.nn.Parameter(torch.tensor(math.log(SCALE)))
     shown_of = [torch.from_numpy(each.classes).T for each in lists]
+    often_of = [how_often(seen, each.classes) for each in lists]
     trained = ("visual.head.", "text.proj.", "logit_scale")
     heads = [(n, p, 1e-3) for n, p in model.named_parameters() if n.startswith(trained)]
     optimizer = adamw([*heads, ("class_scale", class_scale, 1e-3)], weight_decay=0.1, beta2=0.98)
@@ -104,10 +105,11 @@ def train(
         )
         photos = [place for place, i in enumerate(batch.rows) if i < len(seen)]
         classes = seen[[batch.rows[place] for place in photos]]
-        for each, (things, drawn), shown in zip(lists, batch.names, shown_of, strict=True):
-            shown = classes @ shown[:, things]
-            weight = _CLASS_WEIGHT * each.weight
-            loss = loss + weight * class_loss(pictures[photos], encoded(drawn), class_scale, shown)
+        for number, (things, drawn) in enumerate(batch.names):
+            shown, often = classes @ shown_of[number][:, things], often_of[number][things]
+            names = encoded(drawn)
+            part = class_loss(pictures[photos], names, class_scale, shown, often)
+            loss = loss + _CLASS_WEIGHT * lists[number].weight * part
         if not torch.isfinite(loss):
             sys.exit(f"the loss is {loss.item()} at step {done}: lower the learning rate")
         optimizer.zero_grad()
