@@ -56,7 +56,7 @@ builtin: $(VENV)/.clipkit-app
 	$(TUNE) start=$(BUILD)/mixed name=again seed=1 epochs=4 warmup=0.1 learning_rate=1e-4 \
 		train_image_layers=4 crop=0.4 thumbnails=0.35 ema=0.94
 	$(RECIPE).recipe pack $(BUILD)/runs/again --mix $(BUILD)/mixed --side 256 --out $(BUILD)/model
-	$(RECIPE).strength --data $(DATA) --model $(BUILD)/model
+	$(RECIPE).strength --data $(DATA) --model $(BUILD)/model --cache $(BUILD)/vectors
 	$(RECIPE).measure --data $(DATA) --model $(BUILD)/model --write
 
 clean:
