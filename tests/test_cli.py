@@ -113,6 +113,17 @@ def test_a_change_of_the_model_is_said(
     first, second = done.stdout.splitlines()[:2]
     assert first.startswith("12 unchanged, 2 skipped before in ")
     assert second == f"searches now use {model} instead of {other}, whose vectors are kept"
+    shutil.copytree(tiny_checkpoint("timm-hf", seed=2), other, dirs_exist_ok=True)
+    run("index", photos, "--index", place, "--model", other)
+    shutil.copytree(tiny_checkpoint("timm-hf", seed=3), other, dirs_exist_ok=True)
+    search = run("search", "red", "--index", place)
+    assert f"{other} has changed since the index was made" in search.stderr
+    assert f"index the pictures again: clipkit index FOLDER --model {other}" in search.stderr
+    done = run("index", photos, "--index", place, "--model", other)
+    first, second = done.stdout.splitlines()[:2]
+    assert first.startswith("12 known pictures encoded with ")
+    assert second == f"searches now use {other} as it is now; its old vectors are kept"
+    run("index", photos, "--index", place, "--model", model)
     other.rename(tmp_path / "elsewhere")
     assert f"{other} " in (status := run("status", "--index", place).stdout)
     assert "12 vectors, 576 B, is not there any more\n" in status

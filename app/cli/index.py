@@ -565,7 +565,9 @@ def _print_summary(summary: Summary, place: Path) -> None:
             f"{printable(root)} is empty or not mounted: nothing was removed from the index "
             "(if its pictures are gone for good: clipkit index --forget FOLDER)"
         )
-    if summary.model_before:
+    if summary.model_before == summary.model:  # other weights by the same name
+        print(f"searches now use {printable(summary.model)} as it is now; its old vectors are kept")
+    elif summary.model_before:
         print(
             f"searches now use {printable(summary.model)} instead of "
             f"{printable(summary.model_before)}, whose vectors are kept"

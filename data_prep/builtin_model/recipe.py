@@ -250,6 +250,7 @@ def history(folder: Path) -> dict[str, Any]:
     """Read how a checkpoint was made, without details of the machine."""
     note = json.loads((folder / PROVENANCE_FILE).read_text(encoding="utf-8"))
     keys = ("encoder_id", "recipe", "options", "heads", "data", "steps", "seconds", "made_of")
+    keys += ("share_of_second",)
     return {key: note[key] for key in keys if key in note}
 
 
