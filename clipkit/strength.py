@@ -37,7 +37,7 @@ FAIR = 0.3
 FEWEST_CAPTIONS, MOST_CAPTIONS = 100, 1_000  # of which a calibration is fitted
 RIGHT_SHARE = 0.01  # of a library that is right for one of its captions, where no data say it
 FEWEST_PICTURES = 1_000  # N is never less: smaller libraries would be too sure
-USUAL_SIZE = 0.3  # the built-in model's, rounded, for models without a calibration to start from
+USUAL_SIZE = 0.2  # the built-in model's, rounded, for models without a calibration to start from
 
 
 @dataclass(frozen=True, slots=True)

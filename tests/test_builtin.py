@@ -33,6 +33,11 @@ QUERIES = {
     "castle": ("castle",),
     "violin": ("violin",),
     "umbrella": ("umbrella",),
+    "owl": (
+        "barn-owl",
+    ),  # a model that had learnt what a classifier of photos says of drawings lost it
+    "hammer": ("hammer",),
+    "mushroom": ("toadstool",),
 }
 
 
