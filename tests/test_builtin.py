@@ -33,9 +33,8 @@ QUERIES = {
     "castle": ("castle",),
     "violin": ("violin",),
     "umbrella": ("umbrella",),
-    "owl": (
-        "barn-owl",
-    ),  # a model that had learnt what a classifier of photos says of drawings lost it
+    # A model that had learnt what a classifier of photos says of drawings lost it.
+    "owl": ("barn-owl",),
     "hammer": ("hammer",),
     "mushroom": ("toadstool",),
 }

@@ -39,6 +39,7 @@ SCALE = 20.0  # of the scores with names, at first
 
 
 def softened(shown: torch.Tensor) -> torch.Tensor:
+    """Raise how likely things show, of any shape, to the power that is learnt from."""
     return shown**_POWER
 
 
