@@ -333,6 +333,18 @@ def test_the_server_is_ready_once_the_vectors_are_loaded(
     starting.close()
 
 
+def test_a_server_whose_model_is_not_the_index_s_is_not_ready(workspace: Workspace) -> None:
+    changed = ColourModel()
+    changed.encoder_id = changed.known_id = "0" * 16  # type: ignore[misc]
+    other = Workspace(workspace.folder, changed)  # type: ignore[arg-type]
+    client = TestClient(create_app(other), base_url=HOST)
+    sentence = client.post("/api/v1/search", json={"query": "red"}).json()["error"]
+    assert "has changed since the index was made" in sentence
+    answer = client.get("/readyz")
+    assert answer.status_code == 503 and answer.json() == {"error": sentence}
+    other.close()
+
+
 def test_without_an_index_nothing_is_found_and_nothing_fails(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path / "none", ColourModel())  # type: ignore[arg-type]
     client = TestClient(create_app(workspace), base_url=HOST)

@@ -278,7 +278,7 @@ def api_router(workspace: Workspace) -> APIRouter:
 
     @router.get("/readyz", response_model=schemas.Health, responses={503: _errors()[503]})
     def readyz() -> Response:
-        """Say that a search would not wait for the model, or for the index, to be loaded."""
+        """Say that a search would not wait for the model or the index, and that they go together."""
         workspace.check_ready()
         return JSONResponse({"status": "ok"}, headers=FRESH)
 

@@ -41,7 +41,7 @@ from app.web.requests import SearchRequest
 from app.web.teaching import Teacher
 from clipkit.arrays import Float32
 from clipkit.catalog import Catalog, CatalogStats, Facets, Filters, PictureRow
-from clipkit.errors import ClipkitError, ImageError, InputError, ModelError
+from clipkit.errors import ClipkitError, EncoderMismatch, ImageError, InputError, ModelError
 from clipkit.images import Limits, decode, encode_for_web, image_id, read_bytes, thumbnail
 from clipkit.index_models import IndexModel, drop_model, models_of, use_model
 from clipkit.lazy_encoder import LazyEncoder
@@ -340,16 +340,22 @@ class Workspace:
 
     def check_ready(self) -> None:
         """Raise ServerBusy unless words can be searched for now: the model is loaded, and, if there is
-        an index, its vectors. Loads nothing."""
+        an index, its vectors, which are the model's. Loads nothing."""
         if self.model.state != "ready":
             raise ServerBusy(
                 f"the model {self.model.spec} is {self.model.state}; it is not ready yet"
             )
         opened = self._open()
-        if opened is not None and not opened[1].loaded:
+        if opened is None:
+            return
+        if not opened[1].loaded:
             raise ServerBusy(
                 f"the vectors of the model {self.model.spec} are not loaded; it is not ready yet"
             )
+        try:
+            self._check_model()
+        except EncoderMismatch as error:
+            raise ServerBusy(str(error)) from error
 
     def status(self, contents: Contents | None = None) -> Status:
         """Return the status as of `contents`, by default those of now."""
