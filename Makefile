@@ -8,7 +8,8 @@
 #   SYSTEM=1                  the torch, and whatever else, that $(PYTHON) has; it is used if it is new enough
 #   VENV=/folder              install into this virtual or conda environment, which may have its torch already
 #
-# make builtin DATA=DIR       make the built-in model anew in BUILD (see clipkit/builtin/MODEL_CARD.md)
+# make builtin DATA=DIR       make the built-in model anew in BUILD=build/builtin, or go on where that was stopped
+#                             (see clipkit/builtin/MODEL_CARD.md)
 
 # The newest Python >= 3.11 that is here; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
@@ -18,14 +19,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 INDEX := $(if $(PHOTOS),.demo/photos,.demo/gallery)
-
-BUILD ?= build/builtin
-# The commit that has the built-in model before this one, which is gone on from.
-FIRST := a9ac247
-RECIPE = $(BIN)/python -m data_prep.builtin_model
-# Large pages (glibc; elsewhere it does nothing): a quarter of a step was page faults. 32 s -> 24, with two more tunables.
-TUNE = GLIBC_TUNABLES=glibc.malloc.hugetlb=1 OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune \
-	--config data_prep/builtin_model/tune.toml --set data=$(BUILD)/dataset teaching=$(BUILD)/start out=$(BUILD)/runs
 
 .PHONY: demo test quick check builtin clean
 .DELETE_ON_ERROR:
@@ -47,19 +40,9 @@ check: $(VENV)/.clipkit-dev
 	$(BIN)/lint-imports --no-logo
 
 builtin: $(VENV)/.clipkit-app
+	@test -d "$(DATA)" || { echo "make builtin needs DATA=DIR, the folder that clipkit/builtin/MODEL_CARD.md describes"; exit 2; }
 	$(PIP) -e '.[builtin-recipe]'
-	mkdir -p $(BUILD)/first && git archive $(FIRST) clipkit/builtin | tar x -C $(BUILD)/first --strip-components 2
-	$(RECIPE).recipe start --data $(DATA) --gallery data_prep/gallery/pictures --first $(BUILD)/first --out $(BUILD)/start
-	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/start/more.jsonl --out $(BUILD)/dataset \
-		--validation 0 --test 0 --max-repeats 0 --overwrite
-	$(TUNE) start=$(BUILD)/start name=tuned
-	$(RECIPE).recipe pack $(BUILD)/runs/tuned --mix $(BUILD)/start --out $(BUILD)/mixed
-	$(TUNE) start=$(BUILD)/mixed name=again seed=1 epochs=4 warmup=0.1 learning_rate=1e-4 \
-		train_image_layers=4 crop=0.4 thumbnails=0.35 ema=0.94
-	$(RECIPE).recipe pack $(BUILD)/runs/again --mix $(BUILD)/mixed --out $(BUILD)/both
-	$(RECIPE).recipe pack $(BUILD)/both --mix $(BUILD)/first --share 0.12 --side 256 --out $(BUILD)/model
-	$(RECIPE).strength --data $(DATA) --model $(BUILD)/model --cache $(BUILD)/vectors
-	$(RECIPE).measure --data $(DATA) --model $(BUILD)/model --write
+	$(MAKE) -f data_prep/builtin_model/build.mk BIN=$(BIN)
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

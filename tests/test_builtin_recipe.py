@@ -182,9 +182,13 @@ def test_what_shows_often_is_not_what_an_unclear_picture_is_taken_for() -> None:
 def test_how_often_things_show() -> None:
     """Two pictures, two classes, three things: the first class, both, neither. Powers are 0.7."""
     seen = torch.tensor([[1.0, 0.0], [0.5, 0.5]])
-    often = class_targets.how_often(seen, np.array([[1, 0], [1, 1], [0, 0]], np.float32))
+    shares = np.array([[1, 0], [1, 1], [0, 0]], np.float32)
+    things = Names((("cat",), ("animal",), ("house",)), shares, 1.0)
+    (often,) = class_targets.how_often(seen, [things])
     assert often.tolist() == pytest.approx([(1 + 0.5**0.7) / 2, 1, 0], abs=1e-6)
     assert often[2] > 0  # its logarithm is finite
+    (ones,) = class_targets.how_often(seen, [things], adjust=False)
+    assert ones.tolist() == [1, 1, 1]
 
 
 def test_a_name_that_no_picture_shows_and_a_picture_without_names_are_no_fault() -> None:
@@ -237,6 +241,19 @@ def test_the_towers_learn_what_the_classifier_sees(taught: dict[str, Any]) -> No
     plain = {name: value for name, value in taught.items() if name not in ("method", "teaching")}
     pairs = run(plain, name="pairs")
     assert weights_differ_by(unweighted.checkpoint, pairs.checkpoint) < 1e-6
+
+
+def test_without_adjustment_all_names_count_as_if_they_showed_alike(
+    taught: dict[str, Any],
+) -> None:
+    """Each class shows in as many pictures, but two of four are of the one kind."""
+    taught |= {"epochs": 1, "batch": 14}
+
+    def first_loss(name: str, **changed: Any) -> float:
+        (line,) = [x for x in metrics(run(taught, name=name, **changed).folder) if "loss" in x]
+        return float(line["class_loss"])
+
+    assert first_loss("plain", adjust=False) != pytest.approx(first_loss("adjusted"), rel=1e-4)
 
 
 def weights_differ_by(one: Path | None, other: Path | None) -> float:

@@ -53,7 +53,7 @@ def class_loss(
     """Compute the cross-entropy of scores against a teacher's, both ways (arXiv 1503.02531): a scalar.
 
     images, names: unit rows (N, D), (M, D). shown: (N, M), 0 or more, how likely each picture
-    shows each name. often: (M,), above 0, the mean of `softened(shown)` over all pictures; its
+    shows each name. often: (M,), above 0, the mean of `softened(shown)` over all pictures (or ones); its
     logarithm is added to a picture's scores, so that what shows often in training is not what an
     unclear picture is taken for (logit adjustment; Menon et al. 2021, arXiv 2007.07314). A picture
     counts as much as the names show of it, a name as much as is seen of it in the batch: what shows in
@@ -69,12 +69,16 @@ def class_loss(
     return (by_picture + by_name) / 2
 
 
-def how_often(seen: torch.Tensor, classes: Float32) -> torch.Tensor:
-    """Compute the mean over pictures of how much they show each thing, softened: (M,), above 0.
+def how_often(
+    seen: torch.Tensor, lists: Sequence[vocabulary.Names], *, adjust: bool = True
+) -> list[torch.Tensor]:
+    """Compute the mean over pictures of how much they show each thing, softened, for each list: (M,),
+    above 0; or ones, unless `class_loss` is to `adjust`.
 
-    seen: (T, C), each picture's probabilities. classes: (M, C), each thing's share of them.
+    seen: (T, C), each picture's probabilities.
     """
-    return softened(seen @ torch.from_numpy(classes).T).mean(0).clamp(min=_TINY)
+    means = [softened(seen @ torch.from_numpy(each.classes).T).mean(0) for each in lists]
+    return [mean.clamp(min=_TINY) if adjust else torch.ones_like(mean) for mean in means]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +108,7 @@ class ClassTargetOptions:
     class_weight: float = option("weight of what the classifier sees, beside the pairs", 1.0, low=0)
     thumbnails: float = option("share of pictures seen as thumbnails", 0.0, low=0, high=1)
     names: int = option("things of each list in a step, at most", 1000, low=1)
+    adjust: bool = option("leave out of what is learnt how often a thing shows", True)
 
     def __post_init__(self) -> None:
         if not self.teaching:
@@ -135,7 +140,7 @@ class ClassTargets(Method):
             ids, seen = arrays["image_ids"].tolist(), arrays["probabilities"]
         self._rows = {image_id: row for row, image_id in enumerate(ids)}
         self._seen = torch.from_numpy(seen).float()
-        self._often = [how_often(self._seen, names.classes) for names in self._lists]
+        self._often = how_often(self._seen, self._lists, adjust=setup.options.adjust)
         log_scale = torch.tensor(math.log(SCALE), device=setup.towers.device)
         self._log_scale = torch.nn.Parameter(log_scale)
         self._drawn: list[tuple[list[int], list[str]]] = []  # of each list, for this step

@@ -67,11 +67,14 @@ def train(
     lists: Sequence[Names],
     pool: Callable[[Sequence[str]], torch.Tensor],
     rng: random.Random,
+    *,
+    adjust: bool = True,
 ) -> None:
     """Train the heads and the scale.
 
     features: float32 (N, 1280), of the pictures. seen: float32 (T, C), the classifier's probabilities
-    for the first T, which alone it teaches. pool: encodes texts with the frozen tower.
+    for the first T, which alone it teaches. pool: encodes texts with the frozen tower. adjust: leave
+    out of what is learnt how often a thing shows.
     """
     prepared = [b for _ in range(_PREPARED) for b in epoch(examples, lists, size=_BATCH, rng=rng)]
     texts = {text: None for b in prepared for text in b.captions}
@@ -85,7 +88,7 @@ def train(
 
     class_scale = torch.nn.Parameter(torch.tensor(math.log(SCALE)))
     shown_of = [torch.from_numpy(each.classes).T for each in lists]
-    often_of = [how_often(seen, each.classes) for each in lists]
+    often_of = how_often(seen, lists, adjust=adjust)
     trained = ("visual.head.", "text.proj.", "logit_scale")
     heads = [(n, p, 1e-3) for n, p in model.named_parameters() if n.startswith(trained)]
     optimizer = adamw([*heads, ("class_scale", class_scale, 1e-3)], weight_decay=0.1, beta2=0.98)

@@ -1,7 +1,7 @@
 """The two ends of the built-in model's making; between them the towers are tuned (tune.py).
 
     make builtin DATA=DIR BUILD=DIR        run all of it, a command a line
-    python -m data_prep.builtin_model.recipe start --data DIR --out START
+    python -m data_prep.builtin_model.recipe start --data DIR --out START [--plain]
     python -m data_prep.builtin_model.recipe pack RUN --mix OTHER [--side PIXELS] --out FOLDER
 
 `start` joins two public towers, EfficientNet-Lite0, a classifier of photos, and all-MiniLM-L6-v2, an
@@ -11,6 +11,8 @@ encoder of sentences, under small heads that project to 512 numbers, and trains 
 2. Openclipart's drawings with titles and keywords: pictures that are not photos.
 3. What the classifier sees in these photos and in a photo of each of its classes, by the names
    of classes and their kinds in WordNet, and by everyday nouns near to them: violin, castle, umbrella.
+
+Two models are made so, the second `--plain`, and averaged: their errors differ, and partly cancel.
 
 It also writes the captions of drawings and classes as `clipkit data build` reads them, and the names
 and the classifier's probabilities, which the towers are tuned with (`tune`). `pack` averages a run's
@@ -172,20 +174,22 @@ def start(args: argparse.Namespace) -> None:
     art = read_art(args.data, held_out=False, gallery=args.gallery)
     kept = [each for number, each in enumerate(classes) if number not in left_out]
     things = [Example(each.photo, t) for each, t in zip(kept, lists[0].texts, strict=True)]
-    taught = photos + things  # what the classifier says of drawings is wrong
-    examples = taught + art
+    examples = photos + things + art
+    # What the classifier says of drawings is wrong, and two classifiers know more than one.
+    taught = examples if args.plain else photos + things
+    teachers = [LITE0] if args.plain else [*TEACHERS]
     print(f"{len(photos)} photos, {len(art)} drawings, {len(things)} classes", flush=True)
     print(f"{len(lists[1].texts)} kinds, {len(lists[2].texts)} everyday nouns", flush=True)
     seen = torch.zeros(len(taught), len(classes))
-    for name, side in TEACHERS.items():  # two know more than one
-        logits = encode_pictures(photo_classifier(name), taught, side)
+    for name in teachers:
+        logits = encode_pictures(photo_classifier(name), taught, TEACHERS[name])
         logits[:, left_out] = -torch.inf
-        seen += logits.softmax(1) / len(TEACHERS)
+        seen += logits.softmax(1) / len(teachers)
 
     model = build(minilm, args.first) if args.first else public
     features = encode_pictures(model.visual.trunk, examples)
     pool = partial(pool_texts, model, tokenizer)
-    heads.train(model, examples, features, seen, lists, pool, rng)
+    heads.train(model, examples, features, seen, lists, pool, rng, adjust=not args.plain)
 
     args.out.mkdir(parents=True, exist_ok=True)
     captioned = [*((e, drawing_captions(e, rng)) for e in art), *((e, e.phrases) for e in things)]
@@ -193,15 +197,14 @@ def start(args: argparse.Namespace) -> None:
     vocabulary.save(lists, args.out / class_targets.NAMES_FILE)
     ids = [images.image_id(images.read_bytes(example.path)) for example in taught]
     np.savez_compressed(
-        args.out / class_targets.CLASSES_FILE,
-        image_ids=ids,
-        probabilities=seen.half().numpy(),
+        args.out / class_targets.CLASSES_FILE, image_ids=ids, probabilities=seen.half().numpy()
     )
     provenance = {
         "parents": PUBLIC_WEIGHTS,
         "data": {"photos": len(photos), "drawings": len(art), "classes": len(things)}
         | {"fingerprint": fingerprint(examples)},
-        "heads": {"seed": SEED, "gallery": args.gallery is not None, "seconds": since(began)},
+        "heads": {"seed": SEED, "gallery": args.gallery is not None, "plain": args.plain}
+        | {"seconds": since(began)},
         "versions": versions(),
     }
     save(model.state_dict(), minilm, args.out, provenance)
@@ -323,6 +326,8 @@ def main() -> None:
     first.add_argument(
         "--wordnet", type=Path, default=wordnet.FOLDER, help="WordNet 3.0's dict folder"
     )
+    plain = "Lite0 alone teaches, of drawings too, and how often a thing shows counts"
+    first.add_argument("--plain", action="store_true", help=plain)
     left_out = "leave out a tenth of the classes, 0 to 9, to measure what is found without them"
     first.add_argument(
         "--without", type=int, choices=range(vocabulary.DRAWS), metavar="DRAW", help=left_out

@@ -1,0 +1,42 @@
+# How the built-in model is made: `make builtin DATA=DIR [BUILD=DIR]`. Ctrl-C stops it after the present step,
+# and the same command goes on from there.
+#
+# Two models are made in the same way, but the second (`plain`) with another teacher, and averaged.
+
+BUILD ?= build/builtin
+# The commit that has the built-in model before this one, which is gone on from.
+FIRST := a9ac247
+RECIPE = $(BIN)/python -m data_prep.builtin_model
+# glibc's large pages, and memory that is kept: of a step of 34 s, 10 were page faults. Elsewhere they do nothing.
+TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
+TUNE = GLIBC_TUNABLES=$(TUNABLES) OMP_NUM_THREADS=1 \
+	$(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune
+
+.SECONDARY:
+.NOTPARALLEL:
+
+$(BUILD)/measured: $(BUILD)/careful/made $(BUILD)/plain/made
+	$(RECIPE).recipe pack $(BUILD)/careful/model --mix $(BUILD)/plain/model --side 256 --out $(BUILD)/model
+	$(RECIPE).strength --data $(DATA) --model $(BUILD)/model --cache $(BUILD)/vectors
+	$(RECIPE).measure --data $(DATA) --model $(BUILD)/model --write
+	touch $@
+
+$(BUILD)/first/taken:
+	mkdir -p $(BUILD)/first
+	git archive $(FIRST) clipkit/builtin | tar x -C $(BUILD)/first --strip-components 2
+	touch $@
+
+$(BUILD)/%/started: $(BUILD)/first/taken
+	$(RECIPE).recipe start --data $(DATA) --gallery data_prep/gallery/pictures --first $(BUILD)/first \
+		$(if $(filter plain,$*),--plain) --out $(BUILD)/$*/start
+	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/$*/start/more.jsonl --out $(BUILD)/$*/dataset \
+		--validation 0 --test 0 --max-repeats 0 --overwrite
+	touch $@
+
+# A run that was stopped has a checkpoint to go on from.
+$(BUILD)/%/made: $(BUILD)/%/started
+	$(if $(wildcard $(BUILD)/$*/runs/tuned/checkpoints/*),$(TUNE) --resume $(BUILD)/$*/runs/tuned,\
+		rm -rf $(BUILD)/$*/runs && $(TUNE) --config data_prep/builtin_model/tune.toml --set data=$(BUILD)/$*/dataset teaching=$(BUILD)/$*/start \
+		out=$(BUILD)/$*/runs start=$(BUILD)/$*/start name=tuned $(if $(filter plain,$*),adjust=false,seed=2))
+	$(RECIPE).recipe pack $(BUILD)/$*/runs/tuned --mix $(BUILD)/$*/start --out $(BUILD)/$*/model
+	touch $@
