@@ -36,8 +36,8 @@ from app.web.access_log import AccessLog
 from app.web.guard import HEADER_BYTES, PLACES, Rules
 from app.web.login import LEAST_TOKEN
 from app.web.workspace import Workspace
-from clipkit.embed import give_back_large_blocks
 from clipkit.errors import InputError
+from clipkit.heap import give_back_large_blocks
 from clipkit.lazy_encoder import LazyEncoder
 from clipkit.library import open_encoder
 

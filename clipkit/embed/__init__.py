@@ -18,7 +18,6 @@ from clipkit.embed.pictures import (
     Unreadable,
     ahead,
     encode_pictures,
-    give_back_large_blocks,
     in_order,
 )
 from clipkit.embed.run import Progress, Summary, index_folders
@@ -35,7 +34,6 @@ __all__ = [
     "ahead",
     "distinct_roots",
     "encode_pictures",
-    "give_back_large_blocks",
     "in_order",
     "index_folders",
     "walk",

@@ -8,20 +8,19 @@ Threads suffice: Pillow, hashing and torch release the interpreter lock.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from clipkit import images
 from clipkit.arrays import Float32
 from clipkit.errors import ImageError
+from clipkit.heap import give_back_large_blocks
 
 if TYPE_CHECKING:
     from clipkit.lazy_encoder import Towers
@@ -69,17 +68,6 @@ class Budget:
             with self._freed:
                 self._used -= taken
                 self._freed.notify_all()
-
-
-def give_back_large_blocks() -> None:
-    """Let glibc return every freed block of 8 MB and more to the system, for the whole process.
-
-    By default it keeps blocks of up to 32 MB, as a decoded picture's are, for the thread that freed
-    them: with 16 threads that doubles the memory of a run over 24 MP PNGs (3.1 instead of 1.4 GB).
-    """
-    if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with suppress(AttributeError, OSError):  # another C library
-            ctypes.CDLL(None).mallopt(-3, 8 * 2**20)  # M_MMAP_THRESHOLD, see mallopt(3)
 
 
 def in_order(

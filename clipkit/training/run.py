@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from clipkit import checkpoint, strength
 from clipkit.errors import InputError
+from clipkit.heap import freed_memory_kept
 from clipkit.losses import LOSSES
 from clipkit.towers import DTYPES, DualEncoder, choose_device, choose_precision, load
 from clipkit.training import distributed
@@ -113,7 +114,8 @@ def resume(
 def _processes(config: TrainConfig) -> Iterator[torch.device]:
     """Connect the processes, keep the caller's random state, and yield this process's device."""
     device = distributed.own_device(choose_device(config.device))
-    with distributed.joined(device), distributed.own_generators(device):
+    memory = freed_memory_kept() if device.type == "cpu" else nullcontext()
+    with distributed.joined(device), distributed.own_generators(device), memory:
         yield device
 
 

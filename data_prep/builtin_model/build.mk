@@ -7,10 +7,7 @@ BUILD ?= build/builtin
 # The commit that has the built-in model before this one, which is gone on from.
 FIRST := a9ac247
 RECIPE = $(BIN)/python -m data_prep.builtin_model
-# glibc's large pages, and memory that is kept: of a step of 34 s, 10 were page faults. Elsewhere they do nothing.
-TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184
-TUNE = GLIBC_TUNABLES=$(TUNABLES) OMP_NUM_THREADS=1 \
-	$(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune
+TUNE = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune
 
 .SECONDARY:
 .NOTPARALLEL:
