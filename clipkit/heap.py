@@ -1,4 +1,4 @@
-"""What the memory allocator does with freed blocks, for the whole process; see mallopt(3).
+"""Keep freed memory, or give it back to the system: settings of the whole process, see mallopt(3).
 
 It is about glibc, of most Linux systems; with other C libraries nothing happens. What its environment
 variables have set stays.

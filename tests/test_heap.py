@@ -1,4 +1,4 @@
-"""What glibc does with freed memory, told by the pages that the system must hand out again."""
+"""Freed memory that is kept needs no new pages from the system."""
 
 from __future__ import annotations
 
