@@ -31,9 +31,13 @@ $(BUILD)/%/started: $(BUILD)/first/taken
 	touch $@
 
 # A run that was stopped has a checkpoint to go on from.
-$(BUILD)/%/made: $(BUILD)/%/started
+$(BUILD)/%/tuned: $(BUILD)/%/started
 	$(if $(wildcard $(BUILD)/$*/runs/tuned/checkpoints/*),$(TUNE) --resume $(BUILD)/$*/runs/tuned,\
-		rm -rf $(BUILD)/$*/runs && $(TUNE) --config data_prep/builtin_model/tune.toml --set data=$(BUILD)/$*/dataset teaching=$(BUILD)/$*/start \
-		out=$(BUILD)/$*/runs start=$(BUILD)/$*/start name=tuned $(if $(filter plain,$*),adjust=false,seed=2))
+		rm -rf $(BUILD)/$*/runs && $(TUNE) --config data_prep/builtin_model/tune.toml \
+		--set data=$(BUILD)/$*/dataset teaching=$(BUILD)/$*/start out=$(BUILD)/$*/runs \
+		start=$(BUILD)/$*/start name=tuned $(if $(filter plain,$*),adjust=false,seed=2))
+	touch $@
+
+$(BUILD)/%/made: $(BUILD)/%/tuned
 	$(RECIPE).recipe pack $(BUILD)/$*/runs/tuned --mix $(BUILD)/$*/start --out $(BUILD)/$*/model
 	touch $@
