@@ -19,8 +19,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet
 INDEX := $(if $(PHOTOS),.demo/photos,.demo/gallery)
+WORDNET := /usr/share/wordnet
 
-.PHONY: demo test quick check builtin clean
+.PHONY: demo test quick check builtin-sources builtin clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.clipkit-app
@@ -39,10 +40,15 @@ check: $(VENV)/.clipkit-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-builtin: $(VENV)/.clipkit-app
+# What the recipe needs is asked for before anything is installed.
+builtin-sources:
 	@test -d "$(DATA)" || { echo "make builtin needs DATA=DIR, the folder that clipkit/builtin/MODEL_CARD.md describes"; exit 2; }
+	@test -f "$(WORDNET)/data.noun" || { echo "make builtin needs WordNet 3.0, and $(WORDNET) has no data.noun: \
+	install it (Debian's wordnet-base), or name its folder: WORDNET=DIR"; exit 2; }
+
+builtin: builtin-sources $(VENV)/.clipkit-app
 	$(PIP) -e '.[builtin-recipe]'
-	$(MAKE) -f data_prep/builtin_model/build.mk BIN=$(BIN)
+	$(MAKE) -f data_prep/builtin_model/build.mk BIN=$(BIN) WORDNET="$(WORDNET)"
 
 clean:
 	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

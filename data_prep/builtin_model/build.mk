@@ -9,6 +9,11 @@ FIRST := a9ac247
 RECIPE = $(BIN)/python -m data_prep.builtin_model
 TUNE = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m data_prep.builtin_model.tune
 
+# What the two differ in.
+START_plain = --plain
+TUNE_plain = adjust=false
+TUNE_careful = seed=2
+
 .SECONDARY:
 .NOTPARALLEL:
 
@@ -25,7 +30,7 @@ $(BUILD)/first/taken:
 
 $(BUILD)/%/started: $(BUILD)/first/taken
 	$(RECIPE).recipe start --data $(DATA) --gallery data_prep/gallery/pictures --first $(BUILD)/first \
-		$(if $(filter plain,$*),--plain) --out $(BUILD)/$*/start
+		--wordnet "$(WORDNET)" $(START_$*) --out $(BUILD)/$*/start
 	$(BIN)/clipkit data build $(DATA)/flickr8k/train.jsonl $(BUILD)/$*/start/more.jsonl --out $(BUILD)/$*/dataset \
 		--validation 0 --test 0 --max-repeats 0 --overwrite
 	touch $@
@@ -35,7 +40,7 @@ $(BUILD)/%/tuned: $(BUILD)/%/started
 	$(if $(wildcard $(BUILD)/$*/runs/tuned/checkpoints/*),$(TUNE) --resume $(BUILD)/$*/runs/tuned,\
 		rm -rf $(BUILD)/$*/runs && $(TUNE) --config data_prep/builtin_model/tune.toml \
 		--set data=$(BUILD)/$*/dataset teaching=$(BUILD)/$*/start out=$(BUILD)/$*/runs \
-		start=$(BUILD)/$*/start name=tuned $(if $(filter plain,$*),adjust=false,seed=2))
+		start=$(BUILD)/$*/start name=tuned $(TUNE_$*))
 	touch $@
 
 $(BUILD)/%/made: $(BUILD)/%/tuned
