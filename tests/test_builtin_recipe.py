@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from clipkit.training import TrainConfig, resume, train
 from clipkit.training.data import CaptionedPictures
 from clipkit.training.registry import METHODS
 from clipkit.training.run_folder import RunFolder
-from data_prep.builtin_model import class_targets, heads, vocabulary
+from data_prep.builtin_model import class_targets, heads, strength, vocabulary
 from data_prep.builtin_model.class_targets import class_loss
 from data_prep.builtin_model.sources import Example
 from data_prep.builtin_model.vocabulary import Class, Names
@@ -383,3 +384,31 @@ def test_the_heads_are_trained_alone(
     assert len(losses) == 3 and losses[-1] < 0.98 * losses[0]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == before.keys() - {"text.embedding.weight"}
+
+
+def test_vectors_keep_the_order_of_pictures_and_are_made_once(tmp_path: Path) -> None:
+    """Seven pictures in batches of three, read by several threads, the first slowest."""
+
+    class Grey:
+        encoder_id, preferred_batch = "grey", 3
+
+        def preprocess(self, picture: Image.Image) -> float:
+            return float(np.asarray(picture).mean())
+
+        def encode_images(self, levels: Sequence[float]) -> Float32:
+            return np.array([[level, 1.0] for level in levels], np.float32)
+
+    def picture(level: int) -> strength.Picture:
+        def read() -> Image.Image:
+            time.sleep(0.05 if level == 0 else 0)
+            reads.append(level)
+            return Image.new("L", (4, 4), level)
+
+        return strength.Picture(str(level), "greys", frozenset(), read)
+
+    reads: list[int] = []
+    pictures = [picture(level) for level in range(0, 70, 10)]
+    for _ in range(2):
+        vectors = strength.encode(Grey(), pictures, tmp_path)  # type: ignore[arg-type]
+        assert vectors.tolist() == [[level, 1.0] for level in range(0, 70, 10)]
+    assert sorted(reads) == list(range(0, 70, 10))

@@ -29,11 +29,13 @@ import random
 import re
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from clipkit import checkpoint, images, strength, towers
@@ -225,11 +227,19 @@ def encode(encoder: towers.DualEncoder, pictures: Sequence[Picture], cache: Path
     )
     if kept and kept.exists():
         return np.asarray(np.load(kept), np.float32)
-    step = encoder.preferred_batch
-    rows = [
-        encoder.encode_images([picture.read() for picture in pictures[start : start + step]])
-        for start in range(0, len(pictures), step)
-    ]
+    step, rows = encoder.preferred_batch, []
+    with ThreadPoolExecutor() as pool:  # the next batch is read while this one is encoded
+
+        def read(start: int) -> Iterator[torch.Tensor]:
+            batch = pictures[start : start + step]
+            return pool.map(lambda picture: encoder.preprocess(picture.read()), batch)
+
+        ahead = read(0)
+        for start in range(0, len(pictures), step):
+            batch, ahead = list(ahead), read(start + step)
+            rows.append(encoder.encode_images(batch))
+            if start // step % 100 == 0:
+                print(f"encoding {start} of {len(pictures)} pictures", flush=True)
     vectors = np.concatenate(rows)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -355,7 +365,7 @@ def main() -> None:
     folder = checkpoint.find_folder(args.model)
     if folder is None:
         parser.error(f"--model must be a folder, not {args.model!r}")
-    encoder = towers.load(args.model, precision="float32")
+    encoder = towers.load(args.model)  # in the precision that this machine indexes in
     texts = read_texts(args.data, random.Random(0))
     calibration = fit(
         read_pool(encoder, args.data, args.cache),
