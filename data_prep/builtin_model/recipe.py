@@ -12,7 +12,8 @@ encoder of sentences, under small heads that project to 512 numbers, and trains 
 3. What the classifier sees in these photos and in a photo of each of its classes, by the names
    of classes and their kinds in WordNet, and by everyday nouns near to them: violin, castle, umbrella.
 
-Two models are made so, the second `--plain`, and averaged: their errors differ, and partly cancel.
+Two models are made so, the second `--plain`, and averaged: their errors differ, and partly cancel. So
+is their mean with the built-in model before this one.
 
 It also writes the captions of drawings and classes as `clipkit data build` reads them, and the names
 and the classifier's probabilities, which the towers are tuned with (`tune`). `pack` averages a run's
